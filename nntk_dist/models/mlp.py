@@ -1,0 +1,42 @@
+"""The fully connected network. Inputs of any shape are flattened first."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from nntk_dist.models.activations import make_activation
+from nntk_dist.models.arguments import check_integers
+
+
+def mlp(
+    *,
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    widths: Sequence[int] = (256, 256),
+    activation: str | Mapping[str, Any] = "relu",
+    bias: bool = True,
+) -> nn.Module:
+    """`Linear → activation` for each hidden width, then a last Linear: (n, *input_shape) → (n, num_outputs).
+
+    Args:
+        input_shape: shape of one example.
+        num_outputs: number of outputs.
+        widths: units of each hidden layer; empty for a linear model.
+        activation: name, or `{name, …}`, of the activation (see `activations`).
+        bias: whether the Linears have one.
+
+    Raises:
+        NNTKError: a width below 1, or an unknown activation.
+    """
+    check_integers("model mlp: widths", widths, minimum=1)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    width = prod(input_shape)
+    for index, next_width in enumerate(widths):
+        layers[f"hidden{index}"] = nn.Linear(width, next_width, bias=bias)
+        layers[f"activation{index}"] = make_activation(activation)
+        width = next_width
+    layers["output"] = nn.Linear(width, num_outputs, bias=bias)
+    return nn.Sequential(layers)

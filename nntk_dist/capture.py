@@ -1,0 +1,273 @@
+"""Per-example gradients of a network, layer by layer: which layer yields what, and the values at one set of parameters.
+
+A *site* is a module whose parameters a rule of `nntk_dist.layers` covers. Where a Linear layer is applied once to one vector per
+example, its gradient is an outer product δ ⊗ h̃ and need never be formed (`outer`); other sites, and parameters that several
+modules share, give dense per-example gradients; what no rule covers is differentiated as a whole with vmap (`whole`).
+The plan is checked against automatic differentiation before it is used: a rule that does not fit (a weight used outside its
+module, a batch folded into positions) sends its parameters to `whole`. No draws and no kernels here.
+
+Axes: n examples, c outputs, P_l parameters of a layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.evaluation import as_outputs, outputs, prepare_model
+from nntk_dist.layers import positions, rule_for
+from nntk_dist.parameters import ParameterSpace, aliases
+from nntk_dist.philox import Stream, normal
+
+_PROBE_EXAMPLES = 3
+_AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong formula
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module and which of its parameters are selected: attribute in the module -> name in the parameter space."""
+
+    module: str
+    parameters: tuple[tuple[str, str], ...]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(attribute for attribute, _ in self.parameters)
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How the gradient of every selected parameter is had; each parameter of the space in exactly one of the three."""
+
+    outer: tuple[Site, ...]
+    dense: tuple[Site, ...]
+    whole: tuple[str, ...]
+
+    def dense_names(self) -> tuple[str, ...]:
+        """Parameters whose gradient is formed, in a fixed order."""
+        return tuple(dict.fromkeys(name for site in self.dense for _, name in site.parameters)) + self.whole
+
+    def densified(self, modules: frozenset[str]) -> "SitePlan":
+        """The same plan with the outer sites of these modules formed densely."""
+        moved = tuple(site for site in self.outer if site.module in modules)
+        return replace(self, outer=tuple(s for s in self.outer if s.module not in modules), dense=self.dense + moved)
+
+
+@dataclass
+class Call:
+    """One call of a site's module: what went in and the tensor that came out."""
+
+    h: Tensor
+    out: Tensor
+
+
+class Recording:
+    """One differentiable forward pass at given parameters, with the calls of the sites' modules kept.
+
+    Use: `Recording(model, sites, x, parameters)`, then `gradients(c)` for one output at a time.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], x: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        self.calls: dict[str, list[Call]] = {site.module: [] for site in sites}
+        handles = [
+            model.get_submodule(name).register_forward_hook(self._keep(name), with_kwargs=True) for name in self.calls
+        ]
+        try:
+            with torch.enable_grad():
+                self.outputs = outputs(model, x, parameters)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+            source = args[0] if args else next(iter(kwargs.values()))
+            if not out.requires_grad:
+                out = out.detach().requires_grad_()
+            # Copies: an in-place activation or residual would otherwise overwrite what is kept here.
+            self.calls[name].append(Call(source.detach().clone(), out))
+            return out.clone()
+
+        return hook
+
+    def gradients(self, columns: Sequence[int]) -> dict[str, list[Float[Tensor, "n c ..."]]]:
+        """∂f_c/∂(module output) for every call of every site, one backward pass for each output column."""
+        outs = [call.out for calls in self.calls.values() for call in calls]
+        if not outs or not self.outputs.requires_grad:
+            stacked = [torch.zeros_like(out)[:, None].expand(-1, len(columns), *out.shape[1:]) for out in outs]
+        else:
+            each = [
+                torch.autograd.grad(
+                    self.outputs[:, c].sum(), outs, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for c in columns
+            ]
+            stacked = [torch.stack(parts, dim=1) for parts in zip(*each, strict=True)]
+        iterator = iter(stacked)
+        return {name: [next(iterator) for _ in calls] for name, calls in self.calls.items()}
+
+
+def extended_input(site: Site, h: Tensor) -> Float[Tensor, "n j"]:
+    """h̃ of a Linear site: (h, 1) with weight and bias selected, h with the weight alone, 1 with the bias alone."""
+    ones = h.new_ones(len(h), 1)
+    h = h.reshape(len(h), -1)
+    parts = [h] if "weight" in site.attributes else []
+    return torch.cat([*parts, ones], dim=1) if "bias" in site.attributes else h
+
+
+def dense_gradients(
+    model: nn.Module,
+    plan: SitePlan,
+    recording: Recording,
+    deltas: Mapping[str, Sequence[Tensor]],
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    columns: Sequence[int],
+) -> dict[str, Float[Tensor, "n c ..."]]:
+    """Per-example gradients of the dense and whole parameters, (n, c, *shape) by name; shared ones summed over their uses."""
+    result: dict[str, Tensor] = {}
+    for site in plan.dense:
+        module = model.get_submodule(site.module)
+        rule = rule_for(module)
+        assert rule is not None
+        for call, delta in zip(recording.calls[site.module], deltas[site.module], strict=True):
+            parts = rule(module, parameters, call.h, delta)
+            for attribute, name in site.parameters:
+                result[name] = result[name] + parts[attribute] if name in result else parts[attribute]
+        for _, name in site.parameters:  # a module that this pass never called has no gradient
+            result.setdefault(name, x.new_zeros(len(x), len(columns), *parameters[name].shape, dtype=parameters[name].dtype))
+    if plan.whole:
+        result |= whole_gradients(model, plan.whole, x, parameters, columns)
+    return result
+
+
+def whole_gradients(
+    model: nn.Module, names: Sequence[str], x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
+) -> dict[str, Float[Tensor, "n c ..."]]:
+    """Per-example gradients of the named parameters by differentiating the model one example at a time under vmap.
+
+    Raises: NNTKError where vmap cannot take the model (data-dependent control flow, in-place writes).
+    """
+    chosen = {name: parameters[name] for name in names}
+    selection = torch.tensor(columns, device=x.device)
+
+    def one_example(example: Tensor) -> dict[str, Tensor]:
+        def chosen_outputs(part: dict[str, Tensor]) -> Tensor:
+            return as_outputs(functional_call(model, {**parameters, **part}, (example[None],)), 1)[0, selection]
+
+        return torch.func.jacrev(chosen_outputs)(chosen)
+
+    try:
+        return vmap(one_example)(x)
+    except (RuntimeError, ValueError) as error:
+        raise NNTKError(
+            f"per-example gradients of {', '.join(names[:3])} need torch.func.vmap, which cannot take this model "
+            f"({str(error).splitlines()[0]}); use estimator: weight, or leave these parameters out by kernel.parameters"
+        ) from error
+
+
+def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
+    """The plan for a model, checked in float64 against automatic differentiation on up to three examples.
+
+    Raises: NNTKError where per-example gradients cannot be separated, as in a model whose outputs depend on their batch.
+    """
+    trial = x[:_PROBE_EXAMPLES]
+    exact = prepare_model(model, dtype=torch.float64, device=trial.device)
+    trial = trial.to(torch.float64) if trial.is_floating_point() else trial
+    parameters = _probe_parameters(exact, space)
+    plan = _classify(exact, space, trial, parameters)
+    wrong = _disagreeing(exact, plan, trial, parameters)
+    if wrong:
+        plan = _without(plan, frozenset(wrong))
+        still = _disagreeing(exact, plan, trial, parameters)
+        if still:
+            raise NNTKError(
+                f"the gradient of parameter '{sorted(still)[0]}' does not separate by example: the model's output for one "
+                "example depends on its batch, or it leaves the autograd graph; use estimator: weight"
+            )
+    return plan
+
+
+def _probe_parameters(model: nn.Module, space: ParameterSpace) -> dict[str, Tensor]:
+    """The parameters moved a little: at exact zeros (a freshly initialised scale or bias) a wrong rule could pass."""
+    base = space.values(model)
+    first = next(iter(base.values()))
+    noise = normal(0, Stream.PROBE, torch.zeros(1, dtype=torch.int64, device=first.device), 0, space.num_parameters)[0]
+    return space.moved(base, 1e-2 * noise)
+
+
+def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Mapping[str, Tensor]) -> SitePlan:
+    """Sites by what the modules are and how a trial pass calls them."""
+    groups = aliases(model)
+    first_name = {name: first for first, group in groups.items() for name in group}
+    sites, covered = [], set()
+    for path, module in model.named_modules():
+        own = tuple(
+            (attribute, first_name[f"{path}.{attribute}" if path else attribute])
+            for attribute, _ in module.named_parameters(recurse=False)
+        )
+        selected = tuple((attribute, name) for attribute, name in own if name in space.names)
+        if selected and rule_for(module) is not None:
+            sites.append(Site(path, selected))
+            covered.update(f"{path}.{attribute}" if path else attribute for attribute, _ in selected)
+    recording = Recording(model, sites, x, parameters)
+    # A parameter that also lives in a module without a rule, or in one whose calls don't hold one row per example, is whole.
+    whole = {name for name in space.names if any(alias not in covered for alias in groups[name])}
+    for site in sites:
+        calls = recording.calls[site.module]
+        if any(call.h.ndim == 0 or len(call.h) != len(x) or len(call.out) != len(x) for call in calls):
+            whole.update(name for _, name in site.parameters)
+    outer, dense = [], []
+    for site in sites:
+        kept = replace(site, parameters=tuple(pair for pair in site.parameters if pair[1] not in whole))
+        if not kept.parameters:
+            continue
+        calls = recording.calls[site.module]
+        shared = any(len(groups[name]) > 1 for _, name in kept.parameters)
+        is_linear = isinstance(model.get_submodule(site.module), nn.Linear)
+        once = len(calls) == 1 and calls[0].h.ndim >= 2 and positions(tuple(calls[0].h.shape)) == 1
+        (outer if is_linear and once and not shared else dense).append(kept)
+    return SitePlan(tuple(outer), tuple(dense), tuple(name for name in space.names if name in whole))
+
+
+def per_example_gradients(
+    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
+) -> dict[str, Float[Tensor, "n c ..."]]:
+    """Every selected parameter's per-example gradient, formed: for checks and small models; memory n·c·P."""
+    full = plan.densified(frozenset(site.module for site in plan.outer))
+    recording = Recording(model, full.dense, x, parameters)
+    return dense_gradients(model, full, recording, recording.gradients(columns), x, parameters, columns)
+
+
+def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Parameters whose per-example gradients, weighted at random over examples and outputs, miss the weighted sum's gradient."""
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    with torch.enable_grad():
+        values = outputs(model, x, leaves)
+        count = torch.zeros(1, dtype=torch.int64, device=x.device)
+        weights = normal(1, Stream.PROBE, count, 0, values.numel()).reshape(values.shape)
+        if not values.requires_grad:
+            return set()
+        expected = torch.autograd.grad((values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True)
+    gradients = per_example_gradients(model, plan, x, parameters, range(values.shape[1]))
+    scale = max(float(part.abs().max()) for part in expected)
+    wrong = set()
+    for name, truth in zip(leaves, expected, strict=True):
+        combined = torch.einsum("nc,nc...->...", weights, gradients[name])
+        if float((combined - truth).abs().max()) > _AGREEMENT * max(scale, 1e-300):
+            wrong.add(name)
+    return wrong
+
+
+def _without(plan: SitePlan, names: frozenset[str]) -> SitePlan:
+    """The plan with these parameters differentiated as a whole."""
+
+    def keep(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        pruned = [replace(s, parameters=tuple(p for p in s.parameters if p[1] not in names)) for s in sites]
+        return tuple(site for site in pruned if site.parameters)
+
+    return SitePlan(keep(plan.outer), keep(plan.dense), plan.whole + tuple(sorted(names - set(plan.whole))))

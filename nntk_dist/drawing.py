@@ -1,0 +1,97 @@
+"""Which perturbation every draw is: designs, blocks, and the perturbations themselves as functions of their number.
+
+Draws that depend on each other (±z of an antithetic pair) form a group, and a group never straddles two blocks: blocks are
+independent and identically distributed, on which every standard error rests. Nothing here evaluates a model.
+
+Axes: s draws, r blocks, P parameters.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from nntk_dist.distributions import Distribution
+from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.philox import Stream, uniform
+
+GROUP_SIZES = {"iid": 1, "antithetic": 2}
+MINIMUM_BLOCKS = 4
+AUTO_DRAWS = 256
+_PARAMETERS_PER_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """S perturbations in R blocks, a pure function of the seed; draw s lies in block s // (S/R).
+
+    Raises: NNTKError where R < 4 or where S is not a multiple of R times the design's group size.
+    """
+
+    distribution: Distribution
+    num_draws: int
+    num_blocks: int
+    num_parameters: int
+    design: str = "iid"
+    seed: int = 0
+    stream: Stream = Stream.PARAMETER
+
+    def __post_init__(self) -> None:
+        check_choice("design", self.design, GROUP_SIZES)
+        if self.num_blocks < MINIMUM_BLOCKS:
+            raise NNTKError(f"blocks is {self.num_blocks}; allowed: {MINIMUM_BLOCKS} or more, which the error bars need")
+        unit = self.num_blocks * self.group_size
+        if self.num_draws < unit or self.num_draws % unit:
+            nearest = max(unit, round(self.num_draws / unit) * unit)
+            raise NNTKError(
+                f"draws is {self.num_draws}; allowed: multiples of {unit} ({self.num_blocks} blocks of {self.design} groups "
+                f"of {self.group_size}); the nearest is {nearest}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        return GROUP_SIZES[self.design]
+
+    @property
+    def draws_per_block(self) -> int:
+        return self.num_draws // self.num_blocks
+
+    def perturbations(
+        self, draws: range, start: int = 0, stop: int | None = None, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "s P"]:
+        """Coordinates `start` to `stop` of the perturbations z of consecutive draws; cost O(s·(stop − start))."""
+        stop = self.num_parameters if stop is None else stop
+        first = draws.start // self.group_size
+        last = -(-draws.stop // self.group_size)
+        groups = torch.arange(first, last, dtype=torch.int64, device=device)
+        members = self.distribution.sample(
+            self.seed, groups, self.num_parameters, start, stop, stream=self.stream, dtype=dtype
+        )
+        if self.group_size == 1:
+            return members
+        pairs = torch.stack((members, -members), dim=1).flatten(0, 1)
+        offset = draws.start - first * self.group_size
+        return pairs[offset : offset + len(draws)]
+
+    def shrinkage(self, draws: range, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
+        """U^{1/P} of each draw, U ~ Uniform(0, 1) shared by a group: the radial factor of `autodiff` (DESIGN §1)."""
+        groups = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=device) // self.group_size
+        return uniform(self.seed, Stream.RADIUS, groups, 1)[:, 0] ** (1.0 / self.num_parameters)
+
+    def inner_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
+        """⟨z_s, z_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S·65536 + S²), 2·S²·P operations."""
+        everything = range(self.num_draws)
+        result = torch.zeros(self.num_draws, self.num_draws, dtype=torch.float64, device=device)
+        width = max(1024, min(_PARAMETERS_PER_CHUNK, (1 << 24) // self.num_draws))
+        for start in range(0, self.num_parameters, width):
+            stop = min(start + width, self.num_parameters)
+            part = self.perturbations(everything, start, stop, dtype=torch.float64, device=device)
+            result.addmm_(part, part.T)
+        return result
+
+
+def automatic_draws(estimator: str, blocks: int, design: str) -> int:
+    """`draws: auto`: one group a block where gradients are drawn, otherwise 256 rounded up to whole groups in every block."""
+    unit = blocks * GROUP_SIZES[design]
+    return unit if estimator == "autodiff" else -(-AUTO_DRAWS // unit) * unit

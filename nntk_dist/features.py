@@ -1,0 +1,83 @@
+"""What every kind of feature offers: arrays with a leading row axis, and the block sums of two row sets.
+
+The interface only. `differences` (weight, covariance) and `gradients` (autodiff, averaged, local) fulfil it; the in-memory
+functions and the pipeline use nothing else of them, so that a tile is the same whichever made its features.
+
+Axes: n rows, s draws, r blocks, c outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nntk_dist.block_sums import BlockSums, Meeting
+
+Rows = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One feature array: its name, and the names and lengths of the axes behind the row axis.
+
+    The first of them, "draw" or "block", is what chunks of draws divide.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+class FeatureMap(Protocol):
+    """Features of rows under all draws; for the meaning of the sums see `nntk_dist.block_sums`."""
+
+    num_draws: int
+    num_blocks: int
+    num_parameters: int
+    columns: tuple[int, ...]
+    pair_blocks: bool
+    shows_unresolved: bool
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays that `compute` returns."""
+        ...
+
+    def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of a batch of inputs under a whole number of blocks of draws, for some of the outputs."""
+        ...
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """f(x; θ), (n, C), all outputs."""
+        ...
+
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        """The sums of one tile; with a paired meeting, of its diagonal."""
+        ...
+
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Tensor:
+        """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile); float64."""
+        ...
+
+    def changed(self, rows: Rows) -> Tensor:
+        """Which rows some draw changed in some output, (n,) bool; kernel entries of other rows are unresolved."""
+        ...
+
+
+def block_range(draws: range, draws_per_block: int) -> range:
+    """The blocks that a whole number of blocks of draws covers."""
+    if draws.start % draws_per_block or draws.stop % draws_per_block:
+        raise ValueError(f"draws {draws.start}:{draws.stop} are not whole blocks of {draws_per_block}")
+    return range(draws.start // draws_per_block, draws.stop // draws_per_block)
+
+
+def concatenate_rows(parts: Sequence[Rows]) -> dict[str, Tensor]:
+    """Row sets one after the other."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def slice_rows(rows: Rows, selection: slice | Tensor) -> dict[str, Tensor]:
+    """Some of the rows."""
+    return {name: array[selection] for name, array in rows.items()}

@@ -1,0 +1,221 @@
+"""Features made of gradients at random parameters: `autodiff`, the kernel `averaged`, and the ordinary NTK (`local`).
+
+`autodiff`: g(x) = E[∇f(x; θ + U^{1/P} z)], U ~ Uniform(0, 1), for f locally Lipschitz in θ and any radial ρ (DESIGN §1).
+`averaged`: E_z[NTK(θ + U^{1/P} z)], each draw with itself. `local`: one gradient, at θ.
+A Linear layer's gradient δ ⊗ h̃ stays in two factors, or is averaged over a block's draws where that needs fewer operations.
+
+Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only itself), c outputs, k dense parameters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from nntk_dist.block_sums import BlockSums, Factored, Layered, Meeting, add_factored_, add_layered_, draw_products, empty_sums
+from nntk_dist.capture import Recording, SitePlan, dense_gradients, extended_input
+from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import Evaluator, check_finite
+from nntk_dist.features import ArraySpec, Rows, block_range
+
+
+@dataclass(frozen=True)
+class GradientFeatures:
+    """Gradients under all draws, by layer; `drawing` None means the one gradient at θ itself."""
+
+    evaluator: Evaluator
+    plan: SitePlan
+    drawing: Drawing | None
+    columns: tuple[int, ...]
+    pair_blocks: bool
+    shows_unresolved: bool = False
+
+    @property
+    def num_draws(self) -> int:
+        return 1 if self.drawing is None else self.drawing.num_draws
+
+    @property
+    def num_blocks(self) -> int:
+        return 1 if self.drawing is None else self.drawing.num_blocks
+
+    @property
+    def num_parameters(self) -> int:
+        return self.evaluator.space.num_parameters
+
+    @property
+    def draws_per_block(self) -> int:
+        return self.num_draws // self.num_blocks
+
+    @property
+    def draws_per_slot(self) -> int:
+        """Dense gradients are averaged over a block where blocks are paired; otherwise every draw is needed."""
+        return self.draws_per_block if self.pair_blocks else 1
+
+    @property
+    def num_dense(self) -> int:
+        sizes = dict(zip(self.evaluator.space.names, self.evaluator.space.sizes, strict=True))
+        return sum(sizes[name] for name in self.plan.dense_names())
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        specs = []
+        for index, site in enumerate(self.plan.outer):
+            inputs, units = linear_widths(self.evaluator.model, site.module, site.attributes)
+            specs.append(ArraySpec(f"input_{index}", ("draw", "unit"), (self.num_draws, inputs)))
+            specs.append(
+                ArraySpec(f"gradient_{index}", ("draw", "output", "unit"), (self.num_draws, len(self.columns), units))
+            )
+        if self.num_dense:
+            axis = "block" if self.pair_blocks else "draw"
+            shape = (self.num_draws // self.draws_per_slot, len(self.columns), self.num_dense)
+            specs.append(ArraySpec("dense", (axis, "output", "parameter"), shape))
+        return tuple(specs)
+
+    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
+        return self.evaluator.base(x)
+
+    def parameters_at(self, draw: int) -> dict[str, Tensor]:
+        """The selected parameters at θ + U^{1/P} z of a draw, or at θ."""
+        base = self.evaluator.space.values(self.evaluator.model)
+        if self.drawing is None:
+            return base
+        first = next(iter(base.values()))
+        draws = range(draw, draw + 1)
+        z = self.drawing.perturbations(draws, dtype=torch.float64, device=first.device)[0]
+        z *= self.drawing.shrinkage(draws, device=first.device)[0]
+        return self.evaluator.space.moved(base, z.to(first.dtype))
+
+    def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        block_range(draws, self.draws_per_block)
+        outer: list[dict[str, Tensor]] = []
+        slots: list[Tensor] = []
+        for draw in draws:
+            layers, dense = self._one_draw(x, draw, columns)
+            outer.append(layers)
+            if dense is None:
+                continue
+            if (draw - draws.start) % self.draws_per_slot:
+                slots[-1] += dense
+            else:
+                slots.append(dense)
+        result = {name: torch.stack([layers[name] for layers in outer], dim=1) for name in outer[0]}
+        if slots:
+            result["dense"] = torch.stack(slots, dim=1).div_(self.draws_per_slot)
+        for array in result.values():
+            check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
+        return result
+
+    def _one_draw(self, x: Tensor, draw: int, columns: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Layer factors by array name, and the dense gradients (n, c, k), under one draw."""
+        model = self.evaluator.model
+        parameters = self.parameters_at(draw)
+        recording = Recording(model, (*self.plan.outer, *self.plan.dense), x, parameters)
+        deltas = recording.gradients(columns)
+        layers = {}
+        for index, site in enumerate(self.plan.outer):
+            (call,), (delta,) = recording.calls[site.module], deltas[site.module]
+            layers[f"input_{index}"] = extended_input(site, call.h)
+            layers[f"gradient_{index}"] = delta.flatten(2)
+        if not self.plan.dense_names():
+            return layers, None
+        formed = dense_gradients(model, self.plan, recording, deltas, x, parameters, columns)
+        return layers, torch.cat([formed[name].flatten(2) for name in self.plan.dense_names()], dim=2)
+
+    def _layered(self, rows: Rows) -> Layered | None:
+        indices = range(len(self.plan.outer))
+        if not indices:
+            return None
+        return Layered(tuple(rows[f"input_{i}"] for i in indices), tuple(rows[f"gradient_{i}"] for i in indices))
+
+    def _factored(self, rows: Rows) -> Factored:
+        dense = rows["dense"]
+        if self.pair_blocks:
+            return Factored(right=dense, together=dense, apart=dense.sum(1, keepdim=True) - dense)
+        by_block = dense.unflatten(1, (self.num_blocks, -1)).transpose(2, 3).flatten(3)
+        return Factored(right=by_block, together=by_block / self.draws_per_block, apart=None)
+
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        first = next(iter(rows.values()))
+        num_outputs = self._num_outputs(rows)
+        shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
+        sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
+        left, right = self._layered(rows), self._layered(others)
+        if left is not None and right is not None:
+            add_layered_(sums, left, right, meeting, self._block_of, self.num_blocks)
+        if "dense" in rows:
+            add_factored_(sums, self._factored(rows), self._factored(others), meeting)
+        return sums
+
+    def _num_outputs(self, rows: Rows) -> int:
+        return rows["dense"].shape[2] if "dense" in rows else rows["gradient_0"].shape[2]
+
+    def _block_of(self, draw: int) -> int:
+        return draw // self.draws_per_block
+
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
+        left = {name: array.double() for name, array in rows.items()}
+        right = {name: array.double() for name, array in others.items()}
+        products = [
+            torch.stack([self._block_product(left, right, r, q, meeting) for q in self._partners(r)])
+            for r in range(self.num_blocks)
+        ]
+        stacked = torch.stack(products)
+        return stacked if self.pair_blocks else stacked[:, 0]
+
+    def _partners(self, block: int) -> Sequence[int]:
+        return range(self.num_blocks) if self.pair_blocks else (block,)
+
+    def _block_product(self, rows: Rows, others: Rows, r: int, q: int, meeting: Meeting) -> Tensor:
+        """H_rq by its definition, draw by draw: the slow form, for few entries."""
+        size = self.draws_per_block
+        draws = range(r * size, (r + 1) * size)
+        pairs = [(s, t) for s in draws for t in range(q * size, (q + 1) * size)]
+        if not self.pair_blocks:
+            pairs = [(s, s) for s in draws]
+        terms = []
+        left, right = self._layered(rows), self._layered(others)
+        if left is not None and right is not None:
+            terms += [draw_products(left, right, s, t, meeting) / len(pairs) for s, t in pairs]
+        if "dense" in rows:
+            slots = {(s // self.draws_per_slot, t // self.draws_per_slot) for s, t in pairs}
+            terms += [
+                meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in sorted(slots)
+            ]
+        return torch.stack(terms).sum(0)
+
+    def changed(self, rows: Rows) -> Bool[Tensor, " n"]:
+        first = next(iter(rows.values()))
+        return torch.ones(len(first), dtype=torch.bool, device=first.device)
+
+
+def linear_widths(model: nn.Module, path: str, attributes: Sequence[str]) -> tuple[int, int]:
+    """Lengths of h̃ and δ of a Linear site."""
+    module = model.get_submodule(path)
+    assert isinstance(module, nn.Linear)
+    return module.in_features * ("weight" in attributes) + ("bias" in attributes), module.out_features
+
+
+def cheapest_contraction(
+    model: nn.Module, plan: SitePlan, *, num_draws: int, num_blocks: int, num_outputs: int, pair_blocks: bool, full: bool
+) -> SitePlan:
+    """The plan with every Linear site formed densely where that takes fewer multiply-adds for an entry of the kernel.
+
+    Layered: S² (or S) times the widths of the layer; dense: 3R (or S) times its parameters, for all outputs (squared if full).
+    """
+    dense = set()
+    pairs = num_draws**2 if pair_blocks else num_draws
+    products = 3 * num_blocks if pair_blocks else num_draws
+    copies = num_outputs**2 if full else num_outputs
+    for site in plan.outer:
+        inputs, units = linear_widths(model, site.module, site.attributes)
+        if products * copies * inputs * units < pairs * (inputs + copies * units):
+            dense.add(site.module)
+    return plan.densified(frozenset(dense))
+
+
+def feature_bytes(arrays: Mapping[str, Tensor]) -> int:
+    """Bytes of a row set."""
+    return sum(array.numel() * array.element_size() for array in arrays.values())

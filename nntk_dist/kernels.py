@@ -1,0 +1,252 @@
+"""Kernels of a model on tensors in memory: `nonlocal_kernel`, `covariance_kernel`, `averaged_kernel`, `local_kernel`.
+
+The same features, sums and statistics as the pipeline's, in one process and without a store. Features of all rows are held:
+for what does not fit, use the pipeline.
+
+Axes: n1, n2 examples, c outputs; `full` kernels are indexed i·C + c.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.features import FeatureMap, Rows, slice_rows
+from nntk_dist.spec import KernelSpec, Resolution, compute_rows, make_feature_map, resolve
+from nntk_dist.statistics import Calibration, Estimates, calibrate, relative_distance, sample_entries, t_quantile
+from nntk_dist.tiles import symmetrised, tile_estimates
+
+_TILE_ROWS = 1024
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class KernelEstimate:
+    """A kernel with its standard error.
+
+    `kernel` is the asked statistic ("both" gives plugin), `plugin` and `unbiased` the two of a nonlocal kernel (None elsewhere);
+    `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
+    `relative_error` estimates ‖U − Θ‖/‖Θ‖, `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
+    """
+
+    kernel: Tensor
+    stderr: Tensor | None
+    plugin: Tensor | None
+    unbiased: Tensor | None
+    estimator: str
+    reason: str
+    draws: int
+    blocks: int
+    num_parameters: int
+    relative_error: float
+    relative_bias: float | None
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Two-sided intervals by Student's t with R − 1 degrees of freedom, around the unbiased estimate."""
+        if self.stderr is None:
+            raise NNTKError("this kernel has no standard error: it is exact (kind local)")
+        centre = self.kernel if self.unbiased is None else self.unbiased
+        reach = t_quantile(confidence, self.blocks) * self.stderr
+        return centre - reach, centre + reach
+
+
+def nonlocal_kernel(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    gamma: float,
+    distribution: str = "gaussian",
+    estimator: str = "auto",
+    statistic: str = "unbiased",
+    design: str = "iid",
+    draws: int | str = "auto",
+    blocks: int = 8,
+    outputs: str | int = "trace",
+    scale: str = "localized",
+    parameters: Sequence[str] = ("*",),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int | None = None,
+) -> KernelEstimate:
+    """The nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²], z of range γ.
+
+    Assumes that an example's output does not depend on its batch; eval mode is used. `unbiased` is right on average and not
+    PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare entries with `unbiased`.
+    Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S² products of
+    the layers' widths an entry. Source: arXiv 2509.12467; estimators and error bars are this library's.
+
+    Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the model.
+    """
+    spec = KernelSpec(
+        "nonlocal", gamma, distribution, estimator, statistic, design, draws, blocks, tuple(parameters), outputs, scale, seed
+    )
+    return _compute(model, x1, x2, spec, device, dtype, batch)
+
+
+def covariance_kernel(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    gamma: float,
+    distribution: str = "gaussian",
+    design: str = "iid",
+    draws: int | str = "auto",
+    blocks: int = 8,
+    outputs: str | int = "trace",
+    scale: str = "localized",
+    parameters: Sequence[str] = ("*",),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int | None = None,
+) -> KernelEstimate:
+    """C(x,x') = P·E[Δ(x)Δ(x')/|z|²]: PSD, unbiased, error ~ 1/√S whatever P; tends to the NTK as γ → 0 but is not the NNTK.
+
+    Antithetic draws average the products at +z and at −z. Raises as `nonlocal_kernel`.
+    """
+    spec = KernelSpec(
+        "covariance", gamma, distribution, "auto", "plugin", design, draws, blocks, tuple(parameters), outputs, scale, seed
+    )
+    return _compute(model, x1, x2, spec, device, dtype, batch)
+
+
+def averaged_kernel(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    gamma: float,
+    distribution: str = "gaussian",
+    design: str = "iid",
+    draws: int | str = "auto",
+    blocks: int = 8,
+    outputs: str | int = "trace",
+    scale: str = "localized",
+    parameters: Sequence[str] = ("*",),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int | None = None,
+) -> KernelEstimate:
+    """E_z[NTK(θ + U^{1/P} z)]: PSD, unbiased, the NTK averaged over the neighbourhood. Raises as `nonlocal_kernel`."""
+    spec = KernelSpec(
+        "averaged", gamma, distribution, "auto", "plugin", design, draws, blocks, tuple(parameters), outputs, scale, seed
+    )
+    return _compute(model, x1, x2, spec, device, dtype, batch)
+
+
+def local_kernel(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    outputs: str | int = "trace",
+    parameters: Sequence[str] = ("*",),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """The empirical NTK ⟨∇f_c(x), ∇f_c'(x')⟩ by automatic differentiation, exact to rounding; layer by layer.
+
+    Raises: NNTKError where per-example gradients cannot be had.
+    """
+    spec = KernelSpec(kind="local", statistic="plugin", outputs=outputs, parameters=tuple(parameters))
+    return _compute(model, x1, x2, spec, device, dtype, batch).kernel
+
+
+def _compute(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None,
+    spec: KernelSpec,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    batch: int | None,
+) -> KernelEstimate:
+    first = next(model.parameters(), None)
+    dtype = dtype or (torch.float32 if first is None else first.dtype)
+    device = device or ("cpu" if first is None else first.device)
+    prepared = prepare_model(model, dtype=dtype, device=device)
+    inputs = [_check_inputs(x, name).to(device) for x, name in ((x1, "x1"), (x2, "x2")) if x is not None]
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    batch = min(batch or _BATCH, max(len(x) for x in inputs))
+    resolution = resolve(prepared, inputs[0], spec, batch=batch)
+    features = make_feature_map(prepared, inputs[0], spec, resolution)
+    everything = range(features.num_draws)
+    rows = [compute_rows(features, x, everything, features.columns, batch=batch) for x in inputs]
+    estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
+    return _result(estimates, calibration, features, spec, resolution, dtype)
+
+
+def _check_inputs(x: object, name: str) -> Tensor:
+    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) == 0:
+        came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise NNTKError(f"{name} is {came}; allowed: a tensor with one example or more along its first axis")
+    return x
+
+
+def _statistics(
+    features: FeatureMap, rows: Rows, others: Rows | None, spec: KernelSpec
+) -> tuple[Estimates, Calibration | None]:
+    """The whole kernel, a tile at a time; the upper triangle and its mirror image where both row sets are one."""
+    symmetric, right = others is None, rows if others is None else others
+    n1, n2 = len(next(iter(rows.values()))), len(next(iter(right.values())))
+    calibration = None
+    if features.num_blocks > 1:
+        sample, other_sample = sample_entries(spec.seed, n1, n2)
+        products = features.block_products(slice_rows(rows, sample), slice_rows(right, other_sample), spec.meeting)
+        calibration = calibrate(products, pair_blocks=features.pair_blocks)
+    parts: dict[str, Tensor] = {}
+    width = len(features.columns) if spec.meeting.full else 1
+    for i in range(0, n1, _TILE_ROWS):
+        left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
+        for j in range(i if symmetric else 0, n2, _TILE_ROWS):
+            right_tile = slice_rows(right, slice(j, j + _TILE_ROWS))
+            tile = tile_estimates(features, left_tile, right_tile, spec.meeting, calibration, spec.scale)
+            for name, values in tile.items():
+                whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))
+                if symmetric and i == j:
+                    values = symmetrised(values)
+                _place(whole, values, i * width, j * width)
+                if symmetric and i != j:
+                    _place(whole, values.T, j * width, i * width)
+    return Estimates(parts["plugin"], parts.get("unbiased"), parts.get("stderr")), calibration
+
+
+def _place(whole: Tensor, values: Tensor, row: int, column: int) -> None:
+    whole[row : row + values.shape[0], column : column + values.shape[1]] = values
+
+
+def _result(
+    estimates: Estimates,
+    calibration: Calibration | None,
+    features: FeatureMap,
+    spec: KernelSpec,
+    resolution: Resolution,
+    dtype: torch.dtype,
+) -> KernelEstimate:
+    plugin, unbiased = estimates.plugin, estimates.unbiased
+    kernel = unbiased if spec.statistic == "unbiased" and unbiased is not None else plugin
+
+    def cast(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(dtype)
+
+    return KernelEstimate(
+        kernel=kernel.to(dtype),
+        stderr=cast(estimates.stderr),
+        plugin=cast(plugin) if features.pair_blocks else None,
+        unbiased=cast(unbiased),
+        estimator=resolution.estimator,
+        reason=resolution.reason,
+        draws=features.num_draws,
+        blocks=features.num_blocks,
+        num_parameters=features.num_parameters,
+        relative_error=0.0 if calibration is None else calibration.relative_error,
+        relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
+    )

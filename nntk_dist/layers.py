@@ -1,0 +1,104 @@
+"""What a layer's parameters contribute to the gradient of one example, from the layer's input h and its output gradient δ.
+
+One rule a kind of layer, each the textbook formula, for one call of the layer on a batch whose leading axis is the examples.
+Rules say nothing of other layers, of draws or of kernels. A module without a rule is differentiated as a whole
+(`nntk_dist.capture`); so is any parameter for which a rule turns out not to reproduce automatic differentiation.
+
+Axes: n examples, c outputs of the model, o/i units out/in of the layer, t positions.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Gradients = dict[str, Tensor]
+# (module, its parameters at this draw, h of shape (n, ...), δ of shape (n, c, ...)) -> parameter name in the module: (n, c, *shape)
+Rule = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Gradients]
+
+
+def linear(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    """weight: Σ_t δ_t ⊗ h_t; bias: Σ_t δ_t."""
+    h = h.reshape(len(h), -1, h.shape[-1])
+    delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+    return {"weight": torch.einsum("ncto,nti->ncoi", delta, h), "bias": delta.sum(2)}
+
+
+def convolution(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    """As a linear layer over the patches that the kernel sees, group by group."""
+    assert isinstance(module, nn.Conv2d)
+    assert not isinstance(module.padding, str)
+    patches = F.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
+    groups = module.groups
+    patches = patches.reshape(len(h), groups, -1, patches.shape[-1])
+    delta = delta.flatten(3)
+    grouped = delta.reshape(*delta.shape[:2], groups, -1, delta.shape[-1])
+    weight = torch.einsum("ncgot,ngit->ncgoi", grouped, patches)
+    return {"weight": weight.reshape(*delta.shape[:2], *module.weight.shape), "bias": delta.sum(3)}
+
+
+def _affine(normalised: Tensor, delta: Tensor, axes: tuple[int, ...]) -> Gradients:
+    """weight: Σ δ·ĥ and bias: Σ δ over the positions that share them; `axes` counts behind the example axis."""
+    shifted = tuple(axis + 1 for axis in axes)
+    product = delta * normalised[:, None]
+    return {"weight": product.sum(shifted) if axes else product, "bias": delta.sum(shifted) if axes else delta}
+
+
+def layer_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    assert isinstance(module, nn.LayerNorm)
+    normalised = F.layer_norm(h, module.normalized_shape, eps=module.eps)
+    return _affine(normalised, delta, tuple(range(1, h.ndim - len(module.normalized_shape))))
+
+
+def group_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    assert isinstance(module, nn.GroupNorm)
+    return _affine(F.group_norm(h, module.num_groups, eps=module.eps), delta, tuple(range(2, h.ndim)))
+
+
+def batch_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    """With running statistics, which eval mode uses: an affine map of every channel."""
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    normalised = F.batch_norm(h, module.running_mean, module.running_var, eps=module.eps)
+    return _affine(normalised, delta, tuple(range(2, h.ndim)))
+
+
+def embedding(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    """Row v of the table: Σ δ_t over the positions t that hold token v."""
+    assert isinstance(module, nn.Embedding)
+    tokens = h.reshape(len(h), 1, -1, 1)
+    delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+    table = delta.new_zeros(*delta.shape[:2], module.num_embeddings, module.embedding_dim)
+    return {"weight": table.scatter_add_(2, tokens.expand(delta.shape), delta)}
+
+
+_RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Conv2d: convolution,
+    nn.LayerNorm: layer_norm,
+    nn.GroupNorm: group_norm,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.Embedding: embedding,
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a module, None where there is none or where the module's settings lie outside it.
+
+    A subclass counts as its base only while it keeps the base's `forward`.
+    """
+    for kind, rule in _RULES.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+                return None
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                return None
+            return rule
+    return None
+
+
+def positions(shape: tuple[int, ...]) -> int:
+    """How many vectors of units a (n, ..., units) input holds for each example."""
+    return math.prod(shape[1:-1])

@@ -1,0 +1,82 @@
+"""The parameter space of a kernel: which tensors of a model are perturbed, and their place in one long vector.
+
+A shared parameter counts once, under its first name; a pattern that matches any of its names selects it.
+This module only names and reshapes: it neither evaluates a model nor draws numbers.
+
+Axes: P parameters, in the order of `named_parameters`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nntk_dist.errors import NNTKError, nearest_name
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Names, shapes and offsets of the selected parameters; together a vector of length P."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.sizes)
+
+    def split(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
+        """The named tensors that a long vector holds, as views of it."""
+        parts = torch.split(vector, self.sizes, dim=-1)
+        lead = vector.shape[:-1]
+        return {name: part.reshape(*lead, *shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's present values of the selected parameters, detached."""
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name].detach() for name in self.names}
+
+    def moved(self, base: Mapping[str, Tensor], displacement: Float[Tensor, "*draw P"]) -> dict[str, Tensor]:
+        """θ + z for one displacement, or for a stack of them along a leading axis."""
+        return {name: base[name] + part for name, part in self.split(displacement).items()}
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name of each parameter, keyed by its first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {group[0]: tuple(group) for group in names.values()}
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> ParameterSpace:
+    """The parameters whose name matches one of the shell-style patterns.
+
+    Raises: NNTKError where the model has no parameters, a pattern matches none, or a selected one is not real floating point.
+    """
+    groups = aliases(model)
+    if not groups:
+        raise NNTKError("the model has no parameters; a tangent kernel needs at least one (wrap tensors in nn.Parameter)")
+    every_name = [name for group in groups.values() for name in group]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in every_name):
+            raise NNTKError(
+                f"parameters: the pattern '{pattern}' matches none of the model's {len(groups)} parameters"
+                f"{nearest_name(pattern, every_name) or '; for example: ' + ', '.join(every_name[:3])}"
+            )
+    chosen = [first for first, group in groups.items() if any(fnmatchcase(n, p) for n in group for p in patterns)]
+    if not chosen:
+        raise NNTKError("parameters is an empty list; allowed: one or more name patterns, ['*'] for all")
+    parameters = dict(model.named_parameters())
+    for name in chosen:
+        if not parameters[name].is_floating_point():
+            raise NNTKError(f"parameter '{name}' has dtype {parameters[name].dtype}; allowed: real floating point")
+    return ParameterSpace(names=tuple(chosen), shapes=tuple(tuple(parameters[name].shape) for name in chosen))

@@ -1,0 +1,114 @@
+"""Random numbers as a pure function of (seed, stream, group, draw, index).
+
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): no state, no order, the
+same integers on every device. A normal is made from them in float64, so that devices agree to the rounding of `log` and `cos`.
+This module knows nothing of models or perturbations, and keeps no generator object anywhere.
+
+Axes: g groups (requested counters), i index within one group's vector.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+# Counters handled at a time: 16 KiB of words stay in the first caches through the ten rounds.
+_COUNTERS_PER_CHUNK = 1 << 14
+_INDEX_LIMIT = 1 << 50
+
+
+class Stream(IntEnum):
+    """What a random number is for; numbers of different streams never meet."""
+
+    PARAMETER = 0
+    RADIUS = 1
+    EXAMPLE = 2
+    MODEL = 3
+    SKETCH = 4
+    SAMPLE = 5
+    PROBE = 6
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of a counter of four 32-bit words held in int64 tensors that broadcast together.
+
+    A product of two 32-bit words overflows int64, which wraps modulo 2^64; its two halves are still the right bits.
+    """
+    word0, word1, word2, word3 = torch.broadcast_tensors(*counter)
+    key0, key1 = key[0] & _MASK, key[1] & _MASK
+    for _ in range(_ROUNDS):
+        product0 = word0 * _MULTIPLIERS[0]
+        product1 = word2 * _MULTIPLIERS[1]
+        high0 = (product0 >> 32).bitwise_and_(_MASK)
+        high1 = (product1 >> 32).bitwise_and_(_MASK)
+        word0, word1 = high1.bitwise_xor_(word1).bitwise_xor_(key0), product1.bitwise_and_(_MASK)
+        word2, word3 = high0.bitwise_xor_(word3).bitwise_xor_(key1), product0.bitwise_and_(_MASK)
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return word0, word1, word2, word3
+
+
+def _words(
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], draw: int, first: int, last: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words, each (g, last - first), of the counters `first` to `last` of every group."""
+    position = torch.arange(first, last, dtype=torch.int64, device=groups.device)
+    counter = (
+        (position & _MASK)[None, :],
+        ((position >> 32) | (draw << 16))[None, :],
+        groups[:, None],
+        torch.full((1, 1), int(stream), dtype=torch.int64, device=groups.device),
+    )
+    return philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
+
+
+def _open_unit(word: Tensor) -> Tensor:
+    """A 32-bit word as a float64 in the open interval (0, 1)."""
+    return (word.to(torch.float64) + 0.5) * 2.0**-32
+
+
+def uniform(
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0
+) -> Float64[Tensor, "g {count}"]:
+    """Uniform(0, 1) numbers, `count` for each group, each an odd multiple of 2^-33."""
+    words = _words(seed, stream, groups, draw, 0, -(-count // 4))
+    return _open_unit(torch.stack(words, dim=-1).flatten(1)[:, :count])
+
+
+def normal(
+    seed: int,
+    stream: Stream,
+    groups: Int64[Tensor, " g"],
+    start: int,
+    stop: int,
+    *,
+    draw: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Float64[Tensor, "g i"]:
+    """Standard normals of index `start` to `stop` of every group's vector, by Box and Muller's transform.
+
+    Any two calls agree on the indices that they share. Cost: about 100 elementwise operations for four numbers.
+    Normals reach out to 6.8 standard deviations, beyond which 1 in 10^11 would lie.
+    """
+    if not 0 <= start <= stop <= _INDEX_LIMIT:
+        raise ValueError(f"index range {start}:{stop} is outside 0:{_INDEX_LIMIT}")
+    result = torch.empty(len(groups), stop - start, dtype=dtype, device=groups.device)
+    first, last = start // 4, -(-stop // 4)
+    step = max(1, _COUNTERS_PER_CHUNK // max(1, len(groups)))
+    for begin in range(first, last, step):
+        end = min(begin + step, last)
+        word0, word1, word2, word3 = _words(seed, stream, groups, draw, begin, end)
+        lanes = []
+        for radial, angular in ((word0, word1), (word2, word3)):
+            radius = _open_unit(radial).log_().mul_(-2.0).sqrt_()
+            angle = _open_unit(angular).mul_(2.0 * math.pi)
+            lanes += [radius * angle.cos(), radius * angle.sin()]
+        values = torch.stack(lanes, dim=-1).flatten(1)
+        low, high = max(start, 4 * begin), min(stop, 4 * end)
+        result[:, low - start : high - start] = values[:, low - 4 * begin : high - 4 * begin]
+    return result

@@ -1,0 +1,178 @@
+"""What a kernel is (`KernelSpec`), which estimator computes it (`Resolution`), and the feature map that both make.
+
+The choice of the estimator is made once, from the model and a few examples, explained in words, and then handed around as a
+value: workers rebuild the same feature map from it. No kernel is computed here.
+
+Axes: n examples, c outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.block_sums import Meeting
+from nntk_dist.capture import plan_sites
+from nntk_dist.differences import DifferenceFeatures
+from nntk_dist.distributions import make_distribution
+from nntk_dist.drawing import Drawing, automatic_draws
+from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
+from nntk_dist.features import FeatureMap
+from nntk_dist.gradients import GradientFeatures, cheapest_contraction
+from nntk_dist.parameters import ParameterSpace, select_parameters
+from nntk_dist.probes import JumpProbe, probe_jumps
+from nntk_dist.statistics import STATISTICS
+
+KINDS = ("nonlocal", "covariance", "averaged", "local")
+ESTIMATORS = ("auto", "weight", "autodiff")
+SCALES = ("localized", "raw")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel, whatever the model and the data: the arguments of the public functions and of the section `kernel`."""
+
+    kind: str = "nonlocal"
+    gamma: float = 0.05
+    distribution: str = "gaussian"
+    estimator: str = "auto"
+    statistic: str = "both"
+    design: str = "iid"
+    draws: int | str = "auto"
+    blocks: int = 8
+    parameters: tuple[str, ...] = ("*",)
+    outputs: str | int = "trace"
+    scale: str = "localized"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, KINDS)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("statistic", self.statistic, STATISTICS)
+        check_choice("scale", self.scale, SCALES)
+        if isinstance(self.outputs, str):
+            check_choice("outputs", self.outputs, ("trace", "full"))
+        if isinstance(self.draws, str):
+            check_choice("draws", self.draws, ("auto",))
+        if self.kind == "covariance" and self.estimator == "autodiff":
+            raise NNTKError("estimator is 'autodiff'; allowed for kind covariance, which is made of differences: auto, weight")
+        if self.kind in ("averaged", "local") and self.estimator == "weight":
+            raise NNTKError(f"estimator is 'weight'; allowed for kind {self.kind}, which is made of gradients: auto, autodiff")
+
+    @property
+    def pair_blocks(self) -> bool:
+        """Whether products of different blocks count: in the nonlocal kernel alone."""
+        return self.kind == "nonlocal"
+
+    @property
+    def meeting(self) -> Meeting:
+        return Meeting(full=self.outputs == "full")
+
+    def drawing(self, estimator: str, num_parameters: int) -> Drawing:
+        """The perturbations of this kernel under an estimator."""
+        draws = automatic_draws(estimator, self.blocks, self.design) if isinstance(self.draws, str) else self.draws
+        return Drawing(
+            distribution=make_distribution(self.distribution, self.gamma),
+            num_draws=draws,
+            num_blocks=self.blocks,
+            num_parameters=num_parameters,
+            design=self.design,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What was decided for a model: which estimator and why, how draws are evaluated, and the sizes that follow."""
+
+    estimator: str
+    reason: str
+    num_draws: int
+    num_parameters: int
+    num_outputs: int
+    stacked: bool
+
+
+def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Resolution:
+    """Decide the estimator for a prepared model, on up to 32 of the examples.
+
+    Raises: NNTKError where the asked estimator is not valid for the model, an output does not exist, or f is not finite.
+    """
+    space = select_parameters(model, spec.parameters)
+    values = Evaluator(model, space).base(x[:32])
+    check_finite(values, "the model's output")
+    num_outputs = values.shape[1]
+    if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
+        raise NNTKError(f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full")
+    estimator, reason = _choose(model, space, spec, x)
+    draws = 1 if spec.kind == "local" else spec.drawing(estimator, space.num_parameters).num_draws
+    stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
+    return Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+
+
+def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> tuple[str, str]:
+    """The estimator's name and the reason, in words."""
+    if spec.kind == "local":
+        return "autodiff", "the ordinary NTK is made of gradients at θ"
+    if spec.kind == "averaged":
+        return "autodiff", "the averaged NTK is made of gradients at random parameters"
+    if spec.kind == "covariance":
+        return "weight", "the covariance kernel is made of output differences"
+    if spec.estimator == "weight":
+        return "weight", "asked for; valid for anything that can be evaluated"
+    probe = probe_jumps(model, space, spec.drawing("autodiff", space.num_parameters), x)
+    if probe.differentiable:
+        return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
+    if spec.estimator == "autodiff":
+        raise NNTKError(
+            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is silently wrong; "
+            "use estimator: weight or auto"
+        )
+    return "weight", f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
+
+
+def _evidence(probe: JumpProbe) -> str:
+    return (
+        f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f "
+        f"at {probe.num_points} points"
+    )
+
+
+def make_feature_map(
+    model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, *, metric: Tensor | None = None
+) -> FeatureMap:
+    """The features of a prepared model; `x` is a few examples, on which layer formulas are checked before use."""
+    space = select_parameters(model, spec.parameters)
+    columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(resolution.num_outputs))
+    evaluator = Evaluator(model, space, resolution.stacked)
+    if resolution.estimator == "weight":
+        drawing = spec.drawing("weight", space.num_parameters)
+        return DifferenceFeatures(evaluator, drawing, columns, spec.pair_blocks, metric)
+    drawing = None if spec.kind == "local" else spec.drawing("autodiff", space.num_parameters)
+    plan = cheapest_contraction(
+        model,
+        plan_sites(model, space, x),
+        num_draws=resolution.num_draws,
+        num_blocks=1 if drawing is None else drawing.num_blocks,
+        num_outputs=len(columns),
+        pair_blocks=spec.pair_blocks,
+        full=spec.outputs == "full",
+    )
+    return GradientFeatures(evaluator, plan, drawing, columns, spec.pair_blocks)
+
+
+def compute_rows(
+    features: FeatureMap, x: Tensor, draws: range, columns: Sequence[int], *, batch: int
+) -> dict[str, Tensor]:
+    """Features of any number of rows in batches of exactly `batch`: the last is padded with its last row, so that the rounding
+    of a row depends on its place in its batch and on nothing else."""
+    parts = []
+    for start in range(0, len(x), batch):
+        rows = x[start : start + batch]
+        missing = batch - len(rows)
+        padded = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+        part = features.compute(padded, draws, columns)
+        parts.append({name: array[: len(rows)] for name, array in part.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

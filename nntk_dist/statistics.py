@@ -1,0 +1,123 @@
+"""From block sums to a kernel with error bars: plugin, unbiased, and calibrated standard errors.
+
+`plugin` = Σ_{rr'} H_rr'/R² is PSD and inflated by noise; `unbiased` U = Σ_{r≠r'} h_rr'/(R(R−1)) is right on average and not PSD.
+The jackknife variance J of U is too wide by up to 2(R−1)/(R−2), the unbiased variance estimate V noisy and possibly negative;
+so the standard error takes J's shape at V's level, measured on a fixed sample of entries.
+
+Axes: r/R blocks, leading; the rest is a tile of any shape.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from scipy import stats
+from torch import Tensor
+
+from nntk_dist.block_sums import BlockSums
+from nntk_dist.philox import Stream, uniform
+
+STATISTICS = ("plugin", "unbiased", "both")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a sample of entries says of the whole kernel's error.
+
+    `level` multiplies the jackknife variance; `relative_error` = √(ΣV/Σ(U²−V)), infinite where noise is all there is.
+    """
+
+    level: float
+    relative_error: float
+    num_entries: int
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """One tile: the mean over all blocks (plugin, or the kernel itself), U and its standard error, where they exist."""
+
+    plugin: Float64[Tensor, "*tile"]
+    unbiased: Float64[Tensor, "*tile"] | None
+    stderr: Float64[Tensor, "*tile"] | None
+
+
+def jackknife_variance(by_block: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
+    """Delete-one-block variance of U from T_r: 4 Σ(T_r − T̄)² / (R(R−1)(R−2)²)."""
+    blocks = len(by_block)
+    return by_block.var(0, unbiased=False) * (4.0 / ((blocks - 1) * (blocks - 2) ** 2))
+
+
+def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, V, T_r): V = U² − (T² − 4ΣT_r² + 2A)/(R(R−1)(R−2)(R−3)), the bracket being all pairs that share no block."""
+    blocks = len(products)
+    symmetric = 0.5 * (products + products.transpose(0, 1))
+    off_diagonal = ~torch.eye(blocks, dtype=torch.bool, device=products.device)
+    symmetric = symmetric * off_diagonal.reshape(blocks, blocks, *[1] * (products.ndim - 2))
+    by_block = symmetric.sum(1)
+    total = by_block.sum(0)
+    unbiased = total / (blocks * (blocks - 1))
+    disjoint = total**2 - 4.0 * by_block.square().sum(0) + 2.0 * symmetric.square().sum((0, 1))
+    variance = unbiased**2 - disjoint / (blocks * (blocks - 1) * (blocks - 2) * (blocks - 3))
+    return unbiased, variance, by_block
+
+
+def calibrate(products: Float64[Tensor, "r ..."], *, pair_blocks: bool) -> Calibration:
+    """Calibration from all block products of a sample of entries: (R, R, *sample), or (R, *sample) where blocks stand alone.
+
+    level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased and level 1.
+    """
+    blocks = len(products)
+    if pair_blocks:
+        value, variance, by_block = unbiased_variance(products)
+        shape = jackknife_variance(by_block)
+        total = float(shape.sum())
+        ratio = float(variance.sum()) / total if total > 0 else 1.0
+        level = min(max(ratio, (blocks - 2) / (2 * (blocks - 1))), 1.0)
+    else:
+        value, shape, level = products.mean(0), products.var(0) / blocks, 1.0
+    noise = level * float(shape.sum())
+    signal = float(value.square().sum()) - noise
+    relative = math.sqrt(noise / signal) if signal > 0 else math.inf if noise > 0 else 0.0
+    return Calibration(level=level, relative_error=relative, num_entries=value.numel())
+
+
+def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
+    """The statistics of a tile; without a calibration, or without the sums by block, no standard error."""
+    blocks, by_block, stderr = sums.num_blocks, sums.by_block, None
+    if sums.between is None:
+        if by_block is not None and calibration is not None:
+            stderr = (by_block.var(0) / blocks).sqrt()
+        return Estimates(plugin=sums.within / blocks, unbiased=None, stderr=stderr)
+    if by_block is not None and calibration is not None:
+        stderr = (calibration.level * jackknife_variance(by_block)).sqrt()
+    return Estimates(
+        plugin=(sums.within + sums.between) / blocks**2,
+        unbiased=sums.between / (blocks * (blocks - 1)),
+        stderr=stderr,
+    )
+
+
+def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = 4096) -> tuple[Tensor, Tensor]:
+    """Row and column numbers whose crossing is the calibration sample: everything where that is at most `limit` entries.
+
+    A pure function of the seed and the kernel's size, never of its tiling.
+    """
+    rows = min(num_rows, max(math.isqrt(limit), limit // num_columns))
+    columns = min(num_columns, limit // rows)
+
+    def choose(group: int, size: int, count: int) -> Tensor:
+        keys = uniform(seed, Stream.SAMPLE, torch.tensor([group]), size)[0]
+        return keys.argsort()[:count].sort().values
+
+    return choose(0, num_rows, rows), choose(1, num_columns, columns)
+
+
+def t_quantile(confidence: float, num_blocks: int) -> float:
+    """Half-width, in standard errors, of a two-sided interval: Student's t with R − 1 degrees of freedom."""
+    return float(stats.t.ppf(0.5 + confidence / 2.0, num_blocks - 1))
+
+
+def relative_distance(first: Tensor, second: Tensor) -> float:
+    """‖first − second‖ / ‖second‖ in the Frobenius norm."""
+    return float(torch.linalg.vector_norm(first - second) / torch.linalg.vector_norm(second))

@@ -1,0 +1,49 @@
+"""One tile of a kernel from the features of its rows and columns: the step that memory and a cluster share.
+
+It computes and returns; where rows come from and where tiles go is the caller's business.
+
+Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting` says.
+"""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from nntk_dist.block_sums import Meeting
+from nntk_dist.features import FeatureMap, Rows
+from nntk_dist.statistics import Calibration, estimate
+
+
+def tile_estimates(
+    features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, calibration: Calibration | None, scale: str
+) -> dict[str, Tensor]:
+    """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in float64 and in the kernel's scale.
+
+    Without a calibration no standard error is made, which spares a third of the products. The standard error of an entry
+    is NaN where no draw changed the output of its row or column: such an entry is not known to be zero, it is not known.
+    """
+    sums = features.block_sums(rows, others, meeting, by_block=calibration is not None)
+    result = estimate(sums, calibration)
+    factor = features.num_parameters**-2 if scale == "raw" else 1.0
+    values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
+    present = {name: value * factor for name, value in values.items() if value is not None}
+    if "stderr" in present and features.shows_unresolved:
+        unresolved = _either(~features.changed(rows), ~features.changed(others), meeting, len(features.columns))
+        present["stderr"] = present["stderr"].masked_fill(unresolved, torch.nan)
+    return present
+
+
+def _either(first: Bool[Tensor, " n1"], second: Bool[Tensor, " n2"], meeting: Meeting, num_outputs: int) -> Tensor:
+    """Which entries of a tile have a marked row or a marked column."""
+    if meeting.paired:
+        marked = first | second
+        return marked[:, None, None] if meeting.full else marked
+    marked = first[:, None] | second[None, :]
+    if meeting.full:
+        return marked.repeat_interleave(num_outputs, 0).repeat_interleave(num_outputs, 1)
+    return marked
+
+
+def symmetrised(values: Tensor) -> Tensor:
+    """The upper triangle and its mirror image: bitwise symmetric, as products of a row set with itself need not be."""
+    return values.triu() + values.triu(1).T

@@ -1,0 +1,285 @@
+"""The configuration of a run: every key, its default, and what is allowed there; from a YAML file to one frozen value.
+
+This room checks what can be checked without data, model or store, and turns each fault into one line (`NNTKError`:
+file, dotted key, what came, what is allowed, the nearest valid name). It builds nothing: no data set, model or kernel.
+
+Legend: each field's description is the text that an error message gives as allowed; a field of type `Literal` needs
+none, its values are the text. Units stand in the names (`_bytes`); `auto` leaves the choice to the plan, which says
+what it took and why.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, JsonValue, Strict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from nntk_dist.errors import NNTKError, nearest_name
+from pipeline.overrides import apply_overrides, read_document, show, unknown_key
+
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n]+$", description="text, not empty")]
+Flag = Annotated[bool, Field(description="true or false")]
+Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
+CountOrAll = Annotated[Count | None, Field(description="a whole number, 1 or more, or null for all there are")]
+CountOrAuto = Annotated[Literal["auto"] | Count, Field(description="auto, or a whole number, 1 or more")]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0")]
+MemoryOrAuto = Annotated[
+    Literal["auto"] | Annotated[ByteSize, Field(gt=0)],
+    Field(description="auto, or bytes as a whole number or with a unit, such as 4GiB"),
+]
+# Lists are held as tuples, so that no part of a section can change; strictness would refuse to make one of a list.
+Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of one or more names")]
+
+UNITS_OF_DRAWING = {"iid": 1, "antithetic": 2}  # draws that depend on each other, by `kernel.design`
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, no unknown key, no silent conversion (`"3"` and `true` are no numbers)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataConfig(Section):
+    """Where the examples come from and which of them take part."""
+
+    source: Annotated[Text, Field(description="KIND:PLACE, such as sklearn:digits, idx:FOLDER or parquet:FOLDER")]
+    train: CountOrAll = None
+    test: CountOrAll = None
+    normalize: Flag = True
+    seed: Seed = 0
+    input_columns: Annotated[
+        Names | None, Field(description="a list of column names, or null for all but the target")
+    ] = None
+    target_column: Annotated[Text | None, Field(description="a column name, or null to find it by its usual names")] = (
+        None
+    )
+
+
+class ModelConfig(Section):
+    """The network whose kernel is computed."""
+
+    builder: Annotated[Text, Field(description="a built-in model, such as mlp or cnn, or python:module:function")]
+    args: Annotated[dict[str, JsonValue], Field(description="a mapping of the builder's own arguments")] = {}
+    seed: Seed = 0
+    checkpoint: Annotated[Text | None, Field(description="the path of a checkpoint, or null for fresh parameters")] = (
+        None
+    )
+
+
+class DistributionConfig(Section):
+    """The density rho of the perturbations; `gamma` is their range: E|z|^2 = P gamma^2 / 2."""
+
+    name: Literal["gaussian"] = "gaussian"
+    gamma: PositiveNumber = 0.05
+
+
+class WeightingConfig(Section):
+    """How the draws of a block are weighted against each other."""
+
+    name: Literal["fixed"] = "fixed"
+
+
+class KernelConfig(Section):
+    """Which kernel, by which estimator, from how many draws."""
+
+    kind: Literal["nonlocal", "covariance", "averaged", "local"] = "nonlocal"
+    distribution: DistributionConfig = DistributionConfig()
+    weighting: WeightingConfig = WeightingConfig()
+    estimator: Literal["auto", "weight", "autodiff"] = "auto"
+    statistic: Literal["plugin", "unbiased", "both"] = "both"
+    design: Literal["iid", "antithetic"] = "iid"
+    draws: CountOrAuto = "auto"
+    blocks: Annotated[
+        int, Field(ge=4, description="a whole number, 4 or more (the standard error needs four blocks)")
+    ] = 8
+    rtol: Annotated[None, Field(description="null")] = None
+    max_draws: Count = 65536
+    parameters: Annotated[Names, Field(description="a list of one or more name patterns, such as ['*.weight']")] = (
+        "*",
+    )
+    outputs: Annotated[
+        Literal["trace", "full"] | Annotated[int, Field(ge=0)],
+        Field(description="trace, full, or the index of one output, 0 or more"),
+    ] = "trace"
+    scale: Literal["localized", "raw"] = "localized"
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _estimator_fits_kind(self) -> Self:
+        wrong = {"covariance": "autodiff", "averaged": "weight", "local": "weight"}.get(self.kind)
+        if self.estimator == wrong:
+            made_of, right = ("gradients", "autodiff") if wrong == "weight" else ("differences of outputs", "weight")
+            raise ValueError(
+                f"kernel.estimator is '{wrong}', but kind {self.kind} is made of {made_of}; allowed: auto, {right}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_fill_blocks(self) -> Self:
+        if self.kind == "local" or isinstance(self.draws, str):
+            return self
+        unit = self.blocks * UNITS_OF_DRAWING[self.design]
+        if self.draws % unit:
+            lower = self.draws - self.draws % unit
+            nearest = f"{lower} or {lower + unit}" if lower else f"{unit}"
+            raise ValueError(
+                f"kernel.draws is {self.draws}, which does not fill {self.blocks} blocks (design {self.design}); "
+                f"allowed: auto, or a multiple of {unit}, the nearest: {nearest}"
+            )
+        return self
+
+
+class ComputeConfig(Section):
+    """How the work is carried out; beyond `dtype`, nothing here changes what is computed, only its rounding."""
+
+    executor: Literal["ray", "serial"] = "ray"
+    workers: CountOrAuto = "auto"
+    threads: CountOrAuto = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda, cuda:N")] = (
+        "auto"
+    )
+    dtype: Literal["float32", "float64"] = "float32"
+    tile: Count = 1024
+    batch: CountOrAuto = "auto"
+    memory_per_worker: MemoryOrAuto = "auto"
+    write_tiles: Annotated[Literal["auto"] | bool, Field(description="auto, true or false")] = "auto"
+    stderr: Literal["entry", "sample", "none"] = "entry"
+
+
+class SpectrumConfig(Section):
+    """The eigenvalues, and how many eigenvectors to keep."""
+
+    method: Literal["auto", "dense"] = "auto"
+    top_k: Count = 50
+
+
+class RegressionConfig(Section):
+    """Kernel ridge regression; a ridge is relative: K + ridge * (tr K / n) * I."""
+
+    method: Literal["auto", "dense"] = "auto"
+    ridge: Annotated[
+        tuple[PositiveNumber, ...],
+        Strict(False),
+        Field(min_length=1, description="a list of one or more numbers above 0"),
+    ] = (1.0e-4, 1.0e-3, 1.0e-2, 1.0e-1, 1.0)
+    center_outputs: Flag = False
+    select: Literal["loo"] = "loo"
+
+
+class ReportConfig(Section):
+    """What the report page shows."""
+
+    plots: Flag = True
+
+
+class Config(Section):
+    """A whole run. `model_dump(mode="json")` gives plain JSON values, from which `config_from_dict` gives it back."""
+
+    name: Annotated[Text, Field(description="a name for the run, on one line")]
+    run_dir: Annotated[Text, Field(description="where the run is written: a local path or s3://bucket/prefix")]
+    data: DataConfig
+    model: ModelConfig
+    kernel: KernelConfig = KernelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    spectrum: SpectrumConfig = SpectrumConfig()
+    regression: RegressionConfig = RegressionConfig()
+    report: ReportConfig = ReportConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the YAML file at `path`, with dotted `overrides` such as `kernel.seed=1` laid over it.
+
+    Raises:
+        NNTKError: one line that says what is wrong in the file, in an override or with a value, and what is allowed.
+    """
+    path = Path(path)
+    document = apply_overrides(read_document(path), overrides, _defaults(Config))
+    return _validated(document, where=str(path), overrides=overrides)
+
+
+def config_from_dict(document: Mapping[str, Any]) -> Config:
+    """The configuration that plain values, such as a manifest's, describe. Raises `NNTKError` as `load_config` does."""
+    return _validated(document, where="configuration", overrides=())
+
+
+def _validated(document: Mapping[str, Any], where: str, overrides: Sequence[str]) -> Config:
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    # A mistyped key is the likely cause of whatever else is missing, so it is what to speak of first.
+    first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+    key, message = _explain(first)
+    blamed = [override for override in overrides if f"{key}.".startswith(f"{override.partition('=')[0]}.")]
+    source = f"--set {blamed[-1]}" if blamed else where
+    faulty_keys = {_explain(detail)[0] for detail in details}
+    others = f" (and {len(faulty_keys) - 1} more)" if len(faulty_keys) > 1 else ""
+    raise NNTKError(f"{source}: {message}{others}")
+
+
+def _explain(detail: ErrorDetails) -> tuple[str, str]:
+    """The dotted key that a validation error is about, and what to say of it."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = Config
+    field: FieldInfo | None = None
+    for part in detail["loc"]:
+        if isinstance(part, int):
+            keys.append(str(part))
+        elif section is not None and part in section.model_fields:
+            keys.append(part)
+            field = section.model_fields[part]
+            section = _section_of(field)
+        else:  # the name of a union's branch, a key that does not exist, or one inside a free mapping
+            break
+    key = ".".join(keys)
+    if detail["type"] == "extra_forbidden" and section is not None:
+        return key, unknown_key(str(detail["loc"][-1]), key, section.model_fields)
+    if detail["type"] == "value_error":  # a check across keys, which names them itself
+        return key, str(detail["ctx"]["error"])
+    if detail["type"] == "missing":
+        return key, f"{key} is missing; allowed: {_allowed(field)}"
+    value = detail["input"]
+    annotation = field.annotation if field is not None else None
+    unavailable = (
+        ", not available in this version" if get_origin(annotation) is Literal and isinstance(value, str) else ""
+    )
+    hint = nearest_name(value, _choices(annotation)) if isinstance(value, str) else ""
+    return key, f"{key} is {show(value)}{unavailable}; allowed: {_allowed(field)}{hint}"
+
+
+def _allowed(field: FieldInfo | None) -> str:
+    if field is None:
+        return f"a mapping with the keys {', '.join(Config.model_fields)}"
+    section = _section_of(field)
+    if section is not None:
+        return f"a mapping with the keys {', '.join(section.model_fields)}"
+    return field.description or ", ".join(_choices(field.annotation))
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The texts that the `Literal` types within `annotation` allow."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [choice for choice in inner if isinstance(choice, str)]
+    return [choice for part in inner for choice in _choices(part)]
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _defaults(section: type[BaseModel]) -> dict[str, Any]:
+    """Every key below `section` with its default as YAML would hold it; null where there is none."""
+
+    def default(field: FieldInfo) -> Any:
+        inner = _section_of(field)
+        if inner is not None:
+            return _defaults(inner)
+        value = None if field.is_required() else field.default
+        return list(value) if isinstance(value, tuple) else value
+
+    return {name: default(field) for name, field in section.model_fields.items()}

@@ -41,7 +41,8 @@ def test_every_ridge_agrees_with_scikit_learn(problem):
         fitted = refit(problem["kernel"], train, row.absolute_ridge, problem["kernel"])
         assert row.test_error == pytest.approx(np.mean((predicted - test) ** 2), rel=1e-9)
         assert row.train_error == pytest.approx(np.mean((fitted - train) ** 2), rel=1e-9)
-        assert row.loo_accuracy is None and row.test_accuracy is None
+        assert row.loo_accuracy is None
+        assert row.test_accuracy is None
         if row.selected:
             np.testing.assert_allclose(result.scores, predicted, rtol=1e-9)
     assert result.labels is None

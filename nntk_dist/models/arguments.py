@@ -36,7 +36,7 @@ def import_function(location: str, *, what: str) -> Callable[..., Any]:
         raise NNTKError(
             f"{what} 'python:{location}' is a {type(found).__name__}, not a function; name one that is called"
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def call_checked(
@@ -66,9 +66,8 @@ def call_checked(
     except NNTKError:
         raise
     except Exception as error:  # the function may be anyone's; its exception stays visible as the cause
-        raise NNTKError(
-            f"{what} refuses its arguments {_shown(arguments)}: {type(error).__name__}: {_one_line(error)}"
-        ) from error
+        given_by_user = f" with {_shown(arguments)}" if arguments else ""
+        raise NNTKError(f"{what} failed{given_by_user}: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def check_integer(what: str, value: Any, minimum: int) -> None:

@@ -127,7 +127,7 @@ class _Block(nn.Module):
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         """Apply the block."""
         x = x + self.attention(self.attention_norm(x))
-        return x + self.output(self.activation(self.hidden(self.hidden_norm(x))))  # type: ignore[no-any-return]
+        return x + self.output(self.activation(self.hidden(self.hidden_norm(x))))
 
 
 class _Transformer(nn.Module):

@@ -59,7 +59,7 @@ def test_quantizer_levels_and_limit():
         ({"name": "quantize", "limit": 0}, r"quantize: limit is 0; give a positive number"),
         (
             {"name": "quantize", "limit": "high"},
-            r"activation quantize refuses its arguments \{limit: 'high'\}: TypeError",
+            r"activation quantize failed with \{limit: 'high'\}: TypeError",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def test_arguments_of_the_caller_win_over_offered_ones(module):
         ("{}:number", {}, r"is a int, not a function"),
         ("{}:plain", {"widths": 3}, r"takes no argument 'widths'; allowed: width; did you mean 'width'\?"),
         ("{}:plain", {}, r"needs the argument 'width', which was not given"),
-        ("{}:plain", {"width": "wide"}, r"refuses its arguments \{width: 'wide'\}: TypeError"),
+        ("{}:plain", {"width": "wide"}, r"failed with \{width: 'wide'\}: TypeError"),
         ("{}:no_model", {}, r"returned a int; it must return a torch.nn.Module"),
         ("{}:wrong_shape", {}, r"returned \(2,\) for 2 examples; it must return a tensor of shape \(2, outputs\)"),
         ("{}:wrong_input", {}, r"cannot be evaluated on examples of shape \(6,\): RuntimeError"),

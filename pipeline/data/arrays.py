@@ -1,0 +1,108 @@
+"""Sources that are named arrays: NumPy archives, Zarr groups, and what a Python function returns.
+
+They hold `x` and `y` (one set, split by the loader), or `x_train`, `y_train`, `x_test` and `y_test`. Inputs are taken
+as they are, images channels first: (n, features), (n, channels, height, width) or (n, height, width).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import zarr
+from jaxtyping import Int64, Shaped
+from numpy.lib.npyio import NpzFile
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.models import import_function
+from nntk_dist.models.arguments import call_checked
+from pipeline.data.source import Rows, Source, existing_path
+
+SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
+SINGLE_KEYS = ("x", "y")
+
+
+def source_from_arrays(arrays: Mapping[str, Any], *, what: str) -> Source:
+    """The source that a mapping of named arrays holds.
+
+    Raises:
+        NNTKError: a key is missing, an array has no rows axis, or inputs and targets differ in length.
+    """
+    keys = SPLIT_KEYS if any(key in arrays for key in SPLIT_KEYS) else SINGLE_KEYS
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        found = ", ".join(sorted(map(str, arrays))) or "nothing"
+        raise NNTKError(
+            f"{what} has no '{missing[0]}'; it needs {' and '.join(SINGLE_KEYS)}, or {', '.join(SPLIT_KEYS)}; "
+            f"found {found}"
+        )
+    sets = [
+        _rows(arrays[x_key], arrays[y_key], f"{what} {x_key}")
+        for x_key, y_key in zip(keys[::2], keys[1::2], strict=True)
+    ]
+    return Source(sets[0], sets[1] if len(sets) == 2 else None)
+
+
+def open_npz(location: str) -> Source:
+    """A NumPy archive, `.npz`; pickled objects are refused."""
+    what = f"npz:{location}"
+    path = existing_path(location, what=what)
+    wanted = (*SPLIT_KEYS, *SINGLE_KEYS)
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, NpzFile):
+            raise ValueError("it is a single array")
+        with archive:
+            # the names of other arrays are kept for the message, their contents are not read
+            arrays = {key: archive[key] if key in wanted else None for key in archive.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise NNTKError(
+            f"{what} is no readable .npz archive of plain arrays ({reason}); write it with numpy.savez"
+        ) from error
+    return source_from_arrays(arrays, what=what)
+
+
+def open_zarr(location: str) -> Source:
+    """A Zarr group; only the selected rows are read."""
+    what = f"zarr:{location}"
+    if "://" not in location:
+        existing_path(location, what=what)
+    try:
+        group = zarr.open_group(location if "://" in location else Path(location).expanduser(), mode="r")
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise NNTKError(f"{what} is no readable Zarr group ({reason}); give a group that holds x and y") from error
+    return source_from_arrays(dict(group.arrays()), what=what)
+
+
+def open_python(location: str) -> Source:
+    """What `module:function`, called without arguments, returns: a mapping of named arrays, or the pair (x, y)."""
+    what = f"python:{location}"
+    result = call_checked(import_function(location, what="data source"), {}, what=f"data source {what}")
+    if isinstance(result, tuple | list) and len(result) == 2:
+        result = dict(zip(SINGLE_KEYS, result, strict=True))
+    if not isinstance(result, Mapping):
+        raise NNTKError(
+            f"data source {what} returned a {type(result).__name__}; "
+            f"it must return (x, y), or a mapping with {' and '.join(SINGLE_KEYS)}, or {', '.join(SPLIT_KEYS)}"
+        )
+    return source_from_arrays(result, what=what)
+
+
+def _rows(inputs: Any, targets: Any, name: str) -> Rows:
+    inputs = inputs if isinstance(inputs, zarr.Array) else np.asarray(inputs)
+    targets = np.asarray(targets)
+    if inputs.ndim == 0 or targets.ndim == 0:
+        raise NNTKError(f"{name} or its targets are a single value; give arrays whose first axis is the examples")
+    if inputs.shape[0] != targets.shape[0]:
+        raise NNTKError(
+            f"{name} has {inputs.shape[0]} rows but its targets have {targets.shape[0]}; give one target per row"
+        )
+    return Rows(name, targets, lambda rows: _take(inputs, rows))
+
+
+def _take(inputs: Any, rows: Int64[np.ndarray, " n"]) -> Shaped[np.ndarray, "n *input_shape"]:
+    taken = np.asarray(inputs.oindex[rows] if isinstance(inputs, zarr.Array) else inputs[rows])
+    return taken[:, None] if taken.ndim == 1 else taken

@@ -1,0 +1,53 @@
+"""What the rest of the pipeline sees of the data: plain arrays, selected, labelled and normalised.
+
+Axes: n examples of one split, T targets of one example.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The examples of one split.
+
+    Attributes:
+        ids: row of each example in its source (in its own file, where the source comes split).
+        inputs: the examples.
+        targets: labels 0 … C-1, or real values.
+    """
+
+    ids: Int64[np.ndarray, " n"]
+    inputs: Float32[np.ndarray, "n *input_shape"]
+    targets: Int64[np.ndarray, " n"] | Float64[np.ndarray, "n T"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test set, normalised alike.
+
+    Attributes:
+        train: at least one example.
+        test: possibly no example.
+        num_classes: C, or None for regression.
+        mean: subtracted from every channel (zeros where not normalised).
+        deviation: what every channel was then divided by (ones where not normalised or constant).
+    """
+
+    train: Split
+    test: Split
+    num_classes: int | None
+    mean: Float64[np.ndarray, " channels"]
+    deviation: Float64[np.ndarray, " channels"]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.train.inputs.shape[1:]
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs that a model needs: one per class, or one per real target."""
+        return self.train.targets.shape[1] if self.num_classes is None else self.num_classes

@@ -1,8 +1,8 @@
 """From features of two sets of rows to sums of block products, all that the statistics of a kernel need.
 
 A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. Two forms:
-*factored*, where features are columns and products are plain matrix products, and *layered*, where the gradient of a layer is
-an outer product δ ⊗ h̃ that is never formed: ⟨h̃, h̃'⟩⟨δ, δ'⟩ for every pair of draws.
+*factored*, where features are columns and products are plain matrix products, and *layered*, where the gradient of a
+layer is an outer product δ ⊗ h̃ that is never formed: ⟨h̃, h̃'⟩⟨δ, δ'⟩ for every pair of draws.
 No models, no randomness; standard errors are made of these sums in `nntk_dist.statistics`.
 
 Axes: n rows, r/R blocks, s/S draws, c outputs, k feature columns of one output.
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Meeting:
 class BlockSums:
     """Sums over blocks of the products of one tile, in float64.
 
-    within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr' with
+    within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
     h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r.
     """
 
@@ -76,20 +75,27 @@ class BlockSums:
         return self
 
 
-def empty_sums(shape: Sequence[int], num_blocks: int, *, pair_blocks: bool, by_block: bool, device: torch.device) -> BlockSums:
+def empty_sums(
+    shape: Sequence[int], num_blocks: int, *, pair_blocks: bool, by_block: bool, device: torch.device
+) -> BlockSums:
     """Sums of nothing."""
 
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)
 
     return BlockSums(
-        num_blocks, zeros(*shape), zeros(*shape) if pair_blocks else None, zeros(num_blocks, *shape) if by_block else None
+        num_blocks,
+        zeros(*shape),
+        zeros(*shape) if pair_blocks else None,
+        zeros(num_blocks, *shape) if by_block else None,
     )
 
 
 @dataclass(frozen=True)
 class Factored:
-    """Columns of one row set, ready to be multiplied: H_rr = together_r·right_rᵀ and Σ_{r'≠r} H_r'r = apart_r·right_rᵀ."""
+    """Columns of one row set, ready to be multiplied: H_rr = together_r·right_rᵀ and Σ_{r'≠r} H_r'r =
+    apart_r·right_rᵀ.
+    """
 
     right: Float[Tensor, "n r c k"]
     together: Float[Tensor, "n r c k"]
@@ -97,7 +103,9 @@ class Factored:
 
 
 def add_factored_(sums: BlockSums, rows: Factored, columns: Factored, meeting: Meeting) -> None:
-    """Add the block products of factored features; 3 products of the tile's full inner dimension with standard errors, else 2."""
+    """Add the block products of factored features; 3 products of the tile's full inner dimension with standard errors,
+    else 2.
+    """
     for r in range(rows.right.shape[1]):
         together = meeting.outputs(rows.together[:, r], columns.right[:, r])
         sums.within += together
@@ -105,7 +113,8 @@ def add_factored_(sums: BlockSums, rows: Factored, columns: Factored, meeting: M
             if sums.by_block is not None:
                 sums.by_block[r] += together
             continue
-        assert rows.apart is not None and columns.apart is not None
+        assert rows.apart is not None
+        assert columns.apart is not None
         apart = meeting.outputs(rows.apart[:, r], columns.right[:, r])
         if sums.by_block is None:
             sums.between += apart

@@ -1,10 +1,11 @@
 """Per-example gradients of a network, layer by layer: which layer yields what, and the values at one set of parameters.
 
-A *site* is a module whose parameters a rule of `nntk_dist.layers` covers. Where a Linear layer is applied once to one vector per
-example, its gradient is an outer product δ ⊗ h̃ and need never be formed (`outer`); other sites, and parameters that several
-modules share, give dense per-example gradients; what no rule covers is differentiated as a whole with vmap (`whole`).
-The plan is checked against automatic differentiation before it is used: a rule that does not fit (a weight used outside its
-module, a batch folded into positions) sends its parameters to `whole`. No draws and no kernels here.
+A *site* is a module whose parameters a rule of `nntk_dist.layers` covers. Where a Linear layer is applied once to one
+vector per example, its gradient is an outer product δ ⊗ h̃ and need never be formed (`outer`); other sites, and
+parameters that several modules share, give dense per-example gradients; what no rule covers is differentiated as a
+whole with vmap (`whole`). The plan is checked against automatic differentiation before it is used: a rule that does
+not fit (a weight used outside its module, a batch folded into positions) sends its parameters to `whole`. No draws and
+no kernels here.
 
 Axes: n examples, c outputs, P_l parameters of a layer.
 """
@@ -128,7 +129,9 @@ def dense_gradients(
     parameters: Mapping[str, Tensor],
     columns: Sequence[int],
 ) -> dict[str, Float[Tensor, "n c ..."]]:
-    """Per-example gradients of the dense and whole parameters, (n, c, *shape) by name; shared ones summed over their uses."""
+    """Per-example gradients of the dense and whole parameters, (n, c, *shape) by name; shared ones summed over their
+    uses.
+    """
     result: dict[str, Tensor] = {}
     for site in plan.dense:
         module = model.get_submodule(site.module)
@@ -139,7 +142,9 @@ def dense_gradients(
             for attribute, name in site.parameters:
                 result[name] = result[name] + parts[attribute] if name in result else parts[attribute]
         for _, name in site.parameters:  # a module that this pass never called has no gradient
-            result.setdefault(name, x.new_zeros(len(x), len(columns), *parameters[name].shape, dtype=parameters[name].dtype))
+            result.setdefault(
+                name, x.new_zeros(len(x), len(columns), *parameters[name].shape, dtype=parameters[name].dtype)
+            )
     if plan.whole:
         result |= whole_gradients(model, plan.whole, x, parameters, columns)
     return result
@@ -173,7 +178,8 @@ def whole_gradients(
 def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
     """The plan for a model, checked in float64 against automatic differentiation on up to three examples.
 
-    Raises: NNTKError where per-example gradients cannot be separated, as in a model whose outputs depend on their batch.
+    Raises: NNTKError where per-example gradients cannot be separated, as in a model whose outputs depend on their
+    batch.
     """
     trial = x[:_PROBE_EXAMPLES]
     exact = prepare_model(model, dtype=torch.float64, device=trial.device)
@@ -186,8 +192,8 @@ def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
         still = _disagreeing(exact, plan, trial, parameters)
         if still:
             raise NNTKError(
-                f"the gradient of parameter '{sorted(still)[0]}' does not separate by example: the model's output for one "
-                "example depends on its batch, or it leaves the autograd graph; use estimator: weight"
+                f"the gradient of parameter '{sorted(still)[0]}' does not separate by example: the model's output for "
+                "one example depends on its batch, or it leaves the autograd graph; use estimator: weight"
             )
     return plan
 
@@ -215,7 +221,8 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
             sites.append(Site(path, selected))
             covered.update(f"{path}.{attribute}" if path else attribute for attribute, _ in selected)
     recording = Recording(model, sites, x, parameters)
-    # A parameter that also lives in a module without a rule, or in one whose calls don't hold one row per example, is whole.
+    # A parameter that also lives in a module without a rule, or in one whose calls don't hold one row per example, is
+    # whole.
     whole = {name for name in space.names if any(alias not in covered for alias in groups[name])}
     for site in sites:
         calls = recording.calls[site.module]
@@ -244,7 +251,9 @@ def per_example_gradients(
 
 
 def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
-    """Parameters whose per-example gradients, weighted at random over examples and outputs, miss the weighted sum's gradient."""
+    """Parameters whose per-example gradients, weighted at random over examples and outputs, miss the weighted sum's
+    gradient.
+    """
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     with torch.enable_grad():
         values = outputs(model, x, leaves)
@@ -252,7 +261,9 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
         weights = normal(1, Stream.PROBE, count, 0, values.numel()).reshape(values.shape)
         if not values.requires_grad:
             return set()
-        expected = torch.autograd.grad((values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True)
+        expected = torch.autograd.grad(
+            (values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
+        )
     gradients = per_example_gradients(model, plan, x, parameters, range(values.shape[1]))
     scale = max(float(part.abs().max()) for part in expected)
     wrong = set()

@@ -1,7 +1,9 @@
-"""Features made of output differences Δ_s(x) = f(x; θ+z_s) − f(x; θ): the estimator `weight` and the kernel `covariance`.
+"""Features made of output differences Δ_s(x) = f(x; θ+z_s) − f(x; θ): the estimator `weight` and the kernel
+`covariance`.
 
 Valid for anything that can be evaluated: no gradient is taken. The kernel is Φ M Φᵀ with Φ = Δ:
-`weight`       M_st = P²⟨z_s,z_t⟩/(|z_s|²|z_t|²), since g = P·E[Δ z/|z|²]; blocks are paired, error of `unbiased` ~ √(2P)/S;
+`weight`       M_st = P²⟨z_s,z_t⟩/(|z_s|²|z_t|²), since g = P·E[Δ z/|z|²]; blocks are paired, error of `unbiased` ~
+√(2P)/S;
 `covariance`   M_ss = P/|z_s|², C(x,x') = P·E[ΔΔ'/|z|²]; PSD, error ~ 1/√S whatever P, *not* the NNTK unless γ → 0.
 
 Axes: n rows, s draws, r blocks, b draws of a block, c outputs.
@@ -25,8 +27,8 @@ from nntk_dist.features import ArraySpec, Rows
 class DifferenceFeatures:
     """Output differences under all draws; `pair_blocks` False gives the covariance kernel.
 
-    `metric`, (S, S) float64, is M scaled so that the mean over all pairs of blocks is Φ M Φᵀ; it is made from the draws where
-    not given. It is the same for all rows, so a pipeline makes it once.
+    `metric`, (S, S) float64, is M scaled so that the mean over all pairs of blocks is Φ M Φᵀ; it is made from the
+    draws where not given. It is the same for all rows, so a pipeline makes it once.
     """
 
     evaluator: Evaluator
@@ -64,7 +66,9 @@ class DifferenceFeatures:
         return {"differences": differences.contiguous()}
 
     def make_metric(self) -> Float64[Tensor, "s s"]:
-        """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations, `covariance` as many as one draw takes."""
+        """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations, `covariance` as many as one
+        draw takes.
+        """
         products = self.drawing.inner_products(device=next(self.evaluator.model.parameters()).device)
         norms = products.diagonal().clone()
         if not self.pair_blocks:
@@ -101,9 +105,7 @@ class DifferenceFeatures:
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         first = rows["differences"]
         shape = meeting.shape(len(first), len(others["differences"]), first.shape[2])
-        sums = empty_sums(
-            shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device
-        )
+        sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
         add_factored_(sums, self._factored(rows), self._factored(others), meeting)
         return sums
 

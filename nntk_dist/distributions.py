@@ -23,7 +23,15 @@ class Distribution(Protocol):
     gamma: float
 
     def sample(
-        self, seed: int, groups: Tensor, num_parameters: int, start: int, stop: int, *, stream: Stream, dtype: torch.dtype
+        self,
+        seed: int,
+        groups: Tensor,
+        num_parameters: int,
+        start: int,
+        stop: int,
+        *,
+        stream: Stream,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Coordinates `start` to `stop` of the perturbation of each group, (g, stop - start)."""
         ...
@@ -37,7 +45,15 @@ class Gaussian:
     name: str = "gaussian"
 
     def sample(
-        self, seed: int, groups: Tensor, num_parameters: int, start: int, stop: int, *, stream: Stream, dtype: torch.dtype
+        self,
+        seed: int,
+        groups: Tensor,
+        num_parameters: int,
+        start: int,
+        stop: int,
+        *,
+        stream: Stream,
+        dtype: torch.dtype,
     ) -> Tensor:
         return normal(seed, stream, groups, start, stop, dtype=dtype).mul_(self.gamma / math.sqrt(2.0))
 

@@ -1,7 +1,7 @@
 """Which perturbation every draw is: designs, blocks, and the perturbations themselves as functions of their number.
 
-Draws that depend on each other (±z of an antithetic pair) form a group, and a group never straddles two blocks: blocks are
-independent and identically distributed, on which every standard error rests. Nothing here evaluates a model.
+Draws that depend on each other (±z of an antithetic pair) form a group, and a group never straddles two blocks: blocks
+are independent and identically distributed, on which every standard error rests. Nothing here evaluates a model.
 
 Axes: s draws, r blocks, P parameters.
 """
@@ -40,13 +40,15 @@ class Drawing:
     def __post_init__(self) -> None:
         check_choice("design", self.design, GROUP_SIZES)
         if self.num_blocks < MINIMUM_BLOCKS:
-            raise NNTKError(f"blocks is {self.num_blocks}; allowed: {MINIMUM_BLOCKS} or more, which the error bars need")
+            raise NNTKError(
+                f"blocks is {self.num_blocks}; allowed: {MINIMUM_BLOCKS} or more, which the error bars need"
+            )
         unit = self.num_blocks * self.group_size
         if self.num_draws < unit or self.num_draws % unit:
             nearest = max(unit, round(self.num_draws / unit) * unit)
             raise NNTKError(
-                f"draws is {self.num_draws}; allowed: multiples of {unit} ({self.num_blocks} blocks of {self.design} groups "
-                f"of {self.group_size}); the nearest is {nearest}"
+                f"draws is {self.num_draws}; allowed: multiples of {unit} ({self.num_blocks} blocks of "
+                f"{self.design} groups of {self.group_size}); the nearest is {nearest}"
             )
 
     @property
@@ -58,7 +60,13 @@ class Drawing:
         return self.num_draws // self.num_blocks
 
     def perturbations(
-        self, draws: range, start: int = 0, stop: int | None = None, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        draws: range,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> Float[Tensor, "s P"]:
         """Coordinates `start` to `stop` of the perturbations z of consecutive draws; cost O(s·(stop − start))."""
         stop = self.num_parameters if stop is None else stop
@@ -80,7 +88,9 @@ class Drawing:
         return uniform(self.seed, Stream.RADIUS, groups, 1)[:, 0] ** (1.0 / self.num_parameters)
 
     def inner_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
-        """⟨z_s, z_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S·65536 + S²), 2·S²·P operations."""
+        """⟨z_s, z_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S·65536 + S²), 2·S²·P
+        operations.
+        """
         everything = range(self.num_draws)
         result = torch.zeros(self.num_draws, self.num_draws, dtype=torch.float64, device=device)
         width = max(1024, min(_PARAMETERS_PER_CHUNK, (1 << 24) // self.num_draws))
@@ -92,6 +102,8 @@ class Drawing:
 
 
 def automatic_draws(estimator: str, blocks: int, design: str) -> int:
-    """`draws: auto`: one group a block where gradients are drawn, otherwise 256 rounded up to whole groups in every block."""
+    """`draws: auto`: one group a block where gradients are drawn, otherwise 256 rounded up to whole groups in every
+    block.
+    """
     unit = blocks * GROUP_SIZES[design]
     return unit if estimator == "autodiff" else -(-AUTO_DRAWS // unit) * unit

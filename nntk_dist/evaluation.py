@@ -1,8 +1,8 @@
 """A model as a function f(x; θ): outputs at given parameters, one set or many.
 
-Two ways to evaluate many perturbed models on one batch, equal to rounding: *sequential*, one functional call a draw, which a
-large batch fills; and *stacked*, one vmapped call for a chunk of draws, which spares small models the overhead of a call.
-The choice changes rounding, so it is made once, when a run is planned. No randomness, no gradients here.
+Two ways to evaluate many perturbed models on one batch, equal to rounding: *sequential*, one functional call a draw,
+which a large batch fills; and *stacked*, one vmapped call for a chunk of draws, which spares small models the overhead
+of a call. The choice changes rounding, so it is made once, when a run is planned. No randomness, no gradients here.
 
 Axes: n examples, s draws, c outputs, P parameters.
 """
@@ -19,7 +19,8 @@ from torch.func import functional_call, vmap
 from nntk_dist.errors import NNTKError
 from nntk_dist.parameters import ParameterSpace
 
-# Below this many multiply-adds a call's overhead exceeds its arithmetic (measured on CPU: about 100 µs a functional call).
+# Below this many multiply-adds a call's overhead exceeds its arithmetic (measured on CPU: about 100 µs a functional
+# call).
 _STACK_BELOW_OPERATIONS = 1 << 21
 _STACK_ELEMENTS = 1 << 22
 
@@ -29,9 +30,7 @@ def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device 
     return copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def outputs(
-    model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None
-) -> Float[Tensor, "n c"]:
+def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:
     """f(x; θ) with the given parameters in place of the model's own; a model of one number per example gives c = 1.
 
     Raises: NNTKError where the output is not a floating tensor of shape (n,) or (n, C).
@@ -46,8 +45,8 @@ def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
         raise NNTKError(f"the model returned a {type(result).__name__}; allowed: one tensor of shape (n,) or (n, C)")
     if result.ndim not in (1, 2) or result.shape[0] != num_examples:
         raise NNTKError(
-            f"the model returned shape {tuple(result.shape)} for {num_examples} examples; allowed: ({num_examples},) or "
-            f"({num_examples}, C): flatten or pool further axes inside the model"
+            f"the model returned shape {tuple(result.shape)} for {num_examples} examples; allowed: ({num_examples},) "
+            f"or ({num_examples}, C): flatten or pool further axes inside the model"
         )
     if not result.is_floating_point():
         raise NNTKError(f"the model returned dtype {result.dtype}; allowed: real floating point")
@@ -60,8 +59,8 @@ def check_finite(values: Tensor, what: str) -> None:
     if not bool(finite.all()):
         bad = (~finite).flatten(1).any(1).nonzero()[:, 0]
         raise NNTKError(
-            f"{what}: NaN or infinity for {len(bad)} of {len(values)} examples, the first at row {int(bad[0])} of its batch; "
-            "check the checkpoint, the scale of the inputs and gamma"
+            f"{what}: NaN or infinity for {len(bad)} of {len(values)} examples, the first at row {int(bad[0])} of its "
+            "batch; check the checkpoint, the scale of the inputs and gamma"
         )
 
 
@@ -93,7 +92,8 @@ class Evaluator:
 
 
 def prefers_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> bool:
-    """Whether many perturbed models on this batch go faster stacked: small dense models on small batches that vmap can take.
+    """Whether many perturbed models on this batch go faster stacked: small dense models on small batches that vmap can
+    take.
 
     Convolutions never do: their stacked weights become a grouped convolution, several times slower.
     """
@@ -104,6 +104,8 @@ def prefers_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> bool
     trial = torch.zeros(2, space.num_parameters, dtype=next(model.parameters()).dtype, device=x.device)
     try:
         Evaluator(model, space, stacked=True).perturbed(x[:1], trial)
-    except RuntimeError:  # vmap refuses data-dependent control flow and in-place writes: such a model is evaluated in turn
+    except (
+        RuntimeError
+    ):  # vmap refuses data-dependent control flow and in-place writes: such a model is evaluated in turn
         return False
     return True

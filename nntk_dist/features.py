@@ -1,7 +1,7 @@
 """What every kind of feature offers: arrays with a leading row axis, and the block sums of two row sets.
 
-The interface only. `differences` (weight, covariance) and `gradients` (autodiff, averaged, local) fulfil it; the in-memory
-functions and the pipeline use nothing else of them, so that a tile is the same whichever made its features.
+The interface only. `differences` (weight, covariance) and `gradients` (autodiff, averaged, local) fulfil it; the
+in-memory functions and the pipeline use nothing else of them, so that a tile is the same whichever made its features.
 
 Axes: n rows, s draws, r blocks, c outputs.
 """
@@ -33,12 +33,35 @@ class ArraySpec:
 class FeatureMap(Protocol):
     """Features of rows under all draws; for the meaning of the sums see `nntk_dist.block_sums`."""
 
-    num_draws: int
-    num_blocks: int
-    num_parameters: int
-    columns: tuple[int, ...]
-    pair_blocks: bool
-    shows_unresolved: bool
+    @property
+    def num_draws(self) -> int:
+        """S, perturbed models."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """R, independent blocks of draws."""
+        ...
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        ...
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The model outputs that the kernel is made of."""
+        ...
+
+    @property
+    def pair_blocks(self) -> bool:
+        """Whether products of different blocks are made (the nonlocal kernel), or only of each draw with itself."""
+        ...
+
+    @property
+    def shows_unresolved(self) -> bool:
+        """Whether `changed` can tell that a row was never changed by any draw."""
+        ...
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -58,7 +81,9 @@ class FeatureMap(Protocol):
         ...
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Tensor:
-        """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile); float64."""
+        """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile);
+        float64.
+        """
         ...
 
     def changed(self, rows: Rows) -> Tensor:

@@ -1,21 +1,31 @@
 """Features made of gradients at random parameters: `autodiff`, the kernel `averaged`, and the ordinary NTK (`local`).
 
-`autodiff`: g(x) = E[∇f(x; θ + U^{1/P} z)], U ~ Uniform(0, 1), for f locally Lipschitz in θ and any radial ρ (DESIGN §1).
+`autodiff`: g(x) = E[∇f(x; θ + U^{1/P} z)], U ~ Uniform(0, 1), for f locally Lipschitz in θ and any radial ρ (DESIGN
+§1).
 `averaged`: E_z[NTK(θ + U^{1/P} z)], each draw with itself. `local`: one gradient, at θ.
-A Linear layer's gradient δ ⊗ h̃ stays in two factors, or is averaged over a block's draws where that needs fewer operations.
+A Linear layer's gradient δ ⊗ h̃ stays in two factors, or is averaged over a block's draws where that needs fewer
+operations.
 
 Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only itself), c outputs, k dense parameters.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from nntk_dist.block_sums import BlockSums, Factored, Layered, Meeting, add_factored_, add_layered_, draw_products, empty_sums
+from nntk_dist.block_sums import (
+    BlockSums,
+    Factored,
+    Layered,
+    Meeting,
+    add_factored_,
+    add_layered_,
+    draw_products,
+    empty_sums,
+)
 from nntk_dist.capture import Recording, SitePlan, dense_gradients, extended_input
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
@@ -199,11 +209,19 @@ def linear_widths(model: nn.Module, path: str, attributes: Sequence[str]) -> tup
 
 
 def cheapest_contraction(
-    model: nn.Module, plan: SitePlan, *, num_draws: int, num_blocks: int, num_outputs: int, pair_blocks: bool, full: bool
+    model: nn.Module,
+    plan: SitePlan,
+    *,
+    num_draws: int,
+    num_blocks: int,
+    num_outputs: int,
+    pair_blocks: bool,
+    full: bool,
 ) -> SitePlan:
     """The plan with every Linear site formed densely where that takes fewer multiply-adds for an entry of the kernel.
 
-    Layered: S² (or S) times the widths of the layer; dense: 3R (or S) times its parameters, for all outputs (squared if full).
+    Layered: S² (or S) times the widths of the layer; dense: 3R (or S) times its parameters, for all outputs (squared
+    if full).
     """
     dense = set()
     pairs = num_draws**2 if pair_blocks else num_draws

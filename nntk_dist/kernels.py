@@ -1,7 +1,7 @@
 """Kernels of a model on tensors in memory: `nonlocal_kernel`, `covariance_kernel`, `averaged_kernel`, `local_kernel`.
 
-The same features, sums and statistics as the pipeline's, in one process and without a store. Features of all rows are held:
-for what does not fit, use the pipeline.
+The same features, sums and statistics as the pipeline's, in one process and without a store. Features of all rows are
+held: for what does not fit, use the pipeline.
 
 Axes: n1, n2 examples, c outputs; `full` kernels are indexed i·C + c.
 """
@@ -27,7 +27,8 @@ _BATCH = 256
 class KernelEstimate:
     """A kernel with its standard error.
 
-    `kernel` is the asked statistic ("both" gives plugin), `plugin` and `unbiased` the two of a nonlocal kernel (None elsewhere);
+    `kernel` is the asked statistic ("both" gives plugin), `plugin` and `unbiased` the two of a nonlocal kernel (None
+    elsewhere);
     `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
     `relative_error` estimates ‖U − Θ‖/‖Θ‖, `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
     """
@@ -75,15 +76,27 @@ def nonlocal_kernel(
 ) -> KernelEstimate:
     """The nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²], z of range γ.
 
-    Assumes that an example's output does not depend on its batch; eval mode is used. `unbiased` is right on average and not
-    PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare entries with `unbiased`.
-    Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S² products of
-    the layers' widths an entry. Source: arXiv 2509.12467; estimators and error bars are this library's.
+    Assumes that an example's output does not depend on its batch; eval mode is used. `unbiased` is right on average
+    and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare entries with `unbiased`.
+    Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
+    products of the layers' widths an entry. Source: arXiv 2509.12467; estimators and error bars are this library's.
 
-    Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the model.
+    Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
+    model.
     """
     spec = KernelSpec(
-        "nonlocal", gamma, distribution, estimator, statistic, design, draws, blocks, tuple(parameters), outputs, scale, seed
+        "nonlocal",
+        gamma,
+        distribution,
+        estimator,
+        statistic,
+        design,
+        draws,
+        blocks,
+        tuple(parameters),
+        outputs,
+        scale,
+        seed,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -106,12 +119,24 @@ def covariance_kernel(
     dtype: torch.dtype | None = None,
     batch: int | None = None,
 ) -> KernelEstimate:
-    """C(x,x') = P·E[Δ(x)Δ(x')/|z|²]: PSD, unbiased, error ~ 1/√S whatever P; tends to the NTK as γ → 0 but is not the NNTK.
+    """C(x,x') = P·E[Δ(x)Δ(x')/|z|²]: PSD, unbiased, error ~ 1/√S whatever P; tends to the NTK as γ → 0 but is not the
+    NNTK.
 
     Antithetic draws average the products at +z and at −z. Raises as `nonlocal_kernel`.
     """
     spec = KernelSpec(
-        "covariance", gamma, distribution, "auto", "plugin", design, draws, blocks, tuple(parameters), outputs, scale, seed
+        "covariance",
+        gamma,
+        distribution,
+        "auto",
+        "plugin",
+        design,
+        draws,
+        blocks,
+        tuple(parameters),
+        outputs,
+        scale,
+        seed,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -136,7 +161,18 @@ def averaged_kernel(
 ) -> KernelEstimate:
     """E_z[NTK(θ + U^{1/P} z)]: PSD, unbiased, the NTK averaged over the neighbourhood. Raises as `nonlocal_kernel`."""
     spec = KernelSpec(
-        "averaged", gamma, distribution, "auto", "plugin", design, draws, blocks, tuple(parameters), outputs, scale, seed
+        "averaged",
+        gamma,
+        distribution,
+        "auto",
+        "plugin",
+        design,
+        draws,
+        blocks,
+        tuple(parameters),
+        outputs,
+        scale,
+        seed,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -208,7 +244,7 @@ def _statistics(
         left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
         for j in range(i if symmetric else 0, n2, _TILE_ROWS):
             right_tile = slice_rows(right, slice(j, j + _TILE_ROWS))
-            tile = tile_estimates(features, left_tile, right_tile, spec.meeting, calibration, spec.scale)
+            tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
             for name, values in tile.items():
                 whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))
                 if symmetric and i == j:

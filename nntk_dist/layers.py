@@ -1,8 +1,9 @@
-"""What a layer's parameters contribute to the gradient of one example, from the layer's input h and its output gradient δ.
+"""What a layer's parameters contribute to the gradient of one example, from the layer's input h and its output
+gradient δ.
 
-One rule a kind of layer, each the textbook formula, for one call of the layer on a batch whose leading axis is the examples.
-Rules say nothing of other layers, of draws or of kernels. A module without a rule is differentiated as a whole
-(`nntk_dist.capture`); so is any parameter for which a rule turns out not to reproduce automatic differentiation.
+One rule a kind of layer, each the textbook formula, for one call of the layer on a batch whose leading axis is the
+examples. Rules say nothing of other layers, of draws or of kernels. A module without a rule is differentiated as a
+whole (`nntk_dist.capture`); so is any parameter for which a rule turns out not to reproduce automatic differentiation.
 
 Axes: n examples, c outputs of the model, o/i units out/in of the layer, t positions.
 """
@@ -11,11 +12,12 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 Gradients = dict[str, Tensor]
-# (module, its parameters at this draw, h of shape (n, ...), δ of shape (n, c, ...)) -> parameter name in the module: (n, c, *shape)
+# (module, its parameters at this draw, h of shape (n, ...), δ of shape (n, c, ...)) -> parameter name in the module:
+# (n, c, *shape)
 Rule = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Gradients]
 
 
@@ -30,7 +32,7 @@ def convolution(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, 
     """As a linear layer over the patches that the kernel sees, group by group."""
     assert isinstance(module, nn.Conv2d)
     assert not isinstance(module.padding, str)
-    patches = F.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
+    patches = functional.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
     groups = module.groups
     patches = patches.reshape(len(h), groups, -1, patches.shape[-1])
     delta = delta.flatten(3)
@@ -47,20 +49,22 @@ def _affine(normalised: Tensor, delta: Tensor, axes: tuple[int, ...]) -> Gradien
 
 
 def layer_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    """The affine map behind the normalisation over the last axes."""
     assert isinstance(module, nn.LayerNorm)
-    normalised = F.layer_norm(h, module.normalized_shape, eps=module.eps)
+    normalised = functional.layer_norm(h, module.normalized_shape, eps=module.eps)
     return _affine(normalised, delta, tuple(range(1, h.ndim - len(module.normalized_shape))))
 
 
 def group_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
+    """The affine map of every channel behind the normalisation over groups of channels."""
     assert isinstance(module, nn.GroupNorm)
-    return _affine(F.group_norm(h, module.num_groups, eps=module.eps), delta, tuple(range(2, h.ndim)))
+    return _affine(functional.group_norm(h, module.num_groups, eps=module.eps), delta, tuple(range(2, h.ndim)))
 
 
 def batch_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
     """With running statistics, which eval mode uses: an affine map of every channel."""
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    normalised = F.batch_norm(h, module.running_mean, module.running_var, eps=module.eps)
+    normalised = functional.batch_norm(h, module.running_mean, module.running_var, eps=module.eps)
     return _affine(normalised, delta, tuple(range(2, h.ndim)))
 
 

@@ -37,7 +37,9 @@ class ParameterSpace:
         """The named tensors that a long vector holds, as views of it."""
         parts = torch.split(vector, self.sizes, dim=-1)
         lead = vector.shape[:-1]
-        return {name: part.reshape(*lead, *shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
+        return {
+            name: part.reshape(*lead, *shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
+        }
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's present values of the selected parameters, detached."""
@@ -60,11 +62,14 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def select_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> ParameterSpace:
     """The parameters whose name matches one of the shell-style patterns.
 
-    Raises: NNTKError where the model has no parameters, a pattern matches none, or a selected one is not real floating point.
+    Raises: NNTKError where the model has no parameters, a pattern matches none, or a selected one is not real floating
+    point.
     """
     groups = aliases(model)
     if not groups:
-        raise NNTKError("the model has no parameters; a tangent kernel needs at least one (wrap tensors in nn.Parameter)")
+        raise NNTKError(
+            "the model has no parameters; a tangent kernel needs at least one (wrap tensors in nn.Parameter)"
+        )
     every_name = [name for group in groups.values() for name in group]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every_name):

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, stream, group, draw, index).
 
-The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): no state, no order, the
-same integers on every device. A normal is made from them in float64, so that devices agree to the rounding of `log` and `cos`.
-This module knows nothing of models or perturbations, and keeps no generator object anywhere.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): no state, no
+order, the same integers on every device. A normal is made from them in float64, so that devices agree to the rounding
+of `log` and `cos`. This module knows nothing of models or perturbations, and keeps no generator object anywhere.
 
 Axes: g groups (requested counters), i index within one group's vector.
 """
@@ -35,7 +35,9 @@ class Stream(IntEnum):
     PROBE = 6
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of a counter of four 32-bit words held in int64 tensors that broadcast together.
 
     A product of two 32-bit words overflows int64, which wraps modulo 2^64; its two halves are still the right bits.

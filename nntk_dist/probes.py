@@ -1,7 +1,8 @@
 """What a model is like, found by trying it: does f jump in its parameters, so that `autodiff` would be silently wrong?
 
-On a segment from θ to θ + z a locally Lipschitz f satisfies f(θ+z) − f(θ) = ∫₀¹ ∇f(θ+tz)·z dt; a jump (sign, round, argmax,
-also behind a straight-through gradient) breaks the equality whatever the number of points. Everything runs in float64.
+On a segment from θ to θ + z a locally Lipschitz f satisfies f(θ+z) − f(θ) = ∫₀¹ ∇f(θ+tz)·z dt; a jump (sign, round,
+argmax, also behind a straight-through gradient) breaks the equality whatever the number of points. Everything runs in
+float64.
 
 Axes: n examples, c outputs, P parameters.
 """
@@ -18,12 +19,14 @@ from nntk_dist.parameters import ParameterSpace
 from nntk_dist.philox import Stream
 
 _SEGMENTS = 4
-# Two further segments reach at least this far, relative to |θ|: at a tiny γ no jump may lie on the segments of the run itself.
+# Two further segments reach at least this far, relative to |θ|: at a tiny γ no jump may lie on the segments of the run
+# itself.
 _LONG_SEGMENTS = 2
 _LONG_REACH = 0.1
 _EXAMPLES = 32
 _POINTS = (16, 64, 256)
-# Kinks leave an error that falls with the number of points (below 0.5 % at 256 for ReLU networks); jumps leave their own size.
+# Kinks leave an error that falls with the number of points (below 0.5 % at 256 for ReLU networks); jumps leave their
+# own size.
 _TOLERANCE = 0.01
 
 
@@ -41,10 +44,11 @@ class JumpProbe:
 
 
 def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Tensor) -> JumpProbe:
-    """Compare increments and integrated gradients on segments drawn like the perturbations themselves, and on longer ones.
+    """Compare increments and integrated gradients on segments drawn like the perturbations themselves, and on longer
+    ones.
 
-    Cost: at most 6·336 forward and backward passes over 32 examples. A model whose output no segment moves has residual 1:
-    it shows no gradient to trust.
+    Cost: at most 6·336 forward and backward passes over 32 examples. A model whose output no segment moves has
+    residual 1: it shows no gradient to trust.
     """
     exact = prepare_model(model, dtype=torch.float64, device=x.device)
     x = x[:_EXAMPLES]

@@ -1,12 +1,12 @@
 """What a kernel is (`KernelSpec`), which estimator computes it (`Resolution`), and the feature map that both make.
 
-The choice of the estimator is made once, from the model and a few examples, explained in words, and then handed around as a
-value: workers rebuild the same feature map from it. No kernel is computed here.
+The choice of the estimator is made once, from the model and a few examples, explained in words, and then handed around
+as a value: workers rebuild the same feature map from it. No kernel is computed here.
 
 Axes: n examples, c outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from nntk_dist.distributions import make_distribution
 from nntk_dist.drawing import Drawing, automatic_draws
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
-from nntk_dist.features import FeatureMap
+from nntk_dist.features import FeatureMap, concatenate_rows, slice_rows
 from nntk_dist.gradients import GradientFeatures, cheapest_contraction
 from nntk_dist.parameters import ParameterSpace, select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
@@ -57,9 +57,13 @@ class KernelSpec:
         if isinstance(self.draws, str):
             check_choice("draws", self.draws, ("auto",))
         if self.kind == "covariance" and self.estimator == "autodiff":
-            raise NNTKError("estimator is 'autodiff'; allowed for kind covariance, which is made of differences: auto, weight")
+            raise NNTKError(
+                "estimator is 'autodiff'; allowed for kind covariance, which is made of differences: auto, weight"
+            )
         if self.kind in ("averaged", "local") and self.estimator == "weight":
-            raise NNTKError(f"estimator is 'weight'; allowed for kind {self.kind}, which is made of gradients: auto, autodiff")
+            raise NNTKError(
+                f"estimator is 'weight'; allowed for kind {self.kind}, which is made of gradients: auto, autodiff"
+            )
 
     @property
     def pair_blocks(self) -> bool:
@@ -98,14 +102,17 @@ class Resolution:
 def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Resolution:
     """Decide the estimator for a prepared model, on up to 32 of the examples.
 
-    Raises: NNTKError where the asked estimator is not valid for the model, an output does not exist, or f is not finite.
+    Raises: NNTKError where the asked estimator is not valid for the model, an output does not exist, or f is not
+    finite.
     """
     space = select_parameters(model, spec.parameters)
     values = Evaluator(model, space).base(x[:32])
     check_finite(values, "the model's output")
     num_outputs = values.shape[1]
     if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
-        raise NNTKError(f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full")
+        raise NNTKError(
+            f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
+        )
     estimator, reason = _choose(model, space, spec, x)
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space.num_parameters).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
@@ -127,8 +134,8 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
     if spec.estimator == "autodiff":
         raise NNTKError(
-            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is silently wrong; "
-            "use estimator: weight or auto"
+            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is silently "
+            "wrong; use estimator: weight or auto"
         )
     return "weight", f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
 
@@ -148,8 +155,9 @@ def make_feature_map(
     columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(resolution.num_outputs))
     evaluator = Evaluator(model, space, resolution.stacked)
     if resolution.estimator == "weight":
-        drawing = spec.drawing("weight", space.num_parameters)
-        return DifferenceFeatures(evaluator, drawing, columns, spec.pair_blocks, metric)
+        return DifferenceFeatures(
+            evaluator, spec.drawing("weight", space.num_parameters), columns, spec.pair_blocks, metric
+        )
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space.num_parameters)
     plan = cheapest_contraction(
         model,
@@ -163,16 +171,27 @@ def make_feature_map(
     return GradientFeatures(evaluator, plan, drawing, columns, spec.pair_blocks)
 
 
-def compute_rows(
-    features: FeatureMap, x: Tensor, draws: range, columns: Sequence[int], *, batch: int
-) -> dict[str, Tensor]:
-    """Features of any number of rows in batches of exactly `batch`: the last is padded with its last row, so that the rounding
-    of a row depends on its place in its batch and on nothing else."""
-    parts = []
+def in_batches(x: Tensor, batch: int) -> Iterator[tuple[Tensor, int]]:
+    """Batches of exactly `batch` rows and how many of them count: the last is padded with its last row.
+
+    So the rounding of a row's result depends on its place in its batch and on nothing else.
+    """
     for start in range(0, len(x), batch):
         rows = x[start : start + batch]
         missing = batch - len(rows)
         padded = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
-        part = features.compute(padded, draws, columns)
-        parts.append({name: array[: len(rows)] for name, array in part.items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        yield padded, len(rows)
+
+
+def compute_rows(
+    features: FeatureMap, x: Tensor, draws: range, columns: Sequence[int], *, batch: int
+) -> dict[str, Tensor]:
+    """Features of any number of rows, in padded batches."""
+    return concatenate_rows(
+        [slice_rows(features.compute(rows, draws, columns), slice(count)) for rows, count in in_batches(x, batch)]
+    )
+
+
+def compute_outputs(features: FeatureMap, x: Tensor, *, batch: int) -> Tensor:
+    """f(x; θ) of any number of rows, in padded batches."""
+    return torch.cat([features.outputs(rows)[:count] for rows, count in in_batches(x, batch)])

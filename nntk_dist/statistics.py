@@ -1,8 +1,8 @@
 """From block sums to a kernel with error bars: plugin, unbiased, and calibrated standard errors.
 
-`plugin` = Σ_{rr'} H_rr'/R² is PSD and inflated by noise; `unbiased` U = Σ_{r≠r'} h_rr'/(R(R−1)) is right on average and not PSD.
-The jackknife variance J of U is too wide by up to 2(R−1)/(R−2), the unbiased variance estimate V noisy and possibly negative;
-so the standard error takes J's shape at V's level, measured on a fixed sample of entries.
+`plugin` = Σ_{rr'} H_rr'/R² is PSD and inflated by noise; `unbiased` U = Σ_{r≠r'} h_rr'/(R(R−1)) is right on average
+and not PSD. The jackknife variance J of U is too wide by up to 2(R−1)/(R−2), the unbiased variance estimate V noisy
+and possibly negative; so the standard error takes J's shape at V's level, measured on a fixed sample of entries.
 
 Axes: r/R blocks, leading; the rest is a tile of any shape.
 """
@@ -63,9 +63,11 @@ def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, T
 
 
 def calibrate(products: Float64[Tensor, "r ..."], *, pair_blocks: bool) -> Calibration:
-    """Calibration from all block products of a sample of entries: (R, R, *sample), or (R, *sample) where blocks stand alone.
+    """Calibration from all block products of a sample of entries: (R, R, *sample), or (R, *sample) where blocks stand
+    alone.
 
-    level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased and level 1.
+    level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased,
+    level 1.
     """
     blocks = len(products)
     if pair_blocks:
@@ -99,7 +101,8 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
 
 
 def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = 4096) -> tuple[Tensor, Tensor]:
-    """Row and column numbers whose crossing is the calibration sample: everything where that is at most `limit` entries.
+    """Row and column numbers whose crossing is the calibration sample: everything where that is at most `limit`
+    entries.
 
     A pure function of the seed and the kernel's size, never of its tiling.
     """

@@ -5,40 +5,54 @@ It computes and returns; where rows come from and where tiles go is the caller's
 Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting` says.
 """
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from nntk_dist.block_sums import Meeting
+from nntk_dist.block_sums import BlockSums, Meeting
 from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.statistics import Calibration, estimate
 
 
 def tile_estimates(
-    features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, calibration: Calibration | None, scale: str
+    features: FeatureMap,
+    parts: Iterable[tuple[Rows, Rows]],
+    meeting: Meeting,
+    calibration: Calibration | None,
+    scale: str,
 ) -> dict[str, Tensor]:
     """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in float64 and in the kernel's scale.
 
-    Without a calibration no standard error is made, which spares a third of the products. The standard error of an entry
-    is NaN where no draw changed the output of its row or column: such an entry is not known to be zero, it is not known.
+    `parts` are the features of rows and columns, all outputs at once or (for `trace`) a few outputs at a time. Without
+    a calibration no standard error is made, which spares a third of the products. The standard error of an entry is NaN
+    where no draw changed the output of its row or column: such an entry is not known to be zero, it is not known.
     """
-    sums = features.block_sums(rows, others, meeting, by_block=calibration is not None)
-    result = estimate(sums, calibration)
+    total: BlockSums | None = None
+    resolved: Tensor | None = None
+    for rows, others in parts:
+        sums = features.block_sums(rows, others, meeting, by_block=calibration is not None)
+        changed = _both(features.changed(rows), features.changed(others), meeting, len(features.columns))
+        total = sums if total is None else total.add_(sums)
+        resolved = changed if resolved is None else resolved | changed
+    if total is None or resolved is None:
+        raise ValueError("a tile needs at least one part")
+    result = estimate(total, calibration)
     factor = features.num_parameters**-2 if scale == "raw" else 1.0
     values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
     present = {name: value * factor for name, value in values.items() if value is not None}
     if "stderr" in present and features.shows_unresolved:
-        unresolved = _either(~features.changed(rows), ~features.changed(others), meeting, len(features.columns))
-        present["stderr"] = present["stderr"].masked_fill(unresolved, torch.nan)
+        present["stderr"] = present["stderr"].masked_fill(~resolved, torch.nan)
     return present
 
 
-def _either(first: Bool[Tensor, " n1"], second: Bool[Tensor, " n2"], meeting: Meeting, num_outputs: int) -> Tensor:
-    """Which entries of a tile have a marked row or a marked column."""
+def _both(first: Bool[Tensor, " n1"], second: Bool[Tensor, " n2"], meeting: Meeting, num_outputs: int) -> Tensor:
+    """Which entries of a tile have a marked row and a marked column."""
     if meeting.paired:
-        marked = first | second
+        marked = first & second
         return marked[:, None, None] if meeting.full else marked
-    marked = first[:, None] | second[None, :]
+    marked = first[:, None] & second[None, :]
     if meeting.full:
         return marked.repeat_interleave(num_outputs, 0).repeat_interleave(num_outputs, 1)
     return marked

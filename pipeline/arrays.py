@@ -1,0 +1,114 @@
+"""Which arrays a run's `kernel.zarr` holds, as one table: path, shape, shards, names of the axes.
+
+The plan sums its bytes, the driver creates the arrays, the workers write their shards, `verify` checks them. It opens
+nothing.
+
+Axes: row (train), test rows are named test; column is a train example; draw, block, output, unit, parameter of
+features.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nntk_dist.features import ArraySpec
+from pipeline.job import SPLITS, Job
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of the store; `shards` is what one task writes at a time."""
+
+    path: str
+    shape: tuple[int, ...]
+    shards: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def statistics_of(job: Job) -> dict[str, str]:
+    """Array suffix -> what it holds: `gram` is the asked statistic (plugin for both), `gram_unbiased` the other."""
+    if not job.spec.pair_blocks:
+        names = {"": "plugin"}
+    elif job.spec.statistic == "both":
+        names = {"": "plugin", "_unbiased": "unbiased"}
+    else:
+        names = {"": job.spec.statistic}
+    return names | ({"_stderr": "stderr"} if job.layout.stderr == "entry" else {})
+
+
+def kernel_width(job: Job) -> int:
+    """Kernel rows of one example: C for `full`, else 1."""
+    return job.sizes.num_kernel_outputs if job.spec.meeting.full else 1
+
+
+def kernel_arrays(job: Job) -> list[StoredArray]:
+    """Train and test Gram matrices and the test diagonal, each with its companions."""
+    width, dtype = kernel_width(job), job.layout.dtype
+    train, test = job.sizes.num_train * width, job.sizes.num_test * width
+    arrays = []
+    for suffix in statistics_of(job):
+        edge = min(job.layout.tile, job.sizes.num_train) * width
+        height = min(job.layout.tile, job.sizes.num_test) * width
+        arrays.append(StoredArray(f"train/gram{suffix}", (train, train), (edge, edge), ("row", "col"), dtype))
+        arrays.append(StoredArray(f"test/gram{suffix}", (test, train), (height, edge), ("row", "col"), dtype))
+        shape: tuple[int, ...] = (job.sizes.num_test,)
+        axes: tuple[str, ...] = ("row",)
+        if job.spec.meeting.full:
+            shape, axes = (*shape, width, width), ("row", "output", "output_col")
+        shard = (min(job.layout.tile, job.sizes.num_test), *shape[1:])
+        arrays.append(StoredArray(f"test/diagonal{suffix}", shape, shard, axes, dtype))
+    return arrays
+
+
+def feature_path(job: Job, split: str, name: str) -> str:
+    """Where a feature array lies: differences are `features` itself, layers are members of a group."""
+    return f"{split}/features" if job.resolution.estimator == "weight" else f"{split}/features/{name}"
+
+
+def feature_arrays(job: Job, specs: tuple[ArraySpec, ...]) -> list[StoredArray]:
+    """Features of both splits, in shards of (shard_rows, one chunk of draws)."""
+    if not job.layout.store_features:
+        return []
+    arrays = []
+    for split in SPLITS:
+        rows = job.sizes.rows(split)
+        for spec in specs:
+            step = chunk_length(job, spec)
+            shards = (min(job.layout.shard_rows, rows), step, *spec.shape[1:])
+            path = feature_path(job, split, spec.name)
+            arrays.append(StoredArray(path, (rows, *spec.shape), shards, ("row", *spec.axes), job.layout.dtype))
+    return arrays
+
+
+def chunk_length(job: Job, spec: ArraySpec) -> int:
+    """How much of a feature array's first axis one chunk of draws fills."""
+    return job.layout.chunk_draws * spec.shape[0] // job.sizes.num_draws
+
+
+def all_arrays(
+    job: Job, specs: tuple[ArraySpec, ...], targets: dict[str, np.ndarray], ids: dict[str, np.ndarray]
+) -> list[StoredArray]:
+    """Every array of the store."""
+    arrays = kernel_arrays(job) + feature_arrays(job, specs)
+    for split in SPLITS:
+        rows = job.sizes.rows(split)
+        step = min(job.layout.shard_rows, rows)
+        outputs = job.sizes.num_outputs
+        arrays.append(
+            StoredArray(f"{split}/outputs", (rows, outputs), (step, outputs), ("row", "output"), job.layout.dtype)
+        )
+        for name, values in (("targets", targets[split]), ("id", ids[split])):
+            axes = ("row",) if values.ndim == 1 else ("row", "output")
+            arrays.append(
+                StoredArray(f"{split}/{name}", values.shape, (step, *values.shape[1:]), axes, str(values.dtype))
+            )
+    if job.resolution.estimator == "weight":
+        draws = job.sizes.num_draws
+        arrays.append(StoredArray("metric", (draws, draws), (draws, draws), ("draw", "draw_col"), "float64"))
+    return arrays

@@ -1,0 +1,154 @@
+"""What a task works with: the job, the data, the prepared model and its features, the store; and rows of features from
+either.
+
+Everything is built on first use and could be rebuilt after a restart. Stages get a `Context` and a `Task`; they know
+neither Ray nor the ledger.
+
+Axes: n rows, s draws, c outputs.
+"""
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.features import FeatureMap, Rows
+from nntk_dist.gradients import feature_bytes
+from nntk_dist.spec import compute_outputs, compute_rows, make_feature_map
+from pipeline.arrays import feature_path
+from pipeline.build import DTYPES, build_architecture
+from pipeline.data import Dataset
+from pipeline.job import Job
+from pipeline.kernel_store import KernelStore
+from pipeline.storage import RunStorage
+
+_CHECK_ROWS = 3
+_CACHE_BYTES = 512 << 20
+
+
+@dataclass
+class Written:
+    """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up."""
+
+    num_bytes: int = 0
+    checksums: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def checksum(self) -> int:
+        """One checksum for all arrays, in the order of their paths."""
+        return zlib.crc32(repr(sorted(self.checksums.items())).encode())
+
+
+class Sink(Protocol):
+    """Where tasks write: the kernel store, or whatever wants to see what they would write."""
+
+    def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
+        """Take whole shards of an array, beginning at the given index; bytes and checksum."""
+        ...
+
+
+@dataclass
+class Context:
+    """`state` is the model's state dict as the driver built or loaded it; the dataset comes from the driver too.
+
+    `sink` None writes to the kernel store.
+    """
+
+    job: Job
+    dataset: Dataset
+    state: Mapping[str, Tensor]
+    sink: Sink | None = None
+    _cache: "OrderedDict[tuple[object, ...], Rows]" = field(default_factory=OrderedDict)
+
+    @cached_property
+    def storage(self) -> RunStorage:
+        return RunStorage(self.job.run_dir)
+
+    @cached_property
+    def store(self) -> KernelStore:
+        return KernelStore(self.storage)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.job.layout.dtype]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        built = build_architecture(self.job.config, self.dataset)
+        built.load_state_dict(dict(self.state))
+        return prepare_model(built, dtype=self.dtype, device=self.job.layout.device)
+
+    @cached_property
+    def features(self) -> FeatureMap:
+        return self.feature_map(None)
+
+    @cached_property
+    def features_with_metric(self) -> FeatureMap:
+        """The features with the stored metric, for products of differences; without one, the same as `features`."""
+        if self.job.resolution.estimator != "weight":
+            return self.features
+        return self.feature_map(torch.from_numpy(self.store.read("metric")).to(self.job.layout.device))
+
+    def feature_map(self, metric: Tensor | None) -> FeatureMap:
+        examples = self.inputs("train", slice(0, _CHECK_ROWS))
+        return make_feature_map(self.model, examples, self.job.spec, self.job.resolution, metric=metric)
+
+    def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
+        """Model inputs of some rows, at the job's dtype and device."""
+        values = torch.from_numpy(np.ascontiguousarray(getattr(self.dataset, split).inputs[selection]))
+        return values.to(self.job.layout.device, self.dtype if values.is_floating_point() else values.dtype)
+
+    def output_parts(self) -> list[tuple[int, ...]]:
+        """The kernel's outputs in the portions in which features are held."""
+        columns = self.features.columns
+        step = len(columns) if self.job.layout.store_features else self.job.layout.outputs_at_once
+        return [columns[i : i + step] for i in range(0, len(columns), step)]
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """f(x; θ), in batches of the layout."""
+        return compute_outputs(self.features, x, batch=self.job.layout.batch)
+
+    def compute(self, x: Tensor, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of some inputs under all draws, from the model."""
+        draws = range(self.job.sizes.num_draws)
+        return compute_rows(self.features, x, draws, columns, batch=min(self.job.layout.batch, len(x)))
+
+    def feature_parts(self, row: tuple[str, int, int], column: tuple[str, int, int]) -> Iterator[tuple[Rows, Rows]]:
+        """Features of two row intervals (split, start, stop), some outputs at a time: from the store, or recomputed."""
+        for part in self.output_parts():
+            yield self._rows(row, part), self._rows(column, part)
+
+    def _rows(self, interval: tuple[str, int, int], columns: tuple[int, ...]) -> Rows:
+        """Features of one interval, remembered while they fit, since neighbouring tiles share rows."""
+        key = (interval, columns)
+        if key not in self._cache:
+            split, start, stop = interval
+            if self.job.layout.store_features:
+                rows: Rows = {
+                    spec.name: torch.from_numpy(
+                        self.store.read(feature_path(self.job, split, spec.name), slice(start, stop))
+                    ).to(self.job.layout.device)
+                    for spec in self.features.arrays
+                }
+            else:
+                rows = self.compute(self.inputs(split, slice(start, stop)), columns)
+            self._cache[key] = rows
+        self._cache.move_to_end(key)
+        while len(self._cache) > 2 and sum(map(feature_bytes, self._cache.values())) > _CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return self._cache[key]
+
+    def write(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
+        """Write whole shards of an array, beginning at the given index, and note bytes and checksum."""
+        array = values.detach().to("cpu").numpy() if isinstance(values, Tensor) else values
+        num_bytes, checksum = (self.sink or self.store).write(path, start, array)
+        written.num_bytes += num_bytes
+        written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum

@@ -1,0 +1,76 @@
+"""What a run directory that already holds a run allows: continue, rerun later stages, or refuse and say why.
+
+Compares values only; it changes nothing on disk. Names, places, executors, workers and memory never count.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.spec import Resolution
+from pipeline.config import Config
+from pipeline.job import Layout
+from pipeline.manifest import Manifest, describe_difference
+
+LATER_STAGES = ("spectrum", "regression")
+
+
+def stored_decisions(manifest: Manifest) -> tuple[Layout, Resolution]:
+    """The layout and the choice of the estimator that a run was started with."""
+    return Layout(**manifest.layout), Resolution(**manifest.estimator)
+
+
+def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> None:
+    """Raise an NNTKError, naming the first difference, unless the stored kernel is the one that is asked for."""
+    plain = json.loads(json.dumps(parts))
+    if plain != manifest.identity:
+        named = {key: getattr(config, key).model_dump(mode="json") for key in ("data", "model", "kernel")}
+        stored = {key: manifest.config.get(key, {}) for key in named}
+        sections = [key for key in named if plain[key] != manifest.identity.get(key)]
+        old = {key: stored[key] for key in sections}
+        new = {key: named[key] for key in sections}
+        if plain["dtype"] != manifest.identity.get("dtype"):
+            old["compute"], new["compute"] = {"dtype": manifest.identity.get("dtype")}, {"dtype": plain["dtype"]}
+        if old == new:  # the same words, other contents: a changed file
+            old, new = manifest.identity, plain
+        raise NNTKError(
+            f"{run_dir} holds another kernel: {describe_difference(old, new)}; choose another run_dir, or remove "
+            "this one"
+        )
+    compute = config.compute
+    asked = {
+        "tile": compute.tile,
+        "stderr": compute.stderr,
+        "batch": compute.batch,
+        "threads": compute.threads,
+        "device": compute.device,
+    }
+    for key, value in asked.items():
+        kept = manifest.layout[key]
+        same = value in ("auto", kept) or (key == "stderr" and manifest.config["kernel"]["kind"] == "local")
+        if not same:
+            raise NNTKError(
+                f"{run_dir} was laid out with compute.{key} {kept}, the configuration says {value}; set "
+                f"compute.{key}={kept}, or choose another run_dir"
+            )
+
+
+def stages_to_rerun(
+    manifest: Manifest, config: Config, fingerprints: Mapping[str, str], run_dir: str, *, resume: bool
+) -> tuple[str, ...]:
+    """Later stages whose section changed; () where nothing did.
+
+    Raises: NNTKError without `resume`, where the run is unfinished or a later section changed.
+    """
+    changed = tuple(stage for stage in LATER_STAGES if fingerprints[stage] != manifest.fingerprints.get(stage))
+    if changed and not resume:
+        old = {stage: manifest.config.get(stage, {}) for stage in changed}
+        new = {stage: getattr(config, stage).model_dump(mode="json") for stage in changed}
+        raise NNTKError(
+            f"{run_dir} was finished with another {' and '.join(changed)}: {describe_difference(old, new)}; "
+            f"--resume reruns only {' and '.join(changed)}"
+        )
+    if not resume and not manifest.finished:
+        raise NNTKError(f"{run_dir} holds an unfinished run of this configuration; add --resume to continue it")
+    return changed

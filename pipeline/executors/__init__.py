@@ -1,0 +1,21 @@
+"""Ways to carry out the tasks of a stage: in this process (`serial`) or on Ray actors (`on_ray`).
+
+An executor is thin: it knows tasks and outcomes, neither stages nor the ledger.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from pipeline.job import Outcome, Task
+
+
+class Executor(Protocol):
+    """Carries out independent tasks and yields their outcomes in the order in which they finish."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
+        """Outcomes as they come; None at least once a second, so that the caller can flush its ledger."""
+        ...
+
+    def close(self) -> None:
+        """Give back processes and connections; further calls do nothing."""
+        ...

@@ -1,0 +1,131 @@
+"""The Ray executor: model-holding actors, a bounded number of tasks in flight, lost actors replaced.
+
+Data and model state are put into the object store once. A task is lost only with its actor: it is then given to
+another, up to a limit, because a task that kills its worker (out of memory) would do so for ever. An error inside a
+task is not repeated: tasks are deterministic.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from torch import Tensor
+
+from nntk_dist.errors import NNTKError
+from pipeline.data import Dataset
+from pipeline.job import Job, Outcome, Task
+from pipeline.worker import Worker
+
+_TASKS_PER_ACTOR = 2  # one running, one waiting: an actor never idles between tasks
+_ATTEMPTS = 4
+_POLL_SECONDS = 1.0
+
+WorkerActor = ray.remote(Worker)
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address`, or start Ray in this machine's processes where there is none."""
+    if not ray.is_initialized():
+        options: dict[str, Any] = {} if address else {"include_dashboard": False}
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A task in flight."""
+
+    task: Task
+    attempt: int
+    actor: Any
+
+
+class RayExecutor:
+    """`num_workers` actors of `threads` CPUs each, and a share of a GPU where the job's device is one."""
+
+    def __init__(
+        self,
+        job: Job,
+        dataset: Dataset,
+        state: Mapping[str, Tensor],
+        *,
+        num_workers: int,
+        address: str | None = None,
+    ) -> None:
+        connect(address)
+        self._arguments = (ray.put(job), ray.put(dataset), ray.put(dict(state)))
+        self._options: dict[str, Any] = {
+            "num_cpus": job.layout.threads,
+            "num_gpus": 1 if job.layout.device.startswith("cuda") else 0,
+            "max_restarts": 0,
+        }
+        self._num_workers = num_workers
+        self._actors: list[Any] = []
+
+    def _start(self) -> Any:
+        return WorkerActor.options(**self._options).remote(*self._arguments)  # type: ignore[attr-defined]
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
+        """Outcomes as tasks finish, None where a second passes without one."""
+        waiting = iter(tasks)
+        lost: deque[tuple[Task, int]] = deque()
+        running: dict[Any, _Running] = {}
+        while True:
+            self._submit(waiting, lost, running)
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS, fetch_local=False)
+            if not done:
+                yield None
+            for reference in done:
+                entry = running.pop(reference)
+                try:
+                    outcome = ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    self._replace(entry.actor)
+                    lost.append((entry.task, self._next_attempt(entry, error)))
+                except ray.exceptions.RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, NNTKError) else error) from None
+                else:
+                    yield outcome
+
+    def _submit(self, waiting: Iterator[Task], lost: "deque[tuple[Task, int]]", running: "dict[Any, _Running]") -> None:
+        """Fill every actor's queue, lost tasks first; actors are started as they are needed."""
+        while True:
+            loads = Counter(entry.actor for entry in running.values())
+            actor = min(self._actors, key=lambda each: loads[each], default=None)
+            grow = len(self._actors) < self._num_workers and (actor is None or loads[actor] > 0)
+            if not grow and loads[actor] >= _TASKS_PER_ACTOR:
+                return
+            task, attempt = lost.popleft() if lost else (next(waiting, None), 1)
+            if task is None:
+                return
+            if grow:
+                actor = self._start()
+                self._actors.append(actor)
+            assert actor is not None
+            running[actor.execute.remote(task)] = _Running(task, attempt, actor)
+
+    def _next_attempt(self, entry: "_Running", error: Exception) -> int:
+        """The number of the next attempt, or an error where there have been enough."""
+        if entry.attempt >= _ATTEMPTS:
+            raise NNTKError(
+                f"task {entry.task.stage} {entry.task.tile} lost its worker {entry.attempt} times, most likely for want "
+                "of memory; make compute.tile or compute.workers smaller"
+            ) from error
+        return entry.attempt + 1
+
+    def _replace(self, dead: Any) -> None:
+        """A new actor for a dead one, once: every task that it held reports the same death."""
+        if dead in self._actors:
+            self._actors[self._actors.index(dead)] = self._start()
+
+    def close(self) -> None:
+        """Stop the actors; Ray itself ends with the driver."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors = []
+        ray.shutdown()

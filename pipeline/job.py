@@ -1,0 +1,95 @@
+"""The values that a run is made of: layout, job, task, outcome. All frozen, picklable and written into the manifest.
+
+A task is a pure, idempotent function of (job, stage, tile): whoever runs it, however often, writes the same bits to
+the same place. Nothing here computes.
+
+Units: `_bytes`, `_seconds`. Rows are counted in examples, also where a `full` kernel holds C rows for each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nntk_dist.spec import KernelSpec, Resolution
+from pipeline.config import Config
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides rounding and file layout: fixed when a run is planned, kept in the manifest, reused on resume."""
+
+    tile: int
+    batch: int
+    shard_rows: int
+    chunk_draws: int
+    threads: int
+    device: str
+    dtype: str
+    stderr: str
+    store_features: bool
+    outputs_at_once: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is of everything."""
+
+    num_train: int
+    num_test: int
+    num_outputs: int
+    num_kernel_outputs: int
+    num_parameters: int
+    num_draws: int
+    num_blocks: int
+
+    def rows(self, split: str) -> int:
+        return self.num_train if split == "train" else self.num_test
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know, beside the data and the model's state."""
+
+    run_dir: str
+    fingerprint: str
+    config: Config
+    spec: KernelSpec
+    resolution: Resolution
+    layout: Layout
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work of a stage; `tile` names it in the ledger, `arguments` are what earlier stages found out."""
+
+    stage: str
+    tile: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished task returns: small numbers only, the results themselves are in the store."""
+
+    stage: str
+    tile: str
+    worker: str
+    started: float
+    seconds: float
+    written_bytes: int
+    checksum: int
+    peak_bytes: int
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def intervals(total: int, step: int) -> list[tuple[int, int]]:
+    """Consecutive half-open intervals of length `step` that cover `total`; the last may be shorter."""
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def as_plain(value: object) -> dict[str, Any]:
+    """A frozen dataclass as the plain mapping that the manifest keeps."""
+    return asdict(value)  # type: ignore[call-overload]

@@ -1,0 +1,100 @@
+"""The layout of a run: batch, shards, draw chunks, threads, chosen from the model and the data and never from the
+workers.
+
+Whatever changes rounding is decided here, by rules that do not look at the number of workers, the tile or the
+executor: so the same configuration gives the same features, bit for bit, however it is carried out.
+
+Axes: n rows, s draws, r blocks, c outputs.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from nntk_dist.evaluation import outputs
+from nntk_dist.features import FeatureMap
+from nntk_dist.spec import KernelSpec
+from pipeline.config import Config
+from pipeline.job import Layout, Sizes
+
+_BATCH_RANGE = (8, 512)
+_BATCH_BYTES = 32 << 20  # activations of one batch: about the size of the last cache
+_SHARD_ROWS = 1024
+_CHUNK_DRAWS = 16
+_CHUNK_BYTES = 64 << 20
+_STORED_FEATURE_BYTES = 1 << 30
+_OUTPUT_BYTES = 256 << 20  # features of one row set held at once when they are recomputed for every tile
+
+
+def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
+    """Numbers that the leaf modules of a model put out for one example: what a batch's memory is proportional to."""
+    count = 0
+
+    def add(_module: nn.Module, _args: object, out: object) -> None:
+        nonlocal count
+        if isinstance(out, torch.Tensor):
+            count += out.numel()
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if not list(m.children())]
+    try:
+        with torch.no_grad():
+            outputs(model, x[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(count, x[:1].numel())
+
+
+def choose_batch(config: Config, model: nn.Module, x: torch.Tensor) -> int:
+    """Examples of one forward pass: the largest power of two whose activations stay within 32 MiB, from 8 to 512."""
+    if config.compute.batch != "auto":
+        return config.compute.batch
+    item = 8 if config.compute.dtype == "float64" else 4
+    fitting = _BATCH_BYTES // (item * activation_elements(model, x))
+    low, high = _BATCH_RANGE
+    return int(min(high, max(low, 2 ** int(math.log2(max(1, fitting))))))
+
+
+def row_feature_bytes(features: FeatureMap, dtype: str) -> int:
+    """Bytes of one row's features under all draws."""
+    item = 8 if dtype == "float64" else 4
+    return item * sum(math.prod(spec.shape) for spec in features.arrays)
+
+
+def make_layout(
+    config: Config, spec: KernelSpec, features: FeatureMap, sizes: Sizes, *, batch: int, device: str
+) -> Layout:
+    """The layout for a kernel's features; differences are always stored, gradients where that costs little disk.
+
+    Features are stored where they take at most 1 GiB, or no more than the kernel itself; else every tile recomputes
+    its rows.
+    """
+    compute = config.compute
+    row_bytes = row_feature_bytes(features, compute.dtype)
+    shard_rows = batch * max(1, _SHARD_ROWS // batch)
+    draws_per_block = sizes.num_draws // sizes.num_blocks
+    block_bytes = max(1, shard_rows * row_bytes // sizes.num_blocks)
+    wanted = max(1, min(_CHUNK_DRAWS // draws_per_block, _CHUNK_BYTES // block_bytes))
+    blocks = max(d for d in range(1, sizes.num_blocks + 1) if sizes.num_blocks % d == 0 and d <= wanted)
+    item = 8 if compute.dtype == "float64" else 4
+    width = sizes.num_kernel_outputs if spec.outputs == "full" else 1
+    kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
+    total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
+    stored = features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
+    tile_bytes = row_bytes * min(compute.tile, sizes.num_train)
+    at_once = sizes.num_kernel_outputs
+    if not stored and spec.outputs != "full":
+        at_once = max(1, min(at_once, at_once * _OUTPUT_BYTES // max(1, tile_bytes)))
+    return Layout(
+        tile=compute.tile,
+        batch=batch,
+        shard_rows=shard_rows,
+        chunk_draws=blocks * draws_per_block,
+        threads=1 if compute.threads == "auto" else compute.threads,
+        device=device,
+        dtype=compute.dtype,
+        stderr="none" if sizes.num_blocks == 1 else compute.stderr,
+        store_features=stored,
+        outputs_at_once=at_once,
+    )

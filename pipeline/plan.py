@@ -1,0 +1,186 @@
+"""The plan of a run: everything that is decided before it starts, and the refusal of what cannot fit.
+
+From a configuration, the data and the model it makes the job (what workers need), the fingerprints (what is compared on
+resume) and the projection (what it will take). It writes nothing and starts nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.features import ArraySpec, FeatureMap
+from nntk_dist.spec import Resolution, make_feature_map, resolve
+from pipeline.arrays import StoredArray, all_arrays
+from pipeline.build import DTYPES, build_spec, identity, resolve_device
+from pipeline.config import Config
+from pipeline.data import Dataset
+from pipeline.job import SPLITS, Job, Layout, Sizes, as_plain
+from pipeline.layout import choose_batch, make_layout
+from pipeline.manifest import fingerprint
+from pipeline.projection import Projection, project
+from pipeline.storage import RunStorage
+
+_PROBE_EXAMPLES = 32
+_USABLE_SHARE = 0.9  # of the memory that is free now
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run. `parts` are the nameable inputs of the kernel's fingerprint."""
+
+    job: Job
+    arrays: tuple[StoredArray, ...]
+    parts: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    projection: Projection
+    num_workers: int
+    memory_per_worker: int
+
+
+def make_plan(
+    config: Config, dataset: Dataset, model: nn.Module, stored: tuple[Layout, Resolution] | None = None
+) -> Plan:
+    """Plan a run, or with a stored layout and resolution its continuation.
+
+    Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
+    """
+    device = resolve_device(config) if stored is None else stored[0].device
+    check_device(device)
+    dtype = DTYPES[config.compute.dtype]
+    prepared = prepare_model(model, dtype=dtype, device=device)
+    x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
+    x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
+    spec = build_spec(config.kernel)
+    batch = choose_batch(config, prepared, x) if stored is None else stored[0].batch
+    resolution = resolve(prepared, x, spec, batch=batch) if stored is None else stored[1]
+    features = make_feature_map(prepared, x, spec, resolution)
+    sizes = Sizes(
+        num_train=len(dataset.train.ids),
+        num_test=len(dataset.test.ids),
+        num_outputs=resolution.num_outputs,
+        num_kernel_outputs=len(features.columns),
+        num_parameters=resolution.num_parameters,
+        num_draws=features.num_draws,
+        num_blocks=features.num_blocks,
+    )
+    _check_sizes(config, dataset, sizes)
+    layout = make_layout(config, spec, features, sizes, batch=batch, device=device) if stored is None else stored[0]
+    parts = identity(config, dataset, model)
+    prints = stage_fingerprints(config, parts)
+    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, resolution, layout, sizes)
+    arrays = describe_arrays(job, features.arrays, dataset)
+    return _fit(config, job, features, arrays, prepared, x, parts, prints)
+
+
+def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
+    """What neither the data nor the model alone can know."""
+    expected = dataset.num_outputs
+    needs_match = config.regression.center_outputs or config.kernel.outputs == "full"
+    if needs_match and sizes.num_outputs != expected:
+        raise NNTKError(
+            f"the model has {sizes.num_outputs} outputs and the data {expected} targets; regression with "
+            "kernel.outputs 'full' or regression.center_outputs needs as many outputs as targets"
+        )
+
+
+def describe_arrays(job: Job, specs: tuple[ArraySpec, ...], dataset: Dataset) -> tuple[StoredArray, ...]:
+    """All arrays of the store for this job and data."""
+    targets = {split: getattr(dataset, split).targets for split in SPLITS}
+    ids = {split: getattr(dataset, split).ids for split in SPLITS}
+    return tuple(all_arrays(job, specs, targets, ids))
+
+
+def stage_fingerprints(config: Config, parts: Mapping[str, Any]) -> dict[str, str]:
+    """One hash for the kernel and one for each later stage, which adds its own section."""
+    kernel = fingerprint(parts)
+    return {
+        "kernel": kernel,
+        "spectrum": fingerprint({"kernel": kernel, "spectrum": config.spectrum.model_dump(mode="json")}),
+        "regression": fingerprint({"kernel": kernel, "regression": config.regression.model_dump(mode="json")}),
+    }
+
+
+def _fit(
+    config: Config,
+    job: Job,
+    features: FeatureMap,
+    arrays: tuple[StoredArray, ...],
+    model: nn.Module,
+    x: torch.Tensor,
+    parts: Mapping[str, Any],
+    prints: Mapping[str, str],
+) -> Plan:
+    """The number of workers that fit, and the refusal where none does."""
+    wanted = wanted_workers(config, job.layout)
+    projection = project(job, features, list(arrays), model, x, num_workers=wanted)
+    usable = int(_USABLE_SHARE * available_memory())
+    workers = wanted
+    if config.compute.memory_per_worker == "auto":
+        fitting = usable // projection.worker_bytes
+        workers = min(wanted, fitting) if config.compute.workers == "auto" else wanted
+        each = usable // max(1, workers)
+    else:
+        each = int(config.compute.memory_per_worker)
+    if workers < 1 or projection.worker_bytes > each:
+        raise NNTKError(
+            f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
+            f"({_gib(usable)} usable for {max(1, workers)} worker(s)); make compute.tile smaller than {job.layout.tile}, "
+            "set compute.stderr to sample, use fewer compute.workers or raise compute.memory_per_worker"
+        )
+    if projection.solve_bytes > usable:
+        raise NNTKError(
+            f"spectrum and regression of {job.sizes.num_train} train rows need {_gib(projection.solve_bytes)} in one "
+            f"process, {_gib(usable)} are usable; make data.train smaller or take a machine with more memory"
+        )
+    if workers != wanted:
+        projection = project(job, features, list(arrays), model, x, num_workers=workers)
+    return Plan(job, arrays, parts, prints, projection, workers, each)
+
+
+def wanted_workers(config: Config, layout: Layout) -> int:
+    """As many as this machine has places for, unless the configuration says."""
+    if config.compute.executor == "serial":
+        return 1
+    if config.compute.workers != "auto":
+        return config.compute.workers
+    if layout.device.startswith("cuda"):
+        return max(1, torch.cuda.device_count())
+    return max(1, available_cpus() // layout.threads)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free now."""
+    return int(psutil.virtual_memory().available)
+
+
+def check_device(device: str) -> None:
+    """Raise an NNTKError where the asked device is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise NNTKError(f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def plain_plan(plan: Plan) -> dict[str, Any]:
+    """The plan's projection as plain values, for the manifest."""
+    return json.loads(json.dumps(as_plain(plan.projection), default=dict))
+
+
+def with_workers(plan: Plan, num_workers: int) -> Plan:
+    """The same plan on another number of workers, as a cluster has."""
+    return replace(plan, num_workers=num_workers)

@@ -1,0 +1,159 @@
+"""What a run will take, before it is launched: operations, bytes on disk, peak bytes of a worker, seconds.
+
+Sums over known shapes, and one short measurement of this machine's rate of multiply-adds. It refuses nothing; `plan`
+does.
+
+Units: operations are floating-point ones (a multiply-add is two); bytes; seconds.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nntk_dist.features import FeatureMap
+from pipeline.arrays import StoredArray, kernel_width
+from pipeline.build import DTYPES, state_bytes
+from pipeline.job import Job, intervals
+from pipeline.stages import ORDER
+
+# Resident size of a process that has imported torch, zarr, ray and this package and computed a little (measured, CPU
+# build).
+BASE_BYTES = 420 << 20
+_RATE_EDGE = 768
+# Share of a plain matrix product's rate that passes and tiles reach as a whole: elementwise work, calls, reading,
+# writing.
+_EFFICIENCY = 0.4
+_EIGH_OPERATIONS = 9.0
+_SOLVE_COPIES = 4  # kernel in float64, its copy in LAPACK, eigenvectors, workspace
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Per stage where a mapping; `worker_bytes` is the peak of one worker over all tiled stages, `solve_bytes` of the
+    others.
+    """
+
+    tasks: Mapping[str, int]
+    operations: Mapping[str, float]
+    seconds: Mapping[str, float]
+    disk_bytes: Mapping[str, int]
+    worker_bytes: int
+    solve_bytes: int
+
+    @property
+    def total_disk_bytes(self) -> int:
+        return sum(self.disk_bytes.values())
+
+
+def project(
+    job: Job, features: FeatureMap, arrays: list[StoredArray], model: nn.Module, x: Tensor, *, num_workers: int
+) -> Projection:
+    """The projection of a job on `num_workers` workers of this machine."""
+    operations = _operations(job, features, model, x)
+    rate = _rate(job.layout.dtype, job.layout.device) * _EFFICIENCY
+    parallel = {stage.NAME: 1 if stage.USES_ALL_THREADS else num_workers for stage in ORDER}
+    tasks = {stage.NAME: sum(1 for _ in stage.tasks(job)) for stage in ORDER}
+    seconds = {name: count / (rate * max(1, min(parallel[name], tasks[name]))) for name, count in operations.items()}
+    disk: dict[str, int] = {}
+    for array in arrays:
+        group = "features" if "features" in array.path else array.path.split("/")[-1]
+        disk[group] = disk.get(group, 0) + array.num_bytes
+    return Projection(
+        tasks=tasks,
+        operations=operations,
+        seconds=seconds,
+        disk_bytes=disk,
+        worker_bytes=worker_bytes(job, features, model, x),
+        solve_bytes=solve_bytes(job),
+    )
+
+
+def pass_operations(model: nn.Module, x: Tensor) -> float:
+    """Operations of one forward pass over one example (matrix products and convolutions)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x[:1])
+    return float(max(1, counter.get_total_flops()))
+
+
+def entry_operations(job: Job, features: FeatureMap) -> float:
+    """Operations of one entry of the kernel (summed over outputs), standard errors included."""
+    sizes, paired = job.sizes, job.spec.pair_blocks
+    copies = kernel_width(job)
+    products = (3 if job.layout.stderr == "entry" else 2) if paired else 1
+    total = 0.0
+    for spec in features.arrays:
+        width = math.prod(spec.shape[1:])
+        if spec.name.startswith("input_"):
+            total += 2.0 * width * (sizes.num_draws**2 if paired else sizes.num_draws)
+        elif spec.name.startswith("gradient_"):
+            total += 2.0 * width * copies * (sizes.num_draws**2 if paired else sizes.num_draws)
+        else:
+            total += 2.0 * products * spec.shape[0] * width * copies
+    return total
+
+
+def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> dict[str, float]:
+    sizes = job.sizes
+    rows = sizes.num_train + sizes.num_test
+    passes = 1.0 if job.resolution.estimator == "weight" else 1.0 + len(features.columns)
+    one_pass = pass_operations(model, x)
+    row_operations = one_pass * sizes.num_draws * passes
+    per_entry = entry_operations(job, features)
+    tile_rows = len(intervals(sizes.num_train, job.layout.tile)) * sizes.num_train + rows
+    recomputed = 0.0 if job.layout.store_features else row_operations
+    kernel_rows = sizes.num_train * kernel_width(job)
+    return {
+        "features": rows * (row_operations if job.layout.store_features else one_pass),
+        "metric": 2.0 * sizes.num_draws**2 * sizes.num_parameters if job.resolution.estimator == "weight" else 0.0,
+        "calibration": 0.0 if job.layout.stderr == "none" else 192.0 * row_operations + 8192.0 * per_entry,
+        "gram": per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows,
+        "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows,
+        "spectrum": 2.0 * _EIGH_OPERATIONS * kernel_rows**3 / 3,
+        "regression": _EIGH_OPERATIONS * float(kernel_rows) ** 3,
+    }
+
+
+def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> int:
+    """Peak of one worker: what every worker holds, and the larger of a feature task and a tile task."""
+    layout, sizes = job.layout, job.sizes
+    item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
+    row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
+    held = BASE_BYTES + 5 * state_bytes(model)
+    chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
+    feature_task = 3 * chunk if layout.store_features else 0
+    width = kernel_width(job)
+    tile = min(layout.tile, sizes.num_train)
+    entries = (tile * width) ** 2
+    share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
+    rows = int(2 * tile * row_bytes * share)
+    factored = any(not spec.name.startswith(("input_", "gradient_")) for spec in features.arrays)
+    by_block = sizes.num_blocks if layout.stderr == "entry" else 0
+    sums = entries * 8 * (by_block + 2) + entries * (8 * 6 + 3 * item)
+    tile_task = rows * (3 if factored else 1) + sums
+    return int(held + max(feature_task, tile_task))
+
+
+def solve_bytes(job: Job) -> int:
+    """Peak of the spectrum and of the regression: dense decompositions of the train kernel in float64."""
+    return BASE_BYTES + _SOLVE_COPIES * 8 * (job.sizes.num_train * kernel_width(job)) ** 2
+
+
+def _rate(dtype: str, device: str) -> float:
+    """Operations a second of a plain matrix product, one thread; the best of a few."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.randn(_RATE_EDGE, _RATE_EDGE, dtype=DTYPES[dtype], device=device)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            float((a @ a)[0, 0])
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return 2.0 * _RATE_EDGE**3 / best

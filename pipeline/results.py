@@ -1,0 +1,55 @@
+"""The headline numbers of a run, added up from the ledger: small, named, in the manifest and on the report's first
+lines.
+
+It reads rows and computes nothing that a task could have computed.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from pipeline.job import Job
+from pipeline.ledger import Ledger, LedgerRow
+
+
+def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
+    """Results by name; a number that does not exist for this kind of kernel is absent."""
+    results: dict[str, Any] = {
+        "estimator": job.resolution.estimator,
+        "draws": job.sizes.num_draws,
+        "blocks": job.sizes.num_blocks,
+        "parameters": job.sizes.num_parameters,
+        "train": job.sizes.num_train,
+        "test": job.sizes.num_test,
+    }
+    for row in ledger.rows("calibration"):
+        results[f"{row.tile}_relative_error"] = row.numbers["relative_error"]
+        results[f"{row.tile}_stderr_level"] = row.numbers["level"]
+    for stage, prefix in (("gram", "train/gram"), ("test", "test/gram")):
+        results |= _tile_results(ledger.rows(stage), prefix, stage if stage == "test" else "train")
+    for row in ledger.rows("spectrum"):
+        results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in row.numbers.items()}
+    for row in ledger.rows("regression"):
+        results |= {key: value for key, value in row.numbers.items() if key != "selected"}
+    return {key: _plain(value) for key, value in results.items()}
+
+
+def _tile_results(rows: Iterable[LedgerRow], prefix: str, split: str) -> dict[str, float]:
+    """Frobenius norms over all tiles of one array, and the bias that they show."""
+    sums: dict[str, float] = {}
+    for row in rows:
+        for key, value in row.numbers.items():
+            if key.startswith(f"{prefix}:"):
+                name = key.split(":")[1]
+                sums[name] = sums.get(name, 0.0) + value
+    results = {}
+    if sums.get("squared_unbiased", 0.0) > 0:
+        results[f"{split}_relative_bias"] = math.sqrt(sums["squared_difference"] / sums["squared_unbiased"])
+    if "squared_stderr" in sums:
+        results[f"{split}_unresolved_entries"] = sums["unresolved"]
+    return results
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: an error that could not be resolved is None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,28 @@
+"""Stage `metric`: the matrix M of a kernel Φ M Φᵀ made of output differences; one task, since M belongs to no row.
+
+Axes: s draws.
+"""
+
+from collections.abc import Iterator
+
+from nntk_dist.differences import DifferenceFeatures
+from pipeline.context import Context, Written
+from pipeline.job import Job, Task
+
+NAME = "metric"
+USES_ALL_THREADS = False
+
+
+def tasks(job: Job) -> Iterator[Task]:
+    """One task where features are differences, none elsewhere."""
+    if job.resolution.estimator == "weight":
+        yield Task(NAME, "metric")
+
+
+def execute(context: Context, task: Task) -> Written:
+    """Make the metric from the draws and write it."""
+    features = context.features
+    assert isinstance(features, DifferenceFeatures)
+    written = Written()
+    context.write(written, "metric", (0, 0), features.make_metric())
+    return written

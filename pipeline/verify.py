@@ -1,0 +1,178 @@
+"""`nntk verify`: what is in the store is what the ledger says was written, whole, symmetric, finite, and can be made
+again.
+
+Reads the whole kernel once, a stripe of tiles at a time. It repairs nothing.
+
+Axes: i, j tiles; k recomputed tiles.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.philox import Stream, uniform
+from pipeline.arrays import kernel_arrays, kernel_width
+from pipeline.build import build_dataset, build_model, identity
+from pipeline.config import config_from_dict
+from pipeline.context import Context
+from pipeline.continuation import check_kernel, stored_decisions
+from pipeline.job import Job, Task, intervals
+from pipeline.ledger import Ledger, LedgerRow
+from pipeline.manifest import Manifest
+from pipeline.plan import make_plan
+from pipeline.run import state_of
+from pipeline.stages import ORDER, STAGES
+from pipeline.storage import RunStorage
+
+_ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation order, far below any wrong entry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it passed, and what was seen."""
+
+    check: str
+    passed: bool
+    detail: str
+
+
+def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterator[Finding]:
+    """The checks one by one, as they finish.
+
+    Raises: NNTKError where the data or the model that the configuration names are no longer what they were.
+    """
+    config = config_from_dict(manifest.config)
+    dataset = build_dataset(config)
+    model = build_model(config, dataset)
+    check_kernel(manifest, config, identity(config, dataset, model), config.run_dir)
+    job = make_plan(config, dataset, model, stored_decisions(manifest)).job
+    context = Context(job, dataset, state_of(model))
+    ledger = Ledger(storage)
+    yield _completeness(job, ledger)
+    yield _checksums(context, ledger)
+    yield _symmetry(context)
+    yield _finiteness(context)
+    yield _recomputed(context, ledger, recompute)
+
+
+def _completeness(job: Job, ledger: Ledger) -> Finding:
+    missing = [
+        f"{stage.NAME} {task.tile}"
+        for stage in ORDER
+        for task in stage.tasks(job)
+        if task.tile not in ledger.done(stage.NAME)
+    ]
+    total = sum(1 for stage in ORDER for _ in stage.tasks(job))
+    detail = f"{total - len(missing)} of {total} tasks are in the ledger"
+    return Finding("completeness", not missing, detail + (f"; the first missing: {missing[0]}" if missing else ""))
+
+
+def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(array path, start, checksum) of everything that a task wrote to the kernel store."""
+    for key, value in row.numbers.items():
+        if key.startswith("crc:"):
+            path, _, start = key.removeprefix("crc:").partition("@")
+            yield path, tuple(map(int, start.split(","))), int(value)
+
+
+def _checksums(context: Context, ledger: Ledger) -> Finding:
+    """Every piece read back; a flipped byte fails in the codec or here."""
+    count, wrong = 0, []
+    for row in ledger.rows():
+        for path, start, checksum in _pieces(row):
+            count += 1
+            try:
+                values = context.store.read_shards(path, start)
+            except NNTKError as error:
+                wrong.append(f"{path} at {start} ({error})")
+                continue
+            if zlib.crc32(np.ascontiguousarray(values).tobytes()) != checksum:
+                wrong.append(f"{path} at {start}")
+    detail = f"{count - len(wrong)} of {count} pieces hold what was written"
+    return Finding("checksums", not wrong, detail + (f"; the first that does not: {wrong[0]}" if wrong else ""))
+
+
+def _stripes(job: Job) -> list[tuple[int, int]]:
+    width = kernel_width(job)
+    return [(start * width, stop * width) for start, stop in intervals(job.sizes.num_train, job.layout.tile)]
+
+
+def _symmetry(context: Context) -> Finding:
+    """Every train array equals its transpose, bit for bit."""
+    wrong = []
+    for array in kernel_arrays(context.job):
+        if not array.path.startswith("train/"):
+            continue
+        stripes = _stripes(context.job)
+        for i, (start, stop) in enumerate(stripes):
+            rows = context.store.read(array.path, (slice(start, stop), slice(start, None)))
+            columns = context.store.read(array.path, (slice(start, None), slice(start, stop)))
+            if not np.array_equal(rows, columns.T, equal_nan=True):
+                wrong.append(f"{array.path} in tile row {i}")
+    return Finding(
+        "symmetry",
+        not wrong,
+        f"differs: {wrong[0]}" if wrong else "every train array equals its transpose, bit for bit",
+    )
+
+
+def _finiteness(context: Context) -> Finding:
+    """No NaN or infinity; NaN in a standard error marks an unresolved entry and is counted apart."""
+    bad, unresolved = 0, 0
+    for array in kernel_arrays(context.job):
+        for start, stop in intervals(array.shape[0], array.shards[0]):
+            values = context.store.read(array.path, slice(start, stop))
+            count = int(np.count_nonzero(~np.isfinite(values)))
+            if array.path.endswith("_stderr"):
+                unresolved += int(np.count_nonzero(np.isnan(values)))
+                count -= int(np.count_nonzero(np.isnan(values)))
+            bad += count
+    return Finding(
+        "finiteness", bad == 0, f"{bad} entries are NaN or infinite; {unresolved} standard errors are unresolved"
+    )
+
+
+def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
+    """Some tiles, chosen by a fixed seed, computed again from the features and compared: same bits, or rounding
+    elsewhere.
+    """
+    rows = [row for stage in ("gram", "test") for row in ledger.rows(stage)]
+    keys = uniform(0, Stream.SAMPLE, torch.tensor([2]), len(rows))[0] if rows else torch.empty(0)
+    levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
+    comparison = _Comparison(context)
+    shadow = replace(context, sink=comparison)
+    distances = {}
+    for index in keys.argsort()[:count].tolist():
+        row = rows[index]
+        level = levels.get(row.tile.split("/")[0])
+        comparison.distance = 0.0
+        STAGES[row.stage].execute(shadow, Task(row.stage, row.tile, {} if level is None else {"level": level}))
+        distances[row.tile] = comparison.distance
+    same = sum(1 for distance in distances.values() if distance == 0)
+    detail = f"{same} of {len(distances)} recomputed tiles have the same bits"
+    if same < len(distances):
+        worst = max(distances, key=distances.__getitem__)
+        detail += f"; {worst} differs by {distances[worst]:.1e} of its largest entry"
+    tolerance = _ROUNDING * float(torch.finfo(context.dtype).eps)
+    return Finding("recomputation", all(distance <= tolerance for distance in distances.values()), detail)
+
+
+@dataclass
+class _Comparison:
+    """A sink that compares with the store what a task would write; `distance` is relative to the stored piece's
+    largest entry.
+    """
+
+    context: Context
+    distance: float = 0.0
+
+    def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
+        stored = self.context.store.read_shards(path, start)
+        if not np.array_equal(stored, values, equal_nan=True):
+            gap = float(np.nanmax(np.abs(stored - values)) / np.nanmax(np.abs(stored)))
+            self.distance = max(self.distance, gap)
+        return 0, 0

@@ -210,7 +210,8 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
     """Sites by what the modules are and how a trial pass calls them."""
     groups = aliases(model)
     first_name = {name: first for first, group in groups.items() for name in group}
-    sites, covered = [], set()
+    sites: list[Site] = []
+    covered: set[str] = set()
     for path, module in model.named_modules():
         own = tuple(
             (attribute, first_name[f"{path}.{attribute}" if path else attribute])
@@ -228,7 +229,8 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
         calls = recording.calls[site.module]
         if any(call.h.ndim == 0 or len(call.h) != len(x) or len(call.out) != len(x) for call in calls):
             whole.update(name for _, name in site.parameters)
-    outer, dense = [], []
+    outer: list[Site] = []
+    dense: list[Site] = []
     for site in sites:
         kept = replace(site, parameters=tuple(pair for pair in site.parameters if pair[1] not in whole))
         if not kept.parameters:

@@ -19,8 +19,15 @@ from nntk_dist.philox import Stream, normal
 class Distribution(Protocol):
     """A radial probability density on R^P, known by its name and its range γ."""
 
-    name: str
-    gamma: float
+    @property
+    def name(self) -> str:
+        """The name in configurations."""
+        ...
+
+    @property
+    def gamma(self) -> float:
+        """The range: E|z|² = P·γ²/2."""
+        ...
 
     def sample(
         self,

@@ -74,9 +74,9 @@ class GradientFeatures:
         specs = []
         for index, site in enumerate(self.plan.outer):
             inputs, units = linear_widths(self.evaluator.model, site.module, site.attributes)
-            specs.append(ArraySpec(f"input_{index}", ("draw", "unit"), (self.num_draws, inputs)))
+            specs.append(ArraySpec(f"input_{index}", ("draw", f"input_unit_{index}"), (self.num_draws, inputs)))
             specs.append(
-                ArraySpec(f"gradient_{index}", ("draw", "output", "unit"), (self.num_draws, len(self.columns), units))
+                ArraySpec(f"gradient_{index}", ("draw", "output", f"unit_{index}"), (self.num_draws, len(self.columns), units))
             )
         if self.num_dense:
             axis = "block" if self.pair_blocks else "draw"

@@ -59,7 +59,7 @@ class Spectrum:
         noise for the unbiased statistic.
         """
         total = float(np.abs(self.eigenvalues).sum())
-        return float(-self.eigenvalues[self.eigenvalues < 0].sum()) / total if total > 0 else 0.0
+        return float(np.abs(self.eigenvalues[self.eigenvalues < 0]).sum()) / total if total > 0 else 0.0
 
     def numbers(self) -> dict[str, float]:
         """The derived numbers by name, for tables and reports."""

@@ -51,12 +51,13 @@ def kernel_arrays(job: Job) -> list[StoredArray]:
     """Train and test Gram matrices and the test diagonal, each with its companions."""
     width, dtype = kernel_width(job), job.layout.dtype
     train, test = job.sizes.num_train * width, job.sizes.num_test * width
+    names = ("row_output", "col_output") if job.spec.meeting.full else ("row", "col")
     arrays = []
     for suffix in statistics_of(job):
         edge = min(job.layout.tile, job.sizes.num_train) * width
         height = min(job.layout.tile, job.sizes.num_test) * width
-        arrays.append(StoredArray(f"train/gram{suffix}", (train, train), (edge, edge), ("row", "col"), dtype))
-        arrays.append(StoredArray(f"test/gram{suffix}", (test, train), (height, edge), ("row", "col"), dtype))
+        arrays.append(StoredArray(f"train/gram{suffix}", (train, train), (edge, edge), names, dtype))
+        arrays.append(StoredArray(f"test/gram{suffix}", (test, train), (height, edge), names, dtype))
         shape: tuple[int, ...] = (job.sizes.num_test,)
         axes: tuple[str, ...] = ("row",)
         if job.spec.meeting.full:
@@ -82,8 +83,14 @@ def feature_arrays(job: Job, specs: tuple[ArraySpec, ...]) -> list[StoredArray]:
             step = chunk_length(job, spec)
             shards = (min(job.layout.shard_rows, rows), step, *spec.shape[1:])
             path = feature_path(job, split, spec.name)
-            arrays.append(StoredArray(path, (rows, *spec.shape), shards, ("row", *spec.axes), job.layout.dtype))
+            axes = tuple(_output_axis(job, spec.shape[i]) if axis == "output" else axis for i, axis in enumerate(spec.axes))
+            arrays.append(StoredArray(path, (rows, *spec.shape), shards, ("row", *axes), job.layout.dtype))
     return arrays
+
+
+def _output_axis(job: Job, length: int, other: str = "kernel_output") -> str:
+    """`output`, or another name where the length differs: arrays of a group that share a name share its length."""
+    return "output" if length == job.sizes.num_outputs else other
 
 
 def chunk_length(job: Job, spec: ArraySpec) -> int:
@@ -104,7 +111,7 @@ def all_arrays(
             StoredArray(f"{split}/outputs", (rows, outputs), (step, outputs), ("row", "output"), job.layout.dtype)
         )
         for name, values in (("targets", targets[split]), ("id", ids[split])):
-            axes = ("row",) if values.ndim == 1 else ("row", "output")
+            axes = ("row",) if values.ndim == 1 else ("row", _output_axis(job, values.shape[1], "target"))
             arrays.append(
                 StoredArray(f"{split}/{name}", values.shape, (step, *values.shape[1:]), axes, str(values.dtype))
             )

@@ -26,7 +26,7 @@ from pipeline.arrays import feature_path
 from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
 from pipeline.job import Job
-from pipeline.kernel_store import KernelStore
+from pipeline.kernel_arrays import KernelArrays
 from pipeline.storage import RunStorage
 
 _CHECK_ROWS = 3
@@ -73,8 +73,8 @@ class Context:
         return RunStorage(self.job.run_dir)
 
     @cached_property
-    def store(self) -> KernelStore:
-        return KernelStore(self.storage)
+    def store(self) -> KernelArrays:
+        return KernelArrays(self.storage)
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -9,16 +9,33 @@ from typing import Any
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.spec import Resolution
-from pipeline.config import Config
-from pipeline.job import Layout
+from pipeline.build import build_spec
+from pipeline.config import Config, config_from_dict
+from pipeline.job import Job, Layout, Sizes
 from pipeline.manifest import Manifest, describe_difference
+from pipeline.storage import RunStorage
 
 LATER_STAGES = ("spectrum", "regression")
 
 
 def stored_decisions(manifest: Manifest) -> tuple[Layout, Resolution]:
     """The layout and the choice of the estimator that a run was started with."""
-    return Layout(**manifest.layout), Resolution(**manifest.estimator)
+    return Layout(**manifest.layout), Resolution(**manifest.resolution)
+
+
+def stored_job(manifest: Manifest) -> Job:
+    """The job that a manifest describes, without loading data or model."""
+    config = config_from_dict(manifest.config)
+    layout, resolution = stored_decisions(manifest)
+    return Job(
+        run_dir=RunStorage(config.run_dir).url,
+        fingerprint=manifest.fingerprints["kernel"],
+        config=config,
+        spec=build_spec(config.kernel),
+        resolution=resolution,
+        layout=layout,
+        sizes=Sizes(**manifest.sizes),
+    )
 
 
 def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> None:
@@ -71,6 +88,6 @@ def stages_to_rerun(
             f"{run_dir} was finished with another {' and '.join(changed)}: {describe_difference(old, new)}; "
             f"--resume reruns only {' and '.join(changed)}"
         )
-    if not resume and not manifest.finished:
+    if not resume and manifest.completed is None:
         raise NNTKError(f"{run_dir} holds an unfinished run of this configuration; add --resume to continue it")
     return changed

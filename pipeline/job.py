@@ -43,6 +43,7 @@ class Sizes:
     num_parameters: int
     num_draws: int
     num_blocks: int
+    num_classes: int | None
 
     def rows(self, split: str) -> int:
         return self.num_train if split == "train" else self.num_test

@@ -149,9 +149,10 @@ class Ledger:
     def rows(self, stage: str | None = None) -> Iterator[LedgerRow]:
         """The rows that count, in the order in which they were appended, one at a time."""
         for batch in self.table(stage).to_batches(max_chunksize=65536):
-            columns = (batch.column(name).to_pylist() for name in _COLUMNS)
-            for *values, numbers in zip(*columns, strict=True):
-                yield LedgerRow(*values, numbers=dict(numbers))
+            columns = {name: batch.column(name).to_pylist() for name in _COLUMNS}
+            columns["numbers"] = map(dict, columns["numbers"])
+            for values in zip(*columns.values(), strict=True):
+                yield LedgerRow(*values)
 
     def forget(self, stage: str) -> None:
         """Drop all rows of a stage that has to run again; on storage when this returns."""

@@ -17,12 +17,12 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
+from typing import IO
 
 from nntk_dist.errors import NNTKError
 from pipeline.storage import RunStorage
@@ -89,7 +89,7 @@ class RunLock:
     def __init__(self, storage: RunStorage, beat_seconds: float = BEAT_SECONDS) -> None:
         self._storage = storage
         self._beat_seconds = beat_seconds
-        self._descriptor: int | None = None
+        self._file: IO[bytes] | None = None
         self._stop = Event()
         self._thread: Thread | None = None
         self._heartbeat = Heartbeat(os.getpid(), socket.gethostname(), time.time())
@@ -98,8 +98,8 @@ class RunLock:
         locked_here = self._take_lock()
         try:
             other = read_heartbeat(self._storage)
-            # With the lock in hand, a heartbeat of this host is of a driver that has died; one of another host may be of
-            # a driver whose lock does not reach this machine.
+            # With the lock in hand, a heartbeat of this host is of a driver that has died; one of another host may be
+            # of a driver whose lock does not reach this machine.
             decisive = other is not None and not (locked_here and other.host == self._heartbeat.host)
             if other is not None and decisive and _is_living(other):
                 raise self._refusal(other)
@@ -133,12 +133,14 @@ class RunLock:
             return False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(folder / LOCK_PATH, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = (folder / LOCK_PATH).open("ab")
         except OSError as error:
-            raise NNTKError(f"run_dir '{self._storage.url}' cannot be locked ({error.strerror}); choose another run_dir") from error
+            raise NNTKError(
+                f"run_dir '{folder}' cannot be written ({error.strerror}); choose another run_dir"
+            ) from error
         for attempt in range(_LOCK_ATTEMPTS):
             try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
                 if attempt + 1 < _LOCK_ATTEMPTS:
@@ -150,9 +152,9 @@ class RunLock:
         raise self._refusal(read_heartbeat(self._storage))
 
     def _release_lock(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)  # closing releases; the file stays, since deleting it would race with a newcomer
-            self._descriptor = None
+        if self._file is not None:
+            self._file.close()  # closing releases; the file stays, since deleting it would race with a newcomer
+            self._file = None
 
     def _refusal(self, other: Heartbeat | None) -> NNTKError:
         who = f"process {other.pid} on {other.host}" if other else "another process"
@@ -163,7 +165,9 @@ class RunLock:
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self._beat_seconds):
-            with suppress(NNTKError):  # a storage that fails for a moment must not end the run; the next beat tries again
+            with suppress(
+                NNTKError
+            ):  # a storage that fails for a moment must not end the run; the next beat tries again
                 self._beat()
 
     def _beat(self) -> None:
@@ -174,22 +178,15 @@ class RunLock:
 def _is_locked(path: Path) -> bool | None:
     """Whether somebody holds the lock file; None where locks do not work here."""
     try:
-        with _opened(path) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError, NotADirectoryError) as error:
-        return isinstance(error, BlockingIOError)
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError:
         return None
     return False
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _is_living(heartbeat: Heartbeat) -> bool:

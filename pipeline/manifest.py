@@ -89,6 +89,11 @@ class Manifest(BaseModel):
     estimator: Estimator | None = None
     projection: dict[str, Any] = Field(default_factory=dict)
     stages: dict[str, StageRecord] = Field(default_factory=dict)
+    identity: dict[str, Any] = Field(default_factory=dict)
+    sizes: dict[str, Any] = Field(default_factory=dict)
+    resolution: dict[str, Any] = Field(default_factory=dict)
+    results: dict[str, Any] = Field(default_factory=dict)
+    completed: AwareDatetime | None = None
 
     def with_stage(self, name: str, record: StageRecord) -> "Manifest":
         """This manifest with the record of one stage added or replaced."""
@@ -165,8 +170,8 @@ def git_commit(source: Path = Path(__file__)) -> str | None:
 def fingerprint(parts: Mapping[str, Any]) -> str:
     """Hex sha256 of the canonical JSON of `parts`.
 
-    Keys are sorted, floats written by `repr` (so 1 and 1.0 differ), tuples are lists. A numpy array counts by its dtype,
-    shape and little-endian bytes in C order, whatever its layout in memory; a numpy scalar as the Python number.
+    Keys are sorted, floats written by `repr` (so 1 and 1.0 differ), tuples are lists. A numpy array counts by its
+    dtype, shape and little-endian bytes in C order, whatever its layout in memory; a numpy scalar as the Python number.
 
     Raises:
         TypeError: a value that has no canonical form (also arrays of objects, whose bytes are addresses).
@@ -180,7 +185,11 @@ def _canonical(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU":
         flat = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).reshape(-1)
-        return {"dtype": flat.dtype.str, "shape": value.shape, "sha256": hashlib.sha256(flat.view(np.uint8)).hexdigest()}
+        return {
+            "dtype": flat.dtype.str,
+            "shape": value.shape,
+            "sha256": hashlib.sha256(flat.view(np.uint8).data).hexdigest(),
+        }
     raise TypeError(f"no canonical form for a {type(value).__name__}: {value!r:.80}")
 
 
@@ -198,7 +207,9 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], limit: i
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else None
+    items = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else None
+    )
     if items is None or (not value and prefix):
         yield prefix, value
         return

@@ -4,10 +4,9 @@ From a configuration, the data and the model it makes the job (what workers need
 resume) and the projection (what it will take). It writes nothing and starts nothing.
 """
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -22,7 +21,7 @@ from pipeline.arrays import StoredArray, all_arrays
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.config import Config
 from pipeline.data import Dataset
-from pipeline.job import SPLITS, Job, Layout, Sizes, as_plain
+from pipeline.job import SPLITS, Job, Layout, Sizes
 from pipeline.layout import choose_batch, make_layout
 from pipeline.manifest import fingerprint
 from pipeline.projection import Projection, project
@@ -70,6 +69,7 @@ def make_plan(
         num_parameters=resolution.num_parameters,
         num_draws=features.num_draws,
         num_blocks=features.num_blocks,
+        num_classes=dataset.num_classes,
     )
     _check_sizes(config, dataset, sizes)
     layout = make_layout(config, spec, features, sizes, batch=batch, device=device) if stored is None else stored[0]
@@ -175,12 +175,3 @@ def check_device(device: str) -> None:
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
-
-def plain_plan(plan: Plan) -> dict[str, Any]:
-    """The plan's projection as plain values, for the manifest."""
-    return json.loads(json.dumps(as_plain(plan.projection), default=dict))
-
-
-def with_workers(plan: Plan, num_workers: int) -> Plan:
-    """The same plan on another number of workers, as a cluster has."""
-    return replace(plan, num_workers=num_workers)

@@ -6,9 +6,11 @@ flight or not yet flushed at a stop is done again, with the same bits.
 Units: seconds, bytes.
 """
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from types import ModuleType
 from typing import Any
 
@@ -19,12 +21,20 @@ from pipeline.config import Config
 from pipeline.continuation import check_kernel, stages_to_rerun, stored_decisions
 from pipeline.data import Dataset
 from pipeline.executors import Executor
-from pipeline.job import Task, as_plain
-from pipeline.kernel_store import KernelStore
+from pipeline.executors.serial import SerialExecutor
+from pipeline.job import Outcome, Task, as_plain
+from pipeline.kernel_arrays import KernelArrays
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.lock import RunLock
-from pipeline.manifest import Manifest, environment_versions, git_commit, read_manifest, write_manifest
-from pipeline.plan import Plan, make_plan, plain_plan, stage_fingerprints
+from pipeline.manifest import (
+    Manifest,
+    StageRecord,
+    environment_versions,
+    git_commit,
+    read_manifest,
+    write_manifest,
+)
+from pipeline.plan import Plan, make_plan, stage_fingerprints
 from pipeline.progress import Progress
 from pipeline.report_stage import write_report
 from pipeline.results import collect_results
@@ -47,7 +57,7 @@ class Prepared:
     @property
     def nothing_to_do(self) -> bool:
         """Whether the run directory already holds this run, finished."""
-        return self.stored is not None and self.stored.finished and not self.rerun
+        return self.stored is not None and self.stored.completed is not None and not self.rerun
 
 
 def prepare(config: Config, *, resume: bool) -> Prepared:
@@ -67,7 +77,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     return Prepared(config, make_plan(config, dataset, model, decisions), dataset, model, storage, stored, rerun)
 
 
-def execute(prepared: Prepared, make_executor: Callable[[Prepared], Executor], progress: Progress) -> dict[str, Any]:
+def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> dict[str, Any]:
     """Carry out what is left of a prepared run and write the report; returns the results by name."""
     storage, plan = prepared.storage, prepared.plan
     with RunLock(storage) as lock:
@@ -76,50 +86,59 @@ def execute(prepared: Prepared, make_executor: Callable[[Prepared], Executor], p
         manifest = _manifest(prepared)
         for stage in prepared.rerun:
             ledger.forget(stage)
-            manifest.stages.pop(stage, None)
         write_manifest(storage, manifest)
-        KernelStore(storage).create(plan.arrays, _attributes(plan))
+        KernelArrays(storage).create(plan.arrays, _attributes(plan))
         executor: Executor | None = None
         try:
-            for stage in ORDER:
-                if not _pending(stage, plan, ledger):
-                    _finish(manifest, stage.NAME, ledger, storage)
-                    continue
-                executor = executor or make_executor(prepared)
-                _run_stage(stage, plan, ledger, executor, progress, lock)
-                _finish(manifest, stage.NAME, ledger, storage)
+            for module in ORDER:
+                if _pending(module, plan, ledger):
+                    executor = executor or _make_executor(prepared, address)
+                    manifest = _run_stage(module, plan, ledger, executor, progress, lock, manifest)
+                    write_manifest(storage, manifest)
         finally:
             ledger.flush()
             if executor is not None:
                 executor.close()
         ledger.compact()
         results = collect_results(plan.job, ledger)
-        write_report(prepared, manifest, ledger, results)
-        manifest.results = results
-        manifest.finished = True
+        manifest = manifest.model_copy(update={"results": results, "completed": datetime.now(UTC)})
+        write_report(storage, manifest)
         write_manifest(storage, manifest)
     return results
 
 
+def _make_executor(prepared: Prepared, address: str | None) -> Executor:
+    """The executor that the configuration asks for."""
+    job, state = prepared.plan.job, state_of(prepared.model)
+    if prepared.config.compute.executor == "serial":
+        return SerialExecutor(job, prepared.dataset, state)
+    from pipeline.executors.on_ray import RayExecutor  # seconds of imports that a serial run does without
+
+    automatic = prepared.config.compute.workers == "auto"
+    return RayExecutor(
+        job, prepared.dataset, state, num_workers=prepared.plan.num_workers, grow=automatic, address=address
+    )
+
+
 def _manifest(prepared: Prepared) -> Manifest:
-    """The manifest of a new run, or the stored one with the sections that may change."""
+    """The manifest of a new run; of a continued one, with the stages that stand."""
     config, plan = prepared.config, prepared.plan
-    fresh = Manifest(
+    stored = prepared.stored
+    stages = {} if stored is None else {k: v for k, v in stored.stages.items() if k not in prepared.rerun}
+    return Manifest(
+        created=datetime.now(UTC) if stored is None else stored.created,
         config=config.model_dump(mode="json"),
-        identity=dict(plan.parts),
+        identity=json.loads(json.dumps(plan.parts)),
         fingerprints=dict(plan.fingerprints),
         seeds={"data": config.data.seed, "model": config.model.seed, "kernel": config.kernel.seed},
         versions=environment_versions(),
         git_commit=git_commit(),
         layout=as_plain(plan.job.layout),
         sizes=as_plain(plan.job.sizes),
-        estimator=as_plain(plan.job.resolution),
-        projection=plain_plan(plan),
+        resolution=as_plain(plan.job.resolution),
+        projection=as_plain(plan.projection),
+        stages=stages,
     )
-    if prepared.stored is None:
-        return fresh
-    stored = prepared.stored
-    return replace(fresh, created=stored.created, stages=dict(stored.stages), versions=stored.versions | fresh.versions)
 
 
 def _attributes(plan: Plan) -> dict[str, Any]:
@@ -159,50 +178,57 @@ def _tasks_left(stage: ModuleType, plan: Plan, ledger: Ledger) -> Iterator[Task]
 
 
 def _run_stage(
-    stage: ModuleType, plan: Plan, ledger: Ledger, executor: Executor, progress: Progress, lock: RunLock
-) -> None:
-    """Carry out a stage's remaining tasks."""
+    stage: ModuleType,
+    plan: Plan,
+    ledger: Ledger,
+    executor: Executor,
+    progress: Progress,
+    lock: RunLock,
+    manifest: Manifest,
+) -> Manifest:
+    """Carry out a stage's remaining tasks; the manifest with its record."""
     total = sum(1 for _ in stage.tasks(plan.job))
     done = total - _pending(stage, plan, ledger)
+    earlier = manifest.stages.get(stage.NAME)
+    started, clock = datetime.now(UTC), time.perf_counter()
     with progress.stage(stage.NAME, total, done) as bar:
         for outcome in executor.run(_tasks_left(stage, plan, ledger)):
             ledger.tick()
-            if outcome is None:
-                continue
-            ledger.append(
-                LedgerRow(
-                    stage=outcome.stage,
-                    tile=outcome.tile,
-                    worker=outcome.worker,
-                    started=outcome.started,
-                    seconds=outcome.seconds,
-                    bytes=outcome.written_bytes,
-                    checksum=outcome.checksum,
-                    error=outcome.numbers.get("relative_error"),
-                    peak_bytes=outcome.peak_bytes,
-                    numbers=dict(outcome.numbers),
-                )
-            )
-            done += 1
-            bar.advance(1)
-            lock.beat(stage.NAME, done, total)
+            if outcome is not None:
+                ledger.append(_row(outcome))
+                done += 1
+                bar.advance()
+                lock.update(stage.NAME, done, total)
     ledger.flush()
+    rows = list(ledger.rows(stage.NAME))
+    record = StageRecord(
+        started=started if earlier is None else earlier.started,
+        finished=datetime.now(UTC),
+        seconds=time.perf_counter() - clock + (0.0 if earlier is None else earlier.seconds),
+        results={
+            "tasks": len(rows),
+            "seconds": sum(row.seconds for row in rows),
+            "bytes": sum(row.bytes for row in rows),
+            "peak_bytes": max(row.peak_bytes for row in rows),
+        },
+    )
+    return manifest.with_stage(stage.NAME, record)
 
 
-def _finish(manifest: Manifest, name: str, ledger: Ledger, storage: RunStorage) -> None:
-    """Note a finished stage in the manifest, once."""
-    if name in manifest.stages:
-        return
-    rows = ledger.rows(name)
-    manifest.stages[name] = {
-        "finished": time.time(),
-        "started": min((row.started for row in rows), default=time.time()),
-        "tasks": len(rows),
-        "seconds": sum(row.seconds for row in rows),
-        "bytes": sum(row.bytes for row in rows),
-        "peak_bytes": max((row.peak_bytes for row in rows), default=0),
-    }
-    write_manifest(storage, manifest)
+def _row(outcome: Outcome) -> LedgerRow:
+    """A task's outcome as the ledger keeps it."""
+    return LedgerRow(
+        stage=outcome.stage,
+        tile=outcome.tile,
+        worker=outcome.worker,
+        started=outcome.started,
+        seconds=outcome.seconds,
+        bytes=outcome.written_bytes,
+        checksum=outcome.checksum,
+        error=outcome.numbers.get("relative_error"),
+        peak_bytes=outcome.peak_bytes,
+        numbers=outcome.numbers,
+    )
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
         for path, start, checksum in _pieces(row):
             count += 1
             try:
-                values = context.store.read_shards(path, start)
+                values = context.store.read_shard(path, start)
             except NNTKError as error:
                 wrong.append(f"{path} at {start} ({error})")
                 continue
@@ -109,8 +109,8 @@ def _symmetry(context: Context) -> Finding:
             continue
         stripes = _stripes(context.job)
         for i, (start, stop) in enumerate(stripes):
-            rows = context.store.read(array.path, (slice(start, stop), slice(start, None)))
-            columns = context.store.read(array.path, (slice(start, None), slice(start, stop)))
+            rows = context.store.read(array.path, slice(start, stop), slice(start, None))
+            columns = context.store.read(array.path, slice(start, None), slice(start, stop))
             if not np.array_equal(rows, columns.T, equal_nan=True):
                 wrong.append(f"{array.path} in tile row {i}")
     return Finding(
@@ -171,7 +171,7 @@ class _Comparison:
     distance: float = 0.0
 
     def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
-        stored = self.context.store.read_shards(path, start)
+        stored = self.context.store.read_shard(path, start)
         if not np.array_equal(stored, values, equal_nan=True):
             gap = float(np.nanmax(np.abs(stored - values)) / np.nanmax(np.abs(stored)))
             self.distance = max(self.distance, gap)

@@ -53,8 +53,10 @@ class RayExecutor:
         state: Mapping[str, Tensor],
         *,
         num_workers: int,
+        grow: bool = False,
         address: str | None = None,
     ) -> None:
+        """`grow`: on a cluster, take as many workers as it has places for, instead of `num_workers`."""
         connect(address)
         self._arguments = (ray.put(job), ray.put(dataset), ray.put(dict(state)))
         self._options: dict[str, Any] = {
@@ -62,11 +64,18 @@ class RayExecutor:
             "num_gpus": 1 if job.layout.device.startswith("cuda") else 0,
             "max_restarts": 0,
         }
-        self._num_workers = num_workers
+        self._num_workers = max(num_workers, self._places()) if grow and address else num_workers
         self._actors: list[Any] = []
 
     def _start(self) -> Any:
         return WorkerActor.options(**self._options).remote(*self._arguments)  # type: ignore[attr-defined]
+
+    def _places(self) -> int:
+        """Workers that the cluster has room for now."""
+        resources = ray.cluster_resources()
+        if self._options["num_gpus"]:
+            return int(resources.get("GPU", 0) // self._options["num_gpus"])
+        return int(resources.get("CPU", 0) // self._options["num_cpus"])
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish, None where a second passes without one."""

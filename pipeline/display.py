@@ -1,0 +1,101 @@
+"""What the command line prints: plans, results, status, findings, as short tables. It computes nothing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.job import Job
+from pipeline.ledger import Ledger
+from pipeline.lock import Heartbeat
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan
+from pipeline.report.formatting import count, duration, number, size
+from pipeline.stages import ORDER
+from pipeline.verify import Finding
+
+
+def print_choice(out: Console, plan: Plan) -> None:
+    """One line before a run: what is computed and why this way."""
+    sizes, resolution = plan.job.sizes, plan.job.resolution
+    out.print(
+        f"{plan.job.spec.kind} kernel, estimator {resolution.estimator}: {resolution.reason}; "
+        f"{count(sizes.num_train)} train and {count(sizes.num_test)} test rows, {count(sizes.num_parameters)} parameters, "
+        f"{count(sizes.num_draws)} draws, {plan.num_workers} worker(s)",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+def print_plan(out: Console, plan: Plan) -> None:
+    """The whole plan."""
+    print_choice(out, plan)
+    projection, layout = plan.projection, plan.job.layout
+    table = Table("stage", "tasks", "operations", "time (estimate)", box=None, pad_edge=False)
+    for stage in ORDER:
+        name = stage.NAME
+        if projection.tasks[name]:
+            seconds = projection.seconds.get(name, 0.0)
+            operations = projection.operations.get(name, 0.0)
+            table.add_row(name, count(projection.tasks[name]), f"{operations:.2g}", duration(seconds))
+    out.print(table)
+    out.print(
+        f"time: about {duration(sum(projection.seconds.values()))} from this machine's rate, within a factor of three"
+    )
+    disk = ", ".join(f"{name} {size(amount)}" for name, amount in projection.disk_bytes.items())
+    out.print(f"disk: {size(projection.total_disk_bytes)} before compression ({disk})", soft_wrap=True)
+    out.print(
+        f"memory: {size(projection.worker_bytes)} at the peak of a worker, {size(plan.memory_per_worker)} allowed; "
+        f"spectrum and regression {size(projection.solve_bytes)}",
+        soft_wrap=True,
+    )
+    features = "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
+    out.print(
+        f"layout: tile {layout.tile}, batch {layout.batch}, features {features}, {layout.threads} thread(s) a worker, "
+        f"{layout.dtype} on {layout.device}",
+        soft_wrap=True,
+    )
+
+
+def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> None:
+    """The headline numbers and where the rest is."""
+    lines = []
+    if results.get("test_accuracy") is not None:
+        lines.append(f"test accuracy {results['test_accuracy']:.4f} at ridge {results['ridge']:g} (leave-one-out choice)")
+    elif results.get("test_error") is not None:
+        lines.append(f"test mean squared error {number(results['test_error'])} at ridge {results['ridge']:g}")
+    if results.get("train_relative_error") is not None:
+        lines.append(f"estimated relative error of the unbiased kernel {results['train_relative_error']:.3g}")
+    if results.get("train_relative_bias") is not None:
+        lines.append(f"estimated bias of plugin, ‖plugin − unbiased‖/‖unbiased‖: {results['train_relative_bias']:.3g}")
+    lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")
+    for line in lines:
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, heartbeat: Heartbeat | None) -> None:
+    """One line a stage; `heartbeat` None means that no driver is alive."""
+    if manifest.finished is not None:
+        state = "finished"
+    elif heartbeat is not None:
+        state = f"running (process {heartbeat.pid} on {heartbeat.host}, stage {heartbeat.stage})"
+    else:
+        state = "stopped; nntk run … --resume continues it"
+    out.print(f"{manifest.config['name']}: {state}", markup=False, highlight=False, soft_wrap=True)
+    table = Table("stage", "done", "tasks", "time in tasks", "written", box=None, pad_edge=False)
+    for stage in ORDER:
+        total = sum(1 for _ in stage.tasks(job))
+        rows = list(ledger.rows(stage.NAME))
+        if total:
+            busy = duration(sum(row.seconds for row in rows))
+            table.add_row(stage.NAME, count(len(rows)), count(total), busy, size(sum(row.bytes for row in rows)))
+    out.print(table)
+
+
+def print_finding(out: Console, finding: Finding) -> None:
+    """One check of `verify`."""
+    mark, style = ("ok", "green") if finding.passed else ("FAILED", "bold red")
+    out.print(f"{finding.check}:", f"[{style}]{mark}[/]", end=" ")
+    out.print(finding.detail, markup=False, highlight=False, soft_wrap=True)

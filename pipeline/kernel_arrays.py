@@ -1,0 +1,63 @@
+"""The arrays of one `kernel.zarr` by path: created from the table of `pipeline.arrays`, opened once, read and written.
+
+A thin layer for workers and driver over the policy in `pipeline.kernel_store`; it knows positions, not meanings.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import zarr
+
+from pipeline.arrays import StoredArray
+from pipeline.kernel_store import create_array, create_store, open_array, open_store, read_block, write_block
+from pipeline.storage import RunStorage
+
+
+@dataclass
+class KernelArrays:
+    """Lazily opened arrays of a run's kernel store."""
+
+    storage: RunStorage
+    _open: dict[str, zarr.Array] = field(default_factory=dict)
+
+    def create(self, arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> None:
+        """Create the store and those arrays that it does not hold yet."""
+        create_store(self.storage, attributes)
+        present = open_store(self.storage)
+        for array in arrays:
+            if array.path not in present:
+                create_array(
+                    self.storage,
+                    array.path,
+                    shape=array.shape,
+                    dtype=array.dtype,
+                    shard=array.shards,
+                    dimension_names=array.axes,
+                )
+
+    def array(self, path: str) -> zarr.Array:
+        """An array, open for reading and writing."""
+        if path not in self._open:
+            self._open[path] = open_array(self.storage, path, read_only=False)
+        return self._open[path]
+
+    def read(self, path: str, *selection: slice) -> np.ndarray:
+        """The values of a selection, all of the axes that are not given; NNTKError where something is missing or damaged."""
+        array = self.array(path)
+        return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))))
+
+    def read_shard(self, path: str, start: Sequence[int]) -> np.ndarray:
+        """What one `write` at this start wrote: a shard, or what of it lies within the array."""
+        array = self.array(path)
+        edges = array.shards or array.chunks
+        begin = (*start, *[0] * (array.ndim - len(start)))
+        ends = [min(b + edge, length) for b, edge, length in zip(begin, edges, array.shape, strict=True)]
+        return read_block(array, tuple(slice(b, e) for b, e in zip(begin, ends, strict=True)))
+
+    def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
+        """Write whole shards beginning at an index (0 on the axes that are not given); bytes and checksum."""
+        begin = (*start, *[0] * (values.ndim - len(start)))
+        selection = tuple(slice(b, b + length) for b, length in zip(begin, values.shape, strict=True))
+        return write_block(self.array(path), selection, values)

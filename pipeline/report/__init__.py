@@ -1,0 +1,23 @@
+"""The report page of a run: plain values in, one self-contained HTML file out."""
+
+from pipeline.report.inputs import (
+    KernelFacts,
+    Provenance,
+    RegressionFacts,
+    ReportInputs,
+    StageTiming,
+    StandardErrors,
+    Thumbnail,
+)
+from pipeline.report.page import render_report
+
+__all__ = [
+    "KernelFacts",
+    "Provenance",
+    "RegressionFacts",
+    "ReportInputs",
+    "StageTiming",
+    "StandardErrors",
+    "Thumbnail",
+    "render_report",
+]

@@ -1,0 +1,165 @@
+"""Collects what the report page shows, from store, tables, ledger and manifest, and writes `report/index.html`.
+
+Reads at most a 512 × 512 sample of the kernel. The page itself is made by `pipeline.report`.
+
+Axes: n train rows, k rows of the thumbnail.
+"""
+
+import shlex
+from typing import Any
+
+import numpy as np
+import yaml
+
+from nntk_dist.regression import RidgeRow
+from pipeline.kernel_arrays import KernelArrays
+from pipeline.manifest import Manifest
+from pipeline.report import (
+    KernelFacts,
+    Provenance,
+    RegressionFacts,
+    ReportInputs,
+    StageTiming,
+    StandardErrors,
+    Thumbnail,
+    render_report,
+)
+from pipeline.storage import RunStorage
+from pipeline.tables import read_table
+
+REPORT_PATH = "report/index.html"
+_THUMBNAIL_ROWS = 512
+
+
+def write_report(storage: RunStorage, manifest: Manifest) -> None:
+    """Make the page of a run whose stages are finished."""
+    storage.write_bytes(REPORT_PATH, render_report(collect_inputs(storage, manifest)).encode())
+
+
+def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
+    """Everything on the page, as plain values."""
+    config, results = manifest.config, manifest.results
+    store = KernelArrays(storage)
+    kernel = config["kernel"]
+    return ReportInputs(
+        title=config["name"],
+        data=config["data"]["source"],
+        model=_model_text(config["model"]),
+        kernel=_kernel_facts(manifest),
+        provenance=_provenance(manifest),
+        gram=_thumbnail(store, full=kernel["outputs"] == "full"),
+        eigenvalues=_eigenvalues(storage, manifest),
+        regression=_regression(storage, manifest),
+        standard_errors=_standard_errors(store, results) if manifest.layout["stderr"] == "entry" else None,
+        stages=[
+            StageTiming(
+                stage=name,
+                tasks=int(record.results["tasks"]),
+                wall_seconds=record.seconds,
+                busy_seconds=record.results["seconds"],
+                written_bytes=int(record.results["bytes"]),
+                peak_bytes=int(record.results["peak_bytes"]),
+            )
+            for name, record in manifest.stages.items()
+            if record.results.get("tasks")
+        ],
+        plots=config["report"]["plots"],
+    )
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    arguments = [f"{key} {' '.join(map(str, v)) if isinstance(v, list) else v}" for key, v in model["args"].items()]
+    return ", ".join([model["builder"], *arguments])
+
+
+def _kernel_facts(manifest: Manifest) -> KernelFacts:
+    kernel, sizes, results = manifest.config["kernel"], manifest.sizes, manifest.results
+    local = kernel["kind"] == "local"
+    distribution = kernel["distribution"]
+    return KernelFacts(
+        kind=kernel["kind"],
+        estimator=manifest.resolution["estimator"],
+        estimator_reason=manifest.resolution["reason"],
+        statistic="plugin" if kernel["statistic"] == "both" else kernel["statistic"],
+        outputs=str(kernel["outputs"]),
+        num_train=sizes["num_train"],
+        num_test=sizes["num_test"],
+        num_parameters=sizes["num_parameters"],
+        num_draws=None if local else sizes["num_draws"],
+        num_blocks=None if local else sizes["num_blocks"],
+        distribution=None if local else f"{distribution['name']}, γ = {distribution['gamma']:g}",
+        relative_error=results.get("train_relative_error"),
+        relative_bias=results.get("train_relative_bias"),
+    )
+
+
+def _provenance(manifest: Manifest) -> Provenance:
+    config = manifest.config
+    run_dir = shlex.quote(str(config["run_dir"]))
+    return Provenance(
+        created=manifest.created.isoformat(timespec="seconds"),
+        git_commit=manifest.git_commit,
+        fingerprints=manifest.fingerprints,
+        seeds=manifest.seeds,
+        versions={name: version for name, version in manifest.versions.items() if version is not None},
+        config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        commands=(
+            ("run it again, with the configuration above in config.yaml", "nntk run config.yaml --set run_dir=again"),
+            ("check this store", f"nntk verify {run_dir}"),
+            ("make this page again", f"nntk report {run_dir}"),
+        ),
+    )
+
+
+def _thumbnail(store: KernelArrays, *, full: bool) -> Thumbnail | None:
+    """At most 512 evenly chosen rows of the kernel, in the order of their labels (or of a single target)."""
+    targets = store.read("train/targets")
+    chosen = np.unique(np.linspace(0, len(targets) - 1, min(_THUMBNAIL_ROWS, len(targets))).astype(int))
+    kept = targets[chosen]
+    classes = np.issubdtype(targets.dtype, np.integer)
+    order = np.argsort(kept if classes else kept.reshape(len(kept), -1)[:, 0], kind="stable")
+    rows = chosen[order]
+    gram = store.array("train/gram")
+    width = gram.shape[0] // len(targets) if full else 1
+    selection = rows * width  # of a full kernel, the first output
+    values = np.stack([store.read("train/gram", slice(row, row + 1))[0, selection] for row in selection])
+    if not classes:
+        return Thumbnail(values, "ordered by target")
+    labels, starts = np.unique(kept[order], return_index=True)
+    return Thumbnail(values, "ordered by class", starts[1:].tolist(), [str(label) for label in labels])
+
+
+def _eigenvalues(storage: RunStorage, manifest: Manifest) -> dict[str, np.ndarray]:
+    table = read_table(storage, "eigenvalues") or {}
+    kernel = manifest.config["kernel"]
+    first = {"both": "plugin"}.get(kernel["statistic"], kernel["statistic"])
+    names = {"eigenvalue": first if kernel["kind"] == "nonlocal" else kernel["kind"], "eigenvalue_unbiased": "unbiased"}
+    return {names[column]: np.asarray(values) for column, values in table.items() if column in names}
+
+
+def _regression(storage: RunStorage, manifest: Manifest) -> RegressionFacts | None:
+    table = read_table(storage, "regression")
+    if table is None:
+        return None
+    rows = [RidgeRow(**dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
+    num_classes = manifest.sizes["num_classes"]
+    return RegressionFacts("regression" if num_classes is None else "classification", rows, num_classes)
+
+
+def _standard_errors(store: KernelArrays, results: dict[str, Any]) -> StandardErrors | None:
+    """Summary over the first rows of the kernel, about a quarter of a million entries."""
+    gram = store.array("train/gram")
+    rows = gram.shape[0]
+    stripe = slice(0, max(1, min(rows, _THUMBNAIL_ROWS**2 // rows)))
+    values = store.read("train/gram_stderr", stripe)
+    resolved = values[np.isfinite(values)]
+    if not resolved.size:
+        return None
+    diagonal = store.read("train/gram", stripe)[np.arange(stripe.stop), np.arange(stripe.stop)]
+    return StandardErrors(
+        median=float(np.median(resolved)),
+        percentile_90=float(np.quantile(resolved, 0.9)),
+        largest=float(resolved.max()),
+        mean_diagonal=float(diagonal.mean()),
+        unresolved_share=float(results.get("train_unresolved_entries") or 0.0) / gram.size,
+    )

@@ -1,0 +1,10 @@
+"""Independent oracles: what the library's numbers are checked against.
+
+Written from the definitions alone. Nothing in here imports the library, so that no mistake can hide on both sides.
+
+    closed_forms   kernels of single units (linear, quadratic, sign, relu) for any number of parameters
+    quadrature     nonlocal gradients and kernels of any function of at most three parameters
+    brute_force    gradients one at a time by automatic differentiation; block statistics by plain loops
+    cases          a table of small models with their inputs
+    statistics     assertions about random numbers: agreement, coverage, power
+"""

@@ -169,7 +169,7 @@ def _ridge_axes(
 
 
 def _style(name: str) -> dict[Any, Any]:
-    """matplotlib's settings for one figure."""
+    """The drawing settings for one figure."""
     return {
         "svg.fonttype": "none",  # text stays text, in the page's own font
         "svg.hashsalt": name,

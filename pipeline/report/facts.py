@@ -1,0 +1,212 @@
+"""What the report says: every number with its unit and a sentence that says what it means, and what could be misread.
+
+Words only: from `ReportInputs` to labels, values and meanings as text. No HTML, no figures.
+
+Axes: n eigenvalues. Kernel values, eigenvalues and standard errors are in the kernel's own unit.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from jaxtyping import Float
+
+from nntk_dist.spectrum import Spectrum
+from pipeline.report.formatting import count, number, percent
+from pipeline.report.inputs import KernelFacts, RegressionFacts, ReportInputs
+
+_KINDS = MappingProxyType(
+    {
+        "nonlocal": "Inner products of the outputs' nonlocal gradients, averages of differences over a neighbourhood.",
+        "covariance": "Covariance of output differences: the NTK in the limit γ → 0, but not the nonlocal NTK.",
+        "averaged": "The ordinary NTK, averaged over perturbed parameters.",
+        "local": "The ordinary empirical NTK: inner products of the outputs' gradients.",
+    }
+)
+_STATISTICS = MappingProxyType(
+    {
+        "both": "gram holds plugin, positive semidefinite, for solves; gram_unbiased, right on average, for entries.",
+        "plugin": "Inner products of mean gradients: positive semidefinite, inflated by noise.",
+        "unbiased": "Inner products across blocks: right on average, but not positive semidefinite.",
+    }
+)
+_NOTABLE_BIAS = 0.05
+_NOTABLE_ERROR = 0.2
+_NOTABLE_NEGATIVE_MASS = 0.05
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number on the page: what it is, its value with unit, and what it means."""
+
+    label: str
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class SpectrumFact:
+    """A number of every spectrum on the page, one value for each statistic."""
+
+    label: str
+    values: Sequence[str]
+    meaning: str
+
+
+def headline(inputs: ReportInputs) -> list[Fact]:
+    """The few numbers that a reader wants first: what the regression reached, and how far to trust the kernel."""
+    return [*_regression_headline(inputs), *_trust_headline(inputs.kernel)]
+
+
+def cautions(inputs: ReportInputs) -> list[str]:
+    """What a reader of this run could get wrong, one sentence or two each; empty where nothing stands out."""
+    return [*_kernel_cautions(inputs), *(_ridge_cautions(inputs.regression) if inputs.regression else ())]
+
+
+def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
+    """How the kernel was made."""
+    kernel, errors, reason = inputs.kernel, inputs.standard_errors, inputs.kernel.estimator_reason
+    yield Fact("Kernel", f"{kernel.kind}, outputs {kernel.outputs}", _KINDS[kernel.kind])
+    if kernel.distribution is not None:
+        yield Fact("Perturbations", kernel.distribution, "Distribution of the displacements; γ is their range.")
+    yield Fact(
+        "Examples n",
+        f"{count(kernel.num_train)} train, {count(kernel.num_test)} test",
+        f"From {inputs.data}. The Gram matrix is train by train, the test kernel test by train.",
+    )
+    yield Fact("Parameters P", count(kernel.num_parameters), "Selected parameters, shared ones counted once.")
+    if kernel.num_draws is not None:
+        blocks = f" in {kernel.num_blocks} blocks" if kernel.num_blocks is not None else ""
+        yield Fact("Draws S", f"{count(kernel.num_draws)}{blocks}", "Perturbed models evaluated for each example.")
+    yield Fact("Estimator", kernel.estimator, reason[:1].upper() + reason[1:])
+    if kernel.kind == "nonlocal":
+        yield Fact("Statistic", kernel.statistic, _STATISTICS[kernel.statistic])
+    if errors is not None:
+        bias = " It says nothing of the plugin kernel's bias." if kernel.kind == "nonlocal" else ""
+        yield Fact(
+            "Standard error of an entry",
+            number(errors.median),
+            f"Median over the resolved train entries, in the kernel's unit, where the mean diagonal is "
+            f"{number(errors.mean_diagonal)}; 90 % are below {number(errors.percentile_90)}, the largest is "
+            f"{number(errors.largest)}.{bias}",
+        )
+
+
+def spectrum_facts(eigenvalues: Mapping[str, Float[np.ndarray, " n"]]) -> list[SpectrumFact]:
+    """The derived numbers of each spectrum; see `nntk_dist.spectrum.Spectrum`."""
+    spectra = [_spectrum(values) for values in eigenvalues.values()]
+    sizes = ", ".join(sorted({count(len(values)) for values in eigenvalues.values()}))
+    return [
+        SpectrumFact(
+            "Trace", [number(each.trace) for each in spectra], "Sum of the eigenvalues, in the kernel's unit."
+        ),
+        SpectrumFact(
+            "Participation ratio",
+            [number(each.participation_ratio) for each in spectra],
+            "(Σλ)² / Σλ²: how many equal eigenvalues would spread the trace as widely.",
+        ),
+        SpectrumFact(
+            "Effective rank",
+            [number(each.effective_rank) for each in spectra],
+            f"Exponential of the spectrum's entropy, out of {sizes}.",
+        ),
+        SpectrumFact(
+            "Condition number",
+            [number(each.condition_number) for each in spectra],
+            "Largest over smallest eigenvalue magnitude; a ridge makes the solve stable.",
+        ),
+        SpectrumFact(
+            "Negative mass",
+            [percent(each.negative_mass) for each in spectra],
+            "Share of Σ|λ| that is negative: rounding for a positive semidefinite kernel, noise otherwise.",
+        ),
+    ]
+
+
+def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
+    if inputs.regression is None:
+        return
+    row, num_test, num_classes = inputs.regression.selected, inputs.kernel.num_test, inputs.regression.num_classes
+    if row.test_accuracy is not None:
+        spread = math.sqrt(row.test_accuracy * (1 - row.test_accuracy) / num_test)
+        guess = f" Guessing among {num_classes} classes gives {percent(1 / num_classes)}." if num_classes else ""
+        yield Fact(
+            "Test accuracy",
+            percent(row.test_accuracy),
+            f"Share of {count(num_test)} test examples classified rightly; binomial standard error "
+            f"{number(100 * spread, 2)} points.{guess}",
+        )
+    else:
+        yield Fact(
+            "Test error",
+            number(row.test_error),
+            f"Mean squared error over {count(num_test)} test examples, in squared target units; its root is "
+            f"{number(math.sqrt(row.test_error))}.",
+        )
+    yield Fact(
+        "Selected ridge",
+        number(row.ridge),
+        f"Relative to the kernel's mean diagonal; {number(row.absolute_ridge)} in the kernel's unit. Chosen by the "
+        "least leave-one-out error on the training examples; the test examples had no say.",
+    )
+
+
+def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
+    if kernel.relative_error is not None:
+        subject = "unbiased kernel" if kernel.kind == "nonlocal" else "kernel"
+        yield Fact(
+            "Kernel error",
+            percent(kernel.relative_error),
+            f"Estimated relative error of the {subject} in the Frobenius norm, from the spread between "
+            f"{kernel.num_blocks} independent blocks of draws.",
+        )
+    if kernel.relative_bias is not None:
+        yield Fact(
+            "Plugin bias",
+            percent(kernel.relative_bias),
+            "‖plugin − unbiased‖ / ‖unbiased‖: how far noise inflates the kernel that the regression uses.",
+        )
+    if kernel.kind == "local":
+        yield Fact("Kernel error", "none", "The local kernel comes from automatic differentiation, without sampling.")
+
+
+def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
+    kernel, errors = inputs.kernel, inputs.standard_errors
+    if kernel.relative_bias is not None and kernel.relative_bias > _NOTABLE_BIAS:
+        yield (
+            f"Plugin is inflated by noise: bias {percent(kernel.relative_bias)}. Solve with gram, which is positive "
+            "semidefinite; take entries and comparisons from gram_unbiased. More draws reduce the bias."
+        )
+    if kernel.relative_error is not None and kernel.relative_error > _NOTABLE_ERROR:
+        yield (
+            f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Doubling "
+            "the draws divides it by 1.4 or more."
+        )
+    if errors is not None and errors.unresolved_share > 0:
+        yield (
+            f"{percent(errors.unresolved_share)} of the entries are unresolved: no draw changed the model's output "
+            "there. Their standard error is NaN; a larger γ or more draws would resolve them."
+        )
+    unbiased = inputs.eigenvalues.get("unbiased")
+    if unbiased is not None and (mass := _spectrum(unbiased).negative_mass) > _NOTABLE_NEGATIVE_MASS:
+        yield (
+            f"{percent(mass)} of the unbiased spectrum's mass is negative, which is noise: eigenvalues no larger in "
+            f"magnitude than the most negative one, {number(unbiased[-1])}, say little."
+        )
+
+
+def _ridge_cautions(regression: RegressionFacts) -> Iterator[str]:
+    ridges = [row.ridge for row in regression.rows]
+    chosen = regression.selected.ridge
+    if len(ridges) > 1 and chosen in (min(ridges), max(ridges)):
+        edge, direction = ("smallest", "smaller") if chosen == min(ridges) else ("largest", "larger")
+        yield (
+            f"The selected ridge, {number(chosen)}, is the {edge} of those tried; the best one may be {direction}: "
+            "extend regression.ridge."
+        )
+
+
+def _spectrum(eigenvalues: Float[np.ndarray, " n"]) -> Spectrum:
+    return Spectrum(eigenvalues, np.empty((len(eigenvalues), 0)))

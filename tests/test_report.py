@@ -1,0 +1,304 @@
+"""The report page: what it says for each kind of run, that it stands alone, and that its markup is sound."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from nntk_dist.regression import RidgeRow
+from pipeline.report import (
+    KernelFacts,
+    Provenance,
+    RegressionFacts,
+    ReportInputs,
+    StageTiming,
+    StandardErrors,
+    Thumbnail,
+    render_report,
+)
+from pipeline.report.formatting import duration, number, percent, size
+from pipeline.report.plots import log_spaced
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects text and ids, and refuses tags that do not nest."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.words, self.ids, self.links = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.links += [value for name, value in attributes if name in ("href", "src", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def ridge_rows(selected, accuracy=True):
+    return tuple(
+        RidgeRow(
+            ridge=ridge,
+            absolute_ridge=126 * ridge,
+            loo_error=0.02 + ridge,
+            loo_accuracy=0.96 if accuracy else None,
+            train_error=ridge**2,
+            test_error=0.0625,
+            test_accuracy=0.975 if accuracy else None,
+            selected=ridge == selected,
+        )
+        for ridge in (1e-4, 1e-2, 1.0)
+    )
+
+
+@pytest.fixture
+def digits():
+    """A finished nonlocal classification run with both statistics."""
+    values = np.linspace(0, 1, 30)[:, None] + np.linspace(0, 1, 30)
+    return ReportInputs(
+        title="digits <1437>",
+        data="sklearn:digits",
+        model="mlp, widths 256, 256",
+        kernel=KernelFacts(
+            kind="nonlocal",
+            estimator="autodiff",
+            estimator_reason="no jump was found",
+            statistic="both",
+            outputs="trace",
+            num_train=1437,
+            num_test=360,
+            num_parameters=85002,
+            num_draws=16,
+            num_blocks=8,
+            distribution="gaussian, γ = 0.05",
+            relative_error=0.017,
+            relative_bias=0.081,
+        ),
+        provenance=Provenance(
+            created="2025-11-03 14:22 UTC",
+            git_commit="2c38c83f",
+            fingerprints={"kernel": "9f2c77"},
+            seeds={"kernel": 41},
+            versions={"torch": "2.13.0"},
+            config_yaml="name: digits\nmodel: {builder: '<mlp>'}\n",
+            commands=(("Again:", "nntk run digits.yaml --set kernel.seed=41"),),
+        ),
+        gram=Thumbnail(values, "ordered by class", boundaries=(10, 20), labels=("0", "1", "2")),
+        eigenvalues={"plugin": np.geomspace(900, 1, 1437), "unbiased": np.linspace(800, -300, 1437)},
+        regression=RegressionFacts("classification", ridge_rows(selected=1e-2), num_classes=10),
+        standard_errors=StandardErrors(0.31, 0.62, 2.2, 126.0, 0.0),
+        stages=(
+            StageTiming("gram", 3, 14.2, 26.5, 33 << 20, 820 << 20),
+            StageTiming("test", 2, 4.0, 7.5, 1 << 20, 1 << 30),
+        ),
+    )
+
+
+def test_the_page_stands_alone_and_its_markup_nests(digits):
+    html = render_report(digits)
+    page = Page(html)
+    assert html.startswith("<!doctype html>")
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert not re.search(r"<script|@import|url\(\s*['\"]?http", html)
+    assert set(re.findall(r"url\(#([^)]*)\)", html)) <= set(page.ids)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+
+
+def test_the_same_inputs_give_the_same_page(digits):
+    assert render_report(digits) == render_report(digits)
+
+
+def test_figures_take_their_colours_from_the_page(digits):
+    html = render_report(digits)
+    figures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(figures) == 4
+    for figure in figures:
+        assert "var(--ink)" in figure
+        assert not re.search(r"(fill|stroke): #0[0-9a-f]0", figure)  # a stand-in that was left
+    for variable in set(re.findall(r"var\((--[a-z0-9-]+)\)", html)):
+        assert html.count(f"{variable}: #") == 2, variable  # one colour for the light scheme and one for the dark
+
+
+def test_headline_numbers_carry_units_and_meanings(digits):
+    text = Page(render_report(digits)).text
+    assert (
+        "Test accuracy 97.5 % Share of 360 test examples classified rightly; binomial standard error 0.82 points"
+        in text
+    )
+    assert "Guessing among 10 classes gives 10 %" in text
+    assert "Selected ridge 0.01 Relative to the kernel's mean diagonal; 1.26 in the kernel's unit" in text
+    assert "Kernel error 1.7 % Estimated relative error of the unbiased kernel" in text
+    assert "Plugin bias 8.1 % ‖plugin − unbiased‖ / ‖unbiased‖" in text
+    assert "Parameters P 85,002" in text
+    assert "Draws S 16 in 8 blocks" in text
+    assert "Estimator autodiff No jump was found" in text
+    assert "Standard error of an entry 0.31 Median over the resolved train entries" in text
+
+
+def test_cautions_say_what_could_be_misread(digits):
+    text = Page(render_report(digits)).text
+    assert "Plugin is inflated by noise: bias 8.1 %. Solve with gram" in text
+    assert "of the unbiased spectrum's mass is negative, which is noise: eigenvalues no larger in" in text
+    assert "selected ridge" not in text.split("Kernel ridge regression")[0].split("gram_unbiased. More draws")[1]
+    assert "unresolved:" not in text
+    assert "Single entries are uncertain" not in text
+
+
+def test_cautions_of_a_worse_run(digits):
+    worse = replace(
+        digits,
+        kernel=replace(digits.kernel, relative_error=0.6, relative_bias=0.01),
+        standard_errors=replace(digits.standard_errors, unresolved_share=0.125),
+        regression=RegressionFacts("classification", ridge_rows(selected=1.0), 10),
+    )
+    text = Page(render_report(worse)).text
+    assert "Single entries are uncertain: the kernel's estimated error is 60 %" in text
+    assert "12.5 % of the entries are unresolved: no draw changed the model's output there" in text
+    assert "The selected ridge, 1, is the largest of those tried; the best one may be larger" in text
+    assert "Plugin is inflated by noise" not in text
+
+
+def test_spectrum_numbers_are_those_of_the_eigenvalues(digits):
+    page = Page(render_report(replace(digits, eigenvalues={"plugin": np.array([3.0, 1.0, 0.0])})))
+    assert "Trace Sum of the eigenvalues, in the kernel's unit. 4 Participation ratio" in page.text
+    assert "would spread the trace as widely. 1.6 Effective rank" in page.text
+    assert "a ridge makes the solve stable. ∞ Negative mass" in page.text
+
+
+def test_timings_carry_units_and_a_total(digits):
+    text = Page(render_report(digits)).text
+    assert "gram 3 14 s 26 s 33.0 MiB 820 MiB" in text
+    assert "all 5 18 s 34 s 34.0 MiB 1.0 GiB" in text
+
+
+def test_provenance_is_on_the_page(digits):
+    text = Page(render_report(digits)).text
+    for expected in (
+        "kernel 41",
+        "torch 2.13.0",
+        "2c38c83f",
+        "kernel 9f2c77",
+        "nntk run digits.yaml --set kernel.seed=41",
+    ):
+        assert expected in text
+    without = replace(digits, provenance=replace(digits.provenance, git_commit=None))
+    assert "Git commit: not run from a git working tree" in Page(render_report(without)).text
+
+
+def test_markup_in_names_and_configuration_is_escaped(digits):
+    html = render_report(digits)
+    assert "digits &lt;1437&gt;" in html
+    assert "<mlp>" not in html
+    assert "<1437>" not in html
+
+
+def test_without_plots_the_numbers_stay(digits):
+    html = render_report(replace(digits, plots=False))
+    assert "<svg" not in html
+    text = Page(html).text
+    assert "Test accuracy 97.5 %" in text
+    assert "0.01 (selected) 1.26 10⁻⁴ 0.03 0.0625 96 % 97.5 %" in text
+
+
+def test_a_regression_task_shows_errors_and_no_accuracy(digits):
+    rows = ridge_rows(selected=1e-2, accuracy=False)
+    html = render_report(replace(digits, regression=RegressionFacts("regression", rows)))
+    text = Page(html).text
+    assert (
+        "Test error 0.0625 Mean squared error over 360 test examples, in squared target units; its root is 0.25" in text
+    )
+    assert "accuracy" not in text
+    assert html.count("<svg") == 3
+
+
+def test_a_local_kernel_has_no_error_bars(digits):
+    facts = KernelFacts(
+        kind="local",
+        estimator="autodiff",
+        estimator_reason="the only one",
+        statistic="plugin",
+        outputs="trace",
+        num_train=30,
+        num_test=10,
+        num_parameters=7,
+    )
+    local = replace(digits, kernel=facts, standard_errors=None, eigenvalues={"local": np.array([2.0, 1.0])})
+    text = Page(render_report(local)).text
+    assert "Kernel error none The local kernel comes from automatic differentiation, without sampling" in text
+    for absent in ("Plugin bias", "Draws S", "Standard error of an entry", "inflated by noise", "Perturbations"):
+        assert absent not in text
+
+
+def test_the_least_a_report_can_have(digits):
+    least = ReportInputs(
+        title="least", data="npz:x.npz", model="cnn", kernel=digits.kernel, provenance=digits.provenance
+    )
+    html = render_report(least)
+    text = Page(html).text
+    assert "<svg" not in html
+    for absent in ("Spectrum", "Kernel ridge regression", "Time and resources"):
+        assert absent not in text
+
+
+def test_a_thumbnail_with_unwritten_entries_and_no_classes_is_drawn(digits):
+    values = np.full((6, 6), np.nan)
+    html = render_report(replace(digits, gram=Thumbnail(values, "as stored")))
+    assert "training example, as stored" in html
+
+
+def test_many_eigenvalues_are_thinned_and_the_ends_kept():
+    indices = log_spaced(1_000_000)
+    assert len(indices) <= 300
+    assert indices[0] == 0
+    assert indices[-1] == 999_999
+    assert (np.diff(indices) > 0).all()
+    np.testing.assert_array_equal(log_spaced(12), np.arange(12))
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(0.0), "0"),
+        (number(-0.5), "−0.5"),
+        (number(1e-4), "10⁻⁴"),
+        (number(2.5e-7), "2.5 × 10⁻⁷"),
+        (number(-3e12), "−3 × 10¹²"),
+        (number(1234.4), "1,234"),
+        (number(9830.2, 4), "9,830"),
+        (number(float("inf")), "∞"),
+        (number(float("-inf")), "−∞"),
+        (number(float("nan")), "not a number"),
+        (percent(0.97777), "97.8 %"),
+        (duration(0.5), "0.50 s"),
+        (duration(75), "75 s"),
+        (duration(150), "2 min 30 s"),
+        (duration(7260), "2 h 1 min"),
+        (size(0), "0 bytes"),
+        (size(1023), "1023 bytes"),
+        (size(1536), "1.5 KiB"),
+        (size(3 << 40), "3.0 TiB"),
+    ],
+)
+def test_numbers_read_well(shown, expected):
+    assert shown == expected

@@ -33,7 +33,7 @@ SCHEMA = "nntk-kernel"
 VERSION = 1
 STORE_NAME = "kernel.zarr"
 MANIFEST_NAME = "manifest.json"
-_GRAM_STAGE = "gram"
+_KERNEL_STAGES = ("gram", "test")
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,12 @@ class StoredKernel:
 
     @property
     def complete(self) -> bool:
-        """Whether the run finished the stage that fills the Gram matrices, by its manifest.
+        """Whether the run finished the stages that fill the kernel, train and test, by its manifest.
 
         False too where there is no manifest: nothing then vouches for the entries.
         """
-        stage = self.manifest.get("stages", {}).get(_GRAM_STAGE) or {}
-        return bool(stage.get("finished"))
+        stages = self.manifest.get("stages", {})
+        return all((stages.get(name) or {}).get("finished") for name in _KERNEL_STAGES)
 
     def array(self, path: str) -> zarr.Array:
         """The array at `path` inside the store, such as `train/gram`.
@@ -223,7 +223,8 @@ class StoredKernel:
                 f"the kernel at '{self.location}' has no stored factor; kernels of 'estimator: weight' and of "
                 "'kind: covariance' have one; use gram or linear_operator() instead"
             )
-        if self.group.attrs.get("statistic") == "unbiased":
+        attributes = self.group.attrs
+        if attributes.get("kind") == "nonlocal" and attributes.get("statistic") == "unbiased":
             raise NNTKError(
                 f"the kernel at '{self.location}' was stored with 'statistic: unbiased' alone, which the factor "
                 "does not give; run it with 'statistic: both' or 'plugin'"
@@ -231,7 +232,7 @@ class StoredKernel:
         values = self._read("train/features", features, ...)
         metric = self._read("metric", self.array("metric"), ...)
         num_rows, num_draws, num_outputs = values.shape
-        if self.group.attrs.get("outputs") == "full":
+        if attributes.get("outputs") == "full":
             return values.transpose(0, 2, 1).reshape(num_rows * num_outputs, num_draws), metric
         return values.reshape(num_rows, num_draws * num_outputs), np.kron(metric, np.eye(num_outputs))
 

@@ -18,7 +18,8 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.reading import open_kernel
 
 NUM_TRAIN, NUM_TEST, NUM_DRAWS, NUM_OUTPUTS, TILE = 11, 5, 6, 3, 4
-MANIFEST = {"stages": {"features": {"finished": 1.0}, "gram": {"finished": 2.0}}}
+FINISHED = {"finished": "2025-11-03T14:22:00Z"}
+MANIFEST = {"stages": {"features": FINISHED, "gram": FINISHED, "test": FINISHED}}
 
 
 def write(group, path, values, axes, *, shards=None, written=None):
@@ -215,10 +216,10 @@ def test_the_fixture_opens_in_plain_xarray_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "manifest", [None, {}, {"stages": {"gram": {"finished": None}}}, {"stages": {"features": {"finished": 1.0}}}]
+    "stages", [None, {}, {"gram": FINISHED}, {"gram": {"finished": None}, "test": FINISHED}, {"features": FINISHED}]
 )
-def test_a_run_that_has_not_finished_its_gram_is_not_complete(tmp_path, manifest):
-    make_run(tmp_path, manifest=manifest)
+def test_a_run_that_has_not_finished_its_kernel_is_not_complete(tmp_path, stages):
+    make_run(tmp_path, manifest=None if stages is None else {"stages": stages})
     assert not open_kernel(tmp_path).complete
 
 
@@ -250,10 +251,13 @@ def test_a_kernel_without_a_stored_factor_says_which_have_one(tmp_path):
 
 
 def test_the_factor_of_an_unbiased_gram_is_refused(tmp_path):
-    attributes = {"schema": "nntk-kernel", "version": 1, "statistic": "unbiased", "outputs": "trace"}
-    make_run(tmp_path, attributes=attributes)
+    make_run(tmp_path)
+    group = zarr.open_group(tmp_path / "kernel.zarr")
+    group.attrs.update({"kind": "nonlocal", "statistic": "unbiased"})
     with pytest.raises(NNTKError, match="'statistic: unbiased' alone"):
         open_kernel(tmp_path).factor()
+    group.attrs["kind"] = "covariance"  # has one statistic only, whatever was asked
+    assert open_kernel(tmp_path).factor()[0].shape == (NUM_TRAIN, NUM_DRAWS * NUM_OUTPUTS)
 
 
 @pytest.mark.parametrize("missing", ["nothing", "nothing/kernel.zarr", ""])

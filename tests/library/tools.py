@@ -1,0 +1,107 @@
+"""What several tests of the library need: features of a kernel made step by step, and the definitions by brute force.
+
+Everything goes through the library's own steps (resolve, feature map, rows, calibration, tile), so that a test can vary
+one of them. The oracle's side knows the library's perturbations, handed over as arrays, and nothing else of it.
+
+Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters, N (N1, N2) rows of a kernel.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.features import FeatureMap, Rows, slice_rows
+from nntk_dist.spec import KernelSpec, Resolution, compute_rows, make_feature_map, resolve
+from nntk_dist.statistics import Calibration, calibrate, sample_entries
+from nntk_dist.tiles import tile_estimates
+from tests.oracles import brute_force
+
+Array = np.ndarray
+
+
+def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Resolution]:
+    """The feature map that the public functions would use, in float64."""
+    prepared = prepare_model(model, dtype=torch.float64, device="cpu")
+    resolution = resolve(prepared, x, spec, batch=len(x))
+    return make_feature_map(prepared, x, spec, resolution), resolution
+
+
+def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:
+    """Features of these inputs under all draws."""
+    return compute_rows(features, x, range(features.num_draws), features.columns, batch=len(x))
+
+
+def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> Calibration:
+    """The calibration of a whole kernel."""
+    sizes = [len(next(iter(part.values()))) for part in (rows, others)]
+    first, second = sample_entries(spec.seed, *sizes)
+    products = features.block_products(slice_rows(rows, first), slice_rows(others, second), spec.meeting)
+    return calibrate(products, pair_blocks=features.pair_blocks)
+
+
+def estimates_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> dict[str, Tensor]:
+    """`plugin`, `unbiased` and `stderr` of a whole kernel as one tile."""
+    calibration = calibration_of(features, rows, others, spec)
+    return tile_estimates(features, [(rows, others)], spec.meeting, calibration, spec.scale)
+
+
+def spec_perturbations(spec: KernelSpec, estimator: str, num_parameters: int) -> tuple[Array, Array]:
+    """z_s as `weight` uses them and U^{1/P} z_s as `autodiff` does, (S, P) each."""
+    drawing = spec.drawing(estimator, num_parameters)
+    everything = range(drawing.num_draws)
+    z = drawing.perturbations(everything, dtype=torch.float64)
+    return z.numpy(), (z * drawing.shrinkage(everything)[:, None]).numpy()
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A kernel and its error by their definitions, from the draws themselves."""
+
+    plugin: Array
+    unbiased: Array | None
+    stderr: Array
+    products: Array
+
+
+def draws_by_definition(model: nn.Module, x: Tensor, spec: KernelSpec, estimator: str, patterns: tuple[str, ...]) -> Array:
+    """g_s(x) of every draw, (S, n, C, P)."""
+    function, theta = brute_force.function_of_parameters(model, x, patterns)
+    z, shrunk = spec_perturbations(spec, estimator, len(theta))
+    if estimator == "weight":
+        return brute_force.weight_draws(function, theta, z)
+    return brute_force.gradient_draws(model, x, shrunk, patterns)
+
+
+def by_definition(model: nn.Module, x1: Tensor, x2: Tensor, spec: KernelSpec, estimator: str) -> Definition:
+    """What the library should have computed, by loops over draws, blocks and entries."""
+    first = draws_by_definition(model, x1, spec, estimator, spec.parameters)
+    second = draws_by_definition(model, x2, spec, estimator, spec.parameters)
+    block = np.arange(len(first)) * spec.blocks // len(first)
+    if spec.kind == "nonlocal":
+        means = brute_force.block_means(first, block), brute_force.block_means(second, block)
+        products = brute_force.block_products(*means, spec.outputs)
+        plugin = brute_force.plugin(*means, spec.outputs)
+        stderr = _stderr(products, estimator)
+        return Definition(plugin, brute_force.unbiased(products), stderr, products)
+    # Each draw with itself: ⟨g_s, g_s'⟩ = P² Δ Δ'/|z|², so one P too many for the covariance.
+    share = 1.0 / first.shape[-1] if spec.kind == "covariance" else 1.0
+    each = np.stack([share * brute_force.kernel_of(a, b, spec.outputs) for a, b in zip(first, second, strict=True)])
+    means = np.stack([each[block == r].mean(0) for r in range(spec.blocks)])
+    return Definition(each.mean(0), None, means.std(0, ddof=1) / np.sqrt(spec.blocks), means)
+
+
+def _stderr(products: Array, estimator: str) -> Array:
+    """The calibrated standard error. Where all blocks agree, differences say nothing (NaN), gradients are exact (0)."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 for a kernel without any noise
+        stderr = brute_force.calibrated_stderr(products)
+    return stderr if estimator == "weight" else np.nan_to_num(stderr, nan=0.0)
+
+
+def assert_equal(ours: Tensor | Array, expected: Tensor | Array, relative: float = 1e-10, *, scale: float | None = None) -> None:
+    """Equal within `relative` times the largest expected entry (or `scale`); NaN exactly where NaN is expected."""
+    expected = np.asarray(expected)
+    scale = float(np.nanmax(np.abs(expected))) if scale is None else scale
+    np.testing.assert_allclose(np.asarray(ours), expected, rtol=0, atol=relative * scale)

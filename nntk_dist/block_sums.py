@@ -102,6 +102,11 @@ class Factored:
     apart: Float[Tensor, "n r c k"] | None
 
 
+def formed_gradients(gradients: Float[Tensor, "n r c k"]) -> Factored:
+    """Block-mean gradients themselves as columns: every pair of blocks counts."""
+    return Factored(right=gradients, together=gradients, apart=gradients.sum(1, keepdim=True) - gradients)
+
+
 def add_factored_(sums: BlockSums, rows: Factored, columns: Factored, meeting: Meeting) -> None:
     """Add the block products of factored features; 3 products of the tile's full inner dimension with standard errors,
     else 2.

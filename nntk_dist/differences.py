@@ -66,40 +66,44 @@ class DifferenceFeatures:
         return {"differences": differences.contiguous()}
 
     def make_metric(self) -> Float64[Tensor, "s s"]:
-        """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations, `covariance` as many as one
-        draw takes.
+        """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations and S² numbers where blocks are
+        paired; otherwise M is diagonal.
         """
-        products = self.drawing.inner_products(device=next(self.evaluator.model.parameters()).device)
-        norms = products.diagonal().clone()
         if not self.pair_blocks:
-            return torch.diag(self.num_parameters / norms / self.num_draws)
+            return torch.diag(self._weights)
+        products = self.drawing.inner_products(device=self._device)
+        norms = products.diagonal().clone()
         return products * (self.num_parameters / self.num_draws) ** 2 / (norms[:, None] * norms[None, :])
 
-    @cached_property
-    def _metric(self) -> Float64[Tensor, "s s"]:
-        return self.make_metric() if self.metric is None else self.metric
+    @property
+    def _device(self) -> torch.device:
+        return next(self.evaluator.model.parameters()).device
 
     @cached_property
-    def _same_block(self) -> Bool[Tensor, "s s"]:
-        block = torch.arange(self.num_draws, device=self._metric.device) // self.drawing.draws_per_block
-        return block[:, None] == block[None, :]
+    def _weights(self) -> Float64[Tensor, " s"]:
+        """The diagonal of the covariance kernel's metric: P/|z_s|²/S."""
+        return self.num_parameters / self.num_draws / self.drawing.squared_norms(device=self._device)
 
-    def _block_scale(self) -> int:
-        """From the mean over all pairs of blocks (or all blocks) to products of single block means."""
-        return self.num_blocks**2 if self.pair_blocks else self.num_blocks
+    @cached_property
+    def _block_metric(self) -> Float64[Tensor, "s s"]:
+        """M for products of single block means, ⟨g_r, g_r'⟩, instead of the mean over all pairs of blocks."""
+        return (self.make_metric() if self.metric is None else self.metric) * self.num_blocks**2
 
     def _by_block(self, features: Float[Tensor, "n c s"]) -> Float[Tensor, "n r c b"]:
         return features.unflatten(2, (self.num_blocks, -1)).transpose(1, 2)
 
     def _factored(self, rows: Rows) -> Factored:
         features = rows["differences"].transpose(1, 2)
-        metric = self._metric * self._block_scale()
-        together = torch.where(self._same_block, metric, 0.0).to(features.dtype)
-        apart = torch.where(self._same_block, 0.0, metric).to(features.dtype) if self.pair_blocks else None
+        right = self._by_block(features)
+        if not self.pair_blocks:
+            weights = (self._weights * self.num_blocks).to(features.dtype)
+            return Factored(right=right, together=self._by_block(features * weights), apart=None)
+        block = torch.arange(self.num_draws, device=self._device) // self.drawing.draws_per_block
+        same = block[:, None] == block[None, :]
+        together = torch.where(same, self._block_metric, 0.0).to(features.dtype)
+        apart = torch.where(same, 0.0, self._block_metric).to(features.dtype)
         return Factored(
-            right=self._by_block(features),
-            together=self._by_block(features @ together),
-            apart=None if apart is None else self._by_block(features @ apart),
+            right=right, together=self._by_block(features @ together), apart=self._by_block(features @ apart)
         )
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
@@ -112,16 +116,17 @@ class DifferenceFeatures:
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left = rows["differences"].transpose(1, 2).double()
         right = self._by_block(others["differences"].transpose(1, 2).double())
-        metric = self._metric * self._block_scale()
+        blocks = range(self.num_blocks)
+        if not self.pair_blocks:
+            weighted = self._by_block(left * (self._weights * self.num_blocks))
+            return torch.stack([meeting.outputs(weighted[:, r], right[:, r]) for r in blocks])
         size = self.drawing.draws_per_block
         products = []
-        for r in range(self.num_blocks):
+        for r in blocks:
             block = slice(r * size, (r + 1) * size)
-            mixed = self._by_block(left[:, :, block] @ metric[block])
-            partners = range(self.num_blocks) if self.pair_blocks else (r,)
-            products.append(torch.stack([meeting.outputs(mixed[:, q], right[:, q]) for q in partners]))
-        stacked = torch.stack(products)
-        return stacked if self.pair_blocks else stacked[:, 0]
+            mixed = self._by_block(left[:, :, block] @ self._block_metric[block])
+            products.append(torch.stack([meeting.outputs(mixed[:, q], right[:, q]) for q in blocks]))
+        return torch.stack(products)
 
     def changed(self, rows: Rows) -> Bool[Tensor, " n"]:
         return rows["differences"].flatten(1).ne(0).any(1)

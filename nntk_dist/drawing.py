@@ -6,6 +6,7 @@ are independent and identically distributed, on which every standard error rests
 Axes: s draws, r blocks, P parameters.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ GROUP_SIZES = {"iid": 1, "antithetic": 2}
 MINIMUM_BLOCKS = 4
 AUTO_DRAWS = 256
 _PARAMETERS_PER_CHUNK = 1 << 16
+_SLICE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,28 @@ class Drawing:
         groups = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=device) // self.group_size
         return uniform(self.seed, Stream.RADIUS, groups, 1)[:, 0] ** (1.0 / self.num_parameters)
 
+    def squared_norms(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
+        """|z_s|² of all draws, a slice of parameters at a time; memory O(S + 2^24)."""
+        result = torch.zeros(self.num_draws, dtype=torch.float64, device=device)
+        for part in self._slices(device):
+            result += part.square().sum(1)
+        return result
+
     def inner_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
-        """⟨z_s, z_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S·65536 + S²), 2·S²·P
+        """⟨z_s, z_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S² + 2^24), 2·S²·P
         operations.
         """
-        everything = range(self.num_draws)
         result = torch.zeros(self.num_draws, self.num_draws, dtype=torch.float64, device=device)
-        width = max(1024, min(_PARAMETERS_PER_CHUNK, (1 << 24) // self.num_draws))
-        for start in range(0, self.num_parameters, width):
-            stop = min(start + width, self.num_parameters)
-            part = self.perturbations(everything, start, stop, dtype=torch.float64, device=device)
+        for part in self._slices(device):
             result.addmm_(part, part.T)
         return result
+
+    def _slices(self, device: torch.device | str) -> Iterator[Float64[Tensor, "s k"]]:
+        """All draws, a slice of parameters at a time; sums over them do not depend on anything but the drawing."""
+        width = max(256, min(_PARAMETERS_PER_CHUNK, _SLICE_ELEMENTS // self.num_draws))
+        for start in range(0, self.num_parameters, width):
+            stop = min(start + width, self.num_parameters)
+            yield self.perturbations(range(self.num_draws), start, stop, dtype=torch.float64, device=device)
 
 
 def automatic_draws(estimator: str, blocks: int, design: str) -> int:

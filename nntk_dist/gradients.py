@@ -25,6 +25,7 @@ from nntk_dist.block_sums import (
     add_layered_,
     draw_products,
     empty_sums,
+    formed_gradients,
 )
 from nntk_dist.capture import Recording, SitePlan, dense_gradients, extended_input
 from nntk_dist.drawing import Drawing
@@ -76,7 +77,9 @@ class GradientFeatures:
             inputs, units = linear_widths(self.evaluator.model, site.module, site.attributes)
             specs.append(ArraySpec(f"input_{index}", ("draw", f"input_unit_{index}"), (self.num_draws, inputs)))
             specs.append(
-                ArraySpec(f"gradient_{index}", ("draw", "output", f"unit_{index}"), (self.num_draws, len(self.columns), units))
+                ArraySpec(
+                    f"gradient_{index}", ("draw", "output", f"unit_{index}"), (self.num_draws, len(self.columns), units)
+                )
             )
         if self.num_dense:
             axis = "block" if self.pair_blocks else "draw"
@@ -143,7 +146,7 @@ class GradientFeatures:
     def _factored(self, rows: Rows) -> Factored:
         dense = rows["dense"]
         if self.pair_blocks:
-            return Factored(right=dense, together=dense, apart=dense.sum(1, keepdim=True) - dense)
+            return formed_gradients(dense)
         by_block = dense.unflatten(1, (self.num_blocks, -1)).transpose(2, 3).flatten(3)
         return Factored(right=by_block, together=by_block / self.draws_per_block, apart=None)
 

@@ -35,11 +35,10 @@ class ParameterSpace:
 
     def split(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """The named tensors that a long vector holds, as views of it."""
-        parts = torch.split(vector, self.sizes, dim=-1)
+        parts = torch.split(vector, list(self.sizes), dim=-1)
         lead = vector.shape[:-1]
-        return {
-            name: part.reshape(*lead, *shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
-        }
+        named = zip(self.names, self.shapes, parts, strict=True)
+        return {name: part.reshape((*lead, *shape)) for name, shape, part in named}
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's present values of the selected parameters, detached."""

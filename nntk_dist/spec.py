@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nntk_dist.block_sums import Meeting
 from nntk_dist.capture import plan_sites
+from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.distributions import make_distribution
 from nntk_dist.drawing import Drawing, automatic_draws
@@ -28,6 +29,8 @@ from nntk_dist.statistics import STATISTICS
 KINDS = ("nonlocal", "covariance", "averaged", "local")
 ESTIMATORS = ("auto", "weight", "autodiff")
 SCALES = ("localized", "raw")
+# Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
+METRIC_DRAWS = 4096
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,8 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
     if spec.estimator == "autodiff":
         raise NNTKError(
-            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is silently "
-            "wrong; use estimator: weight or auto"
+            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is "
+            "silently wrong; use estimator: weight or auto"
         )
     return "weight", f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
 
@@ -147,6 +150,14 @@ def _evidence(probe: JumpProbe) -> str:
     )
 
 
+def forms_means(spec: KernelSpec, resolution: Resolution) -> bool:
+    """Whether `weight` forms its block-mean gradients: where these are shorter than differences and their metric."""
+    few_parameters = spec.blocks * resolution.num_parameters < resolution.num_draws
+    return (
+        resolution.estimator == "weight" and spec.pair_blocks and few_parameters and resolution.num_draws > METRIC_DRAWS
+    )
+
+
 def make_feature_map(
     model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, *, metric: Tensor | None = None
 ) -> FeatureMap:
@@ -154,6 +165,8 @@ def make_feature_map(
     space = select_parameters(model, spec.parameters)
     columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(resolution.num_outputs))
     evaluator = Evaluator(model, space, resolution.stacked)
+    if forms_means(spec, resolution):
+        return DifferenceMeans(evaluator, spec.drawing("weight", space.num_parameters), columns)
     if resolution.estimator == "weight":
         return DifferenceFeatures(
             evaluator, spec.drawing("weight", space.num_parameters), columns, spec.pair_blocks, metric

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nntk_dist.features import ArraySpec
+from nntk_dist.spec import METRIC_DRAWS, forms_means
 from pipeline.job import SPLITS, Job
 
 
@@ -67,9 +68,19 @@ def kernel_arrays(job: Job) -> list[StoredArray]:
     return arrays
 
 
+def holds_differences(job: Job) -> bool:
+    """Whether features are output differences Δ, in one array for which Φ M Φᵀ is the kernel."""
+    return job.resolution.estimator == "weight" and not forms_means(job.spec, job.resolution)
+
+
+def holds_metric(job: Job) -> bool:
+    """Whether the store keeps M: always for differences of paired blocks, which need it, else while it is small."""
+    return holds_differences(job) and (job.spec.pair_blocks or job.sizes.num_draws <= METRIC_DRAWS)
+
+
 def feature_path(job: Job, split: str, name: str) -> str:
-    """Where a feature array lies: differences are `features` itself, layers are members of a group."""
-    return f"{split}/features" if job.resolution.estimator == "weight" else f"{split}/features/{name}"
+    """Where a feature array lies: differences are `features` itself, other arrays are members of a group."""
+    return f"{split}/features" if holds_differences(job) else f"{split}/features/{name}"
 
 
 def feature_arrays(job: Job, specs: tuple[ArraySpec, ...]) -> list[StoredArray]:
@@ -83,7 +94,9 @@ def feature_arrays(job: Job, specs: tuple[ArraySpec, ...]) -> list[StoredArray]:
             step = chunk_length(job, spec)
             shards = (min(job.layout.shard_rows, rows), step, *spec.shape[1:])
             path = feature_path(job, split, spec.name)
-            axes = tuple(_output_axis(job, spec.shape[i]) if axis == "output" else axis for i, axis in enumerate(spec.axes))
+            axes = tuple(
+                _output_axis(job, spec.shape[i]) if axis == "output" else axis for i, axis in enumerate(spec.axes)
+            )
             arrays.append(StoredArray(path, (rows, *spec.shape), shards, ("row", *axes), job.layout.dtype))
     return arrays
 
@@ -115,7 +128,7 @@ def all_arrays(
             arrays.append(
                 StoredArray(f"{split}/{name}", values.shape, (step, *values.shape[1:]), axes, str(values.dtype))
             )
-    if job.resolution.estimator == "weight":
+    if holds_metric(job):
         draws = job.sizes.num_draws
         arrays.append(StoredArray("metric", (draws, draws), (draws, draws), ("draw", "draw_col"), "float64"))
     return arrays

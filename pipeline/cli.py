@@ -1,7 +1,7 @@
 """The command line `nntk`, the same as `python -m pipeline`: run, plan, status, verify, report.
 
-A wrong configuration, path or store ends with one line on stderr and exit code 2; Ctrl-C with the command that continues
-the run and exit code 130. Everything else that goes wrong is a bug and keeps its traceback.
+A wrong configuration, path or store ends with one line on stderr and exit code 2; Ctrl-C with the command that
+continues the run and exit code 130. Everything else that goes wrong is a bug and keeps its traceback.
 """
 
 import signal
@@ -74,9 +74,8 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def status(run_dir: RunDir) -> None:
     """Show how far a run is, and whether its driver is alive."""
-    from pipeline.ledger import Ledger
-
     from pipeline.continuation import stored_job
+    from pipeline.ledger import Ledger
 
     storage, manifest = _open(run_dir)
     heartbeat = read_heartbeat(storage) if driver_alive(storage) else None
@@ -87,7 +86,7 @@ def status(run_dir: RunDir) -> None:
 def verify(
     run_dir: RunDir, recompute: Annotated[int, typer.Option(min=0, help="Tiles to compute again and compare.")] = 3
 ) -> None:
-    """Check a store: completeness, checksums, symmetry, NaN, and some tiles computed again. Exit code 1 if one fails."""
+    """Check a store: completeness, checksums, symmetry, NaN, some tiles computed again. Exit code 1 if one fails."""
     from pipeline.verify import verify as checks
 
     storage, manifest = _open(run_dir)
@@ -114,7 +113,9 @@ def report(run_dir: RunDir) -> None:
 def main() -> NoReturn:
     """Entry point: turns errors that a user can put right into one line and exit code 2."""
     if "" not in sys.path:
-        sys.path.insert(0, "")  # python:module:function finds modules of the current folder, also under the console script
+        sys.path.insert(
+            0, ""
+        )  # python:module:function finds modules of the current folder, also under the console script
     try:
         app(prog_name="nntk")
     except NNTKError as error:
@@ -154,5 +155,3 @@ def _interruptible(resume_command: str | None) -> Iterator[None]:
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-

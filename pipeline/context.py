@@ -22,7 +22,7 @@ from nntk_dist.evaluation import prepare_model
 from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.gradients import feature_bytes
 from nntk_dist.spec import compute_outputs, compute_rows, make_feature_map
-from pipeline.arrays import feature_path
+from pipeline.arrays import feature_path, holds_metric
 from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
 from pipeline.job import Job
@@ -93,7 +93,7 @@ class Context:
     @cached_property
     def features_with_metric(self) -> FeatureMap:
         """The features with the stored metric, for products of differences; without one, the same as `features`."""
-        if self.job.resolution.estimator != "weight":
+        if not (holds_metric(self.job) and self.job.spec.pair_blocks):
             return self.features
         return self.feature_map(torch.from_numpy(self.store.read("metric")).to(self.job.layout.device))
 

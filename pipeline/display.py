@@ -21,8 +21,8 @@ def print_choice(out: Console, plan: Plan) -> None:
     sizes, resolution = plan.job.sizes, plan.job.resolution
     out.print(
         f"{plan.job.spec.kind} kernel, estimator {resolution.estimator}: {resolution.reason}; "
-        f"{count(sizes.num_train)} train and {count(sizes.num_test)} test rows, {count(sizes.num_parameters)} parameters, "
-        f"{count(sizes.num_draws)} draws, {plan.num_workers} worker(s)",
+        f"{count(sizes.num_train)} train and {count(sizes.num_test)} test rows, "
+        f"{count(sizes.num_parameters)} parameters, {count(sizes.num_draws)} draws, {plan.num_workers} worker(s)",
         soft_wrap=True,
         markup=False,
         highlight=False,
@@ -51,7 +51,9 @@ def print_plan(out: Console, plan: Plan) -> None:
         f"spectrum and regression {size(projection.solve_bytes)}",
         soft_wrap=True,
     )
-    features = "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
+    features = (
+        "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
+    )
     out.print(
         f"layout: tile {layout.tile}, batch {layout.batch}, features {features}, {layout.threads} thread(s) a worker, "
         f"{layout.dtype} on {layout.device}",
@@ -63,11 +65,14 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
     """The headline numbers and where the rest is."""
     lines = []
     if results.get("test_accuracy") is not None:
-        lines.append(f"test accuracy {results['test_accuracy']:.4f} at ridge {results['ridge']:g} (leave-one-out choice)")
+        lines.append(
+            f"test accuracy {results['test_accuracy']:.4f} at ridge {results['ridge']:g} (leave-one-out choice)"
+        )
     elif results.get("test_error") is not None:
         lines.append(f"test mean squared error {number(results['test_error'])} at ridge {results['ridge']:g}")
     if results.get("train_relative_error") is not None:
-        lines.append(f"estimated relative error of the unbiased kernel {results['train_relative_error']:.3g}")
+        which = "unbiased kernel" if "train_relative_bias" in results else "kernel"
+        lines.append(f"estimated relative error of the {which}: {results['train_relative_error']:.3g}")
     if results.get("train_relative_bias") is not None:
         lines.append(f"estimated bias of plugin, ‖plugin − unbiased‖/‖unbiased‖: {results['train_relative_bias']:.3g}")
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")

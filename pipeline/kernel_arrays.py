@@ -44,7 +44,7 @@ class KernelArrays:
         return self._open[path]
 
     def read(self, path: str, *selection: slice) -> np.ndarray:
-        """The values of a selection, all of the axes that are not given; NNTKError where something is missing or damaged."""
+        """The values of a selection, whole along axes not given; NNTKError where data are missing or damaged."""
         array = self.array(path)
         return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))))
 

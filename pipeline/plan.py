@@ -132,8 +132,8 @@ def _fit(
     if workers < 1 or projection.worker_bytes > each:
         raise NNTKError(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
-            f"({_gib(usable)} usable for {max(1, workers)} worker(s)); make compute.tile smaller than {job.layout.tile}, "
-            "set compute.stderr to sample, use fewer compute.workers or raise compute.memory_per_worker"
+            f"({_gib(usable)} usable for {max(1, workers)} worker(s)); make compute.tile smaller than "
+            f"{job.layout.tile}, set compute.stderr to sample, use fewer compute.workers or raise compute.memory_per_worker"
         )
     if projection.solve_bytes > usable:
         raise NNTKError(
@@ -174,4 +174,3 @@ def check_device(device: str) -> None:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-

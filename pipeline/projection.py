@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.features import FeatureMap
-from pipeline.arrays import StoredArray, kernel_width
+from pipeline.arrays import StoredArray, holds_differences, holds_metric, kernel_width
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
 from pipeline.stages import ORDER
@@ -109,7 +109,7 @@ def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> 
     kernel_rows = sizes.num_train * kernel_width(job)
     return {
         "features": rows * (row_operations if job.layout.store_features else one_pass),
-        "metric": 2.0 * sizes.num_draws**2 * sizes.num_parameters if job.resolution.estimator == "weight" else 0.0,
+        "metric": 2.0 * sizes.num_draws**2 * sizes.num_parameters if holds_metric(job) else 0.0,
         "calibration": 0.0 if job.layout.stderr == "none" else 192.0 * row_operations + 8192.0 * per_entry,
         "gram": per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows,
         "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows,
@@ -123,7 +123,8 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     layout, sizes = job.layout, job.sizes
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
-    held = BASE_BYTES + 5 * state_bytes(model)
+    metric = 4 * 8 * sizes.num_draws**2 if holds_differences(job) and job.spec.pair_blocks else 0
+    held = BASE_BYTES + 5 * state_bytes(model) + metric
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
     feature_task = 3 * chunk if layout.store_features else 0
     width = kernel_width(job)

@@ -80,7 +80,7 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         kind=kernel["kind"],
         estimator=manifest.resolution["estimator"],
         estimator_reason=manifest.resolution["reason"],
-        statistic="plugin" if kernel["statistic"] == "both" else kernel["statistic"],
+        statistic=kernel["statistic"],
         outputs=str(kernel["outputs"]),
         num_train=sizes["num_train"],
         num_test=sizes["num_test"],

@@ -68,7 +68,7 @@ class RayExecutor:
         self._actors: list[Any] = []
 
     def _start(self) -> Any:
-        return WorkerActor.options(**self._options).remote(*self._arguments)  # type: ignore[attr-defined]
+        return WorkerActor.options(**self._options).remote(*self._arguments)
 
     def _places(self) -> int:
         """Workers that the cluster has room for now."""
@@ -122,8 +122,8 @@ class RayExecutor:
         """The number of the next attempt, or an error where there have been enough."""
         if entry.attempt >= _ATTEMPTS:
             raise NNTKError(
-                f"task {entry.task.stage} {entry.task.tile} lost its worker {entry.attempt} times, most likely for want "
-                "of memory; make compute.tile or compute.workers smaller"
+                f"task {entry.task.stage} {entry.task.tile} lost its worker {entry.attempt} times, most likely for "
+                "want of memory; make compute.tile or compute.workers smaller"
             ) from error
         return entry.attempt + 1
 

@@ -6,6 +6,7 @@ Axes: s draws.
 from collections.abc import Iterator
 
 from nntk_dist.differences import DifferenceFeatures
+from pipeline.arrays import holds_metric
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task
 
@@ -14,8 +15,8 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """One task where features are differences, none elsewhere."""
-    if job.resolution.estimator == "weight":
+    """One task where features are differences and their metric is kept, none elsewhere."""
+    if holds_metric(job):
         yield Task(NAME, "metric")
 
 

@@ -1,0 +1,91 @@
+"""The estimator `weight` with its gradients formed: block means g_r = P·mean(Δ_s z_s/|z_s|²), for few parameters.
+
+Where R·P is less than S, R mean gradients of length P say the same as S differences and their S × S metric, which
+soon outgrows memory. The numbers are the same to rounding; `spec` chooses. Nonlocal kernel only.
+
+Axes: n rows, s draws, r blocks, c outputs, k parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients
+from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import Evaluator, check_finite
+from nntk_dist.features import ArraySpec, Rows, block_range
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class DifferenceMeans:
+    """Block means of the draws' nonlocal gradients, (n, r, c, k), in the model's dtype."""
+
+    evaluator: Evaluator
+    drawing: Drawing
+    columns: tuple[int, ...]
+    pair_blocks: bool = True
+    shows_unresolved: bool = True
+
+    @property
+    def num_draws(self) -> int:
+        return self.drawing.num_draws
+
+    @property
+    def num_blocks(self) -> int:
+        return self.drawing.num_blocks
+
+    @property
+    def num_parameters(self) -> int:
+        return self.drawing.num_parameters
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        shape = (self.num_blocks, len(self.columns), self.num_parameters)
+        return (ArraySpec("dense", ("block", "output", "parameter"), shape),)
+
+    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
+        return self.evaluator.base(x)
+
+    def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        base = self.evaluator.base(x)
+        check_finite(base, "the model's output")
+        means = [
+            self._block_mean(x, base, block, columns) for block in block_range(draws, self.drawing.draws_per_block)
+        ]
+        dense = torch.stack(means, dim=1)
+        check_finite(dense, f"the model's output under draws {draws.start} to {draws.stop - 1}")
+        return {"dense": dense.to(base.dtype)}
+
+    def _block_mean(self, x: Tensor, base: Tensor, block: int, columns: Sequence[int]) -> Float64[Tensor, "n c k"]:
+        """g_r of one block, a chunk of draws at a time, summed in float64."""
+        size = self.drawing.draws_per_block
+        step = max(1, _CHUNK_ELEMENTS // max(self.num_parameters, base.numel()))
+        total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
+        for start in range(block * size, (block + 1) * size, step):
+            draws = range(start, min(start + step, (block + 1) * size))
+            z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
+            difference = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)].double()
+            direction = z.double()
+            direction /= direction.square().sum(1, keepdim=True)
+            total += torch.einsum("snc,sk->nck", difference, direction)
+        return total * (self.num_parameters / size)
+
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        left, right = rows["dense"], others["dense"]
+        shape = meeting.shape(len(left), len(right), left.shape[2])
+        sums = empty_sums(shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=left.device)
+        add_factored_(sums, formed_gradients(left), formed_gradients(right), meeting)
+        return sums
+
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
+        left, right = rows["dense"].double(), others["dense"].double()
+        blocks = range(self.num_blocks)
+        return torch.stack([torch.stack([meeting.outputs(left[:, r], right[:, q]) for q in blocks]) for r in blocks])
+
+    def changed(self, rows: Rows) -> Bool[Tensor, " n"]:
+        return rows["dense"].flatten(1).ne(0).any(1)

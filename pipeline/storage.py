@@ -31,6 +31,7 @@ REMOTE_SCHEMES = ("s3", "gs", "az")
 
 # What a hard kill can leave behind: zarr's temporary files (`0.<uuid>.partial`) and obstore's (`manifest.json#1`).
 _PARTIAL_FILE = re.compile(r"\.partial$|#\d+$")
+_ERROR_CODE = re.compile(r"<Code>(\w+)</Code>")
 _PROBE_FILE = ".writable"
 
 
@@ -165,8 +166,10 @@ class RunStorage:
         try:
             yield
         except (BaseError, OSError) as error:
-            # obstore appends pages of debugging output to the first line.
-            reason = str(error).partition("\n")[0]
+            # Object stores answer with a code such as NoSuchBucket; otherwise the first line says what happened, and
+            # obstore lets pages of debugging output follow.
+            code = _ERROR_CODE.search(str(error))
+            reason = code[1] if code else str(error).partition("\n")[0]
             raise NNTKError(
                 f"cannot {action} '{path}' in run_dir '{self.url}': {reason}; check the address and your access to it"
             ) from error

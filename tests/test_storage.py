@@ -123,7 +123,7 @@ def test_a_bucket_that_does_not_exist(monkeypatch):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(404)
             self.end_headers()
-            self.wfile.write(b"<Error><Code>NoSuchBucket</Code></Error>")
+            self.wfile.write(b'<?xml version="1.0"?>\n<Error><Code>NoSuchBucket</Code></Error>')
 
         def log_message(self, *_):
             pass
@@ -139,7 +139,7 @@ def test_a_bucket_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     try:
         with pytest.raises(
-            NNTKError, match=r"cannot write '.writable' in run_dir 's3://nowhere/run'.*NoSuchBucket"
+            NNTKError, match=r"cannot write '.writable' in run_dir 's3://nowhere/run': NoSuchBucket; check"
         ) as e:
             RunStorage("s3://nowhere/run").check_writable()
         assert "\n" not in str(e.value)

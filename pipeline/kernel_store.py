@@ -5,10 +5,10 @@ missing tile and a half-written tile show, and that lets plain zarr, xarray and 
 What it refuses to do: to write part of a shard (two such writers lose data silently), to know what the arrays mean, to
 write consolidated metadata (not in the Zarr v3 specification).
 
-The codec is zstd at its fastest level with a checksum in every inner chunk. Measured on one idle core with 64 MiB of a dense
+The codec is zstd at the fast level −1 with a checksum in every inner chunk. Measured on one core with 64 MiB of a dense
 float32 kernel: 1.0 GiB/s written, 1.2 read; checksum without compression 1.4 and 1.3, level 1 0.65 and 0.8. Dense
-kernels shrink by 7 % at level 1 and not at all here, so it is not worth its time; but the fast level keeps the padding
-of ragged last shards out of the file (1437 rows in tiles of 1024: half as many bytes as without compression).
+kernels shrink by 7 % at level 1 and not at all at −1, which is not worth the time; but −1 keeps the padding of ragged
+last shards out of the file (1437 rows in tiles of 1024: half as many bytes as without compression).
 
 Axis legend: whatever `dimension_names` of the array says.
 """

@@ -50,15 +50,6 @@ class StageRecord(BaseModel):
     results: dict[str, Any] = Field(default_factory=dict)
 
 
-class Estimator(BaseModel):
-    """The estimator that was chosen, and the sentence that says why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    reason: str
-
-
 class Manifest(BaseModel):
     """A run's description. Unchangeable: `with_stage` and `model_copy(update=…)` make new ones.
 
@@ -71,9 +62,13 @@ class Manifest(BaseModel):
         versions: of Python and of the packages that shape results (null where not installed).
         git_commit: of the code, "-dirty" appended where it differs from the commit; None outside a work tree.
         layout: what fixes rounding (tile, batch, draw chunk, threads, …); a resumed run takes it from here.
-        estimator: the choice made, where there was one.
+        sizes: how many rows, outputs, parameters, draws and blocks.
+        resolution: the estimator that was chosen and the sentence that says why, with what follows from it.
+        identity: what the kernel's fingerprint is a hash of, in nameable parts.
         projection: projected bytes, operations and tiles.
         stages: stage name to outcome, in the order in which they began.
+        results: the headline numbers (JSON values).
+        completed: when the last stage and the report were done; None before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,12 +81,11 @@ class Manifest(BaseModel):
     versions: dict[str, str | None]
     git_commit: str | None
     layout: dict[str, Any]
-    estimator: Estimator | None = None
+    sizes: dict[str, Any]
+    resolution: dict[str, Any]
+    identity: dict[str, Any]
     projection: dict[str, Any] = Field(default_factory=dict)
     stages: dict[str, StageRecord] = Field(default_factory=dict)
-    identity: dict[str, Any] = Field(default_factory=dict)
-    sizes: dict[str, Any] = Field(default_factory=dict)
-    resolution: dict[str, Any] = Field(default_factory=dict)
     results: dict[str, Any] = Field(default_factory=dict)
     completed: AwareDatetime | None = None
 

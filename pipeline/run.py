@@ -9,6 +9,7 @@ Units: seconds, bytes.
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import ModuleType
@@ -83,22 +84,20 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
     with RunLock(storage) as lock:
         storage.remove_partial_files()
         ledger = Ledger(storage)
-        manifest = _manifest(prepared)
         for stage in prepared.rerun:
             ledger.forget(stage)
-        write_manifest(storage, manifest)
-        KernelArrays(storage).create(plan.arrays, _attributes(plan))
-        executor: Executor | None = None
-        try:
-            for module in ORDER:
-                if _pending(module, plan, ledger):
-                    executor = executor or _make_executor(prepared, address)
+        with ExitStack() as resources:
+            resources.callback(ledger.flush)
+            left = [module for module in ORDER if _pending(module, plan, ledger)]
+            executor = _make_executor(prepared, address) if left else None
+            manifest = _manifest(prepared)
+            write_manifest(storage, manifest)
+            KernelArrays(storage).create(plan.arrays, _attributes(plan))
+            if executor is not None:
+                resources.callback(executor.close)
+                for module in left:
                     manifest = _run_stage(module, plan, ledger, executor, progress, lock, manifest)
                     write_manifest(storage, manifest)
-        finally:
-            ledger.flush()
-            if executor is not None:
-                executor.close()
         ledger.compact()
         results = collect_results(plan.job, ledger)
         manifest = manifest.model_copy(update={"results": results, "completed": datetime.now(UTC)})

@@ -10,7 +10,6 @@ import pytest
 
 from nntk_dist.errors import NNTKError
 from pipeline.manifest import (
-    Estimator,
     Manifest,
     StageRecord,
     describe_difference,
@@ -31,7 +30,9 @@ MANIFEST = Manifest(
     versions=environment_versions(),
     git_commit=None,
     layout={"tile": 1024},
-    estimator=Estimator(name="autodiff", reason="every activation is locally Lipschitz"),
+    sizes={"num_train": 1437},
+    resolution={"estimator": "autodiff", "reason": "every activation is locally Lipschitz"},
+    identity={"dtype": "float32"},
 )
 
 

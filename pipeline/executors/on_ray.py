@@ -28,10 +28,19 @@ WorkerActor = ray.remote(Worker)
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start Ray in this machine's processes where there is none."""
+    """Join the cluster at `address`, or start Ray in this machine's processes where there is none.
+
+    Raises: NNTKError where neither is possible.
+    """
     if not ray.is_initialized():
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            place = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
+            raise NNTKError(
+                f"{place} ({str(error).splitlines()[0]}); check the address, or set compute.executor=serial"
+            ) from error
 
 
 @dataclass(frozen=True)

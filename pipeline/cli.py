@@ -34,7 +34,10 @@ err = Console(stderr=True)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Override a configuration key.")]
-Address = Annotated[str | None, typer.Option(help="A Ray cluster; without it Ray is started on this machine.")]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster; without it Ray is started on this machine."),
+]
 RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
 
 

@@ -35,7 +35,8 @@ def connect(address: str | None) -> None:
     if not ray.is_initialized():
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+            # "local", since without an address Ray would look for a cluster that somebody has started on this machine
+            ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             place = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
             raise NNTKError(

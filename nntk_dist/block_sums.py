@@ -133,8 +133,8 @@ def add_factored_(sums: BlockSums, rows: Factored, columns: Factored, meeting: M
 class Layered:
     """Outer-product features of one row set: for every layer its inputs h̃ and its output gradients δ, draw by draw."""
 
-    inputs: tuple[Float[Tensor, "n s i"], ...]
-    gradients: tuple[Float[Tensor, "n s c o"], ...]
+    inputs: tuple[Float[Tensor, "n s _"], ...]
+    gradients: tuple[Float[Tensor, "n s c _"], ...]
 
     @property
     def num_draws(self) -> int:

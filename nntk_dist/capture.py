@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.evaluation import as_outputs, outputs, prepare_model
+from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
 from nntk_dist.layers import positions, rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
 from nntk_dist.philox import Stream, normal
@@ -162,7 +162,7 @@ def whole_gradients(
 
     def one_example(example: Tensor) -> dict[str, Tensor]:
         def chosen_outputs(part: dict[str, Tensor]) -> Tensor:
-            return as_outputs(functional_call(model, {**parameters, **part}, (example[None],)), 1)[0, selection]
+            return as_outputs(call_with(model, {**parameters, **part}, example[None]), 1)[0, selection]
 
         return torch.func.jacrev(chosen_outputs)(chosen)
 

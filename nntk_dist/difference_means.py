@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients
@@ -86,6 +86,3 @@ class DifferenceMeans:
         left, right = rows["dense"].double(), others["dense"].double()
         blocks = range(self.num_blocks)
         return torch.stack([torch.stack([meeting.outputs(left[:, r], right[:, q]) for q in blocks]) for r in blocks])
-
-    def changed(self, rows: Rows) -> Bool[Tensor, " n"]:
-        return rows["dense"].flatten(1).ne(0).any(1)

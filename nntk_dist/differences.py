@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Factored, Meeting, add_factored_, empty_sums
@@ -127,6 +127,3 @@ class DifferenceFeatures:
             mixed = self._by_block(left[:, :, block] @ self._block_metric[block])
             products.append(torch.stack([meeting.outputs(mixed[:, q], right[:, q]) for q in blocks]))
         return torch.stack(products)
-
-    def changed(self, rows: Rows) -> Bool[Tensor, " n"]:
-        return rows["differences"].flatten(1).ne(0).any(1)

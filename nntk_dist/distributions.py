@@ -7,7 +7,7 @@ Axes: P parameters, g groups of draws.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.philox import Stream, normal
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """A radial probability density on R^P, known by its name and its range γ."""
 

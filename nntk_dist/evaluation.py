@@ -35,8 +35,25 @@ def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None
 
     Raises: NNTKError where the output is not a floating tensor of shape (n,) or (n, C).
     """
-    result = model(x) if parameters is None else functional_call(model, dict(parameters), (x,))
+    result = model(x) if parameters is None else call_with(model, parameters, x)
     return as_outputs(result, len(x))
+
+
+def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> object:
+    """The model's return value with the given parameters in place of its own, under all the names that they go by.
+
+    Each module that holds a parameter is given it once. `functional_call` could tie names by itself, but where one
+    *module* is registered twice it restores the replacement instead of the original, and silently changes the model.
+    """
+    replaced: dict[str, Tensor] = {}
+    first_names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{attribute}" if path else attribute
+            first = first_names.setdefault(id(parameter), name)
+            if first in parameters:
+                replaced[name] = parameters[first]
+    return functional_call(model, replaced, (x,), tie_weights=False)
 
 
 def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:

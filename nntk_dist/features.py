@@ -8,7 +8,7 @@ Axes: n rows, s draws, r blocks, c outputs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class ArraySpec:
     shape: tuple[int, ...]
 
 
+@runtime_checkable
 class FeatureMap(Protocol):
     """Features of rows under all draws; for the meaning of the sums see `nntk_dist.block_sums`."""
 
@@ -60,7 +61,7 @@ class FeatureMap(Protocol):
 
     @property
     def shows_unresolved(self) -> bool:
-        """Whether `changed` can tell that a row was never changed by any draw."""
+        """Whether blocks that all agree mean that no draw changed the output, rather than that there is no noise."""
         ...
 
     @property
@@ -84,10 +85,6 @@ class FeatureMap(Protocol):
         """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile);
         float64.
         """
-        ...
-
-    def changed(self, rows: Rows) -> Tensor:
-        """Which rows some draw changed in some output, (n,) bool; kernel entries of other rows are unresolved."""
         ...
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from nntk_dist.block_sums import (
@@ -135,7 +135,9 @@ class GradientFeatures:
         if not self.plan.dense_names():
             return layers, None
         formed = dense_gradients(model, self.plan, recording, deltas, x, parameters, columns)
-        return layers, torch.cat([formed[name].flatten(2) for name in self.plan.dense_names()], dim=2)
+        return layers, torch.cat(
+            [formed[name].reshape(len(x), len(columns), -1) for name in self.plan.dense_names()], dim=2
+        )
 
     def _layered(self, rows: Rows) -> Layered | None:
         indices = range(len(self.plan.outer))
@@ -198,10 +200,6 @@ class GradientFeatures:
                 meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in sorted(slots)
             ]
         return torch.stack(terms).sum(0)
-
-    def changed(self, rows: Rows) -> Bool[Tensor, " n"]:
-        first = next(iter(rows.values()))
-        return torch.ones(len(first), dtype=torch.bool, device=first.device)
 
 
 def linear_widths(model: nn.Module, path: str, attributes: Sequence[str]) -> tuple[int, int]:

@@ -8,7 +8,6 @@ Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting
@@ -26,36 +25,23 @@ def tile_estimates(
     """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in float64 and in the kernel's scale.
 
     `parts` are the features of rows and columns, all outputs at once or (for `trace`) a few outputs at a time. Without
-    a calibration no standard error is made, which spares a third of the products. The standard error of an entry is NaN
-    where no draw changed the output of its row or column: such an entry is not known to be zero, it is not known.
+    a calibration no standard error is made, which spares a third of the products. The standard error of an
+    entry is NaN where differences gave every block the same value, as where no draw changed the output of its row or
+    column: such an entry is not known to be zero, it is not known.
     """
     total: BlockSums | None = None
-    resolved: Tensor | None = None
     for rows, others in parts:
         sums = features.block_sums(rows, others, meeting, by_block=calibration is not None)
-        changed = _both(features.changed(rows), features.changed(others), meeting, len(features.columns))
         total = sums if total is None else total.add_(sums)
-        resolved = changed if resolved is None else resolved | changed
-    if total is None or resolved is None:
+    if total is None:
         raise ValueError("a tile needs at least one part")
     result = estimate(total, calibration)
     factor = features.num_parameters**-2 if scale == "raw" else 1.0
     values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
     present = {name: value * factor for name, value in values.items() if value is not None}
     if "stderr" in present and features.shows_unresolved:
-        present["stderr"] = present["stderr"].masked_fill(~resolved, torch.nan)
+        present["stderr"] = present["stderr"].masked_fill(present["stderr"] == 0, torch.nan)
     return present
-
-
-def _both(first: Bool[Tensor, " n1"], second: Bool[Tensor, " n2"], meeting: Meeting, num_outputs: int) -> Tensor:
-    """Which entries of a tile have a marked row and a marked column."""
-    if meeting.paired:
-        marked = first & second
-        return marked[:, None, None] if meeting.full else marked
-    marked = first[:, None] & second[None, :]
-    if meeting.full:
-        return marked.repeat_interleave(num_outputs, 0).repeat_interleave(num_outputs, 1)
-    return marked
 
 
 def symmetrised(values: Tensor) -> Tensor:

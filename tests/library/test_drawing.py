@@ -119,7 +119,9 @@ def test_automatic_draws_are_whole_groups_in_every_block(estimator, blocks, desi
 
 
 def test_unknown_designs_are_refused():
-    with pytest.raises(NNTKError, match=r"design is 'antitetic'; allowed: iid, antithetic; did you mean 'antithetic'\?"):
+    with pytest.raises(
+        NNTKError, match=r"design is 'antitetic'; allowed: iid, antithetic; did you mean 'antithetic'\?"
+    ):
         drawing("antitetic")
 
 
@@ -133,7 +135,11 @@ def test_too_few_blocks_are_refused():
     [
         ("iid", 0, r"draws is 0; allowed: multiples of 4 \(4 blocks of iid groups of 1\); the nearest is 4"),
         ("iid", 11, r"draws is 11; allowed: multiples of 4 .* the nearest is 12"),
-        ("antithetic", 12, r"draws is 12; allowed: multiples of 8 \(4 blocks of antithetic groups of 2\); the nearest is"),
+        (
+            "antithetic",
+            12,
+            r"draws is 12; allowed: multiples of 8 \(4 blocks of antithetic groups of 2\); the nearest is",
+        ),
     ],
 )
 def test_draws_that_do_not_fill_blocks_are_refused(design, draws, message):

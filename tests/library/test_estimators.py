@@ -104,11 +104,15 @@ def test_raw_scale_is_localized_over_the_square_of_the_number_of_parameters():
     entry = case("relu_mlp")
     for kind in FUNCTIONS:
         spec = KernelSpec(kind=kind, gamma=0.5, draws=8, blocks=4)
-        local, raw = (estimate(entry.build(), entry.inputs(3), None, replace(spec, scale=s)) for s in ("localized", "raw"))
+        local, raw = (
+            estimate(entry.build(), entry.inputs(3), None, replace(spec, scale=s)) for s in ("localized", "raw")
+        )
         assert_equal(raw.kernel * local.num_parameters**2, local.kernel, 1e-14)
         assert_equal(raw.stderr * local.num_parameters**2, local.stderr, 1e-14)
         assert raw.relative_error == local.relative_error
-        assert raw.relative_bias == pytest.approx(local.relative_bias) if kind == "nonlocal" else raw.relative_bias is None
+        assert (
+            raw.relative_bias == pytest.approx(local.relative_bias) if kind == "nonlocal" else raw.relative_bias is None
+        )
 
 
 def test_the_statistic_only_chooses_which_kernel_is_shown():
@@ -152,7 +156,10 @@ def test_intervals_are_student_s_about_the_unbiased_estimate():
     assert_equal(high - low, 2 * 2.353363434801824 * covariance.stderr, 1e-12)
 
 
-@pytest.mark.parametrize(("kind", "estimator"), [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("averaged", "auto"), ("covariance", "auto")])
+@pytest.mark.parametrize(
+    ("kind", "estimator"),
+    [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("averaged", "auto"), ("covariance", "auto")],
+)
 def test_same_seed_same_bits_other_seed_other_draws(kind: str, estimator: str):
     entry = case("relu_mlp")
     spec = KernelSpec(kind=kind, gamma=0.5, estimator=estimator, draws=8, blocks=4, seed=5)
@@ -173,7 +180,10 @@ def test_batches_change_rounding_at_most(estimator: str, batch: int):
         assert_equal(getattr(parts, name), getattr(whole, name), 1e-12)
 
 
-@pytest.mark.parametrize(("kind", "estimator"), [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("averaged", "auto"), ("covariance", "auto")])
+@pytest.mark.parametrize(
+    ("kind", "estimator"),
+    [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("averaged", "auto"), ("covariance", "auto")],
+)
 def test_single_precision_agrees_with_double(kind: str, estimator: str):
     """Rounding of the model by 2^-24, magnified by |f|/|Δ| in differences and by cancellation between blocks."""
     entry = case("tanh_mlp")
@@ -200,7 +210,9 @@ def test_small_ranges_give_the_local_kernel_by_differences():
     """At γ = 1e-4 the kernel is the local one to 1e-3 and what is left is noise, of which the estimate itself tells."""
     entry, local = case("tanh_mlp"), local_kernel(case("tanh_mlp").build(), case("tanh_mlp").inputs(4)).numpy()
     for kind in ("nonlocal", "covariance"):
-        spec = KernelSpec(kind=kind, gamma=1e-4, estimator="auto" if kind == "covariance" else "weight", draws=2048, blocks=16)
+        spec = KernelSpec(
+            kind=kind, gamma=1e-4, estimator="auto" if kind == "covariance" else "weight", draws=2048, blocks=16
+        )
         one = estimate(entry.build(), entry.inputs(4), None, spec)
         centre = one.kernel if one.unbiased is None else one.unbiased
         assert float(one.stderr.max()) < 0.15 * local.diagonal().mean()

@@ -21,7 +21,7 @@ IMAGE = (2, 6, 6)
 BUILT_IN = {
     "mlp-relu": ("mlp", {"widths": [5, 4]}, (6,)),
     "mlp-none": ("mlp", {"widths": [], "bias": False}, (6,)),
-    **{f"mlp-{name}": ("mlp", {"widths": [5, 4], "activation": name}, (6,)) for name in ("tanh", "gelu", "erf", "sign")},
+    **{f"mlp-{name}": ("mlp", {"widths": [5], "activation": name}, (6,)) for name in ("tanh", "gelu", "erf", "sign")},
     "mlp-quantize": ("mlp", {"widths": [5], "activation": {"name": "quantize", "levels": 4}}, (6,)),
     "mlp-image": ("mlp", {"widths": [4], "activation": "silu"}, IMAGE),
     "cnn-average": ("cnn", {"channels": [3, 4], "activation": "tanh"}, IMAGE),
@@ -79,7 +79,9 @@ def some_of_the_parameters() -> list[tuple[str, str]]:
     for entry in CASES:
         names = [name for name, _ in entry.build().named_parameters()]
         layer = f"{names[0].rpartition('.')[0]}.*"
-        patterns = [pattern for pattern in ("*weight", "*bias", layer) if brute_force.selected_names(entry.build(), [pattern])]
+        patterns = [
+            pattern for pattern in ("*weight", "*bias", layer) if brute_force.selected_names(entry.build(), [pattern])
+        ]
         chosen += [(entry.name, pattern) for pattern in patterns]
     return chosen
 
@@ -126,7 +128,10 @@ def test_batches_change_rounding_at_most(batch: int):
     entry = case("convnet")
     whole = local_kernel(entry.build(), entry.inputs(5), entry.inputs(4, seed=2))
     torch.testing.assert_close(
-        local_kernel(entry.build(), entry.inputs(5), entry.inputs(4, seed=2), batch=batch), whole, rtol=1e-12, atol=1e-12
+        local_kernel(entry.build(), entry.inputs(5), entry.inputs(4, seed=2), batch=batch),
+        whole,
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -181,5 +186,7 @@ def test_models_that_look_at_their_batch_are_refused():
 
 
 def test_models_that_vmap_cannot_take_are_refused():
-    with pytest.raises(NNTKError, match=r"per-example gradients of scale need torch.func.vmap, .* use estimator: weight"):
+    with pytest.raises(
+        NNTKError, match=r"per-example gradients of scale need torch.func.vmap, .* use estimator: weight"
+    ):
         local_kernel(Undecided(), torch.ones(4, 3))

@@ -61,9 +61,7 @@ def test_normals_come_from_the_words_that_the_contract_names():
     seed, draw, group = (7 << 32) + 3, 2, 4
     expected = []
     for position in range(3):
-        word = np.array(
-            reference_philox((position, draw << 16, group, int(Stream.SKETCH)), (3, 7)), dtype=np.float64
-        )
+        word = np.array(reference_philox((position, draw << 16, group, int(Stream.SKETCH)), (3, 7)), dtype=np.float64)
         unit = (word + 0.5) / 2**32
         for radial, angular in ((unit[0], unit[1]), (unit[2], unit[3])):
             radius = np.sqrt(-2.0 * np.log(radial))
@@ -72,7 +70,9 @@ def test_normals_come_from_the_words_that_the_contract_names():
     np.testing.assert_allclose(ours, expected, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (3, 5), (4, 8), (5, 70_003), (65_535, 65_537), (70_000, 70_003)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 0), (0, 1), (3, 5), (4, 8), (5, 70_003), (65_535, 65_537), (70_000, 70_003)]
+)
 def test_any_slice_is_a_slice_of_the_whole(start, stop):
     whole = normal(1, Stream.PARAMETER, GROUPS, 0, 70_003)
     assert torch.equal(normal(1, Stream.PARAMETER, GROUPS, start, stop), whole[:, start:stop])

@@ -66,7 +66,9 @@ class Definition:
     products: Array
 
 
-def draws_by_definition(model: nn.Module, x: Tensor, spec: KernelSpec, estimator: str, patterns: tuple[str, ...]) -> Array:
+def draws_by_definition(
+    model: nn.Module, x: Tensor, spec: KernelSpec, estimator: str, patterns: tuple[str, ...]
+) -> Array:
     """g_s(x) of every draw, (S, n, C, P)."""
     function, theta = brute_force.function_of_parameters(model, x, patterns)
     z, shrunk = spec_perturbations(spec, estimator, len(theta))
@@ -100,7 +102,9 @@ def _stderr(products: Array, estimator: str) -> Array:
     return stderr if estimator == "weight" else np.nan_to_num(stderr, nan=0.0)
 
 
-def assert_equal(ours: Tensor | Array, expected: Tensor | Array, relative: float = 1e-10, *, scale: float | None = None) -> None:
+def assert_equal(
+    ours: Tensor | Array, expected: Tensor | Array, relative: float = 1e-10, *, scale: float | None = None
+) -> None:
     """Equal within `relative` times the largest expected entry (or `scale`); NaN exactly where NaN is expected."""
     expected = np.asarray(expected)
     scale = float(np.nanmax(np.abs(expected))) if scale is None else scale

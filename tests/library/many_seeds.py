@@ -1,0 +1,149 @@
+"""One kernel of a single unit under many seeds: what unbiasedness and coverage are statements about.
+
+Differences go through the public functions. Gradients would take a forward and a backward pass for each draw; for a
+unit they are φ'(θ·x + U^{1/P} z·x) x, so the features are filled in for all draws at once (a test compares them with
+the library's own) and everything behind the features is the library's.
+
+Axes: T seeds, S draws, R blocks, n examples, P parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist import covariance_kernel, nonlocal_kernel
+from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.gradients import GradientFeatures
+from nntk_dist.spec import KernelSpec, Resolution, make_feature_map
+from tests.library.tools import estimates_of
+from tests.oracles import closed_forms
+from tests.oracles.cases import unit_module
+from tests.oracles.statistics import assert_agrees
+
+Array = np.ndarray
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": torch.ones_like,
+    "quadratic": lambda u: u,
+    "relu": lambda u: (u > 0).to(u.dtype),
+}
+CLOSED_FORMS = {
+    "nonlocal": closed_forms.nonlocal_kernel,
+    "covariance": closed_forms.covariance_kernel,
+    "averaged": closed_forms.averaged_kernel,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A unit φ(θ·x) at a range of the size of its margins, where draws flip it often."""
+
+    unit: str
+    num_parameters: int
+    kind: str = "nonlocal"
+    gamma: float = 1.5
+
+    @property
+    def theta(self) -> Array:
+        """A vector of length 1."""
+        direction = np.linspace(1.0, -0.5, self.num_parameters)
+        return direction / np.linalg.norm(direction)
+
+    @property
+    def x(self) -> Array:
+        """Examples of length 1, θ·x = 0.9, −0.6 and 0.3: to compare with the deviation γ/√2 of z·x."""
+        margins = np.array([[0.9], [-0.6], [0.3]])
+        across = np.random.default_rng(0).normal(size=(3, self.num_parameters))
+        across -= (across @ self.theta)[:, None] * self.theta
+        across /= np.linalg.norm(across, axis=1, keepdims=True)
+        return margins * self.theta + np.sqrt(1.0 - margins**2) * across
+
+    def model(self) -> nn.Module:
+        return unit_module(self.unit, torch.from_numpy(self.theta))
+
+    def exact(self) -> Array:
+        """The closed form."""
+        return CLOSED_FORMS[self.kind](self.unit, self.theta, self.x, self.x, self.gamma)
+
+    def local(self) -> Array | None:
+        """The ordinary kernel where theory says that it is another one."""
+        if self.kind == "nonlocal" and self.unit in ("linear", "quadratic"):
+            return None
+        if self.unit == "linear":
+            return None
+        return closed_forms.local_kernel(self.unit, self.theta, self.x, self.x)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Estimates under T seeds, (T, n, n) each; `centre` is what the standard errors belong to."""
+
+    centre: Array
+    stderr: Array
+    plugin: Array
+
+
+def runs(problem: Problem, estimator: str, seeds: range, *, draws: int, blocks: int = 8, design: str = "iid") -> Runs:
+    """The kernel under each of the seeds."""
+    spec = KernelSpec(problem.kind, problem.gamma, estimator=estimator, design=design, draws=draws, blocks=blocks)
+    one = _by_differences if estimator == "weight" else _by_gradients(problem, spec)
+    results = [one(problem, replace(spec, seed=seed)) for seed in seeds]
+    return Runs(*(torch.stack(parts).numpy() for parts in zip(*results, strict=True)))
+
+
+def _by_differences(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
+    model, x = problem.model(), torch.from_numpy(problem.x)
+    options = {
+        "gamma": spec.gamma,
+        "draws": spec.draws,
+        "blocks": spec.blocks,
+        "design": spec.design,
+        "seed": spec.seed,
+    }
+    if spec.kind == "covariance":
+        covariance = covariance_kernel(model, x, **options)
+        return covariance.kernel, covariance.stderr, covariance.kernel
+    estimate = nonlocal_kernel(model, x, estimator="weight", **options)
+    return estimate.unbiased, estimate.stderr, estimate.plugin
+
+
+def _by_gradients(problem: Problem, spec: KernelSpec) -> Callable[[Problem, KernelSpec], tuple[Tensor, Tensor, Tensor]]:
+    features = gradient_features(problem, spec)
+    assert features.drawing is not None
+
+    def one(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
+        drawing = replace(features.drawing, seed=spec.seed)
+        rows = filled_in(problem, drawing, features.draws_per_slot)
+        result = estimates_of(replace(features, drawing=drawing), rows, rows, spec)
+        return result.get("unbiased", result["plugin"]), result["stderr"], result["plugin"]
+
+    return one
+
+
+def gradient_features(problem: Problem, spec: KernelSpec) -> GradientFeatures:
+    """The library's feature map of the problem, made once for all seeds; that `autodiff` is valid is known here."""
+    model, x = prepare_model(problem.model(), dtype=torch.float64, device="cpu"), torch.from_numpy(problem.x)
+    assert isinstance(spec.draws, int)
+    resolution = Resolution("autodiff", "", spec.draws, problem.num_parameters, 1, stacked=False)
+    features = make_feature_map(model, x, spec, resolution)
+    assert isinstance(features, GradientFeatures)
+    return features
+
+
+def filled_in(problem: Problem, drawing: Drawing, draws_per_slot: int) -> dict[str, Tensor]:
+    """What `GradientFeatures.compute` computes for a unit, (n, S / draws_per_slot, 1, P), all draws at once."""
+    everything = range(drawing.num_draws)
+    z = drawing.perturbations(everything, dtype=torch.float64) * drawing.shrinkage(everything)[:, None]
+    x = torch.from_numpy(problem.x)
+    slopes = SLOPES[problem.unit](x @ (torch.from_numpy(problem.theta) + z).T)
+    return {"dense": slopes.unflatten(1, (-1, draws_per_slot)).mean(2)[:, :, None, None] * x[:, None, None, :]}
+
+
+def check(values: Array, expected: Array) -> Array:
+    """The mean over seeds agrees with what is expected of it, at a corrected 0.1 %; returns its standard error."""
+    stderr = values.std(0, ddof=1) / np.sqrt(len(values))
+    assert_agrees(values.mean(0), expected, stderr, len(values), rounding=1e-12)
+    return stderr

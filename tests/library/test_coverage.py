@@ -1,0 +1,57 @@
+"""Intervals of nominal 95 % hold the closed form as often as they say: 1,000 seeds, 8 blocks of 32 draws, many flips.
+
+Axes: T seeds, n examples.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from nntk_dist import nonlocal_kernel
+from tests.library.many_seeds import Problem, check, runs
+from tests.oracles.statistics import assert_coverage, assert_power, covered
+
+SEEDS = range(1000)
+BOUNDS = (0.92, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unit", "estimator"),
+    [
+        ("nonlocal", "sign", "weight"),
+        ("nonlocal", "relu", "weight"),
+        ("nonlocal", "relu", "autodiff"),
+        ("covariance", "sign", "weight"),
+        ("averaged", "relu", "autodiff"),
+    ],
+)
+def test_intervals_cover_the_closed_form(kind: str, unit: str, estimator: str):
+    """And their centres are right on average."""
+    problem = Problem(unit, 4, kind)
+    result = runs(problem, estimator, SEEDS, draws=256)
+    assert_coverage(covered(result.centre, problem.exact(), result.stderr, 8), BOUNDS)
+    assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
+
+
+@pytest.mark.parametrize("unit", ["sign", "relu"])
+def test_stated_relative_error_is_the_error_made(unit: str):
+    """Over seeds, the root mean square of the stated errors lies within a quarter of that of the errors made."""
+    problem = Problem(unit, 4)
+    x, exact = torch.from_numpy(problem.x), problem.exact()
+    stated, made = [], []
+    for seed in range(300):
+        estimate = nonlocal_kernel(problem.model(), x, gamma=1.5, estimator="weight", draws=256, seed=seed)
+        stated.append(estimate.relative_error)
+        made.append(np.linalg.norm(estimate.unbiased.numpy() - exact) / np.linalg.norm(exact))
+    ratio = np.sqrt(np.mean(np.square(stated)) / np.mean(np.square(made)))
+    assert 0.8 < ratio < 1.25
+
+
+def test_intervals_of_the_result_are_those_that_were_counted():
+    problem = Problem("relu", 4)
+    result = runs(problem, "weight", range(3), draws=256)
+    hits = covered(result.centre, problem.exact(), result.stderr, 8)
+    x, exact = torch.from_numpy(problem.x), torch.from_numpy(problem.exact())
+    for seed in range(3):
+        low, high = nonlocal_kernel(problem.model(), x, gamma=1.5, estimator="weight", draws=256, seed=seed).interval()
+        assert np.array_equal(((low <= exact) & (exact <= high)).numpy(), hits[seed])

@@ -1,0 +1,340 @@
+"""Features and their sums: whatever is computed in two ways gives the same, and the definitions.
+
+Layered against dense contractions, stacked against sequential evaluation, sums against products, tiles of any size
+against the whole, the paired meeting against the diagonal, a few outputs at a time against all at once.
+
+Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nntk_dist.block_sums import Meeting
+from nntk_dist.capture import plan_sites
+from nntk_dist.difference_means import DifferenceMeans
+from nntk_dist.differences import DifferenceFeatures
+from nntk_dist.evaluation import Evaluator, prefers_stacking
+from nntk_dist.features import FeatureMap, Rows, block_range, concatenate_rows, slice_rows
+from nntk_dist.gradients import GradientFeatures, feature_bytes
+from nntk_dist.parameters import select_parameters
+from nntk_dist.spec import KernelSpec, Resolution, compute_outputs, in_batches, make_feature_map
+from nntk_dist.statistics import Calibration
+from nntk_dist.tiles import symmetrised, tile_estimates
+from tests.library.tools import all_rows, assert_equal, by_definition, estimates_of, prepared_features
+from tests.oracles.cases import case
+
+KINDS = [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("covariance", "auto"), ("averaged", "auto")]
+CALIBRATION = Calibration(level=0.7, relative_error=0.1, num_entries=1)
+
+
+def small(
+    kind: str, estimator: str, outputs: str | int = "trace", name: str = "tanh_mlp"
+) -> tuple[KernelSpec, FeatureMap]:
+    design = "antithetic" if kind == "nonlocal" else "iid"
+    spec = KernelSpec(kind=kind, estimator=estimator, outputs=outputs, gamma=0.6, design=design, draws=16, blocks=4)
+    return spec, prepared_features(case(name).build(), case(name).inputs(5), spec)[0]
+
+
+def two_row_sets(features: FeatureMap, name: str = "tanh_mlp") -> tuple[Rows, Rows]:
+    return all_rows(features, case(name).inputs(5)), all_rows(features, case(name).inputs(4, seed=7))
+
+
+# Layered and dense ----------------------------------------------------------------------------------------------------
+
+
+def contractions(name: str, spec: KernelSpec) -> dict[str, GradientFeatures]:
+    """The same gradients: as factors, formed layer by layer, some of each, and by differentiating the whole model."""
+    model, x = case(name).build().requires_grad_(False), case(name).inputs(3)
+    space = select_parameters(model, spec.parameters)
+    layered = plan_sites(model, space, x)
+    assert len(layered.outer) >= 2
+    first = frozenset({layered.outer[0].module})
+    plans = {
+        "layered": layered,
+        "mixed": layered.densified(first),
+        "dense": layered.densified(frozenset(site.module for site in layered.outer)),
+        "whole": replace(layered, outer=(), dense=(), whole=space.names),
+    }
+    columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(case(name).num_outputs))
+    drawing = spec.drawing("autodiff", space.num_parameters)
+    return {
+        plan_name: GradientFeatures(Evaluator(model, space), plan, drawing, columns, spec.pair_blocks)
+        for plan_name, plan in plans.items()
+    }
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full", 1])
+@pytest.mark.parametrize("kind", ["nonlocal", "averaged"])
+@pytest.mark.parametrize("name", ["relu_mlp", "deep_relu_mlp", "raw_parameters"])
+def test_layered_mixed_dense_and_whole_contractions_are_the_definition(name, kind, outputs):
+    spec = KernelSpec(kind=kind, outputs=outputs, gamma=0.6, design="antithetic", draws=16, blocks=4)
+    x1, x2 = case(name).inputs(3), case(name).inputs(2, seed=7)
+    expected = by_definition(case(name).build(), x1, x2, spec, "autodiff")
+    for features in contractions(name, spec).values():
+        ours = estimates_of(features, all_rows(features, x1), all_rows(features, x2), spec)
+        assert_equal(ours["plugin"], expected.plugin)
+        assert_equal(ours["stderr"], expected.stderr, scale=abs(expected.plugin).max())
+        if kind == "nonlocal":
+            assert_equal(ours["unbiased"], expected.unbiased)
+
+
+def test_factors_are_smaller_than_what_they_stand_for():
+    formed = contractions("deep_relu_mlp", KernelSpec(draws=8))
+    layered, dense = (all_rows(formed[name], case("deep_relu_mlp").inputs(3)) for name in ("layered", "dense"))
+    assert set(layered) == {f"{part}_{layer}" for part in ("input", "gradient") for layer in range(3)}
+    assert set(dense) == {"dense"}
+    assert feature_bytes(layered) == sum(array.nbytes for array in layered.values()) < feature_bytes(dense)
+
+
+# Features -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["relu_mlp", "tied_weights", "raw_parameters", "attention", "embedding", "flat_output"]
+)
+def test_stacked_evaluation_equals_sequential(name):
+    model, x = case(name).build(), case(name).inputs(4)
+    space = select_parameters(model)
+    z = (
+        KernelSpec(gamma=0.6, draws=8)
+        .drawing("weight", space.num_parameters)
+        .perturbations(range(8), dtype=torch.float64)
+    )
+    stacked, sequential = (Evaluator(model, space, stacked=stack).perturbed(x, z) for stack in (True, False))
+    assert stacked.shape == (8, 4, case(name).num_outputs)
+    torch.testing.assert_close(stacked, sequential, rtol=1e-12, atol=1e-12)
+
+
+def test_stacking_is_preferred_for_small_dense_models_that_vmap_can_take():
+    def preferred(name: str, n: int = 4) -> bool:
+        model = case(name).build()
+        return prefers_stacking(model, select_parameters(model), case(name).inputs(n))
+
+    assert preferred("relu_mlp")
+    assert not preferred("relu_mlp", 100_000)
+    assert not preferred("convnet")
+    assert not preferred("relu_mlp_in_place") or preferred("relu_mlp")
+
+
+@pytest.mark.parametrize(("kind", "estimator"), KINDS)
+def test_arrays_are_as_announced(kind, estimator):
+    for name in ("tanh_mlp", "attention"):
+        _, features = small(kind, estimator, name=name)
+        rows = all_rows(features, case(name).inputs(5))
+        assert {spec.name: spec.shape for spec in features.arrays} == {n: tuple(a.shape[1:]) for n, a in rows.items()}
+        assert all(len(spec.axes) == len(spec.shape) and spec.axes[0] in ("draw", "block") for spec in features.arrays)
+
+
+@pytest.mark.parametrize(("kind", "estimator"), KINDS)
+def test_chunks_of_draws_and_of_outputs_are_parts_of_the_whole(kind, estimator):
+    _, features = small(kind, estimator)
+    x = case("tanh_mlp").inputs(5)
+    whole = all_rows(features, x)
+    chunks = [features.compute(x, draws, features.columns) for draws in (range(4), range(4, 12), range(12, 16))]
+    for name, array in whole.items():
+        assert torch.equal(torch.cat([chunk[name] for chunk in chunks], dim=1), array)
+    some = features.compute(x, range(16), (2, 0))
+    for spec in features.arrays:
+        if "output" in spec.axes:
+            axis = 1 + spec.axes.index("output")
+            torch.testing.assert_close(some[spec.name], whole[spec.name].index_select(axis, torch.tensor([2, 0])))
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full", 1])
+@pytest.mark.parametrize("design", ["iid", "antithetic"])
+def test_formed_means_are_differences_and_their_metric(design, outputs):
+    spec = KernelSpec(estimator="weight", outputs=outputs, gamma=0.6, design=design, draws=64, blocks=4)
+    _, features = small("nonlocal", "weight")
+    x1, x2 = case("tanh_mlp").inputs(5), case("tanh_mlp").inputs(4, seed=7)
+    drawing = spec.drawing("weight", features.num_parameters)
+    columns = (1,) if outputs == 1 else (0, 1, 2)
+    results = []
+    for kind in (DifferenceFeatures, DifferenceMeans):
+        one = kind(features.evaluator, drawing, columns)
+        results.append(estimates_of(one, all_rows(one, x1), all_rows(one, x2), spec))
+    assert set(results[0]) == set(results[1]) == {"plugin", "unbiased", "stderr"}
+    for name, values in results[0].items():
+        assert_equal(results[1][name], values)
+
+
+def test_means_are_formed_where_draws_are_many_and_parameters_few():
+    def kind(draws: int, name: str) -> type:
+        spec = KernelSpec(estimator="weight", gamma=1.0, draws=draws, blocks=8)
+        return type(prepared_features(case(name).build(), case(name).inputs(3), spec)[0])
+
+    assert kind(8192, "sign_unit") is DifferenceMeans
+    assert kind(256, "sign_unit") is DifferenceFeatures
+    assert kind(8192, "deep_sign_mlp") is DifferenceMeans
+    assert kind(4096, "deep_sign_mlp") is DifferenceFeatures
+
+
+def test_draws_that_are_not_whole_blocks_are_refused():
+    _, features = small("nonlocal", "autodiff")
+    with pytest.raises(ValueError, match=r"draws 2:8 are not whole blocks of 4"):
+        features.compute(case("tanh_mlp").inputs(2), range(2, 8), (0,))
+    assert block_range(range(4, 12), 4) == range(1, 3)
+
+
+def test_batches_are_padded_and_outputs_are_those_of_the_model():
+    x = torch.arange(14.0).reshape(7, 2)
+    batches = list(in_batches(x, 3))
+    assert [(len(rows), count) for rows, count in batches] == [(3, 3), (3, 3), (3, 1)]
+    assert torch.equal(batches[2][0], x[6:].expand(3, 2))
+    _, features = small("nonlocal", "weight")
+    x = case("tanh_mlp").inputs(7)
+    torch.testing.assert_close(compute_outputs(features, x, batch=3), case("tanh_mlp").build()(x))
+
+
+def test_the_metric_may_be_given_instead_of_made():
+    spec, features = small("nonlocal", "weight")
+    assert isinstance(features, DifferenceFeatures)
+    metric = features.make_metric()
+    x = case("tanh_mlp").inputs(5)
+    resolution = Resolution("weight", "", 16, features.num_parameters, 3, stacked=True)
+    given = make_feature_map(features.evaluator.model, x, spec, resolution, metric=2.0 * metric)
+    rows = all_rows(features, x)
+    assert_equal(
+        estimates_of(given, rows, rows, spec)["plugin"], 2 * estimates_of(features, rows, rows, spec)["plugin"]
+    )
+    delta = rows["differences"].transpose(1, 2)
+    assert_equal(
+        estimates_of(features, rows, rows, spec)["plugin"], torch.einsum("ncs,st,mct->nm", delta, metric, delta)
+    )
+
+
+# Sums -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("kind", "estimator"), KINDS)
+def test_sums_are_sums_of_products(kind, estimator, full, paired):
+    _, features = small(kind, estimator)
+    rows, others = two_row_sets(features)
+    meeting = Meeting(full=full, paired=paired)
+    others = rows if paired else others
+    products = features.block_products(rows, others, meeting)
+    sums = features.block_sums(rows, others, meeting, by_block=True)
+    assert sums.num_blocks == 4
+    if not features.pair_blocks:
+        assert sums.between is None
+        assert_equal(sums.within, products.sum(0))
+        assert_equal(sums.by_block, products)
+        return
+    diagonal = torch.stack([products[r, r] for r in range(4)])
+    halves = 0.5 * (products + products.transpose(0, 1))
+    assert_equal(sums.within, diagonal.sum(0))
+    assert_equal(sums.between, products.sum((0, 1)) - diagonal.sum(0))
+    assert_equal(sums.by_block, halves.sum(1) - diagonal)
+    without = features.block_sums(rows, others, meeting, by_block=False)
+    assert without.by_block is None
+    assert_equal(without.between, sums.between)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("kind", "estimator"), KINDS)
+def test_the_paired_meeting_is_the_diagonal(kind, estimator, full):
+    spec, features = small(kind, estimator, "full" if full else "trace")
+    rows, _ = two_row_sets(features)
+    crossed = tile_estimates(features, [(rows, rows)], Meeting(full), CALIBRATION, spec.scale)
+    paired = tile_estimates(features, [(rows, rows)], Meeting(full, paired=True), CALIBRATION, spec.scale)
+    assert set(paired) == set(crossed)
+    for name, values in crossed.items():
+        blocks = values.unflatten(0, (5, -1)).unflatten(2, (5, -1)) if full else values
+        expected = torch.stack([blocks[i, :, i] for i in range(5)]) if full else values.diagonal()
+        assert_equal(paired[name], expected, 1e-12)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+@pytest.mark.parametrize("height", [1, 2, 5])
+@pytest.mark.parametrize(("kind", "estimator"), KINDS)
+def test_tiles_of_any_size_are_parts_of_the_whole(kind, estimator, height, outputs):
+    spec, features = small(kind, estimator, outputs)
+    rows, others = two_row_sets(features)
+    whole = tile_estimates(features, [(rows, others)], spec.meeting, CALIBRATION, spec.scale)
+    width = 3 if outputs == "full" else 1
+    for i in range(0, 5, height):
+        for j in range(0, 4, 3):
+            part = (slice_rows(rows, slice(i, i + height)), slice_rows(others, slice(j, j + 3)))
+            tile = tile_estimates(features, [part], spec.meeting, CALIBRATION, spec.scale)
+            for name, values in tile.items():
+                there = whole[name][i * width : (i + height) * width, j * width : (j + 3) * width]
+                torch.testing.assert_close(values, there, rtol=1e-12, atol=1e-12 * float(whole[name].abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "estimator"), KINDS)
+def test_a_trace_may_be_summed_a_few_outputs_at_a_time(kind, estimator):
+    spec, features = small(kind, estimator)
+    x = case("tanh_mlp").inputs(5)
+    everything = range(16)
+    at_once = all_rows(features, x)
+    some = [features.compute(x, everything, columns) for columns in ((0, 2), (1,))]
+    whole = tile_estimates(features, [(at_once, at_once)], spec.meeting, CALIBRATION, spec.scale)
+    parts = tile_estimates(features, [(rows, rows) for rows in some], spec.meeting, CALIBRATION, spec.scale)
+    for name, values in whole.items():
+        assert_equal(parts[name], values, 1e-12)
+
+
+def test_without_a_calibration_there_is_no_standard_error_and_the_rest_is_the_same():
+    spec, features = small("nonlocal", "autodiff")
+    rows, others = two_row_sets(features)
+    with_errors = tile_estimates(features, [(rows, others)], spec.meeting, CALIBRATION, spec.scale)
+    without = tile_estimates(features, [(rows, others)], spec.meeting, None, spec.scale)
+    assert set(with_errors) - set(without) == {"stderr"}
+    for name, values in without.items():
+        assert_equal(values, with_errors[name], 1e-12)
+
+
+def test_a_tile_of_nothing_is_refused():
+    spec, features = small("nonlocal", "weight")
+    with pytest.raises(ValueError, match=r"a tile needs at least one part"):
+        tile_estimates(features, [], spec.meeting, None, spec.scale)
+
+
+def test_symmetrised_mirrors_the_upper_triangle():
+    values = torch.arange(9.0).reshape(3, 3)
+    assert torch.equal(symmetrised(values), torch.tensor([[0.0, 1, 2], [1, 4, 5], [2, 5, 8]]))
+
+
+# Unresolved entries ---------------------------------------------------------------------------------------------------
+
+
+def sign_rows(
+    margins: list[float], *, gamma: float, draws: int = 16
+) -> tuple[KernelSpec, FeatureMap, dict[str, Tensor]]:
+    """A sign unit with θ·x as given: the larger, the fewer draws change it."""
+    model = case("sign_unit").build()
+    with torch.no_grad():
+        model.theta.copy_(torch.tensor([1.0, 0, 0, 0, 0]))
+    x = torch.tensor([[margin, 1.0, 0, 0, 0] for margin in margins], dtype=torch.float64)
+    spec = KernelSpec(estimator="weight", gamma=gamma, draws=draws, blocks=4)
+    features, _ = prepared_features(model, x, spec)
+    return spec, features, all_rows(features, x)
+
+
+def test_entries_that_no_draw_changed_are_unresolved():
+    spec, features, rows = sign_rows([0.1, 50.0, -0.2], gamma=1.0)
+    result = estimates_of(features, rows, rows, spec)
+    assert result["stderr"].isnan().tolist() == [[False, True, False], [True, True, True], [False, True, False]]
+    assert float(result["unbiased"][1].abs().max()) == 0.0
+
+
+def test_entries_that_one_block_alone_changed_are_unresolved_too():
+    """Products of different blocks are all zero then: an estimate of 0 ± 0 that is known to be wrong."""
+    spec, features, rows = sign_rows([0.1, 2.8], gamma=1.0)
+    changed = rows["differences"][1, :, 0].ne(0).unflatten(0, (4, 4)).any(1)
+    assert int(changed.sum()) == 1, "the margin of the second example is to be crossed in one block of four"
+    result = estimates_of(features, rows, rows, spec)
+    assert float(result["unbiased"][1, 1]) == 0.0
+    assert float(result["plugin"][1, 1]) > 0.0
+    assert result["stderr"].isnan().tolist() == [[False, False], [False, True]]
+
+
+def test_row_sets_join_and_part():
+    rows = {"a": torch.arange(6).reshape(3, 2), "b": torch.arange(3)}
+    parts = [slice_rows(rows, slice(0, 1)), slice_rows(rows, torch.tensor([1, 2]))]
+    joined = concatenate_rows(parts)
+    assert all(torch.equal(joined[name], rows[name]) for name in rows)

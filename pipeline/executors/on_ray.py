@@ -6,6 +6,8 @@ task is not repeated: tasks are deterministic.
 """
 
 import logging
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,25 +25,35 @@ from pipeline.worker import Worker
 _TASKS_PER_ACTOR = 2  # one running, one waiting: an actor never idles between tasks
 _ATTEMPTS = 4
 _POLL_SECONDS = 1.0
+# What Ray reports for the tasks of a dead actor, also where its node's memory ran out or the node itself is gone.
+_LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
 
 WorkerActor = ray.remote(Worker)
 
 
-def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start Ray in this machine's processes where there is none.
+def connect(address: str | None, num_cpus: int) -> bool:
+    """Join the cluster at `address`, or start Ray here where there is none, with room for actors of `num_cpus` in all.
+
+    Returns whether there is now a connection to close: False where this process had one already.
 
     Raises: NNTKError where neither is possible.
     """
-    if not ray.is_initialized():
-        options: dict[str, Any] = {} if address else {"include_dashboard": False}
-        try:
-            # "local", since without an address Ray would look for a cluster that somebody has started on this machine
-            ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            place = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
-            raise NNTKError(
-                f"{place} ({str(error).splitlines()[0]}); check the address, or set compute.executor=serial"
-            ) from error
+    if ray.is_initialized():
+        return False
+    # As many CPUs as are asked for, also beyond this machine's: an actor without a place would wait for ever.
+    options: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": num_cpus}
+    on_termination = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place, which ends the driver at once
+    try:
+        # "local", since without an address Ray would look for a cluster that somebody has started on this machine
+        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        place = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
+        raise NNTKError(
+            f"{place} ({str(error).splitlines()[0]}); check the address, or set compute.executor=serial"
+        ) from error
+    if on_termination is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)
+    return True
 
 
 @dataclass(frozen=True)
@@ -67,14 +79,21 @@ class RayExecutor:
         address: str | None = None,
     ) -> None:
         """`grow`: on a cluster, take as many workers as it has places for, instead of `num_workers`."""
-        connect(address)
+        self._connected = connect(address, num_workers * job.layout.threads)
         self._arguments = (ray.put(job), ray.put(dataset), ray.put(dict(state)))
         self._options: dict[str, Any] = {
             "num_cpus": job.layout.threads,
             "num_gpus": 1 if job.layout.device.startswith("cuda") else 0,
             "max_restarts": 0,
         }
-        self._num_workers = max(num_workers, self._places()) if grow and address else num_workers
+        places = self._places()
+        if places < (1 if grow else num_workers):
+            raise NNTKError(
+                f"Ray has room for {places} worker(s) of {self._options['num_cpus']} CPU(s) and "
+                f"{self._options['num_gpus']} GPU(s), {num_workers} are asked for; set compute.workers=auto, or give "
+                "the cluster more nodes"
+            )
+        self._num_workers = places if grow and address else num_workers
         self._actors: list[Any] = []
 
     def _start(self) -> Any:
@@ -83,9 +102,8 @@ class RayExecutor:
     def _places(self) -> int:
         """Workers that the cluster has room for now."""
         resources = ray.cluster_resources()
-        if self._options["num_gpus"]:
-            return int(resources.get("GPU", 0) // self._options["num_gpus"])
-        return int(resources.get("CPU", 0) // self._options["num_cpus"])
+        needed = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
+        return min(int(resources.get(name, 0) // count) for name, count in needed.items() if count)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish, None where a second passes without one."""
@@ -103,7 +121,7 @@ class RayExecutor:
                 entry = running.pop(reference)
                 try:
                     outcome = ray.get(reference)
-                except ray.exceptions.RayActorError as error:
+                except _LOST as error:
                     self._replace(entry.actor)
                     lost.append((entry.task, self._next_attempt(entry, error)))
                 except ray.exceptions.RayTaskError as error:
@@ -143,8 +161,9 @@ class RayExecutor:
             self._actors[self._actors.index(dead)] = self._start()
 
     def close(self) -> None:
-        """Stop the actors; Ray itself ends with the driver."""
+        """Stop the actors, and Ray where this executor has started or joined it."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
-        ray.shutdown()
+        if self._connected:
+            ray.shutdown()

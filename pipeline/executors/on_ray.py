@@ -49,7 +49,8 @@ def connect(address: str | None, num_cpus: int) -> bool:
     except (ConnectionError, RuntimeError, ValueError) as error:
         place = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise NNTKError(
-            f"{place} ({str(error).splitlines()[0]}); check the address, or set compute.executor=serial"
+            f"{place} ({str(error).splitlines()[0]}); check the address (and RAY_AUTH_MODE=token for a cluster "
+            "that asks for a token), or set compute.executor=serial"
         ) from error
     if on_termination is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)

@@ -145,7 +145,9 @@ class ComputeConfig(Section):
     tile: Count = 1024
     batch: CountOrAuto = "auto"
     memory_per_worker: MemoryOrAuto = "auto"
-    write_tiles: Annotated[Literal["auto"] | bool, Field(description="auto, true or false")] = "auto"
+    write_tiles: Annotated[
+        Literal["auto", True], Field(description="auto or true (the later stages read the tiles)")
+    ] = "auto"
     stderr: Literal["entry", "sample", "none"] = "entry"
 
 

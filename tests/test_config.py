@@ -114,7 +114,7 @@ def test_merge_keys_and_anchors_work(tmp_path: Path) -> None:
         ("compute.memory_per_worker=4GiB", ("compute", "memory_per_worker"), 4 * 2**30),
         ("compute.memory_per_worker=1000000", ("compute", "memory_per_worker"), 1000000),
         ("compute.device=cuda:3", ("compute", "device"), "cuda:3"),
-        ("compute.write_tiles=false", ("compute", "write_tiles"), False),
+        ("compute.write_tiles=true", ("compute", "write_tiles"), True),
         ("kernel.outputs=0", ("kernel", "outputs"), 0),
         ("kernel.outputs=full", ("kernel", "outputs"), "full"),
         ("kernel.parameters=['0.*', '*.bias']", ("kernel", "parameters"), ("0.*", "*.bias")),

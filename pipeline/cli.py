@@ -4,6 +4,7 @@ A wrong configuration, path or store ends with one line on stderr and exit code 
 continues the run and exit code 130. Everything else that goes wrong is a bug and keeps its traceback.
 """
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -137,8 +138,9 @@ def _open(run_dir: str) -> tuple[RunStorage, Manifest]:
 
 
 def _resume_command(config: Path, overrides: list[str], address: str | None) -> str:
-    sets = "".join(f" --set '{override}'" for override in overrides)
-    return f"nntk run {config}{sets} --resume" + (f" --address {address}" if address else "")
+    sets = [part for override in overrides for part in ("--set", override)]
+    place = ["--address", address] if address else []
+    return shlex.join(["nntk", "run", str(config), *sets, "--resume", *place])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Compares values only; it changes nothing on disk. Names, places, executors, work
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.spec import Resolution
@@ -15,26 +15,37 @@ from pipeline.job import Job, Layout, Sizes
 from pipeline.manifest import Manifest, describe_difference
 from pipeline.storage import RunStorage
 
+Section = TypeVar("Section")
 LATER_STAGES = ("spectrum", "regression")
 
 
 def stored_decisions(manifest: Manifest) -> tuple[Layout, Resolution]:
-    """The layout and the choice of the estimator that a run was started with."""
-    return Layout(**manifest.layout), Resolution(**manifest.resolution)
+    """The layout and the choice of the estimator that a run was started with. Raises an NNTKError where they are not
+    whole.
+    """
+    return _restored(Layout, manifest.layout, "layout"), _restored(Resolution, manifest.resolution, "resolution")
+
+
+def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Section:
+    try:
+        return kind(**values)
+    except TypeError as error:
+        reason = str(error).replace(f"{kind.__name__}.__init__() ", "")
+        raise NNTKError(f"manifest.json is broken at {key}: {reason}; restore it, or choose another run_dir") from error
 
 
 def stored_job(manifest: Manifest) -> Job:
-    """The job that a manifest describes, without loading data or model."""
+    """The job that a manifest describes, without loading data or model. Raises an NNTKError where it is not whole."""
     config = config_from_dict(manifest.config)
     layout, resolution = stored_decisions(manifest)
     return Job(
         run_dir=RunStorage(config.run_dir).url,
-        fingerprint=manifest.fingerprints["kernel"],
+        fingerprint=manifest.fingerprints.get("kernel", ""),
         config=config,
         spec=build_spec(config.kernel),
         resolution=resolution,
         layout=layout,
-        sizes=Sizes(**manifest.sizes),
+        sizes=_restored(Sizes, manifest.sizes, "sizes"),
     )
 
 

@@ -82,7 +82,7 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
 
 def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, heartbeat: Heartbeat | None) -> None:
     """One line a stage; `heartbeat` None means that no driver is alive."""
-    if manifest.finished is not None:
+    if manifest.completed is not None:
         state = "finished"
     elif heartbeat is not None:
         state = f"running (process {heartbeat.pid} on {heartbeat.host}, stage {heartbeat.stage})"

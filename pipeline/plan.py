@@ -82,6 +82,8 @@ def make_plan(
 
 def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
     """What neither the data nor the model alone can know."""
+    if sizes.num_test == 0:
+        raise NNTKError("data.train leaves no test examples; make it smaller, or give data.test at least 1")
     expected = dataset.num_outputs
     needs_match = config.regression.center_outputs or config.kernel.outputs == "full"
     if needs_match and sizes.num_outputs != expected:
@@ -133,7 +135,8 @@ def _fit(
         raise NNTKError(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
             f"({_gib(usable)} usable for {max(1, workers)} worker(s)); make compute.tile smaller than "
-            f"{job.layout.tile}, set compute.stderr to sample, use fewer compute.workers or raise compute.memory_per_worker"
+            f"{job.layout.tile}, set compute.stderr to sample, use fewer compute.workers or raise "
+            "compute.memory_per_worker"
         )
     if projection.solve_bytes > usable:
         raise NNTKError(

@@ -17,15 +17,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nntk_dist.errors import NNTKError
 from pipeline.build import build_dataset, build_model, identity
 from pipeline.config import Config
-from pipeline.continuation import check_kernel, stages_to_rerun, stored_decisions
+from pipeline.continuation import check_kernel, stages_to_rerun, stored_job
 from pipeline.data import Dataset
 from pipeline.executors import Executor
 from pipeline.executors.serial import SerialExecutor
 from pipeline.job import Outcome, Task, as_plain
 from pipeline.kernel_arrays import KernelArrays
-from pipeline.ledger import Ledger, LedgerRow
+from pipeline.ledger import FOLDER, Ledger, LedgerRow
 from pipeline.lock import RunLock
 from pipeline.manifest import (
     Manifest,
@@ -40,7 +41,7 @@ from pipeline.progress import Progress
 from pipeline.report_stage import write_report
 from pipeline.results import collect_results
 from pipeline.stages import ORDER
-from pipeline.storage import RunStorage
+from pipeline.storage import KERNEL_STORE, RunStorage
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,16 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     rerun: tuple[str, ...] = ()
     decisions = None
     if stored is not None:
+        job = stored_job(stored)
         parts = identity(config, dataset, model)
         check_kernel(stored, config, parts, config.run_dir)
         rerun = stages_to_rerun(stored, config, stage_fingerprints(config, parts), config.run_dir, resume=resume)
-        decisions = stored_decisions(stored)
+        decisions = job.layout, job.resolution
+    elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
+        raise NNTKError(
+            f"{config.run_dir} holds results, but no manifest.json that says of what; restore it, or choose another "
+            "run_dir"
+        )
     storage.check_writable()
     return Prepared(config, make_plan(config, dataset, model, decisions), dataset, model, storage, stored, rerun)
 
@@ -81,23 +88,25 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
 def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> dict[str, Any]:
     """Carry out what is left of a prepared run and write the report; returns the results by name."""
     storage, plan = prepared.storage, prepared.plan
-    with RunLock(storage) as lock:
+    with RunLock(storage) as lock, ExitStack() as resources:
+        if read_manifest(storage) != prepared.stored:
+            raise NNTKError(f"{prepared.config.run_dir} was written by another driver just now; give the command again")
         storage.remove_partial_files()
         ledger = Ledger(storage)
+        left = [module for module in ORDER if module.NAME in prepared.rerun or _pending(module, plan, ledger)]
+        executor = _make_executor(prepared, address) if left else None
+        if executor is not None:
+            resources.callback(executor.close)
+        resources.callback(ledger.flush)  # the first to be called: whoever stops a run may not wait for Ray to end
         for stage in prepared.rerun:
             ledger.forget(stage)
-        with ExitStack() as resources:
-            resources.callback(ledger.flush)
-            left = [module for module in ORDER if _pending(module, plan, ledger)]
-            executor = _make_executor(prepared, address) if left else None
-            manifest = _manifest(prepared)
-            write_manifest(storage, manifest)
-            KernelArrays(storage).create(plan.arrays, _attributes(plan))
-            if executor is not None:
-                resources.callback(executor.close)
-                for module in left:
-                    manifest = _run_stage(module, plan, ledger, executor, progress, lock, manifest)
-                    write_manifest(storage, manifest)
+        manifest = _manifest(prepared)
+        write_manifest(storage, manifest)
+        KernelArrays(storage).create(plan.arrays, _attributes(plan))
+        if executor is not None:
+            for module in left:
+                manifest = _run_stage(module, plan, ledger, executor, progress, lock, manifest)
+                write_manifest(storage, manifest)
         ledger.compact()
         results = collect_results(plan.job, ledger)
         manifest = manifest.model_copy(update={"results": results, "completed": datetime.now(UTC)})

@@ -45,7 +45,8 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
 
     Raises: NNTKError where the data or the model that the configuration names are no longer what they were.
     """
-    config = config_from_dict(manifest.config)
+    # the store that is asked about, also where it was moved since, or is looked at from another folder
+    config = config_from_dict(manifest.config).model_copy(update={"run_dir": storage.url})
     dataset = build_dataset(config)
     model = build_model(config, dataset)
     check_kernel(manifest, config, identity(config, dataset, model), config.run_dir)

@@ -14,6 +14,7 @@ from nntk_dist import NNTKError, local_kernel
 from nntk_dist.capture import plan_sites
 from nntk_dist.models import build_model
 from nntk_dist.parameters import select_parameters
+from tests.library.tools import assert_equal
 from tests.oracles import brute_force
 from tests.oracles.cases import CASES, Case, case
 
@@ -121,6 +122,21 @@ def test_the_plan_takes_the_short_way_where_there_is_one():
     assert modules["attention"] == (["readout"], ["norm", "qkv", "mix"], ("class_token",))
     assert modules["tied_weights"][0] == ["decoder"]
     assert "encoder.weight" in modules["tied_weights"][2]
+
+
+@pytest.mark.parametrize("name", ["mlp-image", "cnn-average", "resnet-batch", "resnet-group"])
+def test_every_layer_of_these_built_in_models_has_a_rule_that_fits(name: str):
+    """A rule that does not reproduce automatic differentiation is silently left out of the plan."""
+    model, shape = built_in(name)
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert plan_sites(model, select_parameters(model), x).whole == ()
+
+
+def test_models_are_used_in_evaluation_mode():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2)).double()
+    x = case("relu_mlp").inputs(4)
+    expected = brute_force.local_kernel(model.eval(), x, x)
+    assert_equal(local_kernel(model.train(), x), expected)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])

@@ -42,9 +42,7 @@ class Drawing:
     def __post_init__(self) -> None:
         check_choice("design", self.design, GROUP_SIZES)
         if self.num_blocks < MINIMUM_BLOCKS:
-            raise NNTKError(
-                f"blocks is {self.num_blocks}; allowed: {MINIMUM_BLOCKS} or more, which the error bars need"
-            )
+            raise NNTKError(blocks_message(self.num_blocks))
         unit = self.num_blocks * self.group_size
         if self.num_draws < unit or self.num_draws % unit:
             nearest = max(unit, round(self.num_draws / unit) * unit)
@@ -111,6 +109,11 @@ class Drawing:
         for start in range(0, self.num_parameters, width):
             stop = min(start + width, self.num_parameters)
             yield self.perturbations(range(self.num_draws), start, stop, dtype=torch.float64, device=device)
+
+
+def blocks_message(blocks: int) -> str:
+    """What to say of too few blocks."""
+    return f"blocks is {blocks}; allowed: {MINIMUM_BLOCKS} or more, which the error bars need"
 
 
 def automatic_draws(estimator: str, blocks: int, design: str) -> int:

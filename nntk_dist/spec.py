@@ -6,6 +6,7 @@ as a value: workers rebuild the same feature map from it. No kernel is computed 
 Axes: n examples, c outputs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from nntk_dist.capture import plan_sites
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.distributions import make_distribution
-from nntk_dist.drawing import Drawing, automatic_draws
+from nntk_dist.drawing import GROUP_SIZES, MINIMUM_BLOCKS, Drawing, automatic_draws, blocks_message
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
 from nntk_dist.features import FeatureMap, concatenate_rows, slice_rows
@@ -59,6 +60,9 @@ class KernelSpec:
             check_choice("outputs", self.outputs, ("trace", "full"))
         if isinstance(self.draws, str):
             check_choice("draws", self.draws, ("auto",))
+        check_choice("design", self.design, GROUP_SIZES)
+        if self.kind != "local" and self.blocks < MINIMUM_BLOCKS:
+            raise NNTKError(blocks_message(self.blocks))
         if self.kind == "covariance" and self.estimator == "autodiff":
             raise NNTKError(
                 "estimator is 'autodiff'; allowed for kind covariance, which is made of differences: auto, weight"
@@ -144,9 +148,11 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
 
 
 def _evidence(probe: JumpProbe) -> str:
+    if math.isnan(probe.residual):
+        return "along random segments f does not change at all"
     return (
-        f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f "
-        f"at {probe.num_points} points"
+        f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f, "
+        f"at up to {probe.num_gradients} points"
     )
 
 

@@ -96,7 +96,7 @@ class _Segment:
         change = float(torch.linalg.vector_norm(values[1.0] - values[0.0]))
         count = _FIRST_INTERVALS
         total = torch.stack(list(defects.values())).sum(0)
-        while float(torch.linalg.vector_norm(total)) > 0.5 * _TOLERANCE * change and count < _MOST_GRADIENTS:
+        while float(torch.linalg.vector_norm(total)) > 0.9 * _TOLERANCE * change and count < _MOST_GRADIENTS:
             a, b = max(defects, key=lambda interval: float(torch.linalg.vector_norm(defects[interval])))
             middle = 0.5 * (a + b)
             values[middle] = self._value(middle)

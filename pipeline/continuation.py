@@ -19,11 +19,18 @@ Section = TypeVar("Section")
 LATER_STAGES = ("spectrum", "regression")
 
 
-def stored_decisions(manifest: Manifest) -> tuple[Layout, Resolution]:
-    """The layout and the choice of the estimator that a run was started with. Raises an NNTKError where they are not
-    whole.
-    """
-    return _restored(Layout, manifest.layout, "layout"), _restored(Resolution, manifest.resolution, "resolution")
+def stored_job(manifest: Manifest) -> Job:
+    """The job that a manifest describes, without loading data or model. Raises an NNTKError where it is not whole."""
+    config = config_from_dict(manifest.config)
+    return Job(
+        run_dir=RunStorage(config.run_dir).url,
+        fingerprint=manifest.fingerprints.get("kernel", ""),
+        config=config,
+        spec=build_spec(config.kernel),
+        resolution=_restored(Resolution, manifest.resolution, "resolution"),
+        layout=_restored(Layout, manifest.layout, "layout"),
+        sizes=_restored(Sizes, manifest.sizes, "sizes"),
+    )
 
 
 def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Section:
@@ -32,21 +39,6 @@ def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Secti
     except TypeError as error:
         reason = str(error).replace(f"{kind.__name__}.__init__() ", "")
         raise NNTKError(f"manifest.json is broken at {key}: {reason}; restore it, or choose another run_dir") from error
-
-
-def stored_job(manifest: Manifest) -> Job:
-    """The job that a manifest describes, without loading data or model. Raises an NNTKError where it is not whole."""
-    config = config_from_dict(manifest.config)
-    layout, resolution = stored_decisions(manifest)
-    return Job(
-        run_dir=RunStorage(config.run_dir).url,
-        fingerprint=manifest.fingerprints.get("kernel", ""),
-        config=config,
-        spec=build_spec(config.kernel),
-        resolution=resolution,
-        layout=layout,
-        sizes=_restored(Sizes, manifest.sizes, "sizes"),
-    )
 
 
 def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> None:

@@ -17,9 +17,8 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.philox import Stream, uniform
 from pipeline.arrays import kernel_arrays, kernel_width
 from pipeline.build import build_dataset, build_model, identity
-from pipeline.config import config_from_dict
 from pipeline.context import Context
-from pipeline.continuation import check_kernel, stored_decisions
+from pipeline.continuation import check_kernel, stored_job
 from pipeline.job import Job, Task, intervals
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.manifest import Manifest
@@ -45,12 +44,13 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
 
     Raises: NNTKError where the data or the model that the configuration names are no longer what they were.
     """
+    stored = stored_job(manifest)
     # the store that is asked about, also where it was moved since, or is looked at from another folder
-    config = config_from_dict(manifest.config).model_copy(update={"run_dir": storage.url})
+    config = stored.config.model_copy(update={"run_dir": storage.url})
     dataset = build_dataset(config)
     model = build_model(config, dataset)
     check_kernel(manifest, config, identity(config, dataset, model), config.run_dir)
-    job = make_plan(config, dataset, model, stored_decisions(manifest)).job
+    job = make_plan(config, dataset, model, (stored.layout, stored.resolution)).job
     context = Context(job, dataset, state_of(model))
     ledger = Ledger(storage)
     yield _completeness(job, ledger)

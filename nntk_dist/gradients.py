@@ -195,10 +195,8 @@ class GradientFeatures:
         if left is not None and right is not None:
             terms += [draw_products(left, right, s, t, meeting) / len(pairs) for s, t in pairs]
         if "dense" in rows:
-            slots = {(s // self.draws_per_slot, t // self.draws_per_slot) for s, t in pairs}
-            terms += [
-                meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in sorted(slots)
-            ]
+            slots = [(r, q)] if self.pair_blocks else pairs
+            terms += [meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in slots]
         return torch.stack(terms).sum(0)
 
 

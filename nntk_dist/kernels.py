@@ -66,8 +66,10 @@ def nonlocal_kernel(
     design: str = "iid",
     draws: int | str = "auto",
     blocks: int = 8,
+    rtol: float | None = None,
     outputs: str | int = "trace",
     scale: str = "localized",
+    weighting: object | None = None,
     parameters: Sequence[str] = ("*",),
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -84,6 +86,9 @@ def nonlocal_kernel(
     Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
     model.
     """
+    for name, value in (("rtol", rtol), ("weighting", weighting)):
+        if value is not None:
+            raise NNTKError(f"{name} is {value!r}; allowed in this version: None")
     spec = KernelSpec(
         "nonlocal",
         gamma,

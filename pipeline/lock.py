@@ -24,6 +24,8 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import IO
 
+import psutil
+
 from nntk_dist.errors import NNTKError
 from pipeline.storage import RunStorage
 
@@ -193,12 +195,4 @@ def _is_living(heartbeat: Heartbeat) -> bool:
     """Fresh, and not of a process of this host that has ended."""
     if abs(time.time() - heartbeat.time) > FRESH_SECONDS:
         return False
-    if heartbeat.host != socket.gethostname():
-        return True
-    try:
-        os.kill(heartbeat.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return heartbeat.host != socket.gethostname() or psutil.pid_exists(heartbeat.pid)

@@ -122,7 +122,7 @@ def test_a_look_at_the_lock_does_not_turn_a_driver_away(tmp_path):
         try:
             for _ in range(20):
                 with RunLock(storage):
-                    pass
+                    assert driver_alive(storage)
         finally:
             process.kill()
 
@@ -189,6 +189,7 @@ def test_a_failing_storage_stops_neither_the_run_nor_the_heartbeat(tmp_path, mon
             wait_for(lambda: len(failures) >= 2)
         seen = read_heartbeat(storage).time
         wait_for(lambda: read_heartbeat(storage).time > seen)
+        assert driver_alive(storage)
 
 
 def test_a_place_that_cannot_be_locked_is_named():

@@ -77,7 +77,10 @@ def make_plan(
     prints = stage_fingerprints(config, parts)
     job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, resolution, layout, sizes)
     arrays = describe_arrays(job, features.arrays, dataset)
-    return _fit(config, job, features, arrays, prepared, x, parts, prints)
+    plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
+    if stored is None:
+        check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
+    return plan
 
 
 def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
@@ -162,6 +165,19 @@ def wanted_workers(config: Config, layout: Layout) -> int:
 def available_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_disk(storage: RunStorage, wanted: int) -> None:
+    """Raise an NNTKError where a local run directory's disk has less room than the arrays take before compression."""
+    if storage.local_path is None:
+        return
+    nearest = next(folder for folder in (storage.local_path, *storage.local_path.parents) if folder.exists())
+    free = psutil.disk_usage(str(nearest)).free
+    if wanted > free:
+        raise NNTKError(
+            f"the arrays take {_gib(wanted)} on disk and {_gib(free)} are free at {nearest}; choose another run_dir, set "
+            "compute.stderr to sample, or make data.train smaller"
+        )
 
 
 def available_memory() -> int:

@@ -89,48 +89,15 @@ WRONG = {
     "unknown argument": (("model.args={width: [3]}",), "width"),
     "bad argument": (("model.args={widths: [0]}",), "widths"),
     "unknown activation": (("model.args={widths: [3], activation: rellu}",), "did you mean 'relu'"),
-    "unknown module": (
-        (
-            "model.builder=python:nowhere:build",
-            "model.args={}",
-        ),
-        "nowhere",
-    ),
-    "unknown function": (
-        (
-            "model.builder=python:faulty:nothing",
-            "model.args={}",
-        ),
-        "nothing",
-    ),
-    "a builder that raises": (
-        (
-            "model.builder=python:faulty:raises",
-            "model.args={}",
-        ),
-        "out of ideas and of luck",
-    ),
-    "a builder of something else": (
-        (
-            "model.builder=python:faulty:no_module",
-            "model.args={}",
-        ),
-        "faulty:no_module",
-    ),
+    "unknown module": (("model.builder=python:nowhere:build", "model.args={}"), "nowhere"),
+    "unknown function": (("model.builder=python:faulty:nothing", "model.args={}"), "nothing"),
+    "a builder that raises": (("model.builder=python:faulty:raises", "model.args={}"), "out of ideas and of luck"),
+    "a builder of something else": (("model.builder=python:faulty:no_module", "model.args={}"), "faulty:no_module"),
     "a model that gives NaN": (
-        (
-            "model.builder=python:faulty:not_a_number",
-            "model.args={}",
-        ),
+        ("model.builder=python:faulty:not_a_number", "model.args={}"),
         "NaN or infinity for 32 of 32",
     ),
-    "a model of another input": (
-        (
-            "model.builder=python:faulty:wrong_shape",
-            "model.args={}",
-        ),
-        "the model",
-    ),
+    "a model of another input": (("model.builder=python:faulty:wrong_shape", "model.args={}"), "the model"),
     "a model of other outputs": (
         ("model.builder=python:faulty:wide", "model.args={}", "regression.center_outputs=true"),
         "the model has 3 outputs and the data 10 targets",

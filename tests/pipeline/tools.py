@@ -57,6 +57,7 @@ def nntk(*arguments: object) -> Result:
 def config_file(run_dir: Path) -> Path:
     """The small configuration, beside the run directory."""
     path = run_dir.parent / "config.yaml"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(CONFIG)
     return path
 

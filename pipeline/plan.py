@@ -175,8 +175,8 @@ def check_disk(storage: RunStorage, wanted: int) -> None:
     free = psutil.disk_usage(str(nearest)).free
     if wanted > free:
         raise NNTKError(
-            f"the arrays take {_gib(wanted)} on disk and {_gib(free)} are free at {nearest}; choose another run_dir, set "
-            "compute.stderr to sample, or make data.train smaller"
+            f"the arrays take {_gib(wanted)} on disk and {_gib(free)} are free at {nearest}; choose another "
+            "run_dir, set compute.stderr to sample, or make data.train smaller"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from nntk_dist.errors import NNTKError
 from pipeline.arrays import StoredArray
 from pipeline.kernel_store import create_array, create_store, open_array, open_store, read_block, write_block
 from pipeline.storage import RunStorage
@@ -57,7 +58,16 @@ class KernelArrays:
         return read_block(array, tuple(slice(b, e) for b, e in zip(begin, ends, strict=True)))
 
     def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
-        """Write whole shards beginning at an index (0 on the axes that are not given); bytes and checksum."""
+        """Write whole shards beginning at an index (0 on the axes that are not given); bytes and checksum.
+
+        Raises: NNTKError where the storage takes no more.
+        """
         begin = (*start, *[0] * (values.ndim - len(start)))
         selection = tuple(slice(b, b + length) for b, length in zip(begin, values.shape, strict=True))
-        return write_block(self.array(path), selection, values)
+        try:
+            return write_block(self.array(path), selection, values)
+        except OSError as error:
+            raise NNTKError(
+                f"{path} in run_dir '{self.storage.url}' cannot be written ({error.strerror or error}); make room or "
+                "see to the storage, then continue with --resume"
+            ) from error

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipeline.tools import arguments, finished, nntk, run, snapshot, start
+from tests.pipeline.tools import arguments, assert_same_bits, finished, nntk, run, snapshot, start
 
 MODULE = """
 import torch
@@ -97,7 +97,10 @@ WRONG = {
         ("model.builder=python:faulty:not_a_number", "model.args={}"),
         "NaN or infinity for 32 of 32",
     ),
-    "a model of another input": (("model.builder=python:faulty:wrong_shape", "model.args={}"), "the model"),
+    "a model of another input": (
+        ("model.builder=python:faulty:wrong_shape", "model.args={}"),
+        "must return a tensor of shape",
+    ),
     "a model of other outputs": (
         ("model.builder=python:faulty:wide", "model.args={}", "regression.center_outputs=true"),
         "the model has 3 outputs and the data 10 targets",
@@ -222,6 +225,18 @@ def test_a_model_that_fails_under_perturbation_names_the_cause(tmp_path, monkeyp
     assert "NaN or infinity" in result.err
     assert "Traceback" not in result.err
     assert "features" in nntk("status", tmp_path / "run").out
+
+
+def test_a_disk_that_fills_up(good_run, tmp_path):
+    """As good as full: no file may grow beyond 12 KiB, which is enough for the manifest and not for features."""
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 10, resource.RLIM_INFINITY))"
+    driver = start(*arguments("run", tmp_path / "run"), prelude=prelude)
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 2, err
+    assert "Traceback" not in err
+    assert re.search("error: train/features/.* cannot be written .*--resume$", err.splitlines()[-1])
+    finished(tmp_path / "run", resume=True)
+    assert_same_bits(good_run, tmp_path / "run")
 
 
 def test_an_error_inside_a_ray_task_is_one_line_too(tmp_path):

@@ -46,14 +46,17 @@ def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
     return max(count, x[:1].numel())
 
 
-def choose_batch(config: Config, model: nn.Module, x: torch.Tensor) -> int:
-    """Examples of one forward pass: the largest power of two whose activations stay within 32 MiB, from 8 to 512."""
+def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: int) -> int:
+    """Examples of one forward pass: the largest power of two whose activations stay within 32 MiB, from 8 to 512, and
+    no larger than it takes to hold all rows (batches are padded, so more would be computed for nothing).
+    """
     if config.compute.batch != "auto":
         return config.compute.batch
     item = 8 if config.compute.dtype == "float64" else 4
     fitting = _BATCH_BYTES // (item * activation_elements(model, x))
     low, high = _BATCH_RANGE
-    return int(min(high, max(low, 2 ** int(math.log2(max(1, fitting))))))
+    holding_all = 2 ** math.ceil(math.log2(num_rows))
+    return int(min(high, max(low, 2 ** int(math.log2(max(1, fitting)))), max(low, holding_all)))
 
 
 def row_feature_bytes(features: FeatureMap, dtype: str) -> int:

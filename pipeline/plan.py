@@ -58,7 +58,7 @@ def make_plan(
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
     x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
     spec = build_spec(config.kernel)
-    batch = choose_batch(config, prepared, x) if stored is None else stored[0].batch
+    batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
     resolution = resolve(prepared, x, spec, batch=batch) if stored is None else stored[1]
     features = make_feature_map(prepared, x, spec, resolution)
     sizes = Sizes(

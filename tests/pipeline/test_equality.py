@@ -104,7 +104,7 @@ def in_memory(run_dir, function, **options):
     dataset = build_dataset(config)
     model = prepare_model(build_model(config, dataset), dtype=torch.float32, device="cpu")
     train, test = torch.from_numpy(dataset.train.inputs), torch.from_numpy(dataset.test.inputs)
-    options |= {"batch": pipeline.layout.choose_batch(config, model, train)}
+    options |= {"batch": pipeline.layout.choose_batch(config, model, train, len(train))}
     return function(model, train, **options), function(model, test, train, **options)
 
 

@@ -67,7 +67,7 @@ OTHERS = {
     "model.args.widths=[32]": "model.args.widths.1: 32 -> absent",
     "compute.dtype=float64": "compute.dtype: 'float32' -> 'float64'",
     "compute.tile=128": "compute.tile 64, the configuration says 128",
-    "compute.batch=64": "compute.batch 512, the configuration says 64",
+    "compute.batch=64": "compute.batch 256, the configuration says 64",
     "compute.threads=2": "compute.threads 1, the configuration says 2",
     "compute.stderr=sample": "compute.stderr entry, the configuration says sample",
 }

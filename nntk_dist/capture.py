@@ -262,7 +262,10 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
         count = torch.zeros(1, dtype=torch.int64, device=x.device)
         weights = normal(1, Stream.PROBE, count, 0, values.numel()).reshape(values.shape)
         if not values.requires_grad:
-            return set()
+            raise NNTKError(
+                "the model's output carries no gradient (does its forward pass run under no_grad, or detach?); "
+                "use estimator: weight"
+            )
         expected = torch.autograd.grad(
             (values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
         )

@@ -14,11 +14,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients
-from nntk_dist.drawing import Drawing
+from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
-
-_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,8 @@ class DifferenceMeans:
     def _block_mean(self, x: Tensor, base: Tensor, block: int, columns: Sequence[int]) -> Float64[Tensor, "n c k"]:
         """g_r of one block, a chunk of draws at a time, summed in float64."""
         size = self.drawing.draws_per_block
-        step = max(1, _CHUNK_ELEMENTS // max(self.num_parameters, base.numel()))
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
-        for start in range(block * size, (block + 1) * size, step):
-            draws = range(start, min(start + step, (block + 1) * size))
+        for draws in draw_chunks(range(block * size, (block + 1) * size), max(self.num_parameters, base.numel())):
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
             difference = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)].double()
             direction = z.double()

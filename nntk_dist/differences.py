@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Factored, Meeting, add_factored_, empty_sums
-from nntk_dist.drawing import Drawing
+from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows
 
@@ -60,10 +60,13 @@ class DifferenceFeatures:
     def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
         check_finite(base, "the model's output")
-        displacements = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-        differences = (self.evaluator.perturbed(x, displacements) - base)[:, :, list(columns)].transpose(0, 1)
+        differences = base.new_empty(len(x), len(draws), len(columns))
+        for part in draw_chunks(draws, self.num_parameters):
+            z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
+            perturbed = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)]
+            differences[:, part.start - draws.start : part.stop - draws.start] = perturbed.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
-        return {"differences": differences.contiguous()}
+        return {"differences": differences}
 
     def make_metric(self) -> Float64[Tensor, "s s"]:
         """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations and S² numbers where blocks are

@@ -22,6 +22,7 @@ MINIMUM_BLOCKS = 4
 AUTO_DRAWS = 256
 _PARAMETERS_PER_CHUNK = 1 << 16
 _SLICE_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,13 @@ class Drawing:
         for start in range(0, self.num_parameters, width):
             stop = min(start + width, self.num_parameters)
             yield self.perturbations(range(self.num_draws), start, stop, dtype=torch.float64, device=device)
+
+
+def draw_chunks(draws: range, num_parameters: int) -> Iterator[range]:
+    """Consecutive parts of a range of draws whose perturbations take at most 2^22 numbers (or a single draw)."""
+    step = max(1, _CHUNK_ELEMENTS // num_parameters)
+    for start in range(draws.start, draws.stop, step):
+        yield range(start, min(start + step, draws.stop))
 
 
 def blocks_message(blocks: int) -> str:

@@ -97,6 +97,10 @@ def rule_for(module: nn.Module) -> Rule | None:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
                 return None
+            if isinstance(module, nn.Embedding) and (
+                module.padding_idx is not None or module.max_norm is not None or module.scale_grad_by_freq
+            ):
+                return None
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 return None
             return rule

@@ -7,6 +7,7 @@ Axes: n examples, c outputs.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from nntk_dist.statistics import STATISTICS
 KINDS = ("nonlocal", "covariance", "averaged", "local")
 ESTIMATORS = ("auto", "weight", "autodiff")
 SCALES = ("localized", "raw")
+_ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
 # Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
 METRIC_DRAWS = 4096
 
@@ -52,6 +54,7 @@ class KernelSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._take_integers()
         check_choice("kind", self.kind, KINDS)
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("statistic", self.statistic, STATISTICS)
@@ -71,6 +74,20 @@ class KernelSpec:
             raise NNTKError(
                 f"estimator is 'weight'; allowed for kind {self.kind}, which is made of gradients: auto, autodiff"
             )
+
+    def _take_integers(self) -> None:
+        """Accept any integer type (NumPy's too) as an int, and nothing else: None must not pass for `trace`."""
+        for name, words in (("draws", "auto"), ("outputs", "trace, full"), ("blocks", ""), ("seed", "")):
+            value = getattr(self, name)
+            if isinstance(value, str) and words:
+                continue
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                allowed = f"a whole number{f' or {words}' if words else ''}"
+                raise NNTKError(f"{name} is {value!r}; allowed: {allowed}") from None
+        if isinstance(self.parameters, str):
+            object.__setattr__(self, "parameters", (self.parameters,))
 
     @property
     def pair_blocks(self) -> bool:
@@ -115,6 +132,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     space = select_parameters(model, spec.parameters)
     values = Evaluator(model, space).base(x[:32])
     check_finite(values, "the model's output")
+    _check_function(model, space, x[:32], values)
     num_outputs = values.shape[1]
     if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
         raise NNTKError(
@@ -124,6 +142,22 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space.num_parameters).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
     return Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+
+
+def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> None:
+    """Refuse a model whose output is not a function of one example and the parameters."""
+    evaluator = Evaluator(model, space)
+    tolerance = _ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
+    if float((evaluator.base(x) - values).abs().max()) > tolerance:
+        raise NNTKError(
+            "the model's output changes from call to call: it draws random numbers even in eval mode, which this "
+            "version does not seed; take the dropout or the noise out of its forward pass"
+        )
+    if len(x) > 1 and float((evaluator.base(x[:-1].flip(0)).flip(0) - values[:-1]).abs().max()) > tolerance:
+        raise NNTKError(
+            "the model's output for one example depends on the other examples of its batch, which no kernel of pairs "
+            "can express; normalise with running statistics, or over each example"
+        )
 
 
 def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> tuple[str, str]:
@@ -138,6 +172,11 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "weight", "asked for; valid for anything that can be evaluated"
     probe = probe_jumps(model, space, spec.drawing("autodiff", space.num_parameters), x)
     if probe.differentiable:
+        if spec.estimator == "auto":
+            try:
+                plan_sites(model, space, x)
+            except NNTKError as error:
+                return "weight", f"autodiff is not to be had: {error}"
         return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
     if spec.estimator == "autodiff":
         raise NNTKError(

@@ -36,12 +36,17 @@ def tile_estimates(
     if total is None:
         raise ValueError("a tile needs at least one part")
     result = estimate(total, calibration)
-    factor = features.num_parameters**-2 if scale == "raw" else 1.0
+    factor = scale_factor(scale, features.num_parameters)
     values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
     present = {name: value * factor for name, value in values.items() if value is not None}
     if "stderr" in present and features.shows_unresolved:
         present["stderr"] = present["stderr"].masked_fill(present["stderr"] == 0, torch.nan)
     return present
+
+
+def scale_factor(scale: str, num_parameters: int) -> float:
+    """What turns a localized kernel into the asked scale: `raw` is localized / P²."""
+    return num_parameters**-2 if scale == "raw" else 1.0
 
 
 def symmetrised(values: Tensor) -> Tensor:

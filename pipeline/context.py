@@ -22,6 +22,7 @@ from nntk_dist.evaluation import prepare_model
 from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.gradients import feature_bytes
 from nntk_dist.spec import compute_outputs, compute_rows, make_feature_map
+from nntk_dist.tiles import scale_factor
 from pipeline.arrays import feature_path, holds_metric
 from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
@@ -95,7 +96,9 @@ class Context:
         """The features with the stored metric, for products of differences; without one, the same as `features`."""
         if not (holds_metric(self.job) and self.job.spec.pair_blocks):
             return self.features
-        return self.feature_map(torch.from_numpy(self.store.read("metric")).to(self.job.layout.device))
+        factor = scale_factor(self.job.spec.scale, self.job.sizes.num_parameters)
+        metric = torch.from_numpy(self.store.read("metric")) / factor
+        return self.feature_map(metric.to(self.job.layout.device))
 
     def feature_map(self, metric: Tensor | None) -> FeatureMap:
         examples = self.inputs("train", slice(0, _CHECK_ROWS))

@@ -186,7 +186,7 @@ def read_block(array: zarr.Array, selection: Selection, *, required: bool = True
     if required:
         for file in _shard_files(array, bounds):
             if not _has_content(file):
-                raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{file}' is missing; run with --resume")
+                raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{file}' is missing; see nntk verify")
     try:
         return np.asarray(array[selection])
     except _DAMAGE as error:

@@ -16,7 +16,7 @@ import io
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 import pyarrow as pa
@@ -103,7 +103,7 @@ class Ledger:
         self._flush_seconds = flush_seconds
         self._clock = clock
         self._pending: list[LedgerRow] = []
-        self._pending_since = 0.0
+        self._flushed_at = clock()
         self._parts, self._table = _read_parts(storage)
         self._next_number = 1 + max(map(_number, self._parts), default=-1)
         self._done: defaultdict[str, set[str]] = defaultdict(set)
@@ -113,21 +113,23 @@ class Ledger:
 
     def append(self, row: LedgerRow) -> None:
         """Add a finished task, and flush if a flush is due."""
-        if not self._pending:
-            self._pending_since = self._clock()
         self._pending.append(row)
         self._done[row.stage].add(row.tile)
         self.tick()
 
     def tick(self) -> None:
-        """Flush if the oldest waiting row is `flush_seconds` old. The driver calls this at least once a second."""
-        if self._pending and self._clock() - self._pending_since >= self._flush_seconds:
+        """Flush if rows wait and the last flush is `flush_seconds` ago, so that a row behind a long task goes at once.
+
+        The driver calls this at least once a second, except while a serial task runs.
+        """
+        if self._pending and self._clock() - self._flushed_at >= self._flush_seconds:
             self.flush()
 
     def flush(self) -> None:
         """Put all waiting rows on storage now, in one new file. They keep waiting if that fails."""
         if not self._pending:
             return
+        self._flushed_at = self._clock()
         recent = _table_of(self._pending)
         self._write_part(recent, replaces_all=False)
         self._table = pa.concat_tables([self._table, recent])
@@ -154,12 +156,14 @@ class Ledger:
             for values in zip(*columns.values(), strict=True):
                 yield LedgerRow(*values)
 
-    def forget(self, stage: str) -> None:
-        """Drop all rows of a stage that has to run again; on storage when this returns."""
-        if self.done(stage):
+    def forget(self, stage: str, tiles: Collection[str] | None = None) -> None:
+        """Drop the rows of a stage, or of some of its tiles, that has to run again; on storage when this returns."""
+        gone = self._done[stage] & set(self._done[stage] if tiles is None else tiles)
+        if gone:
             table = self.table()
-            self._replace_all(table.filter(pc.not_equal(table["stage"], stage)))
-            del self._done[stage]
+            lost = pc.and_(pc.equal(table["stage"], stage), pc.is_in(table["tile"], pa.array(sorted(gone))))
+            self._replace_all(table.filter(pc.invert(lost)))
+            self._done[stage] -= gone
 
     def compact(self) -> None:
         """Bring all files into one. Costs a rewrite of every row."""

@@ -33,6 +33,7 @@ REMOTE_SCHEMES = ("s3", "gs", "az")
 _PARTIAL_FILE = re.compile(r"\.partial$|#\d+$")
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>")
 _PROBE_FILE = ".writable"
+_OWN_FOLDERS = (KERNEL_STORE, "ledger", "tables", "report")
 
 
 class RunStorage:
@@ -138,14 +139,17 @@ class RunStorage:
                     folder.rmdir()  # refuses what somebody else has begun to use meanwhile
 
     def remove_partial_files(self) -> int:
-        """Delete the temporary files that hard kills leave on a local disk; returns how many there were.
+        """Delete the temporary files that hard kills leave of the run's own files on a local disk; returns how many.
 
         Only for the holder of the run lock, before it starts workers: a file that is being written looks the same.
         Object stores show no unfinished uploads, so there is nothing to do there.
         """
         if self.local_path is None:
             return 0
-        partial = [path for path in self.local_path.rglob("*") if _PARTIAL_FILE.search(path.name) and path.is_file()]
+        ours = [*self.local_path.glob("*.json#*")]
+        for folder in _OWN_FOLDERS:
+            ours += (self.local_path / folder).rglob("*")
+        partial = [path for path in ours if _PARTIAL_FILE.search(path.name) and path.is_file()]
         for path in partial:
             path.unlink(missing_ok=True)
         return len(partial)

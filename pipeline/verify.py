@@ -1,14 +1,14 @@
 """`nntk verify`: what is in the store is what the ledger says was written, whole, symmetric, finite, and can be made
 again.
 
-Reads the whole kernel once, a stripe of tiles at a time. It repairs nothing.
+Reads the whole kernel once, a stripe of tiles at a time. It repairs nothing; `forget` lets a resumed run do so.
 
 Axes: i, j tiles; k recomputed tiles.
 """
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,8 @@ from pipeline.context import Context
 from pipeline.continuation import check_kernel, stored_job
 from pipeline.job import Job, Task, intervals
 from pipeline.ledger import Ledger, LedgerRow
-from pipeline.manifest import Manifest
+from pipeline.lock import RunLock
+from pipeline.manifest import Manifest, read_manifest, write_manifest
 from pipeline.plan import make_plan
 from pipeline.run import state_of
 from pipeline.stages import ORDER, STAGES
@@ -33,11 +34,12 @@ _ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, and what was seen."""
+    """One check: its name, whether it passed, what was seen, and the tasks (stage, tile) whose pieces are damaged."""
 
     check: str
     passed: bool
     detail: str
+    damaged: tuple[tuple[str, str], ...] = ()
 
 
 def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterator[Finding]:
@@ -69,6 +71,20 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
         yield finding
 
 
+def forget(storage: RunStorage, damaged: Iterable[tuple[str, str]]) -> None:
+    """Take damaged tasks out of the ledger, so that a resumed run does them again, with the same bits."""
+    with RunLock(storage):
+        ledger = Ledger(storage)
+        by_stage: dict[str, set[str]] = {}
+        for stage, tile in damaged:
+            by_stage.setdefault(stage, set()).add(tile)
+        for stage, tiles in by_stage.items():
+            ledger.forget(stage, tiles)
+        manifest = read_manifest(storage)
+        if manifest is not None:
+            write_manifest(storage, manifest.model_copy(update={"completed": None}))
+
+
 def _completeness(job: Job, ledger: Ledger) -> Finding:
     missing = [
         f"{stage.NAME} {task.tile}"
@@ -91,19 +107,26 @@ def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
 
 def _checksums(context: Context, ledger: Ledger) -> Finding:
     """Every piece read back; a flipped byte fails in the codec or here."""
-    count, wrong = 0, []
+    count, wrong, damaged = 0, [], []
     for row in ledger.rows():
         for path, start, checksum in _pieces(row):
             count += 1
-            try:
-                values = context.store.read_shard(path, start)
-            except NNTKError as error:
-                wrong.append(f"{path} at {start} ({error})")
-                continue
-            if zlib.crc32(np.ascontiguousarray(values).tobytes()) != checksum:
-                wrong.append(f"{path} at {start}")
+            reason = _fault(context, path, start, checksum)
+            if reason is not None:
+                wrong.append(f"{path} at {start}{reason}")
+                damaged.append((row.stage, row.tile))
     detail = f"{count - len(wrong)} of {count} pieces hold what was written"
-    return Finding("checksums", not wrong, detail + (f"; the first that does not: {wrong[0]}" if wrong else ""))
+    detail += f"; the first that does not: {wrong[0]}" if wrong else ""
+    return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))
+
+
+def _fault(context: Context, path: str, start: tuple[int, ...], checksum: int) -> str | None:
+    """Why a piece is not what was written, empty where its values merely differ; None where it is."""
+    try:
+        values = context.store.read_shard(path, start)
+    except NNTKError as error:
+        return f" ({error})"
+    return None if zlib.crc32(np.ascontiguousarray(values).tobytes()) == checksum else ""
 
 
 def _stripes(job: Job) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ Axes: s draws.
 from collections.abc import Iterator
 
 from nntk_dist.differences import DifferenceFeatures
+from nntk_dist.tiles import scale_factor
 from pipeline.arrays import holds_metric
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task
@@ -25,5 +26,6 @@ def execute(context: Context, task: Task) -> Written:
     features = context.features
     assert isinstance(features, DifferenceFeatures)
     written = Written()
-    context.write(written, "metric", (0, 0), features.make_metric())
+    factor = scale_factor(context.job.spec.scale, context.job.sizes.num_parameters)
+    context.write(written, "metric", (0, 0), features.make_metric() * factor)
     return written

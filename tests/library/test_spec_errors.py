@@ -1,5 +1,6 @@
 """What the kernels refuse: one line each, naming what came, what is allowed and what to do."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,3 +167,45 @@ def test_what_this_version_does_not_have_is_refused(argument):
     model, x = case("relu_mlp").build(), case("relu_mlp").inputs(4)
     with pytest.raises(NNTKError, match=f"{argument} is 0.5; allowed in this version: None"):
         nonlocal_kernel(model, x, gamma=1.0, **{argument: 0.5})
+
+
+def test_any_integer_type_is_an_integer_and_nothing_else_is():
+    model, x = case("relu_mlp").build(), case("relu_mlp").inputs(4)
+    one = local_kernel(model, x, outputs=np.int64(1))
+    torch.testing.assert_close(one, local_kernel(model, x, outputs=1), rtol=0, atol=0)
+    assert not torch.allclose(one, local_kernel(model, x))
+    for wrong in (None, 1.0):
+        with pytest.raises(NNTKError, match=f"outputs is {wrong!r}; allowed: a whole number or trace, full"):
+            local_kernel(model, x, outputs=wrong)
+    with pytest.raises(NNTKError, match=r"draws is 8\.0; allowed: a whole number or auto"):
+        nonlocal_kernel(model, x, gamma=1.0, draws=8.0)
+
+
+class Together(nn.Module):
+    """An output that depends on the rest of the batch, or on luck."""
+
+    def __init__(self, luck: bool) -> None:
+        super().__init__()
+        self.inner, self.luck = nn.Linear(3, 2).double(), luck
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.inner(x), training=True) if self.luck else self.inner(x - x.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("luck", "message"), [(True, "changes from call to call"), (False, "depends on the other examples of its batch")]
+)
+def test_what_is_no_function_of_an_example_and_the_parameters_is_refused(luck, message):
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
+    with pytest.raises(NNTKError, match=message):
+        covariance_kernel(Together(luck), x, gamma=0.1)
+
+
+def test_a_forward_pass_without_gradient_is_refused_for_gradients():
+    class Frozen(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                return super().forward(x)
+
+    with pytest.raises(NNTKError, match="carries no gradient"):
+        local_kernel(Frozen(3, 2).double(), torch.ones(2, 3, dtype=torch.float64))

@@ -77,6 +77,7 @@ FACTORED = {
     "one output": (*WEIGHT, "kernel.outputs=4"),
     "antithetic": (*WEIGHT, "kernel.design=antithetic"),
     "covariance": ("kernel.kind=covariance", "kernel.draws=32"),
+    "raw": (*WEIGHT, "kernel.scale=raw"),
 }
 
 

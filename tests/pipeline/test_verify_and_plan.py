@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 import pipeline.plan
-from tests.pipeline.tools import arguments, finished, nntk, snapshot
+from tests.pipeline.tools import arguments, finished, ledger, nntk, snapshot
 
 CHECKS = ("completeness", "checksums", "symmetry", "finiteness", "recomputation")
 
@@ -178,3 +178,23 @@ def test_what_cannot_fit_is_refused_with_the_numbers(sets, available, match, tmp
         assert len(result.err.splitlines()) == 1
         assert re.search(match, result.err), result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_what_is_damaged_can_be_forgotten_and_done_again_with_the_same_bits(damage, damaged):
+    run_dir, shard = damaged
+    content = shard.read_bytes()
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    assert "add --forget, then run with --resume" in nntk("verify", run_dir).out
+    result = nntk("verify", run_dir, "--forget")
+    assert result.code == 1
+    assert "forgot 1 damaged task(s)" in result.out
+    kept = ledger(run_dir)
+    after = ledger(finished(run_dir, resume=True))
+    assert shard.read_bytes() == content
+    assert {task: after[task] for task in kept} == kept
+    assert set(after) - set(kept) == {("gram", "train/0/1")}
+    assert nntk("verify", run_dir).code == 0

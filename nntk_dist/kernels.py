@@ -16,7 +16,15 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.spec import KernelSpec, Resolution, compute_rows, make_feature_map, resolve
-from nntk_dist.statistics import Calibration, Estimates, calibrate, relative_distance, sample_entries, t_quantile
+from nntk_dist.statistics import (
+    Calibration,
+    Estimates,
+    calibrate,
+    relative_distance,
+    sample_entries,
+    sample_limit,
+    t_quantile,
+)
 from nntk_dist.tiles import symmetrised, tile_estimates
 
 _TILE_ROWS = 1024
@@ -238,13 +246,13 @@ def _statistics(
     """The whole kernel, a tile at a time; the upper triangle and its mirror image where both row sets are one."""
     symmetric, right = others is None, rows if others is None else others
     n1, n2 = len(next(iter(rows.values()))), len(next(iter(right.values())))
+    width = len(features.columns) if spec.meeting.full else 1
     calibration = None
     if features.num_blocks > 1:
-        sample, other_sample = sample_entries(spec.seed, n1, n2)
+        sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
         products = features.block_products(slice_rows(rows, sample), slice_rows(right, other_sample), spec.meeting)
         calibration = calibrate(products, pair_blocks=features.pair_blocks)
     parts: dict[str, Tensor] = {}
-    width = len(features.columns) if spec.meeting.full else 1
     for i in range(0, n1, _TILE_ROWS):
         left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
         for j in range(i if symmetric else 0, n2, _TILE_ROWS):

@@ -18,6 +18,7 @@ from torch import Tensor
 from nntk_dist.block_sums import BlockSums
 from nntk_dist.philox import Stream, uniform
 
+SAMPLE_ENTRIES = 4096
 STATISTICS = ("plugin", "unbiased", "both")
 
 
@@ -100,7 +101,12 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
     )
 
 
-def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = 4096) -> tuple[Tensor, Tensor]:
+def sample_limit(width: int) -> int:
+    """How many pairs of examples the calibration samples, of `width` × `width` entries each: 4,096 entries in all."""
+    return max(1, SAMPLE_ENTRIES // width**2)
+
+
+def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = SAMPLE_ENTRIES) -> tuple[Tensor, Tensor]:
     """Row and column numbers whose crossing is the calibration sample: everything where that is at most `limit`
     entries.
 

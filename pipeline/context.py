@@ -28,10 +28,10 @@ from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
 from pipeline.job import Job
 from pipeline.kernel_arrays import KernelArrays
+from pipeline.layout import FEATURE_CACHE_BYTES
 from pipeline.storage import RunStorage
 
 _CHECK_ROWS = 3
-_CACHE_BYTES = 512 << 20
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Context:
                 rows = self.compute(self.inputs(split, slice(start, stop)), columns)
             self._cache[key] = rows
         self._cache.move_to_end(key)
-        while len(self._cache) > 2 and sum(map(feature_bytes, self._cache.values())) > _CACHE_BYTES:
+        while len(self._cache) > 2 and sum(map(feature_bytes, self._cache.values())) > FEATURE_CACHE_BYTES:
             self._cache.popitem(last=False)
         return self._cache[key]
 

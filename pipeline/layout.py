@@ -18,6 +18,7 @@ from nntk_dist.spec import KernelSpec
 from pipeline.config import Config
 from pipeline.job import Layout, Sizes
 
+FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbouring tiles share rows
 _BATCH_RANGE = (8, 512)
 _BATCH_BYTES = 32 << 20  # activations of one batch: about the size of the last cache
 _SHARD_ROWS = 1024

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.features import FeatureMap
+from nntk_dist.statistics import SAMPLE_ENTRIES
 from pipeline.arrays import StoredArray, holds_differences, holds_metric, kernel_width
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
+from pipeline.layout import FEATURE_CACHE_BYTES
 from pipeline.stages import ORDER
 
 # Resident size of a process that has imported torch, zarr, ray and this package and computed a little (measured, CPU
@@ -119,7 +121,7 @@ def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> 
 
 
 def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> int:
-    """Peak of one worker: what every worker holds, and the larger of a feature task and a tile task."""
+    """Peak of one worker: what every worker holds, and the largest of a feature, a calibration and a tile task."""
     layout, sizes = job.layout, job.sizes
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
@@ -131,12 +133,16 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     tile = min(layout.tile, sizes.num_train)
     entries = (tile * width) ** 2
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
-    rows = int(2 * tile * row_bytes * share)
+    everything = (sizes.num_train + sizes.num_test) * row_bytes * share
+    rows = int(max(2 * tile * row_bytes * share, min(FEATURE_CACHE_BYTES, everything)))
     factored = any(not spec.name.startswith(("input_", "gradient_")) for spec in features.arrays)
     by_block = sizes.num_blocks if layout.stderr == "entry" else 0
     sums = entries * 8 * (by_block + 2) + entries * (8 * 6 + 3 * item)
     tile_task = rows * (3 if factored else 1) + sums
-    return int(held + max(feature_task, tile_task))
+    sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + 8 / item)
+    products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
+    calibration_task = 0 if layout.stderr == "none" else sample + products
+    return int(held + max(feature_task, calibration_task, tile_task))
 
 
 def solve_bytes(job: Job) -> int:

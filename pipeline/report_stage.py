@@ -118,11 +118,11 @@ def _thumbnail(store: KernelArrays, *, full: bool) -> Thumbnail | None:
     kept = targets[chosen]
     classes = np.issubdtype(targets.dtype, np.integer)
     order = np.argsort(kept if classes else kept.reshape(len(kept), -1)[:, 0], kind="stable")
-    rows = chosen[order]
     gram = store.array("train/gram")
     width = gram.shape[0] // len(targets) if full else 1
-    selection = rows * width  # of a full kernel, the first output
-    values = np.stack([store.read("train/gram", slice(row, row + 1))[0, selection] for row in selection])
+    kept_rows = chosen * width  # of a full kernel, the first output
+    sample = np.asarray(gram.oindex[kept_rows, kept_rows])
+    values = sample[np.ix_(order, order)]
     if not classes:
         return Thumbnail(values, "ordered by target")
     labels, starts = np.unique(kept[order], return_index=True)

@@ -58,8 +58,11 @@ class Prepared:
 
     @property
     def nothing_to_do(self) -> bool:
-        """Whether the run directory already holds this run, finished."""
-        return self.stored is not None and self.stored.completed is not None and not self.rerun
+        """Whether the run directory already holds this run, finished, with this report."""
+        stored = self.stored
+        if stored is None or stored.completed is None or self.rerun:
+            return False
+        return stored.config["report"] == self.config.report.model_dump(mode="json")
 
 
 def prepare(config: Config, *, resume: bool) -> Prepared:
@@ -129,7 +132,7 @@ def _make_executor(prepared: Prepared, address: str | None) -> Executor:
 
 
 def _manifest(prepared: Prepared) -> Manifest:
-    """The manifest of a new run; of a continued one, with the stages that stand."""
+    """The manifest of a new run; of a continued one, with the stages that stand and its first versions."""
     config, plan = prepared.config, prepared.plan
     stored = prepared.stored
     stages = {} if stored is None else {k: v for k, v in stored.stages.items() if k not in prepared.rerun}
@@ -139,8 +142,8 @@ def _manifest(prepared: Prepared) -> Manifest:
         identity=json.loads(json.dumps(plan.parts)),
         fingerprints=dict(plan.fingerprints),
         seeds={"data": config.data.seed, "model": config.model.seed, "kernel": config.kernel.seed},
-        versions=environment_versions(),
-        git_commit=git_commit(),
+        versions=environment_versions() if stored is None else stored.versions,
+        git_commit=git_commit() if stored is None else stored.git_commit,
         layout=as_plain(plan.job.layout),
         sizes=as_plain(plan.job.sizes),
         resolution=as_plain(plan.job.resolution),

@@ -180,7 +180,7 @@ def test_a_missing_or_empty_shard_shows_where_it_is_required(storage, matrix, em
     file.unlink()
     if empty:
         file.touch()
-    with pytest.raises(NNTKError, match=r"train/gram\[100:150, 0:150\] is incomplete: '.*/c/1/2' is missing; run with"):
+    with pytest.raises(NNTKError, match=r"train/gram\[100:150, 0:150\] is incomplete: '.*/c/1/2' is missing; see nntk"):
         read_block(array, np.s_[100:, :])
     hole = read_block(array, np.s_[:, :], required=False)
     assert np.isnan(hole[64:128, 128:]).all()

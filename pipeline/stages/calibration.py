@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from nntk_dist.block_sums import Meeting
-from nntk_dist.statistics import calibrate, sample_entries
+from nntk_dist.statistics import calibrate, sample_entries, sample_limit
+from pipeline.arrays import kernel_width
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task
 
@@ -37,7 +38,7 @@ def execute(context: Context, task: Task) -> Written:
         rows, _ = sample_entries(job.spec.seed, counts[0], 1, _DIAGONAL_ENTRIES)
         columns = rows
     else:
-        rows, columns = sample_entries(job.spec.seed, *counts)
+        rows, columns = sample_entries(job.spec.seed, counts[0], counts[1], sample_limit(kernel_width(job)))
     meeting = Meeting(full=job.spec.meeting.full, paired=task.tile == "diagonal")
     features = context.features_with_metric
     products: torch.Tensor | None = None

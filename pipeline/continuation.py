@@ -79,7 +79,7 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
 def stages_to_rerun(
     manifest: Manifest, config: Config, fingerprints: Mapping[str, str], run_dir: str, *, resume: bool
 ) -> tuple[str, ...]:
-    """Later stages whose section changed; () where nothing did.
+    """Later stages whose section changed, the report among them on resume; () where nothing did.
 
     Raises: NNTKError without `resume`, where the run is unfinished or a later section changed.
     """
@@ -93,4 +93,5 @@ def stages_to_rerun(
         )
     if not resume and manifest.completed is None:
         raise NNTKError(f"{run_dir} holds an unfinished run of this configuration; add --resume to continue it")
-    return changed
+    page_changed = resume and config.report.model_dump(mode="json") != manifest.config.get("report")
+    return (*changed, "report") if page_changed else changed

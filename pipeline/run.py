@@ -58,11 +58,8 @@ class Prepared:
 
     @property
     def nothing_to_do(self) -> bool:
-        """Whether the run directory already holds this run, finished, with this report."""
-        stored = self.stored
-        if stored is None or stored.completed is None or self.rerun:
-            return False
-        return stored.config["report"] == self.config.report.model_dump(mode="json")
+        """Whether the run directory already holds this run, finished."""
+        return self.stored is not None and self.stored.completed is not None and not self.rerun
 
 
 def prepare(config: Config, *, resume: bool) -> Prepared:

@@ -101,10 +101,13 @@ class RayExecutor:
         return WorkerActor.options(**self._options).remote(*self._arguments)
 
     def _places(self) -> int:
-        """Workers that the cluster has room for now."""
-        resources = ray.cluster_resources()
+        """Workers that the cluster's living nodes have room for, each wholly on one node."""
         needed = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
-        return min(int(resources.get(name, 0) // count) for name, count in needed.items() if count)
+        return sum(
+            min(int(node["Resources"].get(name, 0) // count) for name, count in needed.items() if count)
+            for node in ray.nodes()
+            if node["Alive"]
+        )
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish, None where a second passes without one."""

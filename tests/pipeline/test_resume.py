@@ -156,3 +156,13 @@ def test_a_driver_that_was_overtaken_gives_up(own_run, monkeypatch):
     assert "was written by another driver just now" in result.err
     assert snapshot(own_run / "kernel.zarr") == before
     assert {stage for stage, _ in ledger(own_run)} > KERNEL_STAGES
+
+
+def test_a_changed_report_is_written_again_on_resume_and_nothing_else(own_run):
+    page = own_run / "report/index.html"
+    before, rows = page.read_bytes(), ledger(own_run)
+    result = run(own_run, "report.plots=true", resume=True)
+    assert result.code == 0
+    assert "nothing was done" not in result.out
+    assert page.read_bytes() != before
+    assert ledger(own_run) == rows

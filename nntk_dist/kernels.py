@@ -98,18 +98,18 @@ def nonlocal_kernel(
         if value is not None:
             raise NNTKError(f"{name} is {value!r}; allowed in this version: None")
     spec = KernelSpec(
-        "nonlocal",
-        gamma,
-        distribution,
-        estimator,
-        statistic,
-        design,
-        draws,
-        blocks,
-        tuple(parameters),
-        outputs,
-        scale,
-        seed,
+        kind="nonlocal",
+        gamma=gamma,
+        distribution=distribution,
+        estimator=estimator,
+        statistic=statistic,
+        design=design,
+        draws=draws,
+        blocks=blocks,
+        parameters=parameters,
+        outputs=outputs,
+        scale=scale,
+        seed=seed,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -138,18 +138,18 @@ def covariance_kernel(
     Antithetic draws average the products at +z and at −z. Raises as `nonlocal_kernel`.
     """
     spec = KernelSpec(
-        "covariance",
-        gamma,
-        distribution,
-        "auto",
-        "plugin",
-        design,
-        draws,
-        blocks,
-        tuple(parameters),
-        outputs,
-        scale,
-        seed,
+        kind="covariance",
+        gamma=gamma,
+        distribution=distribution,
+        estimator="auto",
+        statistic="plugin",
+        design=design,
+        draws=draws,
+        blocks=blocks,
+        parameters=parameters,
+        outputs=outputs,
+        scale=scale,
+        seed=seed,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -174,18 +174,18 @@ def averaged_kernel(
 ) -> KernelEstimate:
     """E_z[NTK(θ + U^{1/P} z)]: PSD, unbiased, the NTK averaged over the neighbourhood. Raises as `nonlocal_kernel`."""
     spec = KernelSpec(
-        "averaged",
-        gamma,
-        distribution,
-        "auto",
-        "plugin",
-        design,
-        draws,
-        blocks,
-        tuple(parameters),
-        outputs,
-        scale,
-        seed,
+        kind="averaged",
+        gamma=gamma,
+        distribution=distribution,
+        estimator="auto",
+        statistic="plugin",
+        design=design,
+        draws=draws,
+        blocks=blocks,
+        parameters=parameters,
+        outputs=outputs,
+        scale=scale,
+        seed=seed,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -205,7 +205,7 @@ def local_kernel(
 
     Raises: NNTKError where per-example gradients cannot be had.
     """
-    spec = KernelSpec(kind="local", statistic="plugin", outputs=outputs, parameters=tuple(parameters))
+    spec = KernelSpec(kind="local", statistic="plugin", outputs=outputs, parameters=parameters)
     return _compute(model, x1, x2, spec, device, dtype, batch).kernel
 
 

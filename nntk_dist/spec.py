@@ -48,13 +48,15 @@ class KernelSpec:
     design: str = "iid"
     draws: int | str = "auto"
     blocks: int = 8
-    parameters: tuple[str, ...] = ("*",)
+    parameters: Sequence[str] = ("*",)
     outputs: str | int = "trace"
     scale: str = "localized"
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._take_integers()
+        patterns = (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
+        object.__setattr__(self, "parameters", patterns)
         check_choice("kind", self.kind, KINDS)
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("statistic", self.statistic, STATISTICS)
@@ -86,8 +88,6 @@ class KernelSpec:
             except TypeError:
                 allowed = f"a whole number{f' or {words}' if words else ''}"
                 raise NNTKError(f"{name} is {value!r}; allowed: {allowed}") from None
-        if isinstance(self.parameters, str):
-            object.__setattr__(self, "parameters", (self.parameters,))
 
     @property
     def pair_blocks(self) -> bool:

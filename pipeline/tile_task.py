@@ -37,7 +37,7 @@ def write_tile(
     scaled = tuple(position * width for position in start) if len(start) == 2 else start
     for suffix, name in statistics_of(context.job).items():
         context.write(written, f"{prefix}{suffix}", scaled, values[name].to(context.dtype))
-    sums = {"squared_plugin": values["plugin"].square().sum()}
+    sums: dict[str, Tensor] = {}
     if "unbiased" in values:
         sums["squared_unbiased"] = values["unbiased"].square().sum()
         sums["squared_difference"] = (values["plugin"] - values["unbiased"]).square().sum()

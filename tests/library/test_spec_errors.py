@@ -209,3 +209,10 @@ def test_a_forward_pass_without_gradient_is_refused_for_gradients():
 
     with pytest.raises(NNTKError, match="carries no gradient"):
         local_kernel(Frozen(3, 2).double(), torch.ones(2, 3, dtype=torch.float64))
+
+
+def test_one_pattern_may_be_given_as_it_is():
+    model, x = case("relu_mlp").build(), case("relu_mlp").inputs(4)
+    first, listed = (local_kernel(model, x, parameters=patterns) for patterns in ("0.*", ["0.*"]))
+    torch.testing.assert_close(first, listed, rtol=0, atol=0)
+    assert not torch.allclose(first, local_kernel(model, x))

@@ -15,20 +15,13 @@ from tests.pipeline.tools import arguments, assert_same_bits, finished, ledger, 
 
 FLUSH_SECONDS = 0.5
 # A driver whose ledger waits for half a second instead of five, so that a short stage has several flushes.
-# A driver that waits a moment after every task: the kill meets the middle of the stage, however late it comes.
-UNHURRIED = """
-import time
-import pipeline.ledger
-append = pipeline.ledger.Ledger.append
-pipeline.ledger.Ledger.append = lambda self, row: (append(self, row), time.sleep(0.03))[0]
-"""
 OFTEN_FLUSHED = f"""
 import functools, pipeline.run
 pipeline.run.Ledger = functools.partial(pipeline.run.Ledger, flush_seconds={FLUSH_SECONDS})
 """
 SLACK_SECONDS = 1.5  # a poll of the driver, and a busy machine
-SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
-NUM_TILES = 23 * 24 // 2
+SETS = ("data.train=301", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
+NUM_TILES = 38 * 39 // 2
 ENOUGH = 60  # tiles
 WAIT_SECONDS = 90.0
 
@@ -85,7 +78,7 @@ def named_agent(process):
 @pytest.mark.parametrize("executor", ["serial", "ray"])
 def test_a_killed_driver_costs_what_was_in_flight(executor, undisturbed, tmp_path):
     run_dir, sets = tmp_path / "run", (*SETS, f"compute.executor={executor}")
-    driver = start(*arguments("run", run_dir, *sets), prelude=OFTEN_FLUSHED + UNHURRIED)
+    driver = start(*arguments("run", run_dir, *sets), prelude=OFTEN_FLUSHED)
     wait_until(lambda: in_the_middle(run_dir), driver)
     descendants = children_of(driver)
     driver.kill()

@@ -49,7 +49,7 @@ class DifferenceMeans:
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
         return self.evaluator.base(x)
 
-    def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
         check_finite(base, "the model's output")
         means = [

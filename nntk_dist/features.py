@@ -69,8 +69,11 @@ class FeatureMap(Protocol):
         """The arrays that `compute` returns."""
         ...
 
-    def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Features of a batch of inputs under a whole number of blocks of draws, for some of the outputs."""
+    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of a batch of inputs under a whole number of blocks of draws, for some of the outputs.
+
+        `ids`, (n,) int64 from 0 to 2^32 − 1, name the examples: an example's own noise is a function of its id.
+        """
         ...
 
     def outputs(self, x: Tensor) -> Tensor:

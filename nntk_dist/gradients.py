@@ -101,7 +101,7 @@ class GradientFeatures:
         z *= self.drawing.shrinkage(draws, device=first.device)[0]
         return self.evaluator.space.moved(base, z.to(first.dtype))
 
-    def compute(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         block_range(draws, self.draws_per_block)
         outer: list[dict[str, Tensor]] = []
         slots: list[Tensor] = []

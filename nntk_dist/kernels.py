@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.batches import compute_rows
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
-from nntk_dist.spec import KernelSpec, Resolution, compute_rows, make_feature_map, resolve
+from nntk_dist.resolution import Resolution, resolve
+from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import (
     Calibration,
     Estimates,
@@ -228,7 +231,11 @@ def _compute(
     resolution = resolve(prepared, inputs[0], spec, batch=batch)
     features = make_feature_map(prepared, inputs[0], spec, resolution)
     everything = range(features.num_draws)
-    rows = [compute_rows(features, x, everything, features.columns, batch=batch) for x in inputs]
+    ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
+    rows = [
+        compute_rows(features, x, names, everything, features.columns, batch=batch)
+        for x, names in zip(inputs, ids, strict=True)
+    ]
     estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
     return _result(estimates, calibration, features, spec, resolution, dtype)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nntk_dist.feature_maps import METRIC_DRAWS, forms_means
 from nntk_dist.features import ArraySpec
-from nntk_dist.spec import METRIC_DRAWS, forms_means
 from pipeline.job import SPLITS, Job
 
 

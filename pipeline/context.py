@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.batches import compute_outputs, compute_rows
 from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.gradients import feature_bytes
-from nntk_dist.spec import compute_outputs, compute_rows, make_feature_map
 from nntk_dist.tiles import scale_factor
 from pipeline.arrays import feature_path, holds_metric
 from pipeline.build import DTYPES, build_architecture
@@ -119,10 +120,16 @@ class Context:
         """f(x; θ), in batches of the layout."""
         return compute_outputs(self.features, x, batch=self.job.layout.batch)
 
-    def compute(self, x: Tensor, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Features of some inputs under all draws, from the model."""
-        draws = range(self.job.sizes.num_draws)
-        return compute_rows(self.features, x, draws, columns, batch=min(self.job.layout.batch, len(x)))
+    def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
+        """What an example's own noise is a function of: its id, as a number from 0 to 2^32 − 1."""
+        ids = torch.from_numpy(getattr(self.dataset, split).ids[selection])
+        return (ids & 0xFFFFFFFF).to(self.job.layout.device)
+
+    def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of some rows under all draws, from the model."""
+        x, draws = self.inputs(split, selection), range(self.job.sizes.num_draws)
+        batch = min(self.job.layout.batch, len(x))
+        return compute_rows(self.features, x, self.keys(split, selection), draws, columns, batch=batch)
 
     def feature_parts(self, row: tuple[str, int, int], column: tuple[str, int, int]) -> Iterator[tuple[Rows, Rows]]:
         """Features of two row intervals (split, start, stop), some outputs at a time: from the store, or recomputed."""
@@ -142,7 +149,7 @@ class Context:
                     for spec in self.features.arrays
                 }
             else:
-                rows = self.compute(self.inputs(split, slice(start, stop)), columns)
+                rows = self.compute(split, slice(start, stop), columns)
             self._cache[key] = rows
         self._cache.move_to_end(key)
         while len(self._cache) > 2 and sum(map(feature_bytes, self._cache.values())) > FEATURE_CACHE_BYTES:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.spec import Resolution
+from nntk_dist.resolution import Resolution
 from pipeline.build import build_spec
 from pipeline.config import Config, config_from_dict
 from pipeline.job import Job, Layout, Sizes

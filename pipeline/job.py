@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nntk_dist.spec import KernelSpec, Resolution
+from nntk_dist.resolution import Resolution
+from nntk_dist.spec import KernelSpec
 from pipeline.config import Config
 
 SPLITS = ("train", "test")

@@ -15,8 +15,9 @@ from torch import nn
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import ArraySpec, FeatureMap
-from nntk_dist.spec import Resolution, make_feature_map, resolve
+from nntk_dist.resolution import Resolution, resolve
 from pipeline.arrays import StoredArray, all_arrays
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.config import Config

@@ -43,9 +43,9 @@ def execute(context: Context, task: Task) -> Written:
     features = context.features_with_metric
     products: torch.Tensor | None = None
     for part in context.output_parts():
-        left = context.compute(context.inputs(splits[0], np.asarray(rows)), part)
+        left = context.compute(splits[0], np.asarray(rows), part)
         same = splits[0] == splits[1] and torch.equal(rows, columns)
-        right = left if same else context.compute(context.inputs(splits[1], np.asarray(columns)), part)
+        right = left if same else context.compute(splits[1], np.asarray(columns), part)
         product = features.block_products(left, right, meeting)
         products = product if products is None else products + product
     assert products is not None

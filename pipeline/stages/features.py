@@ -8,7 +8,7 @@ Axes: n rows, s draws, c outputs.
 
 from collections.abc import Iterator
 
-from nntk_dist.spec import compute_rows
+from nntk_dist.batches import compute_rows
 from pipeline.arrays import chunk_length, feature_path
 from pipeline.context import Context, Written
 from pipeline.job import SPLITS, Job, Task, intervals
@@ -42,7 +42,12 @@ def execute(context: Context, task: Task) -> Written:
     if job.layout.store_features:
         first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
         features = compute_rows(
-            context.features, x, range(first, last), context.features.columns, batch=job.layout.batch
+            context.features,
+            x,
+            context.keys(split, rows),
+            range(first, last),
+            context.features.columns,
+            batch=job.layout.batch,
         )
         for spec in context.features.arrays:
             position = (start, chunk * chunk_length(job, spec))

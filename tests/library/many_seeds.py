@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from nntk_dist import covariance_kernel, nonlocal_kernel
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.gradients import GradientFeatures
-from nntk_dist.spec import KernelSpec, Resolution, make_feature_map
+from nntk_dist.resolution import Resolution
+from nntk_dist.spec import KernelSpec
 from tests.library.tools import estimates_of
 from tests.oracles import closed_forms
 from tests.oracles.cases import unit_module

@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from nntk_dist.batches import compute_outputs, in_batches
 from nntk_dist.block_sums import Meeting
 from nntk_dist.capture import plan_sites
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import Evaluator, prefers_stacking
+from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, block_range, concatenate_rows, slice_rows
 from nntk_dist.gradients import GradientFeatures, feature_bytes
 from nntk_dist.parameters import select_parameters
-from nntk_dist.spec import KernelSpec, Resolution, compute_outputs, in_batches, make_feature_map
+from nntk_dist.resolution import Resolution
+from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration
 from nntk_dist.tiles import symmetrised, tile_estimates
 from tests.library.tools import all_rows, assert_equal, by_definition, estimates_of, prepared_features
@@ -59,7 +62,7 @@ def contractions(name: str, spec: KernelSpec) -> dict[str, GradientFeatures]:
         "whole": replace(layered, outer=(), dense=(), whole=space.names),
     }
     columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(case(name).num_outputs))
-    drawing = spec.drawing("autodiff", space.num_parameters)
+    drawing = spec.drawing("autodiff", space, model)
     return {
         plan_name: GradientFeatures(Evaluator(model, space), plan, drawing, columns, spec.pair_blocks)
         for plan_name, plan in plans.items()
@@ -98,11 +101,7 @@ def test_factors_are_smaller_than_what_they_stand_for():
 def test_stacked_evaluation_equals_sequential(name):
     model, x = case(name).build(), case(name).inputs(4)
     space = select_parameters(model)
-    z = (
-        KernelSpec(gamma=0.6, draws=8)
-        .drawing("weight", space.num_parameters)
-        .perturbations(range(8), dtype=torch.float64)
-    )
+    z = KernelSpec(gamma=0.6, draws=8).drawing("weight", space, model).perturbations(range(8), dtype=torch.float64)
     stacked, sequential = (Evaluator(model, space, stacked=stack).perturbed(x, z) for stack in (True, False))
     assert stacked.shape == (8, 4, case(name).num_outputs)
     torch.testing.assert_close(stacked, sequential, rtol=1e-12, atol=1e-12)
@@ -133,10 +132,13 @@ def test_chunks_of_draws_and_of_outputs_are_parts_of_the_whole(kind, estimator):
     _, features = small(kind, estimator)
     x = case("tanh_mlp").inputs(5)
     whole = all_rows(features, x)
-    chunks = [features.compute(x, draws, features.columns) for draws in (range(4), range(4, 12), range(12, 16))]
+    chunks = [
+        features.compute(x, torch.arange(len(x)), draws, features.columns)
+        for draws in (range(4), range(4, 12), range(12, 16))
+    ]
     for name, array in whole.items():
         assert torch.equal(torch.cat([chunk[name] for chunk in chunks], dim=1), array)
-    some = features.compute(x, range(16), (2, 0))
+    some = features.compute(x, torch.arange(len(x)), range(16), (2, 0))
     for spec in features.arrays:
         if "output" in spec.axes:
             axis = 1 + spec.axes.index("output")
@@ -149,7 +151,7 @@ def test_formed_means_are_differences_and_their_metric(design, outputs):
     spec = KernelSpec(estimator="weight", outputs=outputs, gamma=0.6, design=design, draws=64, blocks=4)
     _, features = small("nonlocal", "weight")
     x1, x2 = case("tanh_mlp").inputs(5), case("tanh_mlp").inputs(4, seed=7)
-    drawing = spec.drawing("weight", features.num_parameters)
+    drawing = spec.drawing("weight", features.evaluator.space, features.evaluator.model)
     columns = (1,) if outputs == 1 else (0, 1, 2)
     results = []
     for kind in (DifferenceFeatures, DifferenceMeans):
@@ -174,7 +176,7 @@ def test_means_are_formed_where_draws_are_many_and_parameters_few():
 def test_draws_that_are_not_whole_blocks_are_refused():
     _, features = small("nonlocal", "autodiff")
     with pytest.raises(ValueError, match=r"draws 2:8 are not whole blocks of 4"):
-        features.compute(case("tanh_mlp").inputs(2), range(2, 8), (0,))
+        features.compute(case("tanh_mlp").inputs(2), torch.arange(2), range(2, 8), (0,))
     assert block_range(range(4, 12), 4) == range(1, 3)
 
 
@@ -271,7 +273,7 @@ def test_a_trace_may_be_summed_a_few_outputs_at_a_time(kind, estimator):
     x = case("tanh_mlp").inputs(5)
     everything = range(16)
     at_once = all_rows(features, x)
-    some = [features.compute(x, everything, columns) for columns in ((0, 2), (1,))]
+    some = [features.compute(x, torch.arange(len(x)), everything, columns) for columns in ((0, 2), (1,))]
     whole = tile_estimates(features, [(at_once, at_once)], spec.meeting, CALIBRATION, spec.scale)
     parts = tile_estimates(features, [(rows, rows) for rows in some], spec.meeting, CALIBRATION, spec.scale)
     for name, values in whole.items():

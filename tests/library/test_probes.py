@@ -13,7 +13,8 @@ from nntk_dist import NNTKError, nonlocal_kernel
 from nntk_dist.models import ACTIVATIONS, build_model
 from nntk_dist.parameters import select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
-from nntk_dist.spec import KernelSpec, resolve
+from nntk_dist.resolution import resolve
+from nntk_dist.spec import KernelSpec
 from tests.oracles.cases import CASES, Activate, case, mlp
 
 JUMPS = ("sign", "step", "quantize")
@@ -40,9 +41,7 @@ class Detached(nn.Module):
 
 def probe(model: nn.Module, x: Tensor, *, gamma: float = 1.0, seed: int = 0) -> JumpProbe:
     space = select_parameters(model)
-    return probe_jumps(
-        model, space, KernelSpec(gamma=gamma, draws=8, seed=seed).drawing("autodiff", space.num_parameters), x
-    )
+    return probe_jumps(model, space, KernelSpec(gamma=gamma, draws=8, seed=seed).drawing("autodiff", space, model), x)
 
 
 def dressed(activation: nn.Module) -> tuple[nn.Module, Tensor]:
@@ -146,7 +145,7 @@ def test_an_output_that_nothing_moves_is_no_ground_for_gradients():
         model[0].bias.fill_(-1e6)
         model[2].weight.fill_(0.0)
     space = select_parameters(model, ["0.*"])
-    dead = probe_jumps(model, space, KernelSpec(gamma=0.1, draws=8).drawing("autodiff", space.num_parameters), x)
+    dead = probe_jumps(model, space, KernelSpec(gamma=0.1, draws=8).drawing("autodiff", space, model), x)
     assert math.isnan(dead.residual)
     assert not dead.differentiable
     estimate = nonlocal_kernel(model, x, gamma=0.1, parameters=["0.*"])

@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.batches import compute_rows
 from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
-from nntk_dist.spec import KernelSpec, Resolution, compute_rows, make_feature_map, resolve
+from nntk_dist.parameters import select_parameters
+from nntk_dist.resolution import Resolution, resolve
+from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration, calibrate, sample_entries
 from nntk_dist.tiles import tile_estimates
 from tests.oracles import brute_force
@@ -31,7 +35,7 @@ def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Fe
 
 def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:
     """Features of these inputs under all draws."""
-    return compute_rows(features, x, range(features.num_draws), features.columns, batch=len(x))
+    return compute_rows(features, x, torch.arange(len(x)), range(features.num_draws), features.columns, batch=len(x))
 
 
 def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> Calibration:
@@ -48,9 +52,9 @@ def estimates_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpe
     return tile_estimates(features, [(rows, others)], spec.meeting, calibration, spec.scale)
 
 
-def spec_perturbations(spec: KernelSpec, estimator: str, num_parameters: int) -> tuple[Array, Array]:
+def spec_perturbations(spec: KernelSpec, estimator: str, model: nn.Module) -> tuple[Array, Array]:
     """z_s as `weight` uses them and U^{1/P} z_s as `autodiff` does, (S, P) each."""
-    drawing = spec.drawing(estimator, num_parameters)
+    drawing = spec.drawing(estimator, select_parameters(model, spec.parameters), model)
     everything = range(drawing.num_draws)
     z = drawing.perturbations(everything, dtype=torch.float64)
     return z.numpy(), (z * drawing.shrinkage(everything)[:, None]).numpy()
@@ -71,7 +75,7 @@ def draws_by_definition(
 ) -> Array:
     """g_s(x) of every draw, (S, n, C, P)."""
     function, theta = brute_force.function_of_parameters(model, x, patterns)
-    z, shrunk = spec_perturbations(spec, estimator, len(theta))
+    z, shrunk = spec_perturbations(spec, estimator, model)
     if estimator == "weight":
         return brute_force.weight_draws(function, theta, z)
     return brute_force.gradient_draws(model, x, shrunk, patterns)

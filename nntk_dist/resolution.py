@@ -1,0 +1,106 @@
+"""Which estimator computes a kernel for a given model, decided once, from the model and a few examples, and explained.
+
+The decision is handed around as a value (`Resolution`): workers rebuild the same feature map from it, and a resumed run
+reuses it. No kernel is computed here.
+
+Axes: n examples, c outputs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.capture import plan_sites
+from nntk_dist.errors import NNTKError
+from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
+from nntk_dist.parameters import ParameterSpace, select_parameters
+from nntk_dist.probes import JumpProbe, probe_jumps
+from nntk_dist.spec import KernelSpec
+
+_ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What was decided for a model: which estimator and why, how draws are evaluated, and the sizes that follow."""
+
+    estimator: str
+    reason: str
+    num_draws: int
+    num_parameters: int
+    num_outputs: int
+    stacked: bool
+
+
+def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Resolution:
+    """Decide the estimator for a prepared model, on up to 32 of the examples.
+
+    Raises: NNTKError where the asked estimator is not valid for the model, an output does not exist, or f is not
+    finite.
+    """
+    space = select_parameters(model, spec.parameters)
+    values = Evaluator(model, space).base(x[:32])
+    check_finite(values, "the model's output")
+    _check_function(model, space, x[:32], values)
+    num_outputs = values.shape[1]
+    if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
+        raise NNTKError(
+            f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
+        )
+    estimator, reason = _choose(model, space, spec, x)
+    draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
+    stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
+    return Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+
+
+def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> None:
+    """Refuse a model whose output is not a function of one example and the parameters."""
+    evaluator = Evaluator(model, space)
+    tolerance = _ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
+    if float((evaluator.base(x) - values).abs().max()) > tolerance:
+        raise NNTKError(
+            "the model's output changes from call to call: it draws random numbers even in eval mode, which this "
+            "version does not seed; take the dropout or the noise out of its forward pass"
+        )
+    if len(x) > 1 and float((evaluator.base(x[:-1].flip(0)).flip(0) - values[:-1]).abs().max()) > tolerance:
+        raise NNTKError(
+            "the model's output for one example depends on the other examples of its batch, which no kernel of pairs "
+            "can express; normalise with running statistics, or over each example"
+        )
+
+
+def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> tuple[str, str]:
+    """The estimator's name and the reason, in words."""
+    if spec.kind == "local":
+        return "autodiff", "the ordinary NTK is made of gradients at θ"
+    if spec.kind == "averaged":
+        return "autodiff", "the averaged NTK is made of gradients at random parameters"
+    if spec.kind == "covariance":
+        return "weight", "the covariance kernel is made of output differences"
+    if spec.estimator == "weight":
+        return "weight", "asked for; valid for anything that can be evaluated"
+    probe = probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
+    if probe.differentiable:
+        if spec.estimator == "auto":
+            try:
+                plan_sites(model, space, x)
+            except NNTKError as error:
+                return "weight", f"autodiff is not to be had: {error}"
+        return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
+    if spec.estimator == "autodiff":
+        raise NNTKError(
+            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is "
+            "silently wrong; use estimator: weight or auto"
+        )
+    return "weight", f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
+
+
+def _evidence(probe: JumpProbe) -> str:
+    if math.isnan(probe.residual):
+        return "along random segments f does not change at all"
+    return (
+        f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f, "
+        f"at up to {probe.num_gradients} points"
+    )

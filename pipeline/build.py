@@ -12,8 +12,9 @@ from torch import nn
 from nntk_dist.models import build_model as build_by_name
 from nntk_dist.models import load_checkpoint
 from nntk_dist.spec import KernelSpec
-from pipeline.config import Config, KernelConfig
+from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
+from pipeline.kernel_config import KernelConfig
 from pipeline.manifest import fingerprint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -10,36 +10,27 @@ what it took and why.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, JsonValue, Strict, ValidationError, model_validator
+from pydantic import BaseModel, Field, JsonValue, Strict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from nntk_dist.errors import NNTKError, nearest_name
+from pipeline.config_types import (
+    Count,
+    CountOrAll,
+    CountOrAuto,
+    Flag,
+    MemoryOrAuto,
+    Names,
+    PositiveNumber,
+    Section,
+    Seed,
+    Text,
+)
+from pipeline.kernel_config import KernelConfig
 from pipeline.overrides import apply_overrides, read_document, show, unknown_key
-
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n]+$", description="text, not empty")]
-Flag = Annotated[bool, Field(description="true or false")]
-Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
-CountOrAll = Annotated[Count | None, Field(description="a whole number, 1 or more, or null for all there are")]
-CountOrAuto = Annotated[Literal["auto"] | Count, Field(description="auto, or a whole number, 1 or more")]
-Seed = Annotated[int, Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")]
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0")]
-MemoryOrAuto = Annotated[
-    Literal["auto"] | Annotated[ByteSize, Field(gt=0)],
-    Field(description="auto, or bytes as a whole number or with a unit, such as 4GiB"),
-]
-# Lists are held as tuples, so that no part of a section can change; strictness would refuse to make one of a list.
-Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of one or more names")]
-
-UNITS_OF_DRAWING = {"iid": 1, "antithetic": 2}  # draws that depend on each other, by `kernel.design`
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, no unknown key, no silent conversion (`"3"` and `true` are no numbers)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class DataConfig(Section):
@@ -62,74 +53,13 @@ class ModelConfig(Section):
     """The network whose kernel is computed."""
 
     builder: Annotated[Text, Field(description="a built-in model, such as mlp or cnn, or python:module:function")]
-    args: Annotated[dict[str, JsonValue], Field(description="a mapping of the builder's own arguments")] = {}
+    args: Annotated[
+        dict[str, JsonValue], Field(default_factory=dict, description="a mapping of the builder's own arguments")
+    ]
     seed: Seed = 0
     checkpoint: Annotated[Text | None, Field(description="the path of a checkpoint, or null for fresh parameters")] = (
         None
     )
-
-
-class DistributionConfig(Section):
-    """The density rho of the perturbations; `gamma` is their range: E|z|^2 = P gamma^2 / 2."""
-
-    name: Literal["gaussian"] = "gaussian"
-    gamma: PositiveNumber = 0.05
-
-
-class WeightingConfig(Section):
-    """How the draws of a block are weighted against each other."""
-
-    name: Literal["fixed"] = "fixed"
-
-
-class KernelConfig(Section):
-    """Which kernel, by which estimator, from how many draws."""
-
-    kind: Literal["nonlocal", "covariance", "averaged", "local"] = "nonlocal"
-    distribution: DistributionConfig = DistributionConfig()
-    weighting: WeightingConfig = WeightingConfig()
-    estimator: Literal["auto", "weight", "autodiff"] = "auto"
-    statistic: Literal["plugin", "unbiased", "both"] = "both"
-    design: Literal["iid", "antithetic"] = "iid"
-    draws: CountOrAuto = "auto"
-    blocks: Annotated[
-        int, Field(ge=4, description="a whole number, 4 or more (the standard error needs four blocks)")
-    ] = 8
-    rtol: Annotated[None, Field(description="null")] = None
-    max_draws: Count = 65536
-    parameters: Annotated[Names, Field(description="a list of one or more name patterns, such as ['*.weight']")] = (
-        "*",
-    )
-    outputs: Annotated[
-        Literal["trace", "full"] | Annotated[int, Field(ge=0)],
-        Field(description="trace, full, or the index of one output, 0 or more"),
-    ] = "trace"
-    scale: Literal["localized", "raw"] = "localized"
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _estimator_fits_kind(self) -> Self:
-        wrong = {"covariance": "autodiff", "averaged": "weight", "local": "weight"}.get(self.kind)
-        if self.estimator == wrong:
-            made_of, right = ("gradients", "autodiff") if wrong == "weight" else ("differences of outputs", "weight")
-            raise ValueError(
-                f"kernel.estimator is '{wrong}', but kind {self.kind} is made of {made_of}; allowed: auto, {right}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _draws_fill_blocks(self) -> Self:
-        if self.kind == "local" or isinstance(self.draws, str):
-            return self
-        unit = self.blocks * UNITS_OF_DRAWING[self.design]
-        if self.draws % unit:
-            lower = self.draws - self.draws % unit
-            nearest = f"{lower} or {lower + unit}" if lower else f"{unit}"
-            raise ValueError(
-                f"kernel.draws is {self.draws}, which does not fill {self.blocks} blocks (design {self.design}); "
-                f"allowed: auto, or a multiple of {unit}, the nearest: {nearest}"
-            )
-        return self
 
 
 class ComputeConfig(Section):
@@ -281,7 +211,7 @@ def _defaults(section: type[BaseModel]) -> dict[str, Any]:
         inner = _section_of(field)
         if inner is not None:
             return _defaults(inner)
-        value = None if field.is_required() else field.default
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
         return list(value) if isinstance(value, tuple) else value
 
     return {name: default(field) for name, field in section.model_fields.items()}

@@ -5,6 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from nntk_dist.black_box import BlackBox
 from nntk_dist.errors import NNTKError
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from nntk_dist.reading import StoredKernel, open_kernel
 
 __all__ = [
+    "BlackBox",
     "KernelEstimate",
     "NNTKError",
     "StoredKernel",

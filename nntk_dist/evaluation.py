@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from nntk_dist.black_box import holds_black_box
 from nntk_dist.errors import NNTKError
 from nntk_dist.parameters import ParameterSpace
 
@@ -112,11 +113,11 @@ def prefers_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> bool
     """Whether many perturbed models on this batch go faster stacked: small dense models on small batches that vmap can
     take.
 
-    Convolutions never do: their stacked weights become a grouped convolution, several times slower.
+    Convolutions never do: their stacked weights become a grouped convolution, several times slower. Nor do black boxes.
     """
     if space.num_parameters * len(x) > _STACK_BELOW_OPERATIONS:
         return False
-    if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
+    if holds_black_box(model) or any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
         return False
     trial = torch.zeros(2, space.num_parameters, dtype=next(model.parameters()).dtype, device=x.device)
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.black_box import holds_black_box
 from nntk_dist.capture import plan_sites
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
@@ -73,6 +74,8 @@ def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: 
 
 def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> tuple[str, str]:
     """The estimator's name and the reason, in words."""
+    if holds_black_box(model):
+        return "weight", _black_box_reason(spec)
     if spec.kind == "local":
         return "autodiff", "the ordinary NTK is made of gradients at θ"
     if spec.kind == "averaged":
@@ -95,6 +98,21 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
             "silently wrong; use estimator: weight or auto"
         )
     return "weight", f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
+
+
+def _black_box_reason(spec: KernelSpec) -> str:
+    """Why `weight` computes this kernel of a black box, or the refusal of a kernel that differences cannot give."""
+    if spec.kind not in ("nonlocal", "covariance"):
+        raise NNTKError(
+            f"kind is '{spec.kind}', which is made of gradients, but the model holds a black box, which has none; "
+            "allowed: nonlocal, covariance"
+        )
+    if spec.estimator not in ("auto", "weight"):
+        raise NNTKError(
+            f"estimator is '{spec.estimator}', but the model holds a black box, which can only be evaluated; allowed: "
+            "auto, weight"
+        )
+    return "the model holds a black box, which can be evaluated and nothing else"
 
 
 def _evidence(probe: JumpProbe) -> str:

@@ -66,6 +66,18 @@ class _Running:
     actor: Any
 
 
+def _finished(running: list[Any]) -> list[Any]:
+    """All that is finished once something is, or nothing after a second.
+
+    One wait for one result is not enough: where several are ready it may pass the same one over for seconds, and a
+    driver that is killed then has to do again what was long on disk.
+    """
+    done, _ = ray.wait(running, num_returns=1, timeout=_POLL_SECONDS, fetch_local=False)
+    if done:
+        done, _ = ray.wait(running, num_returns=len(running), timeout=0, fetch_local=False)
+    return done
+
+
 class RayExecutor:
     """`num_workers` actors of `threads` CPUs each, and a share of a GPU where the job's device is one."""
 
@@ -118,7 +130,7 @@ class RayExecutor:
             self._submit(waiting, lost, running)
             if not running:
                 return
-            done, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS, fetch_local=False)
+            done = _finished(list(running))
             if not done:
                 yield None
             for reference in done:

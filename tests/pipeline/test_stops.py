@@ -14,16 +14,48 @@ import pytest
 from tests.pipeline.tools import arguments, assert_same_bits, finished, ledger, nntk, start
 
 FLUSH_SECONDS = 0.5
-# A driver whose ledger waits for half a second instead of five, so that a short stage has several flushes.
-OFTEN_FLUSHED = f"""
-import functools, pipeline.run
-pipeline.run.Ledger = functools.partial(pipeline.run.Ledger, flush_seconds={FLUSH_SECONDS})
+# A driver whose ledger waits for half a second instead of five, so that a short stage has several flushes, and that
+# takes longer over each row than workers over a tile: where several are ready, none may be passed over.
+SLOW_AND_OFTEN_FLUSHED = f"""
+import functools, time
+import pipeline.run
+
+class Ledger(pipeline.run.Ledger):
+    def append(self, row):
+        super().append(row)
+        time.sleep(0.03 * (row.stage == "gram"))
+
+pipeline.run.Ledger = functools.partial(Ledger, flush_seconds={FLUSH_SECONDS})
 """
 SLACK_SECONDS = 1.5  # a poll of the driver, and a busy machine
-SETS = ("data.train=301", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
-NUM_TILES = 38 * 39 // 2
+SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
+TILE_ROWS = 23
 ENOUGH = 60  # tiles
 WAIT_SECONDS = 90.0
+
+
+def held_before(row, gate="/nowhere"):
+    """What makes a driver's workers wait for the file `gate` before the Gram tiles of this row and later ones: so that
+    whoever stops them finds the stage begun and not ended, on any machine.
+    """
+    return f"""
+import pathlib, time
+import pipeline.worker
+
+class Worker(pipeline.worker.Worker):
+    def execute(self, task):
+        held = task.stage == "gram" and int(task.tile.split("/")[1]) >= {row}
+        while held and not pathlib.Path({str(gate)!r}).exists():
+            time.sleep(0.01)
+        return super().execute(task)
+
+pipeline.worker.Worker = Worker
+"""
+
+
+def tiles_before(row):
+    """How many Gram tiles come before this row of tiles."""
+    return row * TILE_ROWS - row * (row - 1) // 2
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +85,6 @@ def gram_rows(run_dir):
     return {tile: row for (stage, tile), row in ledger(run_dir).items() if stage == "gram"}
 
 
-def in_the_middle(run_dir):
-    """A part of the gram stage is in the ledger; on a machine too fast for that, most of it is on disk."""
-    return len(gram_rows(run_dir)) > 0.3 * NUM_TILES or len(gram_tiles(run_dir)) > 0.8 * NUM_TILES
-
-
 def children_of(process):
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -78,8 +105,8 @@ def named_agent(process):
 @pytest.mark.parametrize("executor", ["serial", "ray"])
 def test_a_killed_driver_costs_what_was_in_flight(executor, undisturbed, tmp_path):
     run_dir, sets = tmp_path / "run", (*SETS, f"compute.executor={executor}")
-    driver = start(*arguments("run", run_dir, *sets), prelude=OFTEN_FLUSHED)
-    wait_until(lambda: in_the_middle(run_dir), driver)
+    driver = start(*arguments("run", run_dir, *sets), prelude=held_before(8) + SLOW_AND_OFTEN_FLUSHED)
+    wait_until(lambda: len(gram_tiles(run_dir)) == tiles_before(8), driver)
     descendants = children_of(driver)
     driver.kill()
     killed_at = time.time()
@@ -87,11 +114,13 @@ def test_a_killed_driver_costs_what_was_in_flight(executor, undisturbed, tmp_pat
     assert_gone(descendants)
 
     before, on_disk = ledger(run_dir), gram_tiles(run_dir)
-    assert len(on_disk) > ENOUGH
-    assert len(gram_rows(run_dir)) < NUM_TILES
+    assert len(on_disk) == tiles_before(8)
     state = nntk("status", run_dir)
     assert "stopped" in state.out
-    long_since = {tile for tile, stamp in on_disk.items() if stamp < killed_at - FLUSH_SECONDS - SLACK_SECONDS}
+    # Counted from the last tile, not from the kill: a serial driver does not look at its ledger while a task runs.
+    last = max(on_disk.values())
+    long_since = {tile for tile, stamp in on_disk.items() if stamp < last - FLUSH_SECONDS - SLACK_SECONDS}
+    assert len(long_since) > ENOUGH
     assert long_since <= {tile for stage, tile in before if stage == "gram"}
 
     resumed = start(*arguments("run", run_dir, *sets, resume=True))
@@ -123,7 +152,7 @@ def test_a_driver_killed_while_it_makes_features(tmp_path):
 @pytest.mark.parametrize(("stop", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_stopped_serial_run_says_how_to_go_on(stop, to_group, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
-    driver = start(*arguments("run", run_dir, *SETS))
+    driver = start(*arguments("run", run_dir, *SETS), prelude=held_before(4))
     wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
     (os.killpg if to_group else os.kill)(driver.pid, stop)
     _, err = driver.communicate(timeout=20)
@@ -139,7 +168,7 @@ def test_a_stopped_serial_run_says_how_to_go_on(stop, to_group, undisturbed, tmp
 
 def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     run_dir, sets = tmp_path / "run", (*SETS, "compute.executor=ray")
-    driver = start(*arguments("run", run_dir, *sets))
+    driver = start(*arguments("run", run_dir, *sets), prelude=held_before(4))
     wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
     descendants = children_of(driver)
     os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: everyone in the group
@@ -151,10 +180,12 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     stopped_at = gram_rows(run_dir)
     assert len(gram_tiles(run_dir)) - len(stopped_at) <= 4  # two workers with two tiles each
 
-    driver = start(*arguments("run", run_dir, *sets, resume=True))
+    gate = tmp_path / "gate"
+    driver = start(*arguments("run", run_dir, *sets, resume=True), prelude=held_before(10, gate))
     wait_until(lambda: len(gram_tiles(run_dir)) > len(stopped_at) + ENOUGH, driver)
     worker = next(process for process in children_of(driver) if process.name().startswith("ray::Worker"))
     worker.kill()
+    gate.touch()
     out, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 0, out + err
     assert_same_bits(undisturbed, run_dir)
@@ -167,7 +198,7 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
 
 def test_two_drivers_on_one_run_directory(tmp_path):
     run_dir = tmp_path / "run"
-    driver = start(*arguments("run", run_dir, *SETS))
+    driver = start(*arguments("run", run_dir, *SETS), prelude=held_before(1))
     wait_until(lambda: gram_tiles(run_dir), driver)
     state = nntk("status", run_dir)
     assert f"running (process {driver.pid}" in state.out

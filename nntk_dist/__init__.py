@@ -1,8 +1,11 @@
 """Nonlocal neural tangent kernels: the library. It computes kernels of models and reads kernels from a store.
 
-`open_kernel` is imported when it is first asked for: computing kernels needs neither zarr nor an object store.
+`open_kernel` and the scikit-learn estimators are imported when they are first asked for: computing kernels needs no
+zarr, no object store and no scikit-learn.
 """
 
+import importlib
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nntk_dist.black_box import BlackBox
@@ -10,12 +13,15 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
 
 if TYPE_CHECKING:
+    from nntk_dist.learning import NNTKClassifier, NNTKRegressor
     from nntk_dist.reading import StoredKernel, open_kernel
 
 __all__ = [
     "BlackBox",
     "KernelEstimate",
+    "NNTKClassifier",
     "NNTKError",
+    "NNTKRegressor",
     "StoredKernel",
     "averaged_kernel",
     "covariance_kernel",
@@ -25,9 +31,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("StoredKernel", "open_kernel"):
-        from nntk_dist import reading
+_HOMES = MappingProxyType(
+    {
+        "NNTKClassifier": "nntk_dist.learning",
+        "NNTKRegressor": "nntk_dist.learning",
+        "StoredKernel": "nntk_dist.reading",
+        "open_kernel": "nntk_dist.reading",
+    }
+)
 
-        return getattr(reading, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'nntk_dist' has no attribute '{name}'")

@@ -1,4 +1,6 @@
-"""The estimator `weight` with its gradients formed: block means g_r = P·mean(Δ_s z_s/|z_s|²), for few parameters.
+"""The estimator `weight` with its gradients formed: block means g_r = mean(Δ_s v_s), for few parameters.
+
+v_s is the draw's direction (`nntk_dist.drawing`), P·z_s/|z_s|² for radial laws.
 
 Where R·P is less than S, R mean gradients of length P say the same as S differences and their S × S metric, which
 soon outgrows memory. The numbers are the same to rounding; `spec` chooses. Nonlocal kernel only.
@@ -61,15 +63,14 @@ class DifferenceMeans:
 
     def _block_mean(self, x: Tensor, base: Tensor, block: int, columns: Sequence[int]) -> Float64[Tensor, "n c k"]:
         """g_r of one block, a chunk of draws at a time, summed in float64."""
-        size = self.drawing.draws_per_block
+        size, numbers = self.drawing.draws_per_block, max(self.num_parameters, base.numel())
+        chunks = draw_chunks(range(block * size, (block + 1) * size), numbers, self.drawing.group_size)
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
-        for draws in draw_chunks(range(block * size, (block + 1) * size), max(self.num_parameters, base.numel())):
+        for draws in chunks:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
             difference = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)].double()
-            direction = z.double()
-            direction /= direction.square().sum(1, keepdim=True)
-            total += torch.einsum("snc,sk->nck", difference, direction)
-        return total * (self.num_parameters / size)
+            total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(z))
+        return total / size
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         left, right = rows["dense"], others["dense"]

@@ -2,8 +2,8 @@
 `covariance`.
 
 Valid for anything that can be evaluated: no gradient is taken. The kernel is Φ M Φᵀ with Φ = Δ:
-`weight`       M_st = P²⟨z_s,z_t⟩/(|z_s|²|z_t|²), since g = P·E[Δ z/|z|²]; blocks are paired, error of `unbiased` ~
-√(2P)/S;
+`weight`       M_st = ⟨v_s,v_t⟩ of the draws' directions, since g = E[Δ v], for radial laws v = P·z/|z|²; blocks are
+paired, error of `unbiased` ~ √(2P)/S;
 `covariance`   M_ss = P/|z_s|², C(x,x') = P·E[ΔΔ'/|z|²]; PSD, error ~ 1/√S whatever P, *not* the NNTK unless γ → 0.
 
 Axes: n rows, s draws, r blocks, b draws of a block, c outputs.
@@ -61,7 +61,7 @@ class DifferenceFeatures:
         base = self.evaluator.base(x)
         check_finite(base, "the model's output")
         differences = base.new_empty(len(x), len(draws), len(columns))
-        for part in draw_chunks(draws, self.num_parameters):
+        for part in draw_chunks(draws, self.num_parameters, self.drawing.group_size):
             z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
             perturbed = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)]
             differences[:, part.start - draws.start : part.stop - draws.start] = perturbed.transpose(0, 1)
@@ -74,9 +74,7 @@ class DifferenceFeatures:
         """
         if not self.pair_blocks:
             return torch.diag(self._weights)
-        products = self.drawing.inner_products(device=self._device)
-        norms = products.diagonal().clone()
-        return products * (self.num_parameters / self.num_draws) ** 2 / (norms[:, None] * norms[None, :])
+        return self.drawing.direction_products(device=self._device).div_(self.num_draws**2)
 
     @property
     def _device(self) -> torch.device:

@@ -24,7 +24,7 @@ METRIC_DRAWS = 4096
 
 def forms_means(spec: KernelSpec, resolution: Resolution) -> bool:
     """Whether `weight` forms its block-mean gradients: where these are shorter than differences and their metric."""
-    few_parameters = spec.blocks * resolution.num_parameters < resolution.num_draws
+    few_parameters = spec.blocks * resolution.num_parameters <= resolution.num_draws
     return (
         resolution.estimator == "weight" and spec.pair_blocks and few_parameters and resolution.num_draws > METRIC_DRAWS
     )

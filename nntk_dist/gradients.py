@@ -9,7 +9,7 @@ operations.
 Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only itself), c outputs, k dense parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,23 +90,22 @@ class GradientFeatures:
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
         return self.evaluator.base(x)
 
-    def parameters_at(self, draw: int) -> dict[str, Tensor]:
-        """The selected parameters at θ + U^{1/P} z of a draw, or at θ."""
+    def parameters_at(self, draws: range) -> Iterator[dict[str, Tensor]]:
+        """The selected parameters at θ + U^{1/P} z of each draw, or at θ."""
         base = self.evaluator.space.values(self.evaluator.model)
         if self.drawing is None:
-            return base
+            yield base
+            return
         first = next(iter(base.values()))
-        draws = range(draw, draw + 1)
-        z = self.drawing.perturbations(draws, dtype=torch.float64, device=first.device)[0]
-        z *= self.drawing.shrinkage(draws, device=first.device)[0]
-        return self.evaluator.space.moved(base, z.to(first.dtype))
+        for z in self.drawing.shrunken(draws, device=first.device):
+            yield self.evaluator.space.moved(base, z.to(first.dtype))
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         block_range(draws, self.draws_per_block)
         outer: list[dict[str, Tensor]] = []
         slots: list[Tensor] = []
-        for draw in draws:
-            layers, dense = self._one_draw(x, draw, columns)
+        for draw, parameters in zip(draws, self.parameters_at(draws), strict=True):
+            layers, dense = self._one_draw(x, parameters, columns)
             outer.append(layers)
             if dense is None:
                 continue
@@ -121,10 +120,11 @@ class GradientFeatures:
             check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
         return result
 
-    def _one_draw(self, x: Tensor, draw: int, columns: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _one_draw(
+        self, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Layer factors by array name, and the dense gradients (n, c, k), under one draw."""
         model = self.evaluator.model
-        parameters = self.parameters_at(draw)
         recording = Recording(model, (*self.plan.outer, *self.plan.dense), x, parameters)
         deltas = recording.gradients(columns)
         layers = {}

@@ -6,13 +6,16 @@ held: for what does not fit, use the pipeline.
 Axes: n1, n2 examples, c outputs; `full` kernels are indexed i·C + c.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nntk_dist.batches import compute_rows
+from nntk_dist.designs import MINIMUM_BLOCKS
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
@@ -41,7 +44,8 @@ class KernelEstimate:
     `kernel` is the asked statistic ("both" gives plugin), `plugin` and `unbiased` the two of a nonlocal kernel (None
     elsewhere);
     `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
-    `relative_error` estimates ‖U − Θ‖/‖Θ‖, `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
+    `relative_error` estimates ‖U − Θ‖/‖Θ‖, NaN where fewer than four blocks give no error bars (`stderr` None);
+    `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
     """
 
     kernel: Tensor
@@ -59,7 +63,10 @@ class KernelEstimate:
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Two-sided intervals by Student's t with R − 1 degrees of freedom, around the unbiased estimate."""
         if self.stderr is None:
-            raise NNTKError("this kernel has no standard error: it is exact (kind local)")
+            raise NNTKError(
+                "this kernel has no standard error: it is exact (kind local), or made of fewer than "
+                f"{MINIMUM_BLOCKS} blocks"
+            )
         centre = self.kernel if self.unbiased is None else self.unbiased
         reach = t_quantile(confidence, self.blocks) * self.stderr
         return centre - reach, centre + reach
@@ -71,7 +78,8 @@ def nonlocal_kernel(
     x2: Tensor | None = None,
     *,
     gamma: float,
-    distribution: str = "gaussian",
+    distribution: str | Mapping[str, Any] = "gaussian",
+    gamma_scale: str = "absolute",
     estimator: str = "auto",
     statistic: str = "unbiased",
     design: str = "iid",
@@ -104,6 +112,7 @@ def nonlocal_kernel(
         kind="nonlocal",
         gamma=gamma,
         distribution=distribution,
+        gamma_scale=gamma_scale,
         estimator=estimator,
         statistic=statistic,
         design=design,
@@ -123,7 +132,8 @@ def covariance_kernel(
     x2: Tensor | None = None,
     *,
     gamma: float,
-    distribution: str = "gaussian",
+    distribution: str | Mapping[str, Any] = "gaussian",
+    gamma_scale: str = "absolute",
     design: str = "iid",
     draws: int | str = "auto",
     blocks: int = 8,
@@ -144,6 +154,7 @@ def covariance_kernel(
         kind="covariance",
         gamma=gamma,
         distribution=distribution,
+        gamma_scale=gamma_scale,
         estimator="auto",
         statistic="plugin",
         design=design,
@@ -163,7 +174,8 @@ def averaged_kernel(
     x2: Tensor | None = None,
     *,
     gamma: float,
-    distribution: str = "gaussian",
+    distribution: str | Mapping[str, Any] = "gaussian",
+    gamma_scale: str = "absolute",
     design: str = "iid",
     draws: int | str = "auto",
     blocks: int = 8,
@@ -180,6 +192,7 @@ def averaged_kernel(
         kind="averaged",
         gamma=gamma,
         distribution=distribution,
+        gamma_scale=gamma_scale,
         estimator="auto",
         statistic="plugin",
         design=design,
@@ -255,7 +268,7 @@ def _statistics(
     n1, n2 = len(next(iter(rows.values()))), len(next(iter(right.values())))
     width = len(features.columns) if spec.meeting.full else 1
     calibration = None
-    if features.num_blocks > 1:
+    if features.num_blocks >= MINIMUM_BLOCKS:
         sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
         products = features.block_products(slice_rows(rows, sample), slice_rows(right, other_sample), spec.meeting)
         calibration = calibrate(products, pair_blocks=features.pair_blocks)
@@ -303,6 +316,12 @@ def _result(
         draws=features.num_draws,
         blocks=features.num_blocks,
         num_parameters=features.num_parameters,
-        relative_error=0.0 if calibration is None else calibration.relative_error,
+        relative_error=_relative_error(spec, calibration),
         relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
     )
+
+
+def _relative_error(spec: KernelSpec, calibration: Calibration | None) -> float:
+    if calibration is not None:
+        return calibration.relative_error
+    return 0.0 if spec.kind == "local" else math.nan

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,9 +46,39 @@ class ParameterSpace:
         parameters = dict(model.named_parameters())
         return {name: parameters[name].detach() for name in self.names}
 
+    def scales(self, model: nn.Module) -> tuple[float, ...]:
+        """The root mean square of every selected tensor; a zero tensor takes that of its module's `weight`.
+
+        Raises: NNTKError, naming the tensor, where there is no such weight or it is zero too.
+        """
+        every = dict(model.named_parameters(remove_duplicate=False))
+        result = []
+        for name in self.names:
+            sibling = f"{name.rpartition('.')[0]}.weight".removeprefix(".")
+            sizes = (_root_mean_square(every[key]) for key in (name, sibling) if key in every)
+            scale = next((size for size in sizes if size > 0), None)
+            if scale is None:
+                raise NNTKError(
+                    f"gamma_scale is 'relative', but parameter '{name}' is zero and its module has no other weight "
+                    "to take a scale from; use gamma_scale: absolute, or leave it out of parameters"
+                )
+            result.append(scale)
+        return tuple(result)
+
+    @property
+    def num_weight_layers(self) -> int:
+        """L, the modules with a selected tensor of two axes or more: f may grow like |θ|^L."""
+        named = zip(self.names, self.shapes, strict=True)
+        return len({name.rpartition(".")[0] for name, shape in named if len(shape) >= 2})
+
     def moved(self, base: Mapping[str, Tensor], displacement: Float[Tensor, "*draw P"]) -> dict[str, Tensor]:
         """θ + z for one displacement, or for a stack of them along a leading axis."""
         return {name: base[name] + part for name, part in self.split(displacement).items()}
+
+
+def _root_mean_square(values: Tensor) -> float:
+    """In NumPy's float64: one order of summation, however many threads there are."""
+    return float(np.sqrt(np.mean(np.square(values.detach().double().cpu().numpy()))))
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

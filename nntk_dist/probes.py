@@ -60,7 +60,7 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     x = x[:_EXAMPLES]
     x = x.to(torch.float64) if x.is_floating_point() else x
     base = space.values(exact)
-    probing = replace(drawing, stream=Stream.PROBE, design="iid")
+    probing = replace(drawing, stream=Stream.PROBE, design="iid", num_draws=8, num_blocks=4)
     segments = probing.perturbations(range(_SEGMENTS + _LONG_SEGMENTS), dtype=torch.float64, device=x.device)
     reach = _LONG_REACH * torch.cat([value.flatten() for value in base.values()]).norm()
     lengths = segments[_SEGMENTS:].norm(dim=1, keepdim=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nntk_dist.black_box import holds_black_box
 from nntk_dist.capture import plan_sites
+from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
 from nntk_dist.parameters import ParameterSpace, select_parameters
@@ -82,6 +83,11 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "autodiff", "the averaged NTK is made of gradients at random parameters"
     if spec.kind == "covariance":
         return "weight", "the covariance kernel is made of output differences"
+    if spec.distribution == LowRank.name:
+        return "weight", (
+            "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "
+            "kernel than those of any radial distribution"
+        )
     if spec.estimator == "weight":
         return "weight", "asked for; valid for anything that can be evaluated"
     probe = probe_jumps(model, space, spec.drawing("autodiff", space, model), x)

@@ -7,14 +7,17 @@ Axes: none.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from torch import nn
 
 from nntk_dist.block_sums import Meeting
-from nntk_dist.distributions import make_distribution
-from nntk_dist.drawing import GROUP_SIZES, MINIMUM_BLOCKS, Drawing, automatic_draws, blocks_message
+from nntk_dist.designs import automatic_draws, check_combination
+from nntk_dist.distributions import OPTIONS, Distribution, Student, make_distribution
+from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.parameters import ParameterSpace
 from nntk_dist.statistics import STATISTICS
@@ -26,11 +29,14 @@ SCALES = ("localized", "raw")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel, whatever the model and the data: the arguments of the public functions and of the section `kernel`."""
+    """A kernel, whatever the model and the data: the arguments of the public functions and of the section `kernel`.
+
+    `distribution` may be given as a mapping of its name and options; it is kept as the name, the options beside it.
+    """
 
     kind: str = "nonlocal"
     gamma: float = 0.05
-    distribution: str = "gaussian"
+    distribution: str | Mapping[str, Any] = "gaussian"
     estimator: str = "auto"
     statistic: str = "both"
     design: str = "iid"
@@ -40,9 +46,14 @@ class KernelSpec:
     outputs: str | int = "trace"
     scale: str = "localized"
     seed: int = 0
+    gamma_scale: str = "absolute"
+    alpha: float | None = None
+    nu: float | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         self._take_integers()
+        self._take_distribution()
         patterns = (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
         object.__setattr__(self, "parameters", patterns)
         check_choice("kind", self.kind, KINDS)
@@ -53,9 +64,15 @@ class KernelSpec:
             check_choice("outputs", self.outputs, ("trace", "full"))
         if isinstance(self.draws, str):
             check_choice("draws", self.draws, ("auto",))
-        check_choice("design", self.design, GROUP_SIZES)
-        if self.kind != "local" and self.blocks < MINIMUM_BLOCKS:
-            raise NNTKError(blocks_message(self.blocks))
+        check_combination(
+            kind=self.kind,
+            estimator=self.estimator,
+            statistic=self.statistic,
+            distribution=self.law.name,
+            gamma_scale=self.gamma_scale,
+            design=self.design,
+            blocks=self.blocks,
+        )
         if self.kind == "covariance" and self.estimator == "autodiff":
             raise NNTKError(
                 "estimator is 'autodiff'; allowed for kind covariance, which is made of differences: auto, weight"
@@ -77,6 +94,30 @@ class KernelSpec:
                 allowed = f"a whole number{f' or {words}' if words else ''}"
                 raise NNTKError(f"{name} is {value!r}; allowed: {allowed}") from None
 
+    def _take_distribution(self) -> None:
+        """Unpack a mapping, and make the law once: so that whatever is wrong with it is said now."""
+        if isinstance(self.distribution, Mapping):
+            allowed = ("name", *OPTIONS)
+            for key, value in self.distribution.items():
+                check_choice("a key of distribution", key, allowed)
+                if key != "name":
+                    object.__setattr__(self, key, value)
+            object.__setattr__(self, "distribution", self.distribution.get("name", "gaussian"))
+        for option in OPTIONS:
+            value = getattr(self, option)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise NNTKError(f"{option} is {value!r}; allowed: a number")
+            object.__setattr__(self, option, int(value) if isinstance(value, Integral) else float(value))
+        _ = self.law
+
+    @property
+    def law(self) -> Distribution:
+        """The distribution with its range and options. Raises: NNTKError as `make_distribution`."""
+        assert isinstance(self.distribution, str)
+        return make_distribution(self.distribution, self.gamma, alpha=self.alpha, nu=self.nu, rank=self.rank)
+
     @property
     def pair_blocks(self) -> bool:
         """Whether products of different blocks count: in the nonlocal kernel alone."""
@@ -87,13 +128,35 @@ class KernelSpec:
         return Meeting(full=self.outputs == "full")
 
     def drawing(self, estimator: str, space: ParameterSpace, model: nn.Module) -> Drawing:
-        """The perturbations of this kernel's selected parameters of a model, under an estimator."""
-        draws = automatic_draws(estimator, self.blocks, self.design) if isinstance(self.draws, str) else self.draws
+        """The perturbations of this kernel's selected parameters of a model, under an estimator.
+
+        Raises: NNTKError where the draws don't fill the blocks, a tensor has no scale, or Student's ν is too small for
+        the model's depth.
+        """
+        count = space.num_parameters
+        draws = self.draws
+        if isinstance(draws, str):
+            draws = automatic_draws(estimator, self.blocks, self.design, count)
+        law = self.law
+        if isinstance(law, Student):
+            _check_moments(law, space.num_weight_layers)
         return Drawing(
-            distribution=make_distribution(self.distribution, self.gamma),
+            distribution=law,
             num_draws=draws,
             num_blocks=self.blocks,
-            num_parameters=space.num_parameters,
+            num_parameters=count,
             design=self.design,
             seed=self.seed,
+            shapes=space.shapes,
+            scales=space.scales(model) if self.gamma_scale == "relative" else (),
+        )
+
+
+def _check_moments(law: Student, num_layers: int) -> None:
+    """Where f grows like |θ|^L, the variance of a draw takes moments of z up to 2(L − 1)."""
+    smallest = 2 * (num_layers - 1)
+    if law.nu <= smallest:
+        raise NNTKError(
+            f"nu is {law.nu:g}, but {num_layers} layers of weights are perturbed, and f may grow like their product; "
+            f"allowed: above {smallest}, where its variance is finite, or another distribution"
         )

@@ -96,7 +96,7 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
         stderr = (calibration.level * jackknife_variance(by_block)).sqrt()
     return Estimates(
         plugin=(sums.within + sums.between) / blocks**2,
-        unbiased=sums.between / (blocks * (blocks - 1)),
+        unbiased=sums.between / (blocks * (blocks - 1)) if blocks > 1 else None,
         stderr=stderr,
     )
 

@@ -59,7 +59,11 @@ def build_spec(kernel: KernelConfig) -> KernelSpec:
     return KernelSpec(
         kind=kernel.kind,
         gamma=kernel.distribution.gamma,
+        gamma_scale=kernel.distribution.gamma_scale,
         distribution=kernel.distribution.name,
+        alpha=kernel.distribution.alpha,
+        nu=kernel.distribution.nu,
+        rank=kernel.distribution.rank,
         estimator=kernel.estimator,
         statistic=kernel.statistic,
         design=kernel.design,

@@ -170,7 +170,9 @@ def _explain(detail: ErrorDetails) -> tuple[str, str]:
     if detail["type"] == "extra_forbidden" and section is not None:
         return key, unknown_key(str(detail["loc"][-1]), key, section.model_fields)
     if detail["type"] == "value_error":  # a check across keys, which names them itself
-        return key, str(detail["ctx"]["error"])
+        message = str(detail["ctx"]["error"])
+        named = message.partition(" ")[0]
+        return (named if named.startswith(f"{key}.") else key), message
     if detail["type"] == "missing":
         return key, f"{key} is missing; allowed: {_allowed(field)}"
     value = detail["input"]

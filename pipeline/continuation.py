@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from nntk_dist.designs import MINIMUM_BLOCKS
 from nntk_dist.errors import NNTKError
 from nntk_dist.resolution import Resolution
 from pipeline.build import build_spec
@@ -68,7 +69,8 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
     }
     for key, value in asked.items():
         kept = manifest.layout[key]
-        same = value in ("auto", kept) or (key == "stderr" and manifest.config["kernel"]["kind"] == "local")
+        too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
+        same = value in ("auto", kept) or too_few
         if not same:
             raise NNTKError(
                 f"{run_dir} was laid out with compute.{key} {kept}, the configuration says {value}; set "

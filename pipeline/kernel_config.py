@@ -7,15 +7,41 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nntk_dist.drawing import GROUP_SIZES
+from nntk_dist.designs import GROUP_SIZES, check_combination
+from nntk_dist.distributions import make_distribution
+from nntk_dist.errors import NNTKError
 from pipeline.config_types import Count, CountOrAuto, Names, PositiveNumber, Section, Seed
 
 
 class DistributionConfig(Section):
-    """The density rho of the perturbations; `gamma` is their range: E|z|^2 = P gamma^2 / 2."""
+    """The law rho of the perturbations; `gamma` is their range: E|z|^2 = P gamma^2 / 2.
 
-    name: Literal["gaussian"] = "gaussian"
+    With `gamma_scale` relative the range is per tensor, in units of its root mean square. An option that is null takes
+    its distribution's default.
+    """
+
+    name: Literal["gaussian", "sphere", "ball", "fractional", "student", "lowrank"] = "gaussian"
     gamma: PositiveNumber = 0.05
+    gamma_scale: Literal["absolute", "relative"] = "absolute"
+    alpha: Annotated[
+        float | None,
+        Field(ge=0, lt=1, description="a number from 0 to below 1, for distribution fractional; null for 0.5"),
+    ] = None
+    nu: Annotated[
+        float | None,
+        Field(gt=2, allow_inf_nan=False, description="a number above 2, for distribution student; null for 5"),
+    ] = None
+    rank: Annotated[
+        int | None, Field(ge=1, description="a whole number, 1 or more, for distribution lowrank; null for 1")
+    ] = None
+
+    @model_validator(mode="after")
+    def _options_fit_name(self) -> Self:
+        try:
+            make_distribution(self.name, self.gamma, alpha=self.alpha, nu=self.nu, rank=self.rank)
+        except NNTKError as error:
+            raise ValueError(f"kernel.distribution.{error}") from error
+        return self
 
 
 class WeightingConfig(Section):
@@ -32,10 +58,13 @@ class KernelConfig(Section):
     weighting: WeightingConfig = WeightingConfig()
     estimator: Literal["auto", "weight", "autodiff"] = "auto"
     statistic: Literal["plugin", "unbiased", "both"] = "both"
-    design: Literal["iid", "antithetic"] = "iid"
+    design: Literal["iid", "antithetic", "orthogonal"] = "iid"
     draws: CountOrAuto = "auto"
     blocks: Annotated[
-        int, Field(ge=4, description="a whole number, 4 or more (the standard error needs four blocks)")
+        int,
+        Field(
+            ge=1, description="a whole number, 4 or more (the standard error needs four; design orthogonal has fewer)"
+        ),
     ] = 8
     rtol: Annotated[None, Field(description="null")] = None
     max_draws: Count = 65536
@@ -57,6 +86,23 @@ class KernelConfig(Section):
             raise ValueError(
                 f"kernel.estimator is '{wrong}', but kind {self.kind} is made of {made_of}; allowed: auto, {right}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _words_go_together(self) -> Self:
+        try:
+            check_combination(
+                kind=self.kind,
+                estimator=self.estimator,
+                statistic=self.statistic,
+                distribution=self.distribution.name,
+                gamma_scale=self.distribution.gamma_scale,
+                design=self.design,
+                blocks=self.blocks,
+            )
+        except NNTKError as error:
+            within = "distribution." if str(error).startswith("gamma_scale") else ""
+            raise ValueError(f"kernel.{within}{error}") from error
         return self
 
     @model_validator(mode="after")

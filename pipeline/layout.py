@@ -12,6 +12,7 @@ import math
 import torch
 from torch import nn
 
+from nntk_dist.designs import MINIMUM_BLOCKS
 from nntk_dist.evaluation import outputs
 from nntk_dist.features import FeatureMap
 from nntk_dist.spec import KernelSpec
@@ -98,7 +99,7 @@ def make_layout(
         threads=1 if compute.threads == "auto" else compute.threads,
         device=device,
         dtype=compute.dtype,
-        stderr="none" if sizes.num_blocks == 1 else compute.stderr,
+        stderr="none" if sizes.num_blocks < MINIMUM_BLOCKS else compute.stderr,
         store_features=stored,
         outputs_at_once=at_once,
     )

@@ -6,11 +6,13 @@ Axes: n train rows, k rows of the thumbnail.
 """
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import yaml
 
+from nntk_dist.distributions import OPTIONS
 from nntk_dist.regression import RidgeRow
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.manifest import Manifest
@@ -87,10 +89,17 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         num_parameters=sizes["num_parameters"],
         num_draws=None if local else sizes["num_draws"],
         num_blocks=None if local else sizes["num_blocks"],
-        distribution=None if local else f"{distribution['name']}, γ = {distribution['gamma']:g}",
+        distribution=None if local else _distribution_text(distribution),
         relative_error=results.get("train_relative_error"),
         relative_bias=results.get("train_relative_bias"),
     )
+
+
+def _distribution_text(distribution: Mapping[str, Any]) -> str:
+    """Name, options that were given, and range."""
+    parts = [f"{option} = {distribution[option]:g}" for option in OPTIONS if distribution.get(option) is not None]
+    unit = " (relative per tensor)" if distribution.get("gamma_scale") == "relative" else ""
+    return ", ".join([distribution["name"], *parts, f"γ = {distribution['gamma']:g}{unit}"])
 
 
 def _provenance(manifest: Manifest) -> Provenance:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nntk_dist.distributions import OPTIONS
 from nntk_dist.errors import NNTKError
 from pipeline.build import build_dataset, build_model, identity
 from pipeline.config import Config
@@ -162,7 +163,9 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "outputs": spec.outputs,
         "scale": spec.scale,
         "gamma": spec.gamma,
+        "gamma_scale": spec.gamma_scale,
         "distribution": spec.distribution,
+        **{option: getattr(spec, option) for option in OPTIONS if getattr(spec, option) is not None},
         "draws": job.sizes.num_draws,
         "blocks": job.sizes.num_blocks,
         "parameters": job.sizes.num_parameters,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
+from nntk_dist.designs import automatic_draws
 from nntk_dist.distributions import Gaussian, make_distribution
-from nntk_dist.drawing import Drawing, automatic_draws
+from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError
 from nntk_dist.philox import Stream
 
@@ -82,11 +83,14 @@ def test_shrinkage_is_independent_of_the_perturbation():
 
 
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
-def test_inner_products_are_those_of_the_perturbations(design):
+def test_direction_products_are_those_of_the_directions(design):
     some = drawing(design, draws=256, parameters=70_000)  # more than one slice of coordinates
     z = everything(some)
-    expected = z @ z.T
-    torch.testing.assert_close(some.inner_products(), expected, rtol=0, atol=1e-12 * float(expected.max()))
+    v = 70_000 * z / z.square().sum(1, keepdim=True)
+    torch.testing.assert_close(some.directions(z), v, rtol=1e-13, atol=0)
+    expected = v @ v.T
+    torch.testing.assert_close(some.direction_products(), expected, rtol=0, atol=1e-12 * float(expected.max()))
+    torch.testing.assert_close(some.squared_norms(), z.square().sum(1), rtol=1e-13, atol=0)
 
 
 def test_seeds_and_streams_have_draws_of_their_own():
@@ -114,13 +118,13 @@ def test_gamma_is_a_scale_and_nothing_else():
     ],
 )
 def test_automatic_draws_are_whole_groups_in_every_block(estimator, blocks, design, expected):
-    assert automatic_draws(estimator, blocks, design) == expected
+    assert automatic_draws(estimator, blocks, design, 7) == expected
     assert drawing(design, draws=expected, blocks=blocks).num_draws == expected
 
 
 def test_unknown_designs_are_refused():
     with pytest.raises(
-        NNTKError, match=r"design is 'antitetic'; allowed: iid, antithetic; did you mean 'antithetic'\?"
+        NNTKError, match=r"design is 'antitetic'; allowed: iid, antithetic, orthogonal; did you mean 'antithetic'\?"
     ):
         drawing("antitetic")
 

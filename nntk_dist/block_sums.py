@@ -3,18 +3,21 @@
 A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. Two forms:
 *factored*, where features are columns and products are plain matrix products, and *layered*, where the gradient of a
 layer is an outer product δ ⊗ h̃ that is never formed: ⟨h̃, h̃'⟩⟨δ, δ'⟩ for every pair of draws.
-No models, no randomness; standard errors are made of these sums in `nntk_dist.statistics`.
+Sketched columns come in independent groups, whose sums are kept apart too. No models, no randomness; standard errors
+are made of these sums in `nntk_dist.statistics`.
 
-Axes: n rows, r/R blocks, s/S draws, c outputs, k feature columns of one output.
+Axes: n rows, r/R blocks, s/S draws, c outputs, k feature columns of one output, q/Q groups of sketch columns.
 Pairings: "blocks" pairs all blocks (nonlocal kernel), "draws" only a draw with itself (averaged, covariance, local).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+
+_ELEMENTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,15 @@ class BlockSums:
     """Sums over blocks of the products of one tile, in float64.
 
     within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
-    h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r.
+    h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r. by_group, where features are
+    sketched: what each group of sketch columns contributes to `between`, its leading axis is q.
     """
 
     num_blocks: int
     within: Float64[Tensor, "*tile"]
     between: Float64[Tensor, "*tile"] | None
     by_block: Float64[Tensor, "r *tile"] | None
+    by_group: Float64[Tensor, "q *tile"] | None = None
 
     def add_(self, other: "BlockSums") -> "BlockSums":
         """Add the sums of further outputs or layers, in place."""
@@ -72,13 +77,21 @@ class BlockSums:
             self.between += other.between
         if self.by_block is not None and other.by_block is not None:
             self.by_block += other.by_block
+        if self.by_group is not None and other.by_group is not None:
+            self.by_group += other.by_group
         return self
 
 
 def empty_sums(
-    shape: Sequence[int], num_blocks: int, *, pair_blocks: bool, by_block: bool, device: torch.device
+    shape: Sequence[int],
+    num_blocks: int,
+    *,
+    pair_blocks: bool,
+    by_block: bool,
+    device: torch.device,
+    num_groups: int = 0,
 ) -> BlockSums:
-    """Sums of nothing."""
+    """Sums of nothing; groups are kept apart only together with blocks, for the standard error."""
 
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)
@@ -88,6 +101,7 @@ def empty_sums(
         zeros(*shape),
         zeros(*shape) if pair_blocks else None,
         zeros(num_blocks, *shape) if by_block else None,
+        zeros(num_groups, *shape) if by_block and num_groups else None,
     )
 
 
@@ -100,6 +114,11 @@ class Factored:
     right: Float[Tensor, "n r c k"]
     together: Float[Tensor, "n r c k"]
     apart: Float[Tensor, "n r c k"] | None
+
+    def columns(self, selection: slice) -> "Factored":
+        """Some of the columns."""
+        apart = None if self.apart is None else self.apart[..., selection]
+        return Factored(self.right[..., selection], self.together[..., selection], apart)
 
 
 def formed_gradients(gradients: Float[Tensor, "n r c k"]) -> Factored:
@@ -127,6 +146,21 @@ def add_factored_(sums: BlockSums, rows: Factored, columns: Factored, meeting: M
         apart = (apart + meeting.outputs(rows.right[:, r], columns.apart[:, r])).mul_(0.5)
         sums.between += apart
         sums.by_block[r] += apart
+
+
+def add_sketched_(sums: BlockSums, rows: Factored, columns: Factored, meeting: Meeting, num_groups: int) -> None:
+    """Add the block products of sketched gradients, group by group where the standard error wants them."""
+    if sums.by_group is None or sums.between is None:
+        add_factored_(sums, rows, columns, meeting)
+        return
+    width = rows.right.shape[-1] // num_groups
+    for group in range(num_groups):
+        own = slice(group * width, (group + 1) * width)
+        part = replace(sums, between=torch.zeros_like(sums.between))
+        add_factored_(part, rows.columns(own), columns.columns(own), meeting)
+        assert part.between is not None
+        sums.between += part.between
+        sums.by_group[group] += part.between
 
 
 @dataclass(frozen=True)
@@ -159,24 +193,71 @@ def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meet
 def add_layered_(
     sums: BlockSums, rows: Layered, columns: Layered, meeting: Meeting, block_of: Callable[[int], int], num_blocks: int
 ) -> None:
-    """Add the block products of layered features, S² (pairing "blocks") or S products of the layers' widths."""
+    """Add the block products of layered features, S² (pairing "blocks") or S products of the layers' widths.
+
+    A row set that meets itself takes half of the S²: the other half is the transposed.
+    """
     draws_per_block = rows.num_draws // num_blocks
-    for s in range(rows.num_draws):
-        block = block_of(s)
-        partners = range(rows.num_draws) if sums.between is not None else (s,)
-        for t in partners:
-            other = block_of(t)
-            product = draw_products(rows, columns, s, t, meeting)
-            if sums.between is None:
-                product /= draws_per_block
-                sums.within += product
-                if sums.by_block is not None:
-                    sums.by_block[block] += product
-            elif block == other:
-                sums.within += product.div_(draws_per_block**2)
-            else:
-                sums.between += product.div_(draws_per_block**2)
-                if sums.by_block is not None:
-                    product *= 0.5
-                    sums.by_block[block] += product
-                    sums.by_block[other] += product
+    if sums.between is None:
+        for s in range(rows.num_draws):
+            product = draw_products(rows, columns, s, s, meeting).div_(draws_per_block)
+            sums.within += product
+            if sums.by_block is not None:
+                sums.by_block[block_of(s)] += product
+        return
+    mirrored = not meeting.paired and rows.inputs[0] is columns.inputs[0]
+    blocks = [block_of(s) for s in range(rows.num_draws)]
+    step = max(1, _ELEMENTS_AT_ONCE // sums.within.numel())
+    for start in range(0, rows.num_draws, step):
+        stop = min(start + step, rows.num_draws)
+        partners = [
+            tuple(part[:, start:stop].transpose(0, 1).contiguous() for part in layer)
+            for layer in zip(columns.inputs, columns.gradients, strict=True)
+        ]
+        for s in range(stop if mirrored else rows.num_draws):
+            first = max(s, start) if mirrored else start
+            products = _products_with(rows, s, [(h[first - start :], d[first - start :]) for h, d in partners], meeting)
+            products /= draws_per_block**2
+            if mirrored and first == s:
+                products[0] *= 0.5
+            _add_pairs_(sums, products, blocks[s], blocks[first:stop], mirrored=mirrored)
+
+
+def _add_pairs_(
+    sums: BlockSums, products: Float[Tensor, "t *tile"], block: int, others: Sequence[int], *, mirrored: bool
+) -> None:
+    """Add the products of one draw with several, whose blocks ascend; `mirrored` adds the transposed too."""
+    assert sums.between is not None
+    for other in dict.fromkeys(others):
+        first = others.index(other)
+        total = products[first : first + others.count(other)].sum(0, dtype=torch.float64)
+        if mirrored:
+            total = total + total.T
+        if block == other:
+            sums.within += total
+            continue
+        sums.between += total
+        if sums.by_block is not None:
+            total *= 0.5
+            sums.by_block[block] += total
+            sums.by_block[other] += total
+
+
+def _products_with(
+    rows: Layered,
+    s: int,
+    partners: Sequence[tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]],
+    meeting: Meeting,
+) -> Float[Tensor, "t *tile"]:
+    """⟨g_s(x), g_t(x')⟩ of one draw with several: to the rows, partners are so many more columns."""
+    count = len(partners[0][0])
+    total: Tensor | None = None
+    for h, delta, (h2, delta2) in zip(rows.inputs, rows.gradients, partners, strict=True):
+        h, delta = h[:, s], delta[:, s]
+        if meeting.paired:
+            h, delta = h.repeat(count, 1), delta.repeat(count, 1, 1)
+        product = meeting.outputs(delta, delta2.flatten(0, 1))
+        product *= meeting.shared(h, h2.flatten(0, 1), rows.num_outputs)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total.unflatten(0, (count, -1)) if meeting.paired else total.unflatten(1, (count, -1)).transpose(0, 1)

@@ -52,6 +52,19 @@ class SitePlan:
         """Parameters whose gradient is formed, in a fixed order."""
         return tuple(dict.fromkeys(name for site in self.dense for _, name in site.parameters)) + self.whole
 
+    def names(self) -> frozenset[str]:
+        """All parameters of the plan."""
+        return frozenset(name for site in self.outer for _, name in site.parameters) | frozenset(self.dense_names())
+
+    def only(self, names: frozenset[str]) -> "SitePlan":
+        """The plan of these parameters alone."""
+
+        def keep(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+            pruned = [replace(s, parameters=tuple(p for p in s.parameters if p[1] in names)) for s in sites]
+            return tuple(site for site in pruned if site.parameters)
+
+        return SitePlan(keep(self.outer), keep(self.dense), tuple(name for name in self.whole if name in names))
+
     def densified(self, modules: frozenset[str]) -> "SitePlan":
         """The same plan with the outer sites of these modules formed densely."""
         moved = tuple(site for site in self.outer if site.module in modules)
@@ -281,9 +294,5 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
 
 def _without(plan: SitePlan, names: frozenset[str]) -> SitePlan:
     """The plan with these parameters differentiated as a whole."""
-
-    def keep(sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        pruned = [replace(s, parameters=tuple(p for p in s.parameters if p[1] not in names)) for s in sites]
-        return tuple(site for site in pruned if site.parameters)
-
-    return SitePlan(keep(plan.outer), keep(plan.dense), plan.whole + tuple(sorted(names - set(plan.whole))))
+    kept = plan.only(plan.names() - names)
+    return replace(kept, whole=plan.whole + tuple(sorted(names - set(plan.whole))))

@@ -30,6 +30,7 @@ class DifferenceMeans:
     columns: tuple[int, ...]
     pair_blocks: bool = True
     shows_unresolved: bool = True
+    num_sketch_groups: int = 0
 
     @property
     def num_draws(self) -> int:

@@ -37,6 +37,7 @@ class DifferenceFeatures:
     pair_blocks: bool = True
     metric: Float64[Tensor, "s s"] | None = None
     shows_unresolved: bool = True
+    num_sketch_groups: int = 0
 
     @property
     def num_draws(self) -> int:

@@ -9,13 +9,15 @@ Axes: n examples, c outputs.
 from torch import Tensor, nn
 
 from nntk_dist.capture import plan_sites
+from nntk_dist.contraction import contraction_of
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import Evaluator
 from nntk_dist.features import FeatureMap
-from nntk_dist.gradients import GradientFeatures, cheapest_contraction
+from nntk_dist.gradients import GradientFeatures
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
+from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
 
 # Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
@@ -42,13 +44,12 @@ def make_feature_map(
     if resolution.estimator == "weight":
         return DifferenceFeatures(evaluator, spec.drawing("weight", space, model), columns, spec.pair_blocks, metric)
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
-    plan = cheapest_contraction(
-        model,
-        plan_sites(model, space, x),
-        num_draws=resolution.num_draws,
-        num_blocks=1 if drawing is None else drawing.num_blocks,
-        num_outputs=len(columns),
-        pair_blocks=spec.pair_blocks,
-        full=spec.outputs == "full",
+    chosen = contraction_of(
+        model, plan_sites(model, space, x), space, spec, num_draws=resolution.num_draws, num_outputs=len(columns)
     )
-    return GradientFeatures(evaluator, plan, drawing, columns, spec.pair_blocks)
+    sketch = None
+    if chosen.sketched is not None:
+        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(spec.blocks), space.names)
+    return GradientFeatures(
+        evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
+    )

@@ -65,6 +65,11 @@ class FeatureMap(Protocol):
         ...
 
     @property
+    def num_sketch_groups(self) -> int:
+        """Q, independent groups of sketch columns; 0 where products are exact."""
+        ...
+
+    @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays that `compute` returns."""
         ...
@@ -86,7 +91,7 @@ class FeatureMap(Protocol):
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Tensor:
         """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile);
-        float64.
+        float64. Of a sketch (Q, R, R, *tile): what each group contributes to the product.
         """
         ...
 

@@ -4,9 +4,10 @@
 §1).
 `averaged`: E_z[NTK(θ + U^{1/P} z)], each draw with itself. `local`: one gradient, at θ.
 A Linear layer's gradient δ ⊗ h̃ stays in two factors, or is averaged over a block's draws where that needs fewer
-operations.
+operations, or is sketched (`nntk_dist.sketching`); which, `nntk_dist.contraction` decides.
 
-Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only itself), c outputs, k dense parameters.
+Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only itself), c outputs, k dense
+parameters or columns of the sketch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 
 from nntk_dist.block_sums import (
     BlockSums,
@@ -23,19 +24,25 @@ from nntk_dist.block_sums import (
     Meeting,
     add_factored_,
     add_layered_,
+    add_sketched_,
     draw_products,
     empty_sums,
     formed_gradients,
 )
 from nntk_dist.capture import Recording, SitePlan, dense_gradients, extended_input
+from nntk_dist.contraction import linear_widths
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.sketching import Sketch, sketched_gradients
 
 
 @dataclass(frozen=True)
 class GradientFeatures:
-    """Gradients under all draws, by layer; `drawing` None means the one gradient at θ itself."""
+    """Gradients under all draws, by layer; `drawing` None means the one gradient at θ itself.
+
+    The parameters of `sketched`, a plan without outer sites, are in `sketch` alone: where blocks are paired only.
+    """
 
     evaluator: Evaluator
     plan: SitePlan
@@ -43,6 +50,8 @@ class GradientFeatures:
     columns: tuple[int, ...]
     pair_blocks: bool
     shows_unresolved: bool = False
+    sketch: Sketch | None = None
+    sketched: SitePlan | None = None
 
     @property
     def num_draws(self) -> int:
@@ -71,6 +80,10 @@ class GradientFeatures:
         return sum(sizes[name] for name in self.plan.dense_names())
 
     @property
+    def num_sketch_groups(self) -> int:
+        return 0 if self.sketch is None else self.sketch.num_groups
+
+    @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         specs = []
         for index, site in enumerate(self.plan.outer):
@@ -85,6 +98,9 @@ class GradientFeatures:
             axis = "block" if self.pair_blocks else "draw"
             shape = (self.num_draws // self.draws_per_slot, len(self.columns), self.num_dense)
             specs.append(ArraySpec("dense", (axis, "output", "parameter"), shape))
+        if self.sketch is not None:
+            shape = (self.num_blocks, len(self.columns), self.sketch.num_columns)
+            specs.append(ArraySpec("sketch", ("block", "output", "column"), shape))
         return tuple(specs)
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
@@ -103,41 +119,43 @@ class GradientFeatures:
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         block_range(draws, self.draws_per_block)
         outer: list[dict[str, Tensor]] = []
-        slots: list[Tensor] = []
+        slots: dict[str, list[Tensor]] = {}
         for draw, parameters in zip(draws, self.parameters_at(draws), strict=True):
-            layers, dense = self._one_draw(x, parameters, columns)
-            outer.append(layers)
-            if dense is None:
-                continue
-            if (draw - draws.start) % self.draws_per_slot:
-                slots[-1] += dense
-            else:
-                slots.append(dense)
-        result = {name: torch.stack([layers[name] for layers in outer], dim=1) for name in outer[0]}
-        if slots:
-            result["dense"] = torch.stack(slots, dim=1).div_(self.draws_per_slot)
+            factors, formed = self._one_draw(x, parameters, columns)
+            outer.append(factors)
+            for name, values in formed.items():
+                if (draw - draws.start) % self.draws_per_slot:
+                    slots[name][-1] += values
+                else:
+                    slots.setdefault(name, []).append(values)
+        result = {name: torch.stack([factors[name] for factors in outer], dim=1) for name in outer[0]}
+        result |= {name: torch.stack(parts, dim=1).div_(self.draws_per_slot) for name, parts in slots.items()}
         for array in result.values():
             check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
         return result
 
     def _one_draw(
         self, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Layer factors by array name, and the dense gradients (n, c, k), under one draw."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Under one draw, by array name: the factors of outer layers, and what is averaged over a slot's draws."""
         model = self.evaluator.model
-        recording = Recording(model, (*self.plan.outer, *self.plan.dense), x, parameters)
+        sketched = () if self.sketched is None else self.sketched.dense
+        recording = Recording(model, (*self.plan.outer, *self.plan.dense, *sketched), x, parameters)
         deltas = recording.gradients(columns)
-        layers = {}
+        factors = {}
         for index, site in enumerate(self.plan.outer):
             (call,), (delta,) = recording.calls[site.module], deltas[site.module]
-            layers[f"input_{index}"] = extended_input(site, call.h)
-            layers[f"gradient_{index}"] = delta.flatten(2)
-        if not self.plan.dense_names():
-            return layers, None
-        formed = dense_gradients(model, self.plan, recording, deltas, x, parameters, columns)
-        return layers, torch.cat(
-            [formed[name].reshape(len(x), len(columns), -1) for name in self.plan.dense_names()], dim=2
-        )
+            factors[f"input_{index}"] = extended_input(site, call.h)
+            factors[f"gradient_{index}"] = delta.flatten(2)
+        formed: dict[str, Tensor] = {}
+        if names := self.plan.dense_names():
+            dense = dense_gradients(model, self.plan, recording, deltas, x, parameters, columns)
+            formed["dense"] = torch.cat([dense[name].reshape(len(x), len(columns), -1) for name in names], dim=2)
+        if self.sketch is not None and self.sketched is not None:
+            formed["sketch"] = sketched_gradients(
+                model, self.sketched, self.sketch, recording, deltas, x, parameters, columns
+            )
+        return factors, formed
 
     def _layered(self, rows: Rows) -> Layered | None:
         indices = range(len(self.plan.outer))
@@ -156,16 +174,26 @@ class GradientFeatures:
         first = next(iter(rows.values()))
         num_outputs = self._num_outputs(rows)
         shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
-        sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
+        sums = empty_sums(
+            shape,
+            self.num_blocks,
+            pair_blocks=self.pair_blocks,
+            by_block=by_block,
+            device=first.device,
+            num_groups=self.num_sketch_groups,
+        )
         left, right = self._layered(rows), self._layered(others)
         if left is not None and right is not None:
             add_layered_(sums, left, right, meeting, self._block_of, self.num_blocks)
         if "dense" in rows:
             add_factored_(sums, self._factored(rows), self._factored(others), meeting)
+        if "sketch" in rows:
+            left_columns, right_columns = formed_gradients(rows["sketch"]), formed_gradients(others["sketch"])
+            add_sketched_(sums, left_columns, right_columns, meeting, self.num_sketch_groups)
         return sums
 
     def _num_outputs(self, rows: Rows) -> int:
-        return rows["dense"].shape[2] if "dense" in rows else rows["gradient_0"].shape[2]
+        return next(rows[name].shape[2] for name in ("dense", "sketch", "gradient_0") if name in rows)
 
     def _block_of(self, draw: int) -> int:
         return draw // self.draws_per_block
@@ -173,12 +201,29 @@ class GradientFeatures:
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left = {name: array.double() for name, array in rows.items()}
         right = {name: array.double() for name, array in others.items()}
-        products = [
-            torch.stack([self._block_product(left, right, r, q, meeting) for q in self._partners(r)])
-            for r in range(self.num_blocks)
-        ]
-        stacked = torch.stack(products)
-        return stacked if self.pair_blocks else stacked[:, 0]
+        blocks = range(self.num_blocks)
+        if self.sketch is None:
+            stacked = self._exact_products(left, right, meeting)
+            return stacked if self.pair_blocks else stacked[:, 0]
+        products = torch.stack(
+            [
+                torch.stack([torch.stack([meeting.outputs(a[:, r], b[:, s]) for s in blocks]) for r in blocks])
+                for a, b in zip(
+                    *(part["sketch"].chunk(self.num_sketch_groups, 3) for part in (left, right)), strict=True
+                )
+            ]
+        )
+        if len(rows) > 1:  # what is exact belongs to every group alike
+            products += self._exact_products(left, right, meeting) / self.num_sketch_groups
+        return products
+
+    def _exact_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
+        return torch.stack(
+            [
+                torch.stack([self._block_product(rows, others, r, q, meeting) for q in self._partners(r)])
+                for r in range(self.num_blocks)
+            ]
+        )
 
     def _partners(self, block: int) -> Sequence[int]:
         return range(self.num_blocks) if self.pair_blocks else (block,)
@@ -198,39 +243,6 @@ class GradientFeatures:
             slots = [(r, q)] if self.pair_blocks else pairs
             terms += [meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in slots]
         return torch.stack(terms).sum(0)
-
-
-def linear_widths(model: nn.Module, path: str, attributes: Sequence[str]) -> tuple[int, int]:
-    """Lengths of h̃ and δ of a Linear site."""
-    module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear)
-    return module.in_features * ("weight" in attributes) + ("bias" in attributes), module.out_features
-
-
-def cheapest_contraction(
-    model: nn.Module,
-    plan: SitePlan,
-    *,
-    num_draws: int,
-    num_blocks: int,
-    num_outputs: int,
-    pair_blocks: bool,
-    full: bool,
-) -> SitePlan:
-    """The plan with every Linear site formed densely where that takes fewer multiply-adds for an entry of the kernel.
-
-    Layered: S² (or S) times the widths of the layer; dense: 3R (or S) times its parameters, for all outputs (squared
-    if full).
-    """
-    dense = set()
-    pairs = num_draws**2 if pair_blocks else num_draws
-    products = 3 * num_blocks if pair_blocks else num_draws
-    copies = num_outputs**2 if full else num_outputs
-    for site in plan.outer:
-        inputs, units = linear_widths(model, site.module, site.attributes)
-        if products * copies * inputs * units < pairs * (inputs + copies * units):
-            dense.add(site.module)
-    return plan.densified(frozenset(dense))
 
 
 def feature_bytes(arrays: Mapping[str, Tensor]) -> int:

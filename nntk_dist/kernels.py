@@ -89,6 +89,8 @@ def nonlocal_kernel(
     outputs: str | int = "trace",
     scale: str = "localized",
     weighting: object | None = None,
+    contraction: str = "auto",
+    sketch: int | str = "auto",
     parameters: Sequence[str] = ("*",),
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -99,6 +101,9 @@ def nonlocal_kernel(
 
     Assumes that an example's output does not depend on its batch; eval mode is used. `unbiased` is right on average
     and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare entries with `unbiased`.
+    `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
+    `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
+    counts; auto is exact wherever that can be afforded, and `reason` says.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
     products of the layers' widths an entry. Source: arXiv 2509.12467; estimators and error bars are this library's.
 
@@ -122,6 +127,8 @@ def nonlocal_kernel(
         outputs=outputs,
         scale=scale,
         seed=seed,
+        contraction=contraction,
+        sketch=sketch,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -271,7 +278,7 @@ def _statistics(
     if features.num_blocks >= MINIMUM_BLOCKS:
         sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
         products = features.block_products(slice_rows(rows, sample), slice_rows(right, other_sample), spec.meeting)
-        calibration = calibrate(products, pair_blocks=features.pair_blocks)
+        calibration = calibrate(products, pair_blocks=features.pair_blocks, num_groups=features.num_sketch_groups)
     parts: dict[str, Tensor] = {}
     for i in range(0, n1, _TILE_ROWS):
         left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))

@@ -19,26 +19,43 @@ Gradients = dict[str, Tensor]
 # (module, its parameters at this draw, h of shape (n, ...), δ of shape (n, c, ...)) -> parameter name in the module:
 # (n, c, *shape)
 Rule = Callable[[nn.Module, Mapping[str, Tensor], Tensor, Tensor], Gradients]
+# (module, h, δ) -> δ as (n, c, t, o) and the layer's input as (n, t, i)
+Factors = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def linear(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
     """weight: Σ_t δ_t ⊗ h_t; bias: Σ_t δ_t."""
-    h = h.reshape(len(h), -1, h.shape[-1])
-    delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+    delta, h = linear_factors(module, h, delta)
     return {"weight": torch.einsum("ncto,nti->ncoi", delta, h), "bias": delta.sum(2)}
+
+
+def linear_factors(module: nn.Module, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """δ (n, c, t, o) and h (n, t, i), whose products summed over t are the weight's gradient."""
+    return delta.reshape(*delta.shape[:2], -1, delta.shape[-1]), h.reshape(len(h), -1, h.shape[-1])
 
 
 def convolution(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
     """As a linear layer over the patches that the kernel sees, group by group."""
     assert isinstance(module, nn.Conv2d)
-    assert not isinstance(module.padding, str)
-    patches = functional.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
     groups = module.groups
+    patches = _patches(module, h)
     patches = patches.reshape(len(h), groups, -1, patches.shape[-1])
     delta = delta.flatten(3)
     grouped = delta.reshape(*delta.shape[:2], groups, -1, delta.shape[-1])
     weight = torch.einsum("ncgot,ngit->ncgoi", grouped, patches)
     return {"weight": weight.reshape(*delta.shape[:2], *module.weight.shape), "bias": delta.sum(3)}
+
+
+def convolution_factors(module: nn.Module, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """δ (n, c, t, o) and the patches (n, t, i) of a convolution without groups, t the output's pixels."""
+    assert isinstance(module, nn.Conv2d)
+    return delta.flatten(3).transpose(2, 3), _patches(module, h).transpose(1, 2)
+
+
+def _patches(module: nn.Conv2d, h: Tensor) -> Tensor:
+    """What the kernel sees at every pixel of the output, (n, i, t)."""
+    assert not isinstance(module.padding, str)
+    return functional.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
 
 
 def _affine(normalised: Tensor, delta: Tensor, axes: tuple[int, ...]) -> Gradients:
@@ -104,6 +121,18 @@ def rule_for(module: nn.Module) -> Rule | None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 return None
             return rule
+    return None
+
+
+def factors_for(module: nn.Module) -> Factors | None:
+    """How the gradient of a module's weight factorises over its output and input side; None where it does not.
+
+    Its bias, where it has one, is then the sum of δ over positions.
+    """
+    if rule_for(module) is linear:
+        return linear_factors
+    if isinstance(module, nn.Conv2d) and rule_for(module) is convolution and module.groups == 1:
+        return convolution_factors
     return None
 
 

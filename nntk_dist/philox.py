@@ -11,7 +11,7 @@ import math
 from enum import IntEnum
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -114,3 +114,12 @@ def normal(
         low, high = max(start, 4 * begin), min(stop, 4 * end)
         result[:, low - start : high - start] = values[:, low - 4 * begin : high - 4 * begin]
     return result
+
+
+def signs(
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0, dtype: torch.dtype
+) -> Float[Tensor, "g {count}"]:
+    """Random signs ±1, `count` for each group: one bit each, 128 from a counter."""
+    words = torch.stack(_words(seed, stream, groups, draw, 0, -(-count // 128)), dim=-1)
+    bits = (words[..., None] >> torch.arange(32, device=groups.device)).bitwise_and_(1)
+    return bits.flatten(1)[:, :count].to(dtype).mul_(-2.0).add_(1.0)

@@ -7,13 +7,14 @@ Axes: n examples, c outputs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from nntk_dist.black_box import holds_black_box
 from nntk_dist.capture import plan_sites
+from nntk_dist.contraction import contraction_of
 from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
@@ -34,6 +35,8 @@ class Resolution:
     num_parameters: int
     num_outputs: int
     stacked: bool
+    num_columns: int = 0  # numbers of the sketch for an output and block, 0 without one
+    num_sketched: int = 0  # parameters that are in the sketch
 
 
 def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Resolution:
@@ -54,7 +57,23 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     estimator, reason = _choose(model, space, spec, x)
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
-    return Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+    resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+    if estimator == "autodiff":
+        kept = 1 if isinstance(spec.outputs, int) else num_outputs
+        plan = plan_sites(model, space, x)
+        chosen = contraction_of(model, plan, space, spec, num_draws=draws, num_outputs=kept)
+        return replace(
+            resolution,
+            reason=f"{reason}; {chosen.text}",
+            num_columns=chosen.num_columns,
+            num_sketched=chosen.num_sketched,
+        )
+    if spec.contraction != "auto":
+        raise NNTKError(
+            f"contraction is '{spec.contraction}', but the estimator is {estimator} ({reason}), which forms no "
+            "gradients; use contraction: auto"
+        )
+    return resolution
 
 
 def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> None:

@@ -20,10 +20,12 @@ from nntk_dist.distributions import OPTIONS, Distribution, Student, make_distrib
 from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.parameters import ParameterSpace
+from nntk_dist.sketching import columns_of_sketch
 from nntk_dist.statistics import STATISTICS
 
 KINDS = ("nonlocal", "covariance", "averaged", "local")
 ESTIMATORS = ("auto", "weight", "autodiff")
+CONTRACTIONS = ("auto", "layered", "means", "sketch")
 SCALES = ("localized", "raw")
 
 
@@ -50,6 +52,8 @@ class KernelSpec:
     alpha: float | None = None
     nu: float | None = None
     rank: int | None = None
+    contraction: str = "auto"
+    sketch: int | str = "auto"
 
     def __post_init__(self) -> None:
         self._take_integers()
@@ -60,6 +64,7 @@ class KernelSpec:
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("statistic", self.statistic, STATISTICS)
         check_choice("scale", self.scale, SCALES)
+        self._check_contraction()
         if isinstance(self.outputs, str):
             check_choice("outputs", self.outputs, ("trace", "full"))
         if isinstance(self.draws, str):
@@ -82,9 +87,33 @@ class KernelSpec:
                 f"estimator is 'weight'; allowed for kind {self.kind}, which is made of gradients: auto, autodiff"
             )
 
+    def _check_contraction(self) -> None:
+        """A contraction needs gradients, a sketch the pairs of blocks whose scatter tells its error."""
+        check_choice("contraction", self.contraction, CONTRACTIONS)
+        if self.contraction != "auto" and (self.kind == "covariance" or self.estimator == "weight"):
+            what = "kind covariance" if self.kind == "covariance" else "estimator weight"
+            raise NNTKError(
+                f"contraction is '{self.contraction}'; allowed for {what}, made of output differences: auto"
+            )
+        if self.contraction == "sketch" and not self.pair_blocks:
+            raise NNTKError(
+                f"contraction is 'sketch'; allowed for kind {self.kind}: auto, layered, means (only kind nonlocal "
+                "knows the sketch's error)"
+            )
+        if isinstance(self.sketch, str):
+            check_choice("sketch", self.sketch, ("auto",))
+        elif self.contraction not in ("auto", "sketch"):
+            raise NNTKError(
+                f"sketch is {self.sketch}, but contraction '{self.contraction}' sketches nothing; allowed: auto, or "
+                "contraction: sketch"
+            )
+        if self.pair_blocks:
+            columns_of_sketch(self.sketch, self.blocks)
+
     def _take_integers(self) -> None:
         """Accept any integer type (NumPy's too) as an int, and nothing else: None must not pass for `trace`."""
-        for name, words in (("draws", "auto"), ("outputs", "trace, full"), ("blocks", ""), ("seed", "")):
+        named = {"draws": "auto", "outputs": "trace, full", "blocks": "", "seed": "", "sketch": "auto"}
+        for name, words in named.items():
             value = getattr(self, name)
             if isinstance(value, str) and words:
                 continue

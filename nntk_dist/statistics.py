@@ -4,7 +4,11 @@
 and not PSD. The jackknife variance J of U is too wide by up to 2(R−1)/(R−2), the unbiased variance estimate V noisy
 and possibly negative; so the standard error takes J's shape at V's level, measured on a fixed sample of entries.
 
-Axes: r/R blocks, leading; the rest is a tile of any shape.
+Where features are sketched, the jackknife holds for the sketch at hand; the scatter of U between the Q groups of sketch
+columns, each with all draws, tells what another sketch would change. The sum of both counts twice what draws and sketch
+do to each other: too wide by at most √2, and by a few percent unless noise is as large as the kernel.
+
+Axes: r/R blocks, leading; q/Q groups of sketch columns; the rest is a tile of any shape.
 """
 
 import math
@@ -63,13 +67,19 @@ def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, T
     return unbiased, variance, by_block
 
 
-def calibrate(products: Float64[Tensor, "r ..."], *, pair_blocks: bool) -> Calibration:
+def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Float64[Tensor, "*tile"]:
+    """Variance of U over sketches, from what each of Q independent groups adds to Σ_{r≠r'} h_rr': Q·Var_q/(R(R−1))²."""
+    return by_group.var(0) * (len(by_group) / (num_blocks * (num_blocks - 1)) ** 2)
+
+
+def calibrate(products: Float64[Tensor, "..."], *, pair_blocks: bool, num_groups: int = 0) -> Calibration:
     """Calibration from all block products of a sample of entries: (R, R, *sample), or (R, *sample) where blocks stand
-    alone.
+    alone; with `num_groups` of sketch columns (Q, R, R, *sample), what each group contributes.
 
     level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased,
     level 1.
     """
+    by_group, products = products, products.sum(0) if num_groups else products
     blocks = len(products)
     if pair_blocks:
         value, variance, by_block = unbiased_variance(products)
@@ -80,6 +90,8 @@ def calibrate(products: Float64[Tensor, "r ..."], *, pair_blocks: bool) -> Calib
     else:
         value, shape, level = products.mean(0), products.var(0) / blocks, 1.0
     noise = level * float(shape.sum())
+    if num_groups:
+        noise += float(sketch_variance(by_group.sum((1, 2)) - by_group.diagonal(dim1=1, dim2=2).sum(-1), blocks).sum())
     signal = float(value.square().sum()) - noise
     relative = math.sqrt(noise / signal) if signal > 0 else math.inf if noise > 0 else 0.0
     return Calibration(level=level, relative_error=relative, num_entries=value.numel())
@@ -93,7 +105,10 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
             stderr = (by_block.var(0) / blocks).sqrt()
         return Estimates(plugin=sums.within / blocks, unbiased=None, stderr=stderr)
     if by_block is not None and calibration is not None:
-        stderr = (calibration.level * jackknife_variance(by_block)).sqrt()
+        variance = calibration.level * jackknife_variance(by_block)
+        if sums.by_group is not None:
+            variance += sketch_variance(sums.by_group, blocks)
+        stderr = variance.sqrt()
     return Estimates(
         plugin=(sums.within + sums.between) / blocks**2,
         unbiased=sums.between / (blocks * (blocks - 1)) if blocks > 1 else None,

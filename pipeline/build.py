@@ -73,6 +73,8 @@ def build_spec(kernel: KernelConfig) -> KernelSpec:
         outputs=kernel.outputs,
         scale=kernel.scale,
         seed=kernel.seed,
+        contraction=kernel.contraction,
+        sketch=kernel.sketch,
     )
 
 

@@ -77,6 +77,8 @@ class KernelConfig(Section):
     ] = "trace"
     scale: Literal["localized", "raw"] = "localized"
     seed: Seed = 0
+    contraction: Literal["auto", "layered", "means", "sketch"] = "auto"
+    sketch: CountOrAuto = "auto"
 
     @model_validator(mode="after")
     def _estimator_fits_kind(self) -> Self:

@@ -49,6 +49,6 @@ def execute(context: Context, task: Task) -> Written:
         product = features.block_products(left, right, meeting)
         products = product if products is None else products + product
     assert products is not None
-    result = calibrate(products, pair_blocks=features.pair_blocks)
+    result = calibrate(products, pair_blocks=features.pair_blocks, num_groups=features.num_sketch_groups)
     numbers = {"level": result.level, "relative_error": result.relative_error, "num_entries": float(result.num_entries)}
     return Written(numbers=numbers)

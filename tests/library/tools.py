@@ -43,7 +43,7 @@ def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelS
     sizes = [len(next(iter(part.values()))) for part in (rows, others)]
     first, second = sample_entries(spec.seed, *sizes)
     products = features.block_products(slice_rows(rows, first), slice_rows(others, second), spec.meeting)
-    return calibrate(products, pair_blocks=features.pair_blocks)
+    return calibrate(products, pair_blocks=features.pair_blocks, num_groups=features.num_sketch_groups)
 
 
 def estimates_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> dict[str, Tensor]:

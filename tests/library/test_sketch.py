@@ -1,0 +1,129 @@
+"""The sketch of gradients: given its probes it is their explicit projection, over probes it is right on average.
+
+The oracle forms every gradient by automatic differentiation, one example and one draw at a time, and projects it with
+the library's probes by loops over parameters and columns.
+
+Axes: S draws, R blocks, Q groups, n (n1, n2) examples, C outputs, P parameters, k columns.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.gradients import GradientFeatures
+from nntk_dist.models import build_model
+from nntk_dist.parameters import select_parameters
+from nntk_dist.sketching import Sketch, columns_of_sketch, groups_of_columns
+from nntk_dist.spec import KernelSpec
+from tests.library.tools import (
+    all_rows,
+    assert_equal,
+    calibration_of,
+    draws_by_definition,
+    estimates_of,
+    prepared_features,
+)
+from tests.oracles import brute_force
+from tests.oracles.cases import case
+
+Array = np.ndarray
+CASES = ["relu_mlp", "tied_weights", "repeated_layer", "raw_parameters", "linear_on_tokens", "embedding", "attention",
+         "layer_norm", "convnet", "batch_norm", "conv1d"]  # fmt: skip
+
+
+def transformer() -> tuple[nn.Module, Tensor]:
+    arguments = {"dim": 4, "depth": 1, "heads": 2, "hidden": 6, "patch": 2}
+    model = build_model("transformer", arguments, input_shape=(1, 4, 4), num_outputs=2, seed=0)
+    return prepare_model(model, dtype=torch.float64, device="cpu"), torch.randn(4, 1, 4, 4, dtype=torch.float64)
+
+
+def problem(name: str, n: int = 4) -> tuple[nn.Module, Tensor]:
+    return transformer() if name == "transformer" else (case(name).build(), case(name).inputs(n))
+
+
+def spec_of(outputs: str | int = "trace", sketch: int = 32, seed: int = 3) -> KernelSpec:
+    return KernelSpec(
+        estimator="autodiff", gamma=0.6, draws=8, blocks=4, seed=seed, outputs=outputs, contraction="sketch",
+        sketch=sketch,
+    )  # fmt: skip
+
+
+def sketch_by_definition(gradients: Array, sketch: Sketch, shapes: dict[str, tuple[int, ...]]) -> Array:
+    """√(2/k) Σ_p u_pᵀ G_p v_p, real and imaginary parts in turn, of gradients (…, P): (…, k)."""
+    size = sketch.num_columns
+    total = np.zeros((*gradients.shape[:-1], size // 2), dtype=complex)
+    offset = 0
+    for name, shape in shapes.items():
+        rows = shape[0] if shape else 1
+        count = int(np.prod(shape, dtype=int))
+        part = gradients[..., offset : offset + count].reshape(*gradients.shape[:-1], rows, count // rows)
+        offset += count
+        signs = [
+            sketch.probes(name, side, torch.arange(length), torch.float64).numpy()
+            for side, length in enumerate(part.shape[-2:])
+        ]
+        u, v = ((s[:, 0::2] + 1j * s[:, 1::2]) / np.sqrt(2) for s in signs)
+        if len(shape) < 2:
+            v = np.ones_like(v)
+        for j in range(size // 2):
+            total[..., j] += (part @ v[:, j]) @ u[:, j]
+    return np.sqrt(2 / size) * np.stack([total.real, total.imag], axis=-1).reshape(*gradients.shape[:-1], size)
+
+
+@pytest.mark.parametrize("name", [*CASES, "transformer"])
+def test_the_sketch_is_the_projection_of_the_gradient(name):
+    model, x = problem(name)
+    features, resolution = prepared_features(model, x, spec_of())
+    assert isinstance(features, GradientFeatures)
+    assert features.sketch is not None
+    assert resolution.num_sketched == resolution.num_parameters
+    rows = all_rows(features, x)
+    assert set(rows) == {"sketch"}
+    draws = draws_by_definition(model, x, spec_of(), "autodiff", ("*",))
+    means = brute_force.block_means(draws, np.arange(8) // 2)
+    space = select_parameters(model)
+    expected = sketch_by_definition(means, features.sketch, dict(zip(space.names, space.shapes, strict=True)))
+    assert_equal(rows["sketch"].transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full", 1])
+def test_statistics_of_a_sketch_are_their_definitions(outputs):
+    """Means, jackknife and its level from all columns, the sketch's own error from the scatter between groups."""
+    spec, (model, x) = spec_of(outputs), problem("attention")
+    features, _ = prepared_features(model, x, spec)
+    rows, others = all_rows(features, x), all_rows(features, x[:2])
+    left, right = (part["sketch"].numpy().transpose(1, 0, 2, 3) for part in (rows, others))
+    products = brute_force.block_products(left, right, outputs if outputs == "full" else "trace")
+    result = estimates_of(features, rows, others, spec)
+    assert_equal(result["plugin"], products.mean((0, 1)))
+    assert_equal(result["unbiased"], brute_force.unbiased(products))
+    each = [
+        brute_force.unbiased(brute_force.block_products(a, b, outputs if outputs == "full" else "trace"))
+        for a, b in zip(np.split(left, 8, axis=3), np.split(right, 8, axis=3), strict=True)
+    ]
+    between_groups = 8 * np.var(each, axis=0, ddof=1)
+    draws_alone = brute_force.calibrated_stderr(products)
+    assert_equal(result["stderr"], np.sqrt(draws_alone**2 + between_groups))
+    noise = (draws_alone**2 + between_groups).sum()
+    signal = (brute_force.unbiased(products) ** 2).sum() - noise
+    assert calibration_of(features, rows, others, spec).relative_error == pytest.approx(np.sqrt(noise / signal))
+
+
+@pytest.mark.parametrize(
+    ("sketch", "blocks", "message"),
+    [
+        (100, 8, r"sketch is 100; allowed: auto, or a multiple of 16 \(8 groups .*\); the nearest is 96"),
+        (0, 8, r"sketch is 0; allowed: auto, or a multiple of 16 .*; the nearest is 16"),
+        (48, 17, r"sketch is 48; allowed: auto, or a multiple of 64 \(32 groups .*\); the nearest is 64"),
+    ],
+)
+def test_sketches_that_no_groups_share(sketch, blocks, message):
+    with pytest.raises(NNTKError, match=message):
+        columns_of_sketch(sketch, blocks)
+
+
+def test_there_are_about_as_many_groups_as_blocks_and_at_least_eight():
+    assert [groups_of_columns(blocks) for blocks in (4, 8, 9, 32, 1000)] == [8, 8, 16, 32, 32]

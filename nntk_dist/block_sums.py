@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -54,6 +54,21 @@ class Meeting:
         width = num_outputs if self.full else 1
         return (num_rows * width, num_columns * width)
 
+    def both(self, a: Bool[Tensor, "n1 *c"], b: Bool[Tensor, "n2 *c"]) -> Bool[Tensor, "*tile"]:
+        """Where a row's property and a column's are both true; with `full` each output has its own."""
+        if self.paired:
+            return a[:, :, None] & b[:, None, :] if self.full else a & b
+        return a.flatten()[:, None] & b.flatten()[None, :]
+
+    def same_output(self, values: Float[Tensor, "*lead tile"], num_outputs: int) -> Tensor:
+        """Products that are `values` for an output with itself and 0 for two different ones."""
+        if not self.full:
+            return values * num_outputs
+        identity = torch.eye(num_outputs, dtype=values.dtype, device=values.device)
+        if self.paired:
+            return values[..., None, None] * identity
+        return torch.kron(values.contiguous(), identity)
+
 
 @dataclass
 class BlockSums:
@@ -61,7 +76,8 @@ class BlockSums:
 
     within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
     h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r. by_group, where features are
-    sketched: what each group of sketch columns contributes to `between`, its leading axis is q.
+    sketched: what each group of sketch columns contributes to `between`, its leading axis is q. resolved: entries of
+    whose every part some draw told something; None where all are, or where `by_block` shows it.
     """
 
     num_blocks: int
@@ -69,6 +85,7 @@ class BlockSums:
     between: Float64[Tensor, "*tile"] | None
     by_block: Float64[Tensor, "r *tile"] | None
     by_group: Float64[Tensor, "q *tile"] | None = None
+    resolved: Bool[Tensor, "*tile"] | None = None
 
     def add_(self, other: "BlockSums") -> "BlockSums":
         """Add the sums of further outputs or layers, in place."""
@@ -79,6 +96,8 @@ class BlockSums:
             self.by_block += other.by_block
         if self.by_group is not None and other.by_group is not None:
             self.by_group += other.by_group
+        if self.resolved is not None and other.resolved is not None:
+            self.resolved |= other.resolved
         return self
 
 
@@ -124,6 +143,37 @@ class Factored:
 def formed_gradients(gradients: Float[Tensor, "n r c k"]) -> Factored:
     """Block-mean gradients themselves as columns: every pair of blocks counts."""
     return Factored(right=gradients, together=gradients, apart=gradients.sum(1, keepdim=True) - gradients)
+
+
+def factored_by_metric(columns: Float[Tensor, "n c s"], metric: Float64[Tensor, "s s"], num_blocks: int) -> Factored:
+    """Columns by draw, with the products M_st of the draws: H_rr' = Σ_{s in r, t in r'} φ_s M_st φ'_t."""
+
+    def by_block(values: Float[Tensor, "n c s"]) -> Float[Tensor, "n r c b"]:
+        return values.unflatten(2, (num_blocks, -1)).transpose(1, 2)
+
+    block = torch.arange(len(metric), device=metric.device) // (len(metric) // num_blocks)
+    same = block[:, None] == block[None, :]
+    together = torch.where(same, metric, 0.0).to(columns.dtype)
+    apart = torch.where(same, 0.0, metric).to(columns.dtype)
+    return Factored(by_block(columns), by_block(columns @ together), by_block(columns @ apart))
+
+
+def metric_products(
+    rows: Float[Tensor, "n1 c s"],
+    columns: Float[Tensor, "n2 c s"],
+    metric: Float64[Tensor, "s s"],
+    num_blocks: int,
+    meeting: Meeting,
+) -> Tensor:
+    """H_rr' of columns by draw for all pairs of blocks, (R, R, *tile): the slow form, for few entries."""
+    size = len(metric) // num_blocks
+    right = columns.unflatten(2, (num_blocks, size))
+    products = []
+    for r in range(num_blocks):
+        block = slice(r * size, (r + 1) * size)
+        mixed = (rows[:, :, block] @ metric[block]).unflatten(2, (num_blocks, size))
+        products.append(torch.stack([meeting.outputs(mixed[:, :, q], right[:, :, q]) for q in range(num_blocks)]))
+    return torch.stack(products)
 
 
 def add_factored_(sums: BlockSums, rows: Factored, columns: Factored, meeting: Meeting) -> None:

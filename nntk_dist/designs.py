@@ -6,7 +6,7 @@ orthonormal. Only words and counts here; the numbers are drawn in `nntk_dist.dra
 Axes: P parameters; S draws in R blocks.
 """
 
-from nntk_dist.distributions import GAMMA_SCALES, RADIAL, LowRank
+from nntk_dist.distributions import GAMMA_SCALES, RADIAL, Gaussian, LowRank
 from nntk_dist.errors import NNTKError, check_choice
 
 # The smallest group of every design.
@@ -73,6 +73,22 @@ def automatic_draws(estimator: str, blocks: int, design: str, num_parameters: in
     return blocks * per_block
 
 
+ACTIVATION_DESIGNS = ("iid", "antithetic")
+
+
+def _check_activation(distribution: str, design: str) -> None:
+    if distribution != Gaussian.name:
+        raise NNTKError(
+            f"estimator is 'activation', whose noise by layer is Gaussian; allowed for distribution {distribution}: "
+            "auto, weight, autodiff"
+        )
+    if design not in ACTIVATION_DESIGNS:
+        raise NNTKError(
+            f"design is '{design}'; allowed for estimator activation, whose examples have noise of their own: "
+            f"{', '.join(ACTIVATION_DESIGNS)}"
+        )
+
+
 def check_combination(
     *, kind: str, estimator: str, statistic: str, distribution: str, gamma_scale: str, design: str, blocks: int
 ) -> None:
@@ -92,6 +108,8 @@ def check_combination(
             "gamma_scale is 'relative'; allowed for kind covariance: absolute (scaled by tensor, it would tend to "
             "another kernel than the NTK)"
         )
+    if estimator == "activation":
+        _check_activation(distribution, design)
     if distribution != LowRank.name:
         return
     if kind != "nonlocal":

@@ -17,7 +17,15 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.block_sums import BlockSums, Factored, Meeting, add_factored_, empty_sums
+from nntk_dist.block_sums import (
+    BlockSums,
+    Factored,
+    Meeting,
+    add_factored_,
+    empty_sums,
+    factored_by_metric,
+    metric_products,
+)
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows
@@ -96,17 +104,10 @@ class DifferenceFeatures:
 
     def _factored(self, rows: Rows) -> Factored:
         features = rows["differences"].transpose(1, 2)
-        right = self._by_block(features)
         if not self.pair_blocks:
             weights = (self._weights * self.num_blocks).to(features.dtype)
-            return Factored(right=right, together=self._by_block(features * weights), apart=None)
-        block = torch.arange(self.num_draws, device=self._device) // self.drawing.draws_per_block
-        same = block[:, None] == block[None, :]
-        together = torch.where(same, self._block_metric, 0.0).to(features.dtype)
-        apart = torch.where(same, 0.0, self._block_metric).to(features.dtype)
-        return Factored(
-            right=right, together=self._by_block(features @ together), apart=self._by_block(features @ apart)
-        )
+            return Factored(self._by_block(features), together=self._by_block(features * weights), apart=None)
+        return factored_by_metric(features, self._block_metric, self.num_blocks)
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         first = rows["differences"]
@@ -117,15 +118,8 @@ class DifferenceFeatures:
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left = rows["differences"].transpose(1, 2).double()
-        right = self._by_block(others["differences"].transpose(1, 2).double())
-        blocks = range(self.num_blocks)
-        if not self.pair_blocks:
-            weighted = self._by_block(left * (self._weights * self.num_blocks))
-            return torch.stack([meeting.outputs(weighted[:, r], right[:, r]) for r in blocks])
-        size = self.drawing.draws_per_block
-        products = []
-        for r in blocks:
-            block = slice(r * size, (r + 1) * size)
-            mixed = self._by_block(left[:, :, block] @ self._block_metric[block])
-            products.append(torch.stack([meeting.outputs(mixed[:, q], right[:, q]) for q in blocks]))
-        return torch.stack(products)
+        right = others["differences"].transpose(1, 2).double()
+        if self.pair_blocks:
+            return metric_products(left, right, self._block_metric, self.num_blocks, meeting)
+        weighted, columns = self._by_block(left * (self._weights * self.num_blocks)), self._by_block(right)
+        return torch.stack([meeting.outputs(weighted[:, r], columns[:, r]) for r in range(self.num_blocks)])

@@ -8,6 +8,7 @@ Axes: n examples, c outputs.
 
 from torch import Tensor, nn
 
+from nntk_dist.activation import activation_features
 from nntk_dist.capture import plan_sites
 from nntk_dist.contraction import contraction_of
 from nntk_dist.difference_means import DifferenceMeans
@@ -15,6 +16,7 @@ from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import Evaluator
 from nntk_dist.features import FeatureMap
 from nntk_dist.gradients import GradientFeatures
+from nntk_dist.noise_plan import plan_noise
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
 from nntk_dist.sketching import Sketch, groups_of_columns
@@ -43,6 +45,9 @@ def make_feature_map(
         return DifferenceMeans(evaluator, spec.drawing("weight", space, model), columns)
     if resolution.estimator == "weight":
         return DifferenceFeatures(evaluator, spec.drawing("weight", space, model), columns, spec.pair_blocks, metric)
+    if resolution.estimator == "activation":
+        noise, noisy_drawing = plan_noise(model, space, x), spec.drawing("activation", space, model)
+        return activation_features(evaluator, noise, noisy_drawing, columns, full=spec.outputs == "full")
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
     chosen = contraction_of(
         model, plan_sites(model, space, x), space, spec, num_draws=resolution.num_draws, num_outputs=len(columns)

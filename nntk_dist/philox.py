@@ -56,13 +56,14 @@ def philox(
 
 
 def _words(
-    seed: int, stream: Stream, groups: Int64[Tensor, " g"], draw: int, first: int, last: int
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], draw: int | Int64[Tensor, " g"], first: int, last: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words, each (g, last - first), of the counters `first` to `last` of every group."""
     position = torch.arange(first, last, dtype=torch.int64, device=groups.device)
+    high = draw << 16
     counter = (
         (position & _MASK)[None, :],
-        ((position >> 32) | (draw << 16))[None, :],
+        (position >> 32)[None, :] | (high[:, None] if isinstance(high, Tensor) else high),
         groups[:, None],
         torch.full((1, 1), int(stream), dtype=torch.int64, device=groups.device),
     )
@@ -89,12 +90,13 @@ def normal(
     start: int,
     stop: int,
     *,
-    draw: int = 0,
+    draw: int | Int64[Tensor, " g"] = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Float64[Tensor, "g i"]:
     """Standard normals of index `start` to `stop` of every group's vector, by Box and Muller's transform.
 
-    Any two calls agree on the indices that they share. Cost: about 100 elementwise operations for four numbers.
+    `draw` is below 2^16, one for all groups or one for each. Any two calls agree on the indices that they
+    share. Cost: about 100 elementwise operations for four numbers.
     Normals reach out to 6.8 standard deviations, beyond which 1 in 10^11 would lie.
     """
     if not 0 <= start <= stop <= _INDEX_LIMIT:

@@ -18,6 +18,8 @@ from nntk_dist.contraction import contraction_of
 from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
+from nntk_dist.noise_plan import NoisePlan, plan_noise
+from nntk_dist.noisy_draws import MOST_GROUPS
 from nntk_dist.parameters import ParameterSpace, select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
 from nntk_dist.spec import KernelSpec
@@ -109,6 +111,8 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         )
     if spec.estimator == "weight":
         return "weight", "asked for; valid for anything that can be evaluated"
+    if spec.estimator == "activation":
+        return "activation", f"asked for: {_treatment(_activation_plan(model, space, spec, x), space)}"
     probe = probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
     if probe.differentiable:
         if spec.estimator == "auto":
@@ -122,7 +126,37 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
             f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is "
             "silently wrong; use estimator: weight or auto"
         )
-    return "weight", f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
+    jumps = f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
+    try:
+        plan = _activation_plan(model, space, spec, x)
+    except NNTKError:
+        return "weight", jumps
+    in_weight_space = plan.num_parameters(space)[2]
+    if 2 * in_weight_space > space.num_parameters:
+        return "weight", f"{jumps}; noise in pre-activations would reach less than half of its parameters"
+    return "activation", f"{jumps}; {_treatment(plan, space)}"
+
+
+def _activation_plan(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> NoisePlan:
+    """The noise plan of a model, where the kernel's description allows the estimator `activation`.
+
+    Raises: NNTKError for another distribution or design than it is exact for, too many draws, and as `plan_noise`.
+    """
+    replace(spec, estimator="activation")  # checks that it goes with the distribution and the design
+    drawing = spec.drawing("activation", space, model)
+    most = MOST_GROUPS * drawing.group_size
+    if drawing.num_draws > most:
+        raise NNTKError(f"draws is {drawing.num_draws}; allowed for estimator activation: up to {most} ({spec.design})")
+    return plan_noise(model, space, x)
+
+
+def _treatment(plan: NoisePlan, space: ParameterSpace) -> str:
+    noisy, readout, weight_space = plan.num_parameters(space)
+    return (
+        f"of {space.num_parameters} parameters {noisy} are reached by noise in the pre-activations of "
+        f"{len(plan.noisy)} layers, {readout} lie in the readout, whose gradient is exact, and {weight_space} are "
+        "perturbed themselves"
+    )
 
 
 def _black_box_reason(spec: KernelSpec) -> str:

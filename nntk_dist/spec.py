@@ -24,7 +24,7 @@ from nntk_dist.sketching import columns_of_sketch
 from nntk_dist.statistics import STATISTICS
 
 KINDS = ("nonlocal", "covariance", "averaged", "local")
-ESTIMATORS = ("auto", "weight", "autodiff")
+ESTIMATORS = ("auto", "weight", "autodiff", "activation")
 CONTRACTIONS = ("auto", "layered", "means", "sketch")
 SCALES = ("localized", "raw")
 
@@ -78,13 +78,15 @@ class KernelSpec:
             design=self.design,
             blocks=self.blocks,
         )
-        if self.kind == "covariance" and self.estimator == "autodiff":
+        if self.kind == "covariance" and self.estimator in ("autodiff", "activation"):
             raise NNTKError(
-                "estimator is 'autodiff'; allowed for kind covariance, which is made of differences: auto, weight"
+                f"estimator is '{self.estimator}'; allowed for kind covariance, which is made of differences: auto, "
+                "weight"
             )
-        if self.kind in ("averaged", "local") and self.estimator == "weight":
+        if self.kind in ("averaged", "local") and self.estimator in ("weight", "activation"):
             raise NNTKError(
-                f"estimator is 'weight'; allowed for kind {self.kind}, which is made of gradients: auto, autodiff"
+                f"estimator is '{self.estimator}'; allowed for kind {self.kind}, which is made of gradients: auto, "
+                "autodiff"
             )
 
     def _check_contraction(self) -> None:

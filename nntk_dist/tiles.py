@@ -41,6 +41,8 @@ def tile_estimates(
     present = {name: value * factor for name, value in values.items() if value is not None}
     if "stderr" in present and features.shows_unresolved:
         present["stderr"] = present["stderr"].masked_fill(present["stderr"] == 0, torch.nan)
+    if "stderr" in present and total.resolved is not None:
+        present["stderr"] = present["stderr"].masked_fill(~total.resolved, torch.nan)
     return present
 
 

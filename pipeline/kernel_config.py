@@ -56,7 +56,7 @@ class KernelConfig(Section):
     kind: Literal["nonlocal", "covariance", "averaged", "local"] = "nonlocal"
     distribution: DistributionConfig = DistributionConfig()
     weighting: WeightingConfig = WeightingConfig()
-    estimator: Literal["auto", "weight", "autodiff"] = "auto"
+    estimator: Literal["auto", "weight", "autodiff", "activation"] = "auto"
     statistic: Literal["plugin", "unbiased", "both"] = "both"
     design: Literal["iid", "antithetic", "orthogonal"] = "iid"
     draws: CountOrAuto = "auto"
@@ -82,11 +82,12 @@ class KernelConfig(Section):
 
     @model_validator(mode="after")
     def _estimator_fits_kind(self) -> Self:
-        wrong = {"covariance": "autodiff", "averaged": "weight", "local": "weight"}.get(self.kind)
-        if self.estimator == wrong:
-            made_of, right = ("gradients", "autodiff") if wrong == "weight" else ("differences of outputs", "weight")
+        right = {"covariance": "weight", "averaged": "autodiff", "local": "autodiff"}.get(self.kind)
+        if right is not None and self.estimator not in ("auto", right):
+            made_of = "gradients" if right == "autodiff" else "differences of outputs"
             raise ValueError(
-                f"kernel.estimator is '{wrong}', but kind {self.kind} is made of {made_of}; allowed: auto, {right}"
+                f"kernel.estimator is '{self.estimator}', but kind {self.kind} is made of {made_of}; allowed: auto, "
+                f"{right}"
             )
         return self
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.features import FeatureMap
+from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from pipeline.arrays import StoredArray, holds_differences, holds_metric, kernel_width
 from pipeline.build import DTYPES, state_bytes
@@ -92,6 +93,8 @@ def entry_operations(job: Job, features: FeatureMap) -> float:
         width = math.prod(spec.shape[1:])
         if spec.name.startswith("input_"):
             total += 2.0 * width * (sizes.num_draws**2 if paired else sizes.num_draws)
+        elif spec.name.startswith(("direction_", "noise_")):  # two Gram matrices for every pair of draws
+            total += 2.0 * math.prod(spec.shape) * spec.shape[0] * spec.shape[1]
         elif spec.name.startswith("gradient_"):
             total += 2.0 * width * copies * (sizes.num_draws**2 if paired else sizes.num_draws)
         else:
@@ -102,7 +105,7 @@ def entry_operations(job: Job, features: FeatureMap) -> float:
 def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> dict[str, float]:
     sizes = job.sizes
     rows = sizes.num_train + sizes.num_test
-    passes = 1.0 if job.resolution.estimator == "weight" else 1.0 + len(features.columns)
+    passes = 1.0 if job.resolution.estimator in ("weight", "activation") else 1.0 + len(features.columns)
     one_pass = pass_operations(model, x)
     row_operations = one_pass * sizes.num_draws * passes
     per_entry = entry_operations(job, features)
@@ -135,10 +138,12 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
     everything = (sizes.num_train + sizes.num_test) * row_bytes * share
     rows = int(max(2 * tile * row_bytes * share, min(FEATURE_CACHE_BYTES, everything)))
-    factored = any(not spec.name.startswith(("input_", "gradient_")) for spec in features.arrays)
+    in_factors = ("input_", "gradient_", "direction_", "noise_")
+    factored = any(not spec.name.startswith(in_factors) for spec in features.arrays)
+    pairs = any(spec.name.startswith("noise_") for spec in features.arrays)
     by_block = sizes.num_blocks if layout.stderr == "entry" else 0
     sums = entries * 8 * (by_block + 2) + entries * (8 * 6 + 3 * item)
-    tile_task = rows * (3 if factored else 1) + sums
+    tile_task = rows * (3 if factored else 1) + sums + (4 * item * CHUNK_ELEMENTS if pairs else 0)
     sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + 8 / item)
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products

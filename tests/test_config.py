@@ -241,7 +241,7 @@ def test_folder_file_as_folder_and_binary_are_refused(minimal: Path) -> None:
         ("kernel={design: orthogonal, blocks: 1}", "kernel.statistic is 'both'; allowed for blocks 1: plugin"),
         ("kernel={design: orthogonal, blocks: 0, statistic: plugin}", "kernel.blocks is 0; allowed: a whole number"),
         ("kernel.weighting.name=output", "not available in this version; allowed: fixed$"),
-        ("kernel.estimator=activation", "not available in this version; allowed: auto, weight, autodiff"),
+        ("kernel.estimator=exact", "not available in this version; allowed: auto, weight, autodiff, activation"),
         ("kernel.design=qmc", "not available in this version; allowed: iid, antithetic, orthogonal"),
         ("kernel.rtol=0.01", "kernel.rtol is 0.01; allowed: null$"),
         ("kernel.blocks=2", r"kernel.blocks is 2; allowed: 4 or more, which .* \(1 or more .* orthogonal"),

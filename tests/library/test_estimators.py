@@ -94,10 +94,9 @@ def test_some_of_the_parameters(estimator: str, patterns: tuple[str, ...]):
     assert_estimate_is_its_definition(case("relu_mlp"), spec, estimator)
 
 
-@pytest.mark.parametrize("name", ["sign_mlp", "deep_sign_mlp", "straight_through_mlp"])
-def test_auto_on_jumps_is_weight(name: str):
+def test_auto_on_jumps_outside_of_layers_is_weight():
     spec = KernelSpec(gamma=1.0, draws=8, blocks=4, outputs="full")
-    assert_estimate_is_its_definition(case(name), spec, "weight")
+    assert_estimate_is_its_definition(case("sign_unit"), spec, "weight")
 
 
 def test_raw_scale_is_localized_over_the_square_of_the_number_of_parameters():

@@ -153,11 +153,11 @@ def test_regression_with_jumps(tmp_path):
         "data.test=31",
         "model.args={widths: [32], activation: sign}",
         "kernel.distribution.gamma=0.3",
-        "kernel.draws=1024",
+        "kernel.draws=256",
     )
     run_dir = finished(tmp_path / "run", *sets)
     stored = arrays(run_dir)
-    assert open_kernel(run_dir).group.attrs["estimator"] == "weight"
+    assert open_kernel(run_dir).group.attrs["estimator"] == "activation"
     assert (stored["train/targets"].shape, stored["train/targets"].dtype) == ((97, 1), np.float64)
     table = pq.read_table(run_dir / "tables/regression.parquet").to_pylist()
     chosen = next(row for row in table if row["selected"])

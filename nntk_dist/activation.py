@@ -1,0 +1,251 @@
+"""Features of the estimator `activation`: gradients by Stein's identity, every layer with noise of its own an example.
+
+One draw is one forward pass with noise (`nntk_dist.noisy_draws`). With D = (f(noisy) − f(x; θ))/σ its gradient is
+D Σ_k η_k ⊗ q_k in a noisy layer, D n in weight space, and h̃ of the noisy pass, exactly, in a layer whose output is the
+model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²], and its error hardly feels P: a layer's noise has as
+many numbers as it has units. Gaussian ρ, the nonlocal kernel; any activation, jumps included.
+
+Products: layers in factors over all pairs of draws (`nntk_dist.pair_products`), or from block-mean gradients where that
+takes fewer operations; weight space from D and ⟨n_s, n_t⟩; the readout from block means of h̃.
+
+Axes: n rows, s draws, r blocks, c outputs, k basis vectors, i inputs and u units of a layer, p formed parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from nntk_dist.block_sums import (
+    BlockSums,
+    Meeting,
+    add_factored_,
+    empty_sums,
+    factored_by_metric,
+    formed_gradients,
+    metric_products,
+)
+from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import Evaluator, check_finite
+from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.layer_noise import NoiseSite
+from nntk_dist.noise_plan import NoisePlan
+from nntk_dist.noisy_draws import NoisyDraws, NoisyPass
+from nntk_dist.pair_products import NoiseFeatures, add_pairs_, pair_products
+
+# Formed gradients may take this many times the memory of the factors that they replace.
+_MOST_MEMORY = 4
+# Beyond this many draws their S × S metric is dearer than the formed gradients of weight space.
+_METRIC_DRAWS = 4096
+
+
+@dataclass(frozen=True)
+class ActivationFeatures:
+    """Features under all draws: a layer in `formed` has its block-mean gradients formed, the others stay in factors.
+
+    Entries of examples whose output no draw changed have no standard error (`BlockSums.resolved`); the readout's part
+    of them is known in any case.
+    """
+
+    evaluator: Evaluator
+    plan: NoisePlan
+    drawing: Drawing
+    columns: tuple[int, ...]
+    formed: frozenset[str]
+    forms_weight_space: bool
+    pair_blocks: bool = True
+    shows_unresolved: bool = False
+    num_sketch_groups: int = 0
+
+    @property
+    def num_draws(self) -> int:
+        return self.drawing.num_draws
+
+    @property
+    def num_blocks(self) -> int:
+        return self.drawing.num_blocks
+
+    @property
+    def num_parameters(self) -> int:
+        return self.drawing.num_parameters
+
+    @cached_property
+    def draws(self) -> NoisyDraws:
+        """The noise and the passes."""
+        return NoisyDraws(self.evaluator, self.plan, self.drawing)
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        outputs = len(self.columns)
+        specs = [ArraySpec("differences", ("draw", "output"), (self.num_draws, outputs))]
+        for index, each in enumerate(self._factors):
+            axes, shape = ("draw", f"basis_{index}"), (self.num_draws, each.rank)
+            specs.append(ArraySpec(f"direction_{index}", (*axes, f"input_unit_{index}"), (*shape, each.width)))
+            specs.append(ArraySpec(f"noise_{index}", (*axes, f"unit_{index}"), (*shape, each.units)))
+        if self._num_formed:
+            specs.append(
+                ArraySpec("dense", ("block", "output", "parameter"), (self.num_blocks, outputs, self._num_formed))
+            )
+        if self.plan.readout is not None:
+            specs.append(ArraySpec("readout", ("block", "readout_unit"), (self.num_blocks, self.plan.readout.width)))
+        return tuple(specs)
+
+    @property
+    def _factors(self) -> tuple[NoiseSite, ...]:
+        return tuple(each for each in self.plan.noisy if each.module not in self.formed)
+
+    @property
+    def _num_formed(self) -> int:
+        layers = sum(each.num_parameters for each in self.plan.noisy if each.module in self.formed)
+        return layers + (self.draws.num_weight_space if self.forms_weight_space else 0)
+
+    @property
+    def _has_metric(self) -> bool:
+        return bool(self.plan.weight_space) and not self.forms_weight_space
+
+    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
+        return self.evaluator.base(x)
+
+    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        base = self.evaluator.base(x)
+        check_finite(base, "the model's output")
+        size = self.drawing.draws_per_block
+        blocks = [
+            self._one_block(x, ids, base, range(block * size, (block + 1) * size), columns)
+            for block in block_range(draws, size)
+        ]
+        result = {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
+        for array in result.values():
+            check_finite(array, f"the model's output under draws {draws.start} to {draws.stop - 1}")
+        return result
+
+    def _one_block(
+        self, x: Tensor, ids: Tensor, base: Tensor, block: range, columns: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Every array of one block of draws: draw by draw, or the block's mean."""
+        by_draw: dict[str, list[Tensor]] = {}
+        sums: dict[str, Tensor] = {}
+        for draws in self.draws.stacks(block, x):
+            passed = self.draws.evaluate(x, ids, draws)
+            changes = (passed.outputs - base)[:, :, list(columns)] / passed.sigma[:, None, None]
+            differences = changes.transpose(0, 1)
+            by_draw.setdefault("differences", []).append(differences)
+            for index, each in enumerate(self._factors):
+                by_draw.setdefault(f"direction_{index}", []).append(passed.directions[each.module])
+                by_draw.setdefault(f"noise_{index}", []).append(passed.noise[each.module])
+            means = {"dense": self._formed_gradients(passed, differences)} if self._num_formed else {}
+            if passed.readout is not None:
+                means["readout"] = passed.readout.sum(1)
+            sums = {name: sums[name] + part if sums else part for name, part in means.items()}
+        result = {name: torch.cat(parts, dim=1) for name, parts in by_draw.items()}
+        return result | {name: (total / len(block))[:, None] for name, total in sums.items()}
+
+    def _formed_gradients(self, passed: NoisyPass, differences: Float[Tensor, "n s c"]) -> Float[Tensor, "n c p"]:
+        """Gradients of the formed layers, unit by unit, and of weight space, summed over the draws of one pass."""
+        parts = []
+        for each in self.plan.noisy:
+            if each.module in self.formed:
+                noise, basis = passed.noise[each.module], passed.directions[each.module]
+                weighted = differences[:, :, None, :, None] * noise[:, :, :, None]  # n s k c u
+                product = torch.bmm(weighted.flatten(3).flatten(1, 2).mT, basis.flatten(1, 2))
+                parts.append(product.reshape(len(product), differences.shape[2], -1))
+        if self.forms_weight_space and passed.weights is not None:
+            parts.append(torch.einsum("nsc,sp->ncp", differences, passed.weights))
+        return torch.cat(parts, dim=2)
+
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        first, second = rows["differences"], others["differences"]
+        shape = meeting.shape(len(first), len(second), first.shape[2])
+        sums = empty_sums(shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=first.device)
+        if self._factors:
+            add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
+        if self._has_metric:
+            metric, blocks = self.draws.weight_metric, self.num_blocks
+            left, right = (factored_by_metric(part.transpose(1, 2), metric, blocks) for part in (first, second))
+            add_factored_(sums, left, right, meeting)
+        if self._num_formed:
+            add_factored_(sums, formed_gradients(rows["dense"]), formed_gradients(others["dense"]), meeting)
+        if self.plan.readout is not None:
+            _add_readout_(sums, rows["readout"], others["readout"], meeting, first.shape[2])
+        if self.plan.noisy or self.plan.weight_space:
+            sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
+        return sums
+
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
+        left = {name: array.double() for name, array in rows.items()}
+        right = {name: array.double() for name, array in others.items()}
+        first, second, blocks = left["differences"], right["differences"], self.num_blocks
+        shape = meeting.shape(len(first), len(second), first.shape[2])
+        total = torch.zeros(blocks, blocks, *shape, dtype=torch.float64, device=first.device)
+        if self._factors:
+            total += pair_products(self._noise_features(left), self._noise_features(right), meeting, blocks)
+        if self._has_metric:
+            differences = first.transpose(1, 2), second.transpose(1, 2)
+            total += metric_products(*differences, self.draws.weight_metric, blocks, meeting)
+        plain = Meeting(paired=meeting.paired)
+        for r in range(blocks):
+            for q in range(blocks):
+                if self._num_formed:
+                    total[r, q] += meeting.outputs(left["dense"][:, r], right["dense"][:, q])
+                if self.plan.readout is not None:
+                    product = plain.outputs(left["readout"][:, r, None], right["readout"][:, q, None])
+                    total[r, q] += meeting.same_output(product, first.shape[2])
+        return total
+
+    def _noise_features(self, rows: Rows) -> NoiseFeatures:
+        indices = range(len(self._factors))
+        directions, noise = (tuple(rows[f"{name}_{i}"] for i in indices) for name in ("direction", "noise"))
+        return NoiseFeatures(rows["differences"], directions, noise)
+
+
+def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meeting, num_outputs: int) -> None:
+    """Add ⟨h̃, h̃'⟩ of block means: the same for every output with itself, 0 for two different ones."""
+    plain, has_blocks = Meeting(paired=meeting.paired), sums.by_block is not None
+    shape = plain.shape(len(rows), len(others), 1)
+    shared = empty_sums(shape, sums.num_blocks, pair_blocks=True, by_block=has_blocks, device=rows.device)
+    add_factored_(shared, formed_gradients(rows[:, :, None]), formed_gradients(others[:, :, None]), plain)
+    spread = [
+        None if part is None else meeting.same_output(part, num_outputs)
+        for part in (shared.within, shared.between, shared.by_block)
+    ]
+    assert spread[0] is not None
+    sums.add_(BlockSums(sums.num_blocks, spread[0], spread[1], spread[2]))
+
+
+def _changed(differences: Float[Tensor, "n s c"], meeting: Meeting) -> Bool[Tensor, "n *c"]:
+    """Rows (with `full`, rows and outputs) that some draw changed."""
+    changed = (differences != 0).any(1)
+    return changed if meeting.full else changed.any(1)
+
+
+def cheapest_forms(plan: NoisePlan, *, num_draws: int, num_blocks: int, num_outputs: int, full: bool) -> frozenset[str]:
+    """Layers whose block-mean gradients take fewer multiply-adds an entry than their factors, and not much more
+    memory.
+
+    Factors: S² pairs of draws, rank² times the layer's widths, whatever the outputs; formed: 3R times its parameters,
+    for all outputs (squared if full).
+    """
+    copies = num_outputs**2 if full else num_outputs
+    formed = set()
+    for each in plan.noisy:
+        widths = each.width + each.units
+        cheaper = 3 * num_blocks * copies * each.num_parameters < num_draws**2 * each.rank**2 * widths
+        affordable = num_blocks * num_outputs * each.num_parameters <= _MOST_MEMORY * num_draws * each.rank * widths
+        if cheaper and affordable:
+            formed.add(each.module)
+    return frozenset(formed)
+
+
+def activation_features(
+    evaluator: Evaluator, plan: NoisePlan, drawing: Drawing, columns: tuple[int, ...], *, full: bool
+) -> ActivationFeatures:
+    """The feature map of a plan, with the cheapest of its contractions."""
+    formed = cheapest_forms(
+        plan, num_draws=drawing.num_draws, num_blocks=drawing.num_blocks, num_outputs=len(columns), full=full
+    )
+    few = 3 * drawing.num_blocks * plan.num_parameters(evaluator.space)[2] < drawing.num_draws
+    forms_weight_space = bool(plan.weight_space) and (few or drawing.num_draws > _METRIC_DRAWS)
+    return ActivationFeatures(evaluator, plan, drawing, columns, formed, forms_weight_space)

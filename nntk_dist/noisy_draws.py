@@ -1,0 +1,189 @@
+"""One draw of the estimator `activation` on a batch: noise, forward passes with it, and what they leave behind.
+
+Under a draw σ = (γ/√2)·U^{1/P}, one U for all layers. Pre-activations of the plan's noisy layers are shifted by σ times
+their part of a standard normal matrix (`nntk_dist.layer_noise`), every example's own: a function of (seed, draw,
+example id, layer, unit). Parameters in weight space move by σ n, the normals n of the drawing, the same for all
+examples. Antithetic draws change the sign of both. Where the drawing has a scale d for each tensor (z = D u), H̃ D takes
+the place of H̃ in the noise, q stands for q D⁻¹, weights move by σ D n, and n stands for D⁻¹ n. Nothing is averaged or
+multiplied here.
+
+Axes: n examples, s draws, c outputs, k basis vectors, i inputs and u units of a layer, p parameters in weight space.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import Evaluator
+from nntk_dist.layer_noise import NoiseSite, Shift, as_output, layer_vectors, shifted_outputs, span_basis
+from nntk_dist.noise_plan import NoisePlan
+from nntk_dist.philox import Stream, normal
+
+MOST_GROUPS = 1 << 16  # the counter of an example's noise has 16 bits for the draw
+# Many draws of a small batch share a forward pass, up to this many numbers of inputs and noise.
+_STACK_ELEMENTS = 1 << 21
+_SLICE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class NoisyPass:
+    """What one forward pass under some draws leaves behind; `weights` are the n of weight space."""
+
+    outputs: Float[Tensor, "s n c"]
+    directions: Mapping[str, Float[Tensor, "n s k i"]]
+    noise: Mapping[str, Float[Tensor, "n s k u"]]
+    readout: Float[Tensor, "n s i"] | None
+    sigma: Float[Tensor, " s"]
+    weights: Float[Tensor, "s p"] | None
+
+
+@dataclass(frozen=True)
+class NoisyDraws:
+    """The draws of a plan for a prepared model."""
+
+    evaluator: Evaluator
+    plan: NoisePlan
+    drawing: Drawing
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.evaluator.model.parameters()).dtype
+
+    def stacks(self, block: range, x: Tensor) -> Iterator[range]:
+        """Draws that share a forward pass: as many as fit, the same number in every chunk; one with weight noise."""
+        width = x.numel() + len(x) * sum(each.num_noise + each.rank * each.width for each in self.plan.noisy)
+        fitting = 1 if self.plan.weight_space else max(1, _STACK_ELEMENTS // width)
+        step = max(count for count in range(1, len(block) + 1) if len(block) % count == 0 and count <= fitting)
+        for start in range(block.start, block.stop, step):
+            yield range(start, start + step)
+
+    def _sigma(self, draws: range, device: torch.device) -> Float[Tensor, " s"]:
+        """(γ/√2)·U^{1/P}."""
+        scale = self.drawing.distribution.gamma / math.sqrt(2.0)
+        return (scale * self.drawing.shrinkage(draws, device=device)).to(self._dtype)
+
+    def evaluate(self, x: Tensor, ids: Tensor, draws: range) -> NoisyPass:
+        """All examples under some draws, those of one of the `stacks`, draw by draw along the rows of one batch."""
+        model, count = self.evaluator.model, len(draws)
+        sigma = self._sigma(draws, x.device)
+        noise = self._noise(ids, draws)
+        scale = self._weight_scale(x.device)
+        moves = self._weight_moves(draws, x.device) if self.plan.weight_space else None
+        directions: dict[str, Tensor] = {}
+        readout: list[Tensor] = []
+        sigma_rows = sigma.repeat_interleave(len(x))[:, None, None]
+
+        def by_row(values: Tensor) -> Tensor:
+            return values.unflatten(0, (count, len(x))).transpose(0, 1)
+
+        def noisy(each: NoiseSite) -> Shift:
+            module, scale = model.get_submodule(each.module), self._layer_scale(each, x.device)
+
+            def shift(h: Tensor, out: Tensor) -> Tensor:
+                basis, coordinates = span_basis(layer_vectors(module, each.site, h) * scale)
+                directions[each.module] = by_row(basis / scale)
+                return as_output(module, sigma_rows * (coordinates @ noise[each.module]), out)
+
+            return shift
+
+        shifts = {each.module: noisy(each) for each in self.plan.noisy}
+        if self.plan.readout is not None:
+            site, last = self.plan.readout.site, model.get_submodule(self.plan.readout.module)
+
+            def look(h: Tensor, out: Tensor) -> None:
+                readout.append(by_row(layer_vectors(last, site, h)[:, 0]))
+
+            shifts[site.module] = look
+        stacked = x.repeat(count, *[1] * (x.ndim - 1))
+        values = shifted_outputs(model, stacked, self._moved(moves, sigma), shifts)
+        return NoisyPass(
+            values.unflatten(0, (count, len(x))),
+            directions,
+            {path: by_row(part) for path, part in noise.items()},
+            readout[0] if readout else None,
+            sigma,
+            None if moves is None else moves / scale**2,
+        )
+
+    def _noise(self, ids: Tensor, draws: range) -> dict[str, Float[Tensor, "sn k u"]]:
+        """η of every noisy layer: a function of seed, draw, example id, layer and unit."""
+        number = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=ids.device)
+        group = (number // self.drawing.group_size).repeat_interleave(len(ids))
+        sign = 1.0 - 2.0 * (number % self.drawing.group_size).repeat_interleave(len(ids)).to(self._dtype)
+        counts = [each.num_noise for each in self.plan.noisy]
+        keys, seed = ids.repeat(len(draws)), self.drawing.seed
+        values = normal(seed, Stream.EXAMPLE, keys, 0, sum(counts), draw=group, dtype=self._dtype) * sign[:, None]
+        parts = zip(self.plan.noisy, values.split(counts, dim=1), strict=True)
+        return {each.module: part.unflatten(1, (each.rank, each.units)) for each, part in parts}
+
+    @property
+    def _intervals(self) -> list[tuple[int, int]]:
+        """Where the parameters in weight space lie in the long vector; neighbours are one interval."""
+        space = self.evaluator.space
+        merged: list[tuple[int, int]] = []
+        for name, size, stop in zip(space.names, space.sizes, accumulate(space.sizes), strict=True):
+            if name in self.plan.weight_space:
+                start = merged.pop()[0] if merged and merged[-1][1] == stop - size else stop - size
+                merged.append((start, stop))
+        return merged
+
+    @property
+    def num_weight_space(self) -> int:
+        """How many parameters move in weight space."""
+        return sum(stop - start for start, stop in self._intervals)
+
+    def _scale_of(self, name: str) -> float:
+        return self.drawing.scales[self.evaluator.space.names.index(name)] if self.drawing.scales else 1.0
+
+    def _layer_scale(self, each: NoiseSite, device: torch.device) -> Float[Tensor, " i"]:
+        """D of a layer's weight, for every input, and of its bias."""
+        widths = {"weight": each.width - ("bias" in each.site.attributes), "bias": 1}
+        values = [self._scale_of(name) for attribute, name in each.site.parameters for _ in range(widths[attribute])]
+        return torch.tensor(values, dtype=self._dtype, device=device)
+
+    def _weight_scale(self, device: torch.device) -> Float[Tensor, " p"]:
+        """D of the parameters in weight space."""
+        sizes = dict(zip(self.evaluator.space.names, self.evaluator.space.sizes, strict=True))
+        parts = [torch.full((sizes[name],), self._scale_of(name), dtype=self._dtype) for name in self.plan.weight_space]
+        return torch.cat([torch.empty(0, dtype=self._dtype), *parts]).to(device)
+
+    def _weight_moves(self, draws: range, device: torch.device) -> Float[Tensor, "s p"]:
+        """D n of the parameters in weight space."""
+        parts = [
+            self.drawing.perturbations(draws, start, stop, dtype=self._dtype, device=device)
+            for start, stop in self._intervals
+        ]
+        return torch.cat(parts, dim=1) * (math.sqrt(2.0) / self.drawing.distribution.gamma)
+
+    def _moved(self, moves: Tensor | None, sigma: Float[Tensor, " s"]) -> dict[str, Tensor]:
+        """θ + σ D n of the parameters in weight space, under the one draw of a pass."""
+        if moves is None:
+            return {}
+        base = self.evaluator.space.values(self.evaluator.model)
+        parts = (sigma[0] * moves[0]).split([base[name].numel() for name in self.plan.weight_space])
+        named = zip(self.plan.weight_space, parts, strict=True)
+        return {name: base[name] + part.reshape(base[name].shape) for name, part in named}
+
+    @cached_property
+    def weight_metric(self) -> Float64[Tensor, "s s"]:
+        """⟨n_s, n_t⟩ over the square of the draws of a block; 2·S² operations a parameter in weight space."""
+        device, draws = next(self.evaluator.model.parameters()).device, range(self.drawing.num_draws)
+        scales = self._weight_scale(device).double()
+        position = 0
+        result = torch.zeros(len(draws), len(draws), dtype=torch.float64, device=device)
+        width = max(1, _SLICE_ELEMENTS // len(draws))
+        for start, stop in self._intervals:
+            for first in range(start, stop, width):
+                last = min(first + width, stop)
+                part = self.drawing.perturbations(draws, first, last, dtype=torch.float64, device=device)
+                part /= scales[position : position + last - first].square()
+                position += last - first
+                result.addmm_(part, part.T)
+        return result * (2.0 / self.drawing.distribution.gamma**2 / self.drawing.draws_per_block**2)

@@ -1,0 +1,73 @@
+"""The estimator `activation` from configuration to store: a sign network, and one with parameters beside its layers."""
+
+import json
+
+import pytest
+import torch
+
+from nntk_dist import open_kernel
+from nntk_dist.batches import compute_rows
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
+from nntk_dist.resolution import resolve
+from nntk_dist.statistics import Calibration
+from nntk_dist.tiles import tile_estimates
+from pipeline.build import build_dataset, build_model, build_spec
+from pipeline.config import load_config
+from tests.pipeline.test_equality import assert_equal
+from tests.pipeline.tools import arrays, config_file, finished, nntk, run
+
+SIGN = ("model.args={widths: [32, 32], activation: sign}", "data.train=23", "data.test=7", "kernel.draws=32")
+TRANSFORMER = (
+    "model={builder: transformer, args: {dim: 8, depth: 1, heads: 2, hidden: 8, patch: 4, activation: sign}}",
+    "data.train=13", "data.test=5", "kernel.draws=32", "kernel.estimator=activation", "kernel.outputs=3",
+)  # fmt: skip
+MODELS = {"sign": SIGN, "transformer": TRANSFORMER}
+
+
+def in_memory(run_dir, *sets):
+    """Train kernel by the library's functions, examples named as in the data set."""
+    config = load_config(config_file(run_dir), [*sets, f"run_dir={run_dir}"])
+    dataset, spec = build_dataset(config), build_spec(config.kernel)
+    model = prepare_model(build_model(config, dataset), dtype=torch.float32, device="cpu")
+    x = torch.from_numpy(dataset.train.inputs)
+    resolution = resolve(model, x, spec, batch=64)
+    features = make_feature_map(model, x, spec, resolution)
+    draws, ids = range(features.num_draws), torch.from_numpy(dataset.train.ids)
+    rows = compute_rows(features, x, ids, draws, features.columns, batch=64)
+    return tile_estimates(features, [(rows, rows)], spec.meeting, Calibration(1.0, 0.0, 1), spec.scale)
+
+
+@pytest.mark.parametrize("sets", MODELS.values(), ids=MODELS)
+def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path, monkeypatch):
+    first = finished(tmp_path / "first", *sets, "compute.tile=17")
+    manifest = json.loads((first / "manifest.json").read_text())
+    assert manifest["resolution"]["estimator"] == "activation"
+    assert "are reached by noise in the pre-activations of" in manifest["resolution"]["reason"]
+    assert nntk("verify", first).code == 0
+    kernel, expected = arrays(first), in_memory(first, *sets)
+    scale = float(expected["plugin"].max())
+    for path, name in (("train/gram", "plugin"), ("train/gram_unbiased", "unbiased")):
+        torch.testing.assert_close(torch.from_numpy(kernel[path]), expected[name].float(), rtol=0, atol=1e-5 * scale)
+    assert open_kernel(str(first)).gram.shape == kernel["train/gram"].shape
+    before = {path: values.tobytes() for path, values in kernel.items()}
+    assert run(first, *sets, "compute.tile=17", resume=True).code == 0
+    assert {path: values.tobytes() for path, values in arrays(first).items()} == before
+    monkeypatch.setattr("pipeline.layout._STORED_FEATURE_BYTES", 0)
+    monkeypatch.setattr("pipeline.layout._OUTPUT_BYTES", 1)
+    assert_equal(first, finished(tmp_path / "recomputed", *sets), features=False)
+
+
+def test_a_plan_says_how_the_parameters_are_treated(tmp_path):
+    result = nntk("plan", config_file(tmp_path / "run"), "--set", f"run_dir={tmp_path / 'run'}",
+                  *[part for change in SIGN for part in ("--set", change)])  # fmt: skip
+    assert result.code == 0
+    words = " ".join(result.out.split())
+    assert "estimator activation: the model jumps in its parameters" in words
+    assert "of 3466 parameters 3136 are reached by noise in the pre-activations of 2 layers, 330 lie in" in words
+
+
+def test_other_kernels_refuse_it(tmp_path):
+    result = run(tmp_path / "run", "kernel.estimator=activation", "kernel.kind=covariance")
+    assert result.code == 2
+    assert "kernel.estimator is 'activation', but kind covariance is made of differences of outputs" in result.err

@@ -11,8 +11,8 @@ Axes: n examples, s draws, c outputs, k basis vectors, i inputs and u units of a
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -44,6 +44,26 @@ class NoisyPass:
     weights: Float[Tensor, "s p"] | None
 
 
+def joined(passes: Sequence[NoisyPass]) -> NoisyPass:
+    """Passes one after the other, as if they had been one."""
+
+    def by_layer(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {path: torch.cat([part[path] for part in parts], dim=1) for path in parts[0]}
+
+    def along(axis: int, parts: Sequence[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present, dim=axis) if present else None
+
+    return NoisyPass(
+        torch.cat([each.outputs for each in passes]),
+        by_layer([each.directions for each in passes]),
+        by_layer([each.noise for each in passes]),
+        along(1, [each.readout for each in passes]),
+        torch.cat([each.sigma for each in passes]),
+        along(0, [each.weights for each in passes]),
+    )
+
+
 @dataclass(frozen=True)
 class NoisyDraws:
     """The draws of a plan for a prepared model."""
@@ -57,39 +77,51 @@ class NoisyDraws:
         return next(self.evaluator.model.parameters()).dtype
 
     def stacks(self, block: range, x: Tensor) -> Iterator[range]:
-        """Draws that share a forward pass: as many as fit, the same number in every chunk; one with weight noise."""
-        width = x.numel() + len(x) * sum(each.num_noise + each.rank * each.width for each in self.plan.noisy)
-        fitting = 1 if self.plan.weight_space else max(1, _STACK_ELEMENTS // width)
+        """Draws to evaluate together: as many as fit in memory, the same number in every chunk of draws."""
+        noise = sum(each.num_noise + each.rank * each.width for each in self.plan.noisy)
+        fitting = max(1, _STACK_ELEMENTS // (x.numel() + len(x) * noise + self.num_weight_space))
         step = max(count for count in range(1, len(block) + 1) if len(block) % count == 0 and count <= fitting)
         for start in range(block.start, block.stop, step):
             yield range(start, start + step)
 
-    def _sigma(self, draws: range, device: torch.device) -> Float[Tensor, " s"]:
-        """(γ/√2)·U^{1/P}."""
-        scale = self.drawing.distribution.gamma / math.sqrt(2.0)
-        return (scale * self.drawing.shrinkage(draws, device=device)).to(self._dtype)
-
     def evaluate(self, x: Tensor, ids: Tensor, draws: range) -> NoisyPass:
-        """All examples under some draws, those of one of the `stacks`, draw by draw along the rows of one batch."""
-        model, count = self.evaluator.model, len(draws)
-        sigma = self._sigma(draws, x.device)
-        noise = self._noise(ids, draws)
-        scale = self._weight_scale(x.device)
-        moves = self._weight_moves(draws, x.device) if self.plan.weight_space else None
+        """All examples under some draws: in one forward pass, or one a draw where weights move."""
+        sigma, noise = self._sigma(draws, x.device), self._noise(ids, draws)
+        if not self.plan.weight_space:
+            return self._forward(x, noise, sigma, None)
+        moves = self._weight_moves(draws, x.device)
+        weights = moves / self._weight_scale(x.device) ** 2
+        passes = []
+        for s in range(len(draws)):
+            one = {path: part[:, s : s + 1] for path, part in noise.items()}
+            passed = self._forward(x, one, sigma[s : s + 1], self._moved(sigma[s] * moves[s]))
+            passes.append(replace(passed, weights=weights[s : s + 1]))
+        return joined(passes)
+
+    def _forward(
+        self,
+        x: Tensor,
+        noise: Mapping[str, Float[Tensor, "n s k u"]],
+        sigma: Float[Tensor, " s"],
+        parameters: Mapping[str, Tensor] | None,
+    ) -> NoisyPass:
+        """One forward pass, draw by draw along the rows of its batch."""
+        model, count = self.evaluator.model, len(sigma)
         directions: dict[str, Tensor] = {}
         readout: list[Tensor] = []
         sigma_rows = sigma.repeat_interleave(len(x))[:, None, None]
 
-        def by_row(values: Tensor) -> Tensor:
+        def by_example(values: Tensor) -> Tensor:
             return values.unflatten(0, (count, len(x))).transpose(0, 1)
 
         def noisy(each: NoiseSite) -> Shift:
             module, scale = model.get_submodule(each.module), self._layer_scale(each, x.device)
+            normals = noise[each.module].transpose(0, 1).flatten(0, 1)
 
             def shift(h: Tensor, out: Tensor) -> Tensor:
                 basis, coordinates = span_basis(layer_vectors(module, each.site, h) * scale)
-                directions[each.module] = by_row(basis / scale)
-                return as_output(module, sigma_rows * (coordinates @ noise[each.module]), out)
+                directions[each.module] = by_example(basis / scale)
+                return as_output(module, sigma_rows * (coordinates @ normals), out)
 
             return shift
 
@@ -98,30 +130,28 @@ class NoisyDraws:
             site, last = self.plan.readout.site, model.get_submodule(self.plan.readout.module)
 
             def look(h: Tensor, out: Tensor) -> None:
-                readout.append(by_row(layer_vectors(last, site, h)[:, 0]))
+                readout.append(by_example(layer_vectors(last, site, h)[:, 0]))
 
             shifts[site.module] = look
-        stacked = x.repeat(count, *[1] * (x.ndim - 1))
-        values = shifted_outputs(model, stacked, self._moved(moves, sigma), shifts)
-        return NoisyPass(
-            values.unflatten(0, (count, len(x))),
-            directions,
-            {path: by_row(part) for path, part in noise.items()},
-            readout[0] if readout else None,
-            sigma,
-            None if moves is None else moves / scale**2,
-        )
+        values = shifted_outputs(model, x.repeat(count, *[1] * (x.ndim - 1)), parameters or {}, shifts)
+        outputs = values.unflatten(0, (count, len(x)))
+        return NoisyPass(outputs, directions, noise, readout[0] if readout else None, sigma, None)
 
-    def _noise(self, ids: Tensor, draws: range) -> dict[str, Float[Tensor, "sn k u"]]:
+    def _sigma(self, draws: range, device: torch.device) -> Float[Tensor, " s"]:
+        """(γ/√2)·U^{1/P}."""
+        scale = self.drawing.distribution.gamma / math.sqrt(2.0)
+        return (scale * self.drawing.shrinkage(draws, device=device)).to(self._dtype)
+
+    def _noise(self, ids: Tensor, draws: range) -> dict[str, Float[Tensor, "n s k u"]]:
         """η of every noisy layer: a function of seed, draw, example id, layer and unit."""
-        number = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=ids.device)
-        group = (number // self.drawing.group_size).repeat_interleave(len(ids))
-        sign = 1.0 - 2.0 * (number % self.drawing.group_size).repeat_interleave(len(ids)).to(self._dtype)
+        number = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=ids.device).repeat(len(ids))
+        group, member = number // self.drawing.group_size, number % self.drawing.group_size
         counts = [each.num_noise for each in self.plan.noisy]
-        keys, seed = ids.repeat(len(draws)), self.drawing.seed
-        values = normal(seed, Stream.EXAMPLE, keys, 0, sum(counts), draw=group, dtype=self._dtype) * sign[:, None]
-        parts = zip(self.plan.noisy, values.split(counts, dim=1), strict=True)
-        return {each.module: part.unflatten(1, (each.rank, each.units)) for each, part in parts}
+        keys, seed = ids.repeat_interleave(len(draws)), self.drawing.seed
+        values = normal(seed, Stream.EXAMPLE, keys, 0, sum(counts), draw=group, dtype=self._dtype)
+        values *= 1 - 2 * member[:, None]
+        parts = zip(self.plan.noisy, values.unflatten(0, (len(ids), len(draws))).split(counts, dim=2), strict=True)
+        return {each.module: part.unflatten(2, (each.rank, each.units)) for each, part in parts}
 
     @property
     def _intervals(self) -> list[tuple[int, int]]:
@@ -162,12 +192,10 @@ class NoisyDraws:
         ]
         return torch.cat(parts, dim=1) * (math.sqrt(2.0) / self.drawing.distribution.gamma)
 
-    def _moved(self, moves: Tensor | None, sigma: Float[Tensor, " s"]) -> dict[str, Tensor]:
-        """θ + σ D n of the parameters in weight space, under the one draw of a pass."""
-        if moves is None:
-            return {}
+    def _moved(self, move: Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """θ + σ D n of the parameters in weight space."""
         base = self.evaluator.space.values(self.evaluator.model)
-        parts = (sigma[0] * moves[0]).split([base[name].numel() for name in self.plan.weight_space])
+        parts = move.split([base[name].numel() for name in self.plan.weight_space])
         named = zip(self.plan.weight_space, parts, strict=True)
         return {name: base[name] + part.reshape(base[name].shape) for name, part in named}
 

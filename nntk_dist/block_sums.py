@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-_ELEMENTS_AT_ONCE = 1 << 22
+# Numbers of the products of one draw with several (16 MiB in float32), of which three are held at a time.
+PRODUCT_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def add_layered_(
         return
     mirrored = not meeting.paired and rows.inputs[0] is columns.inputs[0]
     blocks = [block_of(s) for s in range(rows.num_draws)]
-    step = max(1, _ELEMENTS_AT_ONCE // sums.within.numel())
+    step = max(1, PRODUCT_ELEMENTS // sums.within.numel())
     for start in range(0, rows.num_draws, step):
         stop = min(start + step, rows.num_draws)
         partners = [

@@ -91,7 +91,7 @@ class FeatureMap(Protocol):
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Tensor:
         """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile);
-        float64. Of a sketch (Q, R, R, *tile): what each group contributes to the product.
+        float64.
         """
         ...
 

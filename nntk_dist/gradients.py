@@ -103,6 +103,10 @@ class GradientFeatures:
             specs.append(ArraySpec("sketch", ("block", "output", "column"), shape))
         return tuple(specs)
 
+    def make_metric(self) -> Float64[Tensor, "r r"]:
+        """M of a kernel that is sketched as a whole: plugin = Φ (M ⊗ I) Φᵀ, Φ the sketches of the block means."""
+        return torch.full((self.num_blocks, self.num_blocks), self.num_blocks**-2, dtype=torch.float64)
+
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
         return self.evaluator.base(x)
 
@@ -201,29 +205,12 @@ class GradientFeatures:
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left = {name: array.double() for name, array in rows.items()}
         right = {name: array.double() for name, array in others.items()}
-        blocks = range(self.num_blocks)
-        if self.sketch is None:
-            stacked = self._exact_products(left, right, meeting)
-            return stacked if self.pair_blocks else stacked[:, 0]
-        products = torch.stack(
-            [
-                torch.stack([torch.stack([meeting.outputs(a[:, r], b[:, s]) for s in blocks]) for r in blocks])
-                for a, b in zip(
-                    *(part["sketch"].chunk(self.num_sketch_groups, 3) for part in (left, right)), strict=True
-                )
-            ]
-        )
-        if len(rows) > 1:  # what is exact belongs to every group alike
-            products += self._exact_products(left, right, meeting) / self.num_sketch_groups
-        return products
-
-    def _exact_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
-        return torch.stack(
-            [
-                torch.stack([self._block_product(rows, others, r, q, meeting) for q in self._partners(r)])
-                for r in range(self.num_blocks)
-            ]
-        )
+        products = [
+            torch.stack([self._block_product(left, right, r, q, meeting) for q in self._partners(r)])
+            for r in range(self.num_blocks)
+        ]
+        stacked = torch.stack(products)
+        return stacked if self.pair_blocks else stacked[:, 0]
 
     def _partners(self, block: int) -> Sequence[int]:
         return range(self.num_blocks) if self.pair_blocks else (block,)
@@ -242,6 +229,8 @@ class GradientFeatures:
         if "dense" in rows:
             slots = [(r, q)] if self.pair_blocks else pairs
             terms += [meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in slots]
+        if "sketch" in rows:
+            terms.append(meeting.outputs(rows["sketch"][:, r], others["sketch"][:, q]))
         return torch.stack(terms).sum(0)
 
 

@@ -31,7 +31,7 @@ from nntk_dist.statistics import (
     sample_limit,
     t_quantile,
 )
-from nntk_dist.tiles import symmetrised, tile_estimates
+from nntk_dist.tiles import group_sums, symmetrised, tile_estimates
 
 _TILE_ROWS = 1024
 _BATCH = 256
@@ -277,8 +277,10 @@ def _statistics(
     calibration = None
     if features.num_blocks >= MINIMUM_BLOCKS:
         sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
-        products = features.block_products(slice_rows(rows, sample), slice_rows(right, other_sample), spec.meeting)
-        calibration = calibrate(products, pair_blocks=features.pair_blocks, num_groups=features.num_sketch_groups)
+        sampled = slice_rows(rows, sample), slice_rows(right, other_sample)
+        products = features.block_products(*sampled, spec.meeting)
+        by_group = group_sums(features, *sampled, spec.meeting)
+        calibration = calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
     parts: dict[str, Tensor] = {}
     for i in range(0, n1, _TILE_ROWS):
         left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))

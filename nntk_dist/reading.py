@@ -212,7 +212,9 @@ class StoredKernel:
         """`(Φ, M)` in float64 with `gram = Φ M Φᵀ` up to the rounding of the stored dtype.
 
         Stored by the estimator `weight` and by the covariance kernel: Φ are output differences, (n, S·C) with column
-        `s·C + c` and `M ⊗ I_C`, or (n·C, S) and M in form `full`. Memory: n·S·C + F² float64 values.
+        `s·C + c` and `M ⊗ I_C`, or (n·C, S) and M in form `full`. Stored by kernels that are sketched as a whole: Φ are
+        the sketches of the gradients summed over blocks, (n, C·k) or (n·C, k) in form `full`, and M a multiple of the
+        identity, which is what M of the blocks comes to, all its entries being equal. Memory: n·F + F² float64 values.
 
         Raises:
             NNTKError: the kernel has no stored factor, its `gram` is not `plugin`, or the factor is not all written.
@@ -220,8 +222,8 @@ class StoredKernel:
         features = self.group.get("train/features")
         if not isinstance(features, zarr.Array) or "metric" not in self.group:
             raise NNTKError(
-                f"the kernel at '{self.location}' has no stored factor; kernels of 'estimator: weight' and of "
-                "'kind: covariance' have one; use gram or linear_operator() instead"
+                f"the kernel at '{self.location}' has no stored factor; kernels of 'estimator: weight', of "
+                "'kind: covariance' and of 'contraction: sketch' have one; use gram or linear_operator() instead"
             )
         attributes = self.group.attrs
         if attributes.get("kind") == "nonlocal" and attributes.get("statistic") == "unbiased":
@@ -229,12 +231,25 @@ class StoredKernel:
                 f"the kernel at '{self.location}' was stored with 'statistic: unbiased' alone, which the factor "
                 "does not give; run it with 'statistic: both' or 'plugin'"
             )
+        if features.ndim == 4:
+            return self._sketched_factor(features)
         values = self._read("train/features", features, ...)
         metric = self._read("metric", self.array("metric"), ...)
         num_rows, num_draws, num_outputs = values.shape
         if attributes.get("outputs") == "full":
             return values.transpose(0, 2, 1).reshape(num_rows * num_outputs, num_draws), metric
         return values.reshape(num_rows, num_draws * num_outputs), np.kron(metric, np.eye(num_outputs))
+
+    def _sketched_factor(self, features: zarr.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Block by block, so that one block's sketches are in memory at a time."""
+        num_rows, num_blocks, _, num_columns = features.shape
+        total = sum(
+            self._read("train/features", features, (slice(None), slice(r, r + 1)))[:, 0] for r in range(num_blocks)
+        )
+        metric = self._read("metric", self.array("metric"), (slice(0, 1), slice(0, 1)))[0, 0]
+        full = self.group.attrs.get("outputs") == "full"
+        columns = np.reshape(total, (-1, num_columns) if full else (num_rows, -1))
+        return columns, metric * np.eye(columns.shape[1])
 
     def _symmetric_product(self, path: str, array: zarr.Array, vectors: np.ndarray) -> np.ndarray:
         vectors = np.asarray(vectors, dtype=np.float64)

@@ -72,14 +72,15 @@ def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Fl
     return by_group.var(0) * (len(by_group) / (num_blocks * (num_blocks - 1)) ** 2)
 
 
-def calibrate(products: Float64[Tensor, "..."], *, pair_blocks: bool, num_groups: int = 0) -> Calibration:
+def calibrate(
+    products: Float64[Tensor, "r ..."], *, pair_blocks: bool, by_group: Float64[Tensor, "q *sample"] | None = None
+) -> Calibration:
     """Calibration from all block products of a sample of entries: (R, R, *sample), or (R, *sample) where blocks stand
-    alone; with `num_groups` of sketch columns (Q, R, R, *sample), what each group contributes.
+    alone; and, of sketched features, from what each group of columns adds to their sum over different blocks.
 
     level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased,
     level 1.
     """
-    by_group, products = products, products.sum(0) if num_groups else products
     blocks = len(products)
     if pair_blocks:
         value, variance, by_block = unbiased_variance(products)
@@ -90,8 +91,8 @@ def calibrate(products: Float64[Tensor, "..."], *, pair_blocks: bool, num_groups
     else:
         value, shape, level = products.mean(0), products.var(0) / blocks, 1.0
     noise = level * float(shape.sum())
-    if num_groups:
-        noise += float(sketch_variance(by_group.sum((1, 2)) - by_group.diagonal(dim1=1, dim2=2).sum(-1), blocks).sum())
+    if by_group is not None:
+        noise += float(sketch_variance(by_group, blocks).sum())
     signal = float(value.square().sum()) - noise
     relative = math.sqrt(noise / signal) if signal > 0 else math.inf if noise > 0 else 0.0
     return Calibration(level=level, relative_error=relative, num_entries=value.numel())

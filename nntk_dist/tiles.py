@@ -46,6 +46,13 @@ def tile_estimates(
     return present
 
 
+def group_sums(features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting) -> Tensor | None:
+    """What each group of sketch columns adds to Σ_{r≠r'} h_rr', (Q, *tile) for `calibrate`; None without a sketch."""
+    if not features.num_sketch_groups:
+        return None
+    return features.block_sums(rows, others, meeting, by_block=True).by_group
+
+
 def scale_factor(scale: str, num_parameters: int) -> float:
     """What turns a localized kernel into the asked scale: `raw` is localized / P²."""
     return num_parameters**-2 if scale == "raw" else 1.0

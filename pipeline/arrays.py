@@ -73,14 +73,22 @@ def holds_differences(job: Job) -> bool:
     return job.resolution.estimator == "weight" and not forms_means(job.spec, job.resolution)
 
 
+def holds_sketch(job: Job) -> bool:
+    """Whether features are sketches of block means and nothing else, in one array for which Φ M Φᵀ is the kernel."""
+    return job.resolution.num_sketched == job.sizes.num_parameters
+
+
 def holds_metric(job: Job) -> bool:
     """Whether the store keeps M: always for differences of paired blocks, which need it, else while it is small."""
+    if holds_sketch(job):
+        return True
     return holds_differences(job) and (job.spec.pair_blocks or job.sizes.num_draws <= METRIC_DRAWS)
 
 
 def feature_path(job: Job, split: str, name: str) -> str:
-    """Where a feature array lies: differences are `features` itself, other arrays are members of a group."""
-    return f"{split}/features" if holds_differences(job) else f"{split}/features/{name}"
+    """Where a feature array lies: differences, or sketches alone, are `features`; others are members of a group."""
+    alone = holds_differences(job) or holds_sketch(job)
+    return f"{split}/features" if alone else f"{split}/features/{name}"
 
 
 def feature_arrays(job: Job, specs: tuple[ArraySpec, ...]) -> list[StoredArray]:
@@ -129,6 +137,6 @@ def all_arrays(
                 StoredArray(f"{split}/{name}", values.shape, (step, *values.shape[1:]), axes, str(values.dtype))
             )
     if holds_metric(job):
-        draws = job.sizes.num_draws
-        arrays.append(StoredArray("metric", (draws, draws), (draws, draws), ("draw", "draw_col"), "float64"))
+        axis, length = ("block", job.sizes.num_blocks) if holds_sketch(job) else ("draw", job.sizes.num_draws)
+        arrays.append(StoredArray("metric", (length, length), (length, length), (axis, f"{axis}_col"), "float64"))
     return arrays

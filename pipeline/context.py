@@ -24,7 +24,7 @@ from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.gradients import feature_bytes
 from nntk_dist.tiles import scale_factor
-from pipeline.arrays import feature_path, holds_metric
+from pipeline.arrays import feature_path, holds_differences
 from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
 from pipeline.job import Job
@@ -95,7 +95,7 @@ class Context:
     @cached_property
     def features_with_metric(self) -> FeatureMap:
         """The features with the stored metric, for products of differences; without one, the same as `features`."""
-        if not (holds_metric(self.job) and self.job.spec.pair_blocks):
+        if not (holds_differences(self.job) and self.job.spec.pair_blocks):
             return self.features
         factor = scale_factor(self.job.spec.scale, self.job.sizes.num_parameters)
         metric = torch.from_numpy(self.store.read("metric")) / factor

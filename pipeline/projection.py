@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nntk_dist.block_sums import PRODUCT_ELEMENTS
 from nntk_dist.features import FeatureMap
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
-from pipeline.arrays import StoredArray, holds_differences, holds_metric, kernel_width
+from pipeline.arrays import StoredArray, holds_differences, holds_metric, holds_sketch, kernel_width
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
 from pipeline.layout import FEATURE_CACHE_BYTES
@@ -83,6 +84,17 @@ def pass_operations(model: nn.Module, x: Tensor) -> float:
     return float(max(1, counter.get_total_flops()))
 
 
+def row_operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> float:
+    """Operations of one row's features under all draws: passes, or counted on one example and block where sketched."""
+    if features.num_sketch_groups:
+        block, names = range(job.sizes.num_draws // job.sizes.num_blocks), torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            features.compute(x[:1], names.to(x.device), block, features.columns)
+        return float(counter.get_total_flops()) * job.sizes.num_blocks
+    passes = 1.0 if job.resolution.estimator in ("weight", "activation") else 1.0 + len(features.columns)
+    return pass_operations(model, x) * job.sizes.num_draws * passes
+
+
 def entry_operations(job: Job, features: FeatureMap) -> float:
     """Operations of one entry of the kernel (summed over outputs), standard errors included."""
     sizes, paired = job.sizes, job.spec.pair_blocks
@@ -105,17 +117,16 @@ def entry_operations(job: Job, features: FeatureMap) -> float:
 def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> dict[str, float]:
     sizes = job.sizes
     rows = sizes.num_train + sizes.num_test
-    passes = 1.0 if job.resolution.estimator in ("weight", "activation") else 1.0 + len(features.columns)
-    one_pass = pass_operations(model, x)
-    row_operations = one_pass * sizes.num_draws * passes
+    one_pass, one_row = pass_operations(model, x), row_operations(job, features, model, x)
     per_entry = entry_operations(job, features)
     tile_rows = len(intervals(sizes.num_train, job.layout.tile)) * sizes.num_train + rows
-    recomputed = 0.0 if job.layout.store_features else row_operations
+    recomputed = 0.0 if job.layout.store_features else one_row
     kernel_rows = sizes.num_train * kernel_width(job)
+    makes_metric = holds_metric(job) and not holds_sketch(job)
     return {
-        "features": rows * (row_operations if job.layout.store_features else one_pass),
-        "metric": 2.0 * sizes.num_draws**2 * sizes.num_parameters if holds_metric(job) else 0.0,
-        "calibration": 0.0 if job.layout.stderr == "none" else 192.0 * row_operations + 8192.0 * per_entry,
+        "features": rows * (one_row if job.layout.store_features else one_pass),
+        "metric": 2.0 * sizes.num_draws**2 * sizes.num_parameters if makes_metric else 0.0,
+        "calibration": 0.0 if job.layout.stderr == "none" else 192.0 * one_row + 8192.0 * per_entry,
         "gram": per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows,
         "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows,
         "spectrum": 2.0 * _EIGH_OPERATIONS * kernel_rows**3 / 3,
@@ -140,10 +151,14 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     rows = int(max(2 * tile * row_bytes * share, min(FEATURE_CACHE_BYTES, everything)))
     in_factors = ("input_", "gradient_", "direction_", "noise_")
     factored = any(not spec.name.startswith(in_factors) for spec in features.arrays)
-    pairs = any(spec.name.startswith("noise_") for spec in features.arrays)
-    by_block = sizes.num_blocks if layout.stderr == "entry" else 0
+    pairs = 0
+    if any(spec.name.startswith("noise_") for spec in features.arrays):
+        pairs = 4 * item * CHUNK_ELEMENTS
+    elif any(spec.name.startswith("input_") for spec in features.arrays):
+        pairs = 3 * item * PRODUCT_ELEMENTS
+    by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
     sums = entries * 8 * (by_block + 2) + entries * (8 * 6 + 3 * item)
-    tile_task = rows * (3 if factored else 1) + sums + (4 * item * CHUNK_ELEMENTS if pairs else 0)
+    tile_task = rows * (3 if factored else 1) + sums + pairs
     sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + 8 / item)
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products

@@ -13,6 +13,7 @@ import torch
 
 from nntk_dist.block_sums import Meeting
 from nntk_dist.statistics import calibrate, sample_entries, sample_limit
+from nntk_dist.tiles import group_sums
 from pipeline.arrays import kernel_width
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task
@@ -42,13 +43,16 @@ def execute(context: Context, task: Task) -> Written:
     meeting = Meeting(full=job.spec.meeting.full, paired=task.tile == "diagonal")
     features = context.features_with_metric
     products: torch.Tensor | None = None
+    by_group: torch.Tensor | None = None
     for part in context.output_parts():
         left = context.compute(splits[0], np.asarray(rows), part)
         same = splits[0] == splits[1] and torch.equal(rows, columns)
         right = left if same else context.compute(splits[1], np.asarray(columns), part)
         product = features.block_products(left, right, meeting)
         products = product if products is None else products + product
+        grouped = group_sums(features, left, right, meeting)
+        by_group = grouped if by_group is None or grouped is None else by_group + grouped
     assert products is not None
-    result = calibrate(products, pair_blocks=features.pair_blocks, num_groups=features.num_sketch_groups)
+    result = calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
     numbers = {"level": result.level, "relative_error": result.relative_error, "num_entries": float(result.num_entries)}
     return Written(numbers=numbers)

@@ -1,11 +1,13 @@
-"""Stage `metric`: the matrix M of a kernel Φ M Φᵀ made of output differences; one task, since M belongs to no row.
+"""Stage `metric`: the matrix M of a kernel Φ M Φᵀ whose features are one array: output differences, or sketches; one
+task, since M belongs to no row.
 
-Axes: s draws.
+Axes: s draws, or r blocks.
 """
 
 from collections.abc import Iterator
 
 from nntk_dist.differences import DifferenceFeatures
+from nntk_dist.gradients import GradientFeatures
 from nntk_dist.tiles import scale_factor
 from pipeline.arrays import holds_metric
 from pipeline.context import Context, Written
@@ -16,15 +18,15 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """One task where features are differences and their metric is kept, none elsewhere."""
+    """One task where features are one array and their metric is kept, none elsewhere."""
     if holds_metric(job):
         yield Task(NAME, "metric")
 
 
 def execute(context: Context, task: Task) -> Written:
-    """Make the metric from the draws and write it."""
+    """Make the metric and write it."""
     features = context.features
-    assert isinstance(features, DifferenceFeatures)
+    assert isinstance(features, DifferenceFeatures | GradientFeatures)
     written = Written()
     factor = scale_factor(context.job.spec.scale, context.job.sizes.num_parameters)
     context.write(written, "metric", (0, 0), features.make_metric() * factor)

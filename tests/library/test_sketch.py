@@ -44,7 +44,7 @@ def problem(name: str, n: int = 4) -> tuple[nn.Module, Tensor]:
     return transformer() if name == "transformer" else (case(name).build(), case(name).inputs(n))
 
 
-def spec_of(outputs: str | int = "trace", sketch: int = 32, seed: int = 3) -> KernelSpec:
+def spec_of(outputs: str | int = "trace", sketch: int = 64, seed: int = 3) -> KernelSpec:
     return KernelSpec(
         estimator="autodiff", gamma=0.6, draws=8, blocks=4, seed=seed, outputs=outputs, contraction="sketch",
         sketch=sketch,
@@ -115,9 +115,9 @@ def test_statistics_of_a_sketch_are_their_definitions(outputs):
 @pytest.mark.parametrize(
     ("sketch", "blocks", "message"),
     [
-        (100, 8, r"sketch is 100; allowed: auto, or a multiple of 16 \(8 groups .*\); the nearest is 96"),
-        (0, 8, r"sketch is 0; allowed: auto, or a multiple of 16 .*; the nearest is 16"),
-        (48, 17, r"sketch is 48; allowed: auto, or a multiple of 64 \(32 groups .*\); the nearest is 64"),
+        (100, 8, r"sketch is 100; allowed: auto, or a multiple of 16 \(8 groups .*\) from 64; the nearest is 96"),
+        (0, 8, r"sketch is 0; allowed: auto, or a multiple of 16 .* from 64; the nearest is 64"),
+        (48, 17, r"sketch is 48; allowed: auto, or a multiple of 64 \(32 groups .*\) from 256; the nearest is 256"),
     ],
 )
 def test_sketches_that_no_groups_share(sketch, blocks, message):

@@ -20,7 +20,7 @@ from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration, calibrate, sample_entries
-from nntk_dist.tiles import tile_estimates
+from nntk_dist.tiles import group_sums, tile_estimates
 from tests.oracles import brute_force
 
 Array = np.ndarray
@@ -42,8 +42,10 @@ def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelS
     """The calibration of a whole kernel."""
     sizes = [len(next(iter(part.values()))) for part in (rows, others)]
     first, second = sample_entries(spec.seed, *sizes)
-    products = features.block_products(slice_rows(rows, first), slice_rows(others, second), spec.meeting)
-    return calibrate(products, pair_blocks=features.pair_blocks, num_groups=features.num_sketch_groups)
+    sampled = slice_rows(rows, first), slice_rows(others, second)
+    products = features.block_products(*sampled, spec.meeting)
+    by_group = group_sums(features, *sampled, spec.meeting)
+    return calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
 
 
 def estimates_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> dict[str, Tensor]:

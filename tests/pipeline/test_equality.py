@@ -27,6 +27,7 @@ ESTIMATORS = {
     "weight": ("kernel.estimator=weight", "kernel.draws=64"),
     "full": ("kernel.outputs=full", "data.train=23", "data.test=7"),
     "covariance": ("kernel.kind=covariance", "kernel.draws=64"),
+    "sketch": ("kernel.contraction=sketch", "kernel.sketch=64"),
 }
 
 
@@ -79,6 +80,7 @@ MODELS = {
     "cnn": ("model.builder=cnn", "model.args={channels: [4, 4]}"),
     "transformer": ("model.builder=transformer", "model.args={dim: 8, depth: 1, heads: 2, hidden: 8}"),
     "full": ("kernel.outputs=full", "data.train=19", "data.test=7"),
+    "sketch": ESTIMATORS["sketch"],
 }
 
 
@@ -113,10 +115,11 @@ def in_memory(run_dir, function, **options):
     [
         ((), nonlocal_kernel, {"gamma": 0.05, "statistic": "both"}),
         (ESTIMATORS["weight"], nonlocal_kernel, {"gamma": 0.05, "estimator": "weight", "draws": 64}),
+        (ESTIMATORS["sketch"], nonlocal_kernel, {"gamma": 0.05, "contraction": "sketch", "sketch": 64}),
         (ESTIMATORS["covariance"], covariance_kernel, {"gamma": 0.05, "draws": 64}),
         (("kernel.kind=averaged", "kernel.seed=3"), averaged_kernel, {"gamma": 0.05, "seed": 3}),
     ],
-    ids=["autodiff", "weight", "covariance", "averaged"],
+    ids=["autodiff", "weight", "sketch", "covariance", "averaged"],
 )
 def test_the_pipeline_computes_the_librarys_kernels(sets, function, options, tmp_path):
     stored = arrays(finished(tmp_path / "run", *sets))

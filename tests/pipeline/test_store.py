@@ -71,6 +71,7 @@ def test_the_reader_opens_a_run(good_run):
 
 
 WEIGHT = ("kernel.estimator=weight", "kernel.draws=32")
+SKETCH = ("kernel.contraction=sketch", "kernel.sketch=64")
 FACTORED = {
     "trace": WEIGHT,
     "full": (*WEIGHT, "kernel.outputs=full"),
@@ -78,6 +79,8 @@ FACTORED = {
     "antithetic": (*WEIGHT, "kernel.design=antithetic"),
     "covariance": ("kernel.kind=covariance", "kernel.draws=32"),
     "raw": (*WEIGHT, "kernel.scale=raw"),
+    "sketch": (*SKETCH, "kernel.scale=raw"),
+    "sketch full": (*SKETCH, "kernel.outputs=full"),
 }
 
 
@@ -86,8 +89,8 @@ def test_the_factor_is_the_kernel(sets, tmp_path):
     kernel = open_kernel(finished(tmp_path / "run", *FEW, *sets))
     features, metric = kernel.factor()
     gram = kernel.gram[...]
-    # sums over at most 32 draws and 10 outputs in float32
-    np.testing.assert_allclose(features @ metric @ features.T, gram, rtol=0, atol=np.sqrt(320) * EPS * gram.max())
+    # sums in float32 over at most 32 draws and 10 outputs, or 10 outputs and 64 columns
+    np.testing.assert_allclose(features @ metric @ features.T, gram, rtol=0, atol=np.sqrt(640) * EPS * gram.max())
 
 
 FORMS = {

@@ -155,7 +155,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     if any(spec.name.startswith("noise_") for spec in features.arrays):
         pairs = 4 * item * CHUNK_ELEMENTS
     elif any(spec.name.startswith("input_") for spec in features.arrays):
-        pairs = 3 * item * PRODUCT_ELEMENTS
+        pairs = 3 * item * min(PRODUCT_ELEMENTS, sizes.num_draws * entries)
     by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
     sums = entries * 8 * (by_block + 2) + entries * (8 * 6 + 3 * item)
     tile_task = rows * (3 if factored else 1) + sums + pairs

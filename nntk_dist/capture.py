@@ -256,13 +256,26 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
     return SitePlan(tuple(outer), tuple(dense), tuple(name for name in space.names if name in whole))
 
 
-def per_example_gradients(
-    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
-) -> dict[str, Float[Tensor, "n c ..."]]:
-    """Every selected parameter's per-example gradient, formed: for checks and small models; memory n·c·P."""
+def _weighted_gradients(
+    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], weights: Float[Tensor, "n c"]
+) -> dict[str, Tensor]:
+    """Every parameter's per-example gradients, weighted over examples and outputs.
+
+    Rules are linear in δ, so outputs are summed before gradients are formed: memory n·P, and n·C·P of whole parameters.
+    """
     full = plan.densified(frozenset(site.module for site in plan.outer))
-    recording = Recording(model, full.dense, x, parameters)
-    return dense_gradients(model, full, recording, recording.gradients(columns), x, parameters, columns)
+    sites = replace(full, whole=())
+    recording = Recording(model, sites.dense, x, parameters)
+    deltas = {
+        name: [torch.einsum("nc,nc...->n...", weights, delta)[:, None] for delta in parts]
+        for name, parts in recording.gradients(range(weights.shape[1])).items()
+    }
+    summed = dense_gradients(model, sites, recording, deltas, x, parameters, range(1))
+    result = {name: part[:, 0].sum(0) for name, part in summed.items()}
+    if plan.whole:
+        for name, part in whole_gradients(model, plan.whole, x, parameters, range(weights.shape[1])).items():
+            result[name] = torch.einsum("nc,nc...->...", weights, part)
+    return result
 
 
 def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
@@ -282,12 +295,11 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
         expected = torch.autograd.grad(
             (values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
         )
-    gradients = per_example_gradients(model, plan, x, parameters, range(values.shape[1]))
+    gradients = _weighted_gradients(model, plan, x, parameters, weights)
     scale = max(float(part.abs().max()) for part in expected)
     wrong = set()
     for name, truth in zip(leaves, expected, strict=True):
-        combined = torch.einsum("nc,nc...->...", weights, gradients[name])
-        if float((combined - truth).abs().max()) > _AGREEMENT * max(scale, 1e-300):
+        if float((gradients[name] - truth).abs().max()) > _AGREEMENT * max(scale, 1e-300):
             wrong.add(name)
     return wrong
 

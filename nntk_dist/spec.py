@@ -92,11 +92,9 @@ class KernelSpec:
     def _check_contraction(self) -> None:
         """A contraction needs gradients, a sketch the pairs of blocks whose scatter tells its error."""
         check_choice("contraction", self.contraction, CONTRACTIONS)
-        if self.contraction != "auto" and (self.kind == "covariance" or self.estimator == "weight"):
-            what = "kind covariance" if self.kind == "covariance" else "estimator weight"
-            raise NNTKError(
-                f"contraction is '{self.contraction}'; allowed for {what}, made of output differences: auto"
-            )
+        if self.contraction != "auto" and (self.kind == "covariance" or self.estimator in ("weight", "activation")):
+            what = "kind covariance" if self.kind == "covariance" else f"estimator {self.estimator}"
+            raise NNTKError(f"contraction is '{self.contraction}'; allowed for {what}, which takes no gradients: auto")
         if self.contraction == "sketch" and not self.pair_blocks:
             raise NNTKError(
                 f"contraction is 'sketch'; allowed for kind {self.kind}: auto, layered, means (only kind nonlocal "
@@ -104,11 +102,9 @@ class KernelSpec:
             )
         if isinstance(self.sketch, str):
             check_choice("sketch", self.sketch, ("auto",))
-        elif self.contraction not in ("auto", "sketch"):
-            raise NNTKError(
-                f"sketch is {self.sketch}, but contraction '{self.contraction}' sketches nothing; allowed: auto, or "
-                "contraction: sketch"
-            )
+        elif self.contraction not in ("auto", "sketch") or not self.pair_blocks:
+            what = f"kind {self.kind}" if not self.pair_blocks else f"contraction {self.contraction}"
+            raise NNTKError(f"sketch is {self.sketch}; allowed for {what}, which sketches nothing: auto")
         if self.pair_blocks:
             columns_of_sketch(self.sketch, self.blocks)
 

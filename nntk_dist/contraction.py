@@ -93,7 +93,7 @@ def contraction_of(
     """The contraction of a kernel made of gradients; `num_outputs` counts the outputs that the kernel is made of."""
     blocks = 1 if spec.kind == "local" else spec.blocks
     setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == "full")
-    num_columns = columns_of_sketch(spec.sketch, spec.blocks) if spec.pair_blocks else 0
+    num_columns = columns_of_sketch(spec.sketch) if spec.pair_blocks else 0
     return choose_contraction(model, plan, space, spec.contraction, num_columns, setting)
 
 

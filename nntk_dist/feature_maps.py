@@ -54,7 +54,7 @@ def make_feature_map(
     )
     sketch = None
     if chosen.sketched is not None:
-        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(spec.blocks), space.names)
+        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(chosen.num_columns, spec.blocks), space.names)
     return GradientFeatures(
         evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
     )

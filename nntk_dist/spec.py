@@ -106,7 +106,7 @@ class KernelSpec:
             what = f"kind {self.kind}" if not self.pair_blocks else f"contraction {self.contraction}"
             raise NNTKError(f"sketch is {self.sketch}; allowed for {what}, which sketches nothing: auto")
         if self.pair_blocks:
-            columns_of_sketch(self.sketch, self.blocks)
+            columns_of_sketch(self.sketch)
 
     def _take_integers(self) -> None:
         """Accept any integer type (NumPy's too) as an int, and nothing else: None must not pass for `trace`."""

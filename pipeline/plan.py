@@ -140,7 +140,7 @@ def _fit(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
             f"({_gib(usable)} usable for {max(1, workers)} worker(s)); make compute.tile smaller than "
             f"{job.layout.tile}, set compute.stderr to sample, use fewer compute.workers or raise "
-            "compute.memory_per_worker"
+            f"compute.memory_per_worker{_other_contraction(job)}"
         )
     if projection.solve_bytes > usable:
         raise NNTKError(
@@ -150,6 +150,12 @@ def _fit(
     if workers != wanted:
         projection = project(job, features, list(arrays), model, x, num_workers=workers)
     return Plan(job, arrays, parts, prints, projection, workers, each)
+
+
+def _other_contraction(job: Job) -> str:
+    """What else would make features smaller, where they are exact gradients."""
+    sketchable = job.resolution.estimator == "autodiff" and job.spec.pair_blocks and not job.resolution.num_columns
+    return "; or set kernel.contraction to sketch, which takes less for an error of its own" if sketchable else ""
 
 
 def wanted_workers(config: Config, layout: Layout) -> int:

@@ -112,18 +112,29 @@ def test_statistics_of_a_sketch_are_their_definitions(outputs):
     assert calibration_of(features, rows, others, spec).relative_error == pytest.approx(np.sqrt(noise / signal))
 
 
+def test_draws_in_portions_have_the_same_bits_and_outputs_in_portions_the_same_probes():
+    model, x = problem("convnet")
+    features, _ = prepared_features(model, x, spec_of())
+    whole, ids = all_rows(features, x)["sketch"], torch.arange(len(x))
+    parts = [features.compute(x, ids, draws, features.columns)["sketch"] for draws in (range(4), range(4, 8))]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert_equal(features.compute(x, ids, range(8), (2, 0))["sketch"], whole[:, :, [2, 0]])
+    assert_equal(features.compute(x[:1], ids[:1], range(8), features.columns)["sketch"], whole[:1])
+
+
 @pytest.mark.parametrize(
-    ("sketch", "blocks", "message"),
+    ("sketch", "message"),
     [
-        (100, 8, r"sketch is 100; allowed: auto, or a multiple of 16 \(8 groups .*\) from 64; the nearest is 96"),
-        (0, 8, r"sketch is 0; allowed: auto, or a multiple of 16 .* from 64; the nearest is 64"),
-        (48, 17, r"sketch is 48; allowed: auto, or a multiple of 64 \(32 groups .*\) from 256; the nearest is 256"),
+        (100, r"sketch is 100; allowed: auto, or a multiple of 16 \(8 groups .*\) from 64; the nearest is 96"),
+        (0, r"sketch is 0; allowed: auto, or a multiple of 16 .* from 64; the nearest is 64"),
+        (48, r"sketch is 48; allowed: auto, .* from 64; the nearest is 64"),
     ],
 )
-def test_sketches_that_no_groups_share(sketch, blocks, message):
+def test_sketches_that_no_groups_share(sketch, message):
     with pytest.raises(NNTKError, match=message):
-        columns_of_sketch(sketch, blocks)
+        columns_of_sketch(sketch)
 
 
 def test_there_are_about_as_many_groups_as_blocks_and_at_least_eight():
-    assert [groups_of_columns(blocks) for blocks in (4, 8, 9, 32, 1000)] == [8, 8, 16, 32, 32]
+    assert [groups_of_columns(1024, blocks) for blocks in (4, 8, 9, 32, 1000)] == [8, 8, 16, 32, 32]
+    assert [groups_of_columns(columns, 32) for columns in (64, 112, 128, 256, 272)] == [8, 8, 16, 32, 8]

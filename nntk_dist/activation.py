@@ -5,8 +5,8 @@ D Σ_k η_k ⊗ q_k in a noisy layer, D n in weight space, and h̃ of the noisy 
 model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²], and its error hardly feels P: a layer's noise has as
 many numbers as it has units. Gaussian ρ, the nonlocal kernel; any activation, jumps included.
 
-Products: layers in factors over all pairs of draws (`nntk_dist.pair_products`), or from block-mean gradients where that
-takes fewer operations; weight space from D and ⟨n_s, n_t⟩; the readout from block means of h̃.
+Products: layers in factors over all pairs of draws (`nntk_dist.pair_products`), from block-mean gradients, or from
+their sketch (`nntk_dist.noise_contraction`); weight space from D and ⟨n_s, n_t⟩; the readout from block means of h̃.
 
 Axes: n rows, s draws, r blocks, c outputs, k basis vectors, i inputs and u units of a layer, p formed parameters.
 """
@@ -23,28 +23,27 @@ from nntk_dist.block_sums import (
     BlockSums,
     Meeting,
     add_factored_,
+    add_sketched_,
     empty_sums,
     factored_by_metric,
     formed_gradients,
+    formed_products,
     metric_products,
 )
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
 from nntk_dist.layer_noise import NoiseSite
+from nntk_dist.noise_contraction import NoiseContraction
 from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.noisy_draws import NoisyDraws, NoisyPass
 from nntk_dist.pair_products import NoiseFeatures, add_pairs_, pair_products
-
-# Formed gradients may take this many times the memory of the factors that they replace.
-_MOST_MEMORY = 4
-# Beyond this many draws their S × S metric is dearer than the formed gradients of weight space.
-_METRIC_DRAWS = 4096
+from nntk_dist.sketching import Sketch
 
 
 @dataclass(frozen=True)
 class ActivationFeatures:
-    """Features under all draws: a layer in `formed` has its block-mean gradients formed, the others stay in factors.
+    """Features under all draws, contracted as `contraction` says; `sketch` is None where it sketches nothing.
 
     Entries of examples whose output no draw changed have no standard error (`BlockSums.resolved`); the readout's part
     of them is known in any case.
@@ -54,11 +53,10 @@ class ActivationFeatures:
     plan: NoisePlan
     drawing: Drawing
     columns: tuple[int, ...]
-    formed: frozenset[str]
-    forms_weight_space: bool
+    contraction: NoiseContraction
+    sketch: Sketch | None = None
     pair_blocks: bool = True
     shows_unresolved: bool = False
-    num_sketch_groups: int = 0
 
     @property
     def num_draws(self) -> int:
@@ -71,6 +69,10 @@ class ActivationFeatures:
     @property
     def num_parameters(self) -> int:
         return self.drawing.num_parameters
+
+    @property
+    def num_sketch_groups(self) -> int:
+        return 0 if self.sketch is None else self.sketch.num_groups
 
     @cached_property
     def draws(self) -> NoisyDraws:
@@ -89,22 +91,26 @@ class ActivationFeatures:
             specs.append(
                 ArraySpec("dense", ("block", "output", "parameter"), (self.num_blocks, outputs, self._num_formed))
             )
+        if self.sketch is not None:
+            columns = (self.num_blocks, outputs, self.sketch.num_columns)
+            specs.append(ArraySpec("sketch", ("block", "output", "column"), columns))
         if self.plan.readout is not None:
             specs.append(ArraySpec("readout", ("block", "readout_unit"), (self.num_blocks, self.plan.readout.width)))
         return tuple(specs)
 
     @property
     def _factors(self) -> tuple[NoiseSite, ...]:
-        return tuple(each for each in self.plan.noisy if each.module not in self.formed)
+        others = self.contraction.formed | self.contraction.sketched
+        return tuple(each for each in self.plan.noisy if each.module not in others)
 
     @property
     def _num_formed(self) -> int:
-        layers = sum(each.num_parameters for each in self.plan.noisy if each.module in self.formed)
-        return layers + (self.draws.num_weight_space if self.forms_weight_space else 0)
+        layers = sum(each.num_parameters for each in self.plan.noisy if each.module in self.contraction.formed)
+        return layers + (self.draws.num_weight_space if self.contraction.forms_weight_space else 0)
 
     @property
     def _has_metric(self) -> bool:
-        return bool(self.plan.weight_space) and not self.forms_weight_space
+        return bool(self.plan.weight_space) and not self.contraction.forms_weight_space
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
         return self.evaluator.base(x)
@@ -137,6 +143,8 @@ class ActivationFeatures:
                 by_draw.setdefault(f"direction_{index}", []).append(passed.directions[each.module])
                 by_draw.setdefault(f"noise_{index}", []).append(passed.noise[each.module])
             means = {"dense": self._formed_gradients(passed, differences)} if self._num_formed else {}
+            if self.sketch is not None:
+                means["sketch"] = self._sketched_gradients(self.sketch, passed, differences)
             if passed.readout is not None:
                 means["readout"] = passed.readout.sum(1)
             sums = {name: sums[name] + part if sums else part for name, part in means.items()}
@@ -147,19 +155,39 @@ class ActivationFeatures:
         """Gradients of the formed layers, unit by unit, and of weight space, summed over the draws of one pass."""
         parts = []
         for each in self.plan.noisy:
-            if each.module in self.formed:
+            if each.module in self.contraction.formed:
                 noise, basis = passed.noise[each.module], passed.directions[each.module]
                 weighted = differences[:, :, None, :, None] * noise[:, :, :, None]  # n s k c u
                 product = torch.bmm(weighted.flatten(3).flatten(1, 2).mT, basis.flatten(1, 2))
                 parts.append(product.reshape(len(product), differences.shape[2], -1))
-        if self.forms_weight_space and passed.weights is not None:
+        if self.contraction.forms_weight_space and passed.weights is not None:
             parts.append(torch.einsum("nsc,sp->ncp", differences, passed.weights))
         return torch.cat(parts, dim=2)
+
+    def _sketched_gradients(
+        self, sketch: Sketch, passed: NoisyPass, differences: Float[Tensor, "n s c"]
+    ) -> Float[Tensor, "n c k"]:
+        """The sketch of the sketched layers' gradients, summed over the draws of one pass."""
+        total = differences.new_zeros(len(differences), differences.shape[2], sketch.num_columns)
+        for each in self.plan.noisy:
+            if each.module in self.contraction.sketched:
+                noise, basis = passed.noise[each.module].flatten(1, 2), passed.directions[each.module].flatten(1, 2)
+                weights, names = differences.repeat_interleave(each.rank, dim=1), dict(each.site.parameters)
+                if "weight" in names:
+                    inputs = basis[:, :, :-1] if "bias" in names else basis
+                    total += sketch.of_shared(names["weight"], weights, noise, inputs)
+                if "bias" in names:
+                    biases = (weights * basis[:, :, -1:]).mT @ noise
+                    total += sketch.of_gradient(names["bias"], biases)
+        return total
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         first, second = rows["differences"], others["differences"]
         shape = meeting.shape(len(first), len(second), first.shape[2])
-        sums = empty_sums(shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=first.device)
+        groups = self.num_sketch_groups
+        sums = empty_sums(
+            shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=first.device, num_groups=groups
+        )
         if self._factors:
             add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
         if self._has_metric:
@@ -168,15 +196,28 @@ class ActivationFeatures:
             add_factored_(sums, left, right, meeting)
         if self._num_formed:
             add_factored_(sums, formed_gradients(rows["dense"]), formed_gradients(others["dense"]), meeting)
+        if self.sketch is not None:
+            sketches = formed_gradients(rows["sketch"]), formed_gradients(others["sketch"])
+            add_sketched_(sums, *sketches, meeting, groups)
         if self.plan.readout is not None:
             _add_readout_(sums, rows["readout"], others["readout"], meeting, first.shape[2])
         if self.plan.noisy or self.plan.weight_space:
             sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
         return sums
 
-    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left = {name: array.double() for name, array in rows.items()}
         right = {name: array.double() for name, array in others.items()}
+        exact = self._exact_products(left, right, meeting)
+        if self.sketch is None:
+            return exact
+        groups = [part["sketch"].chunk(self.num_sketch_groups, 3) for part in (left, right)]
+        # What is exact belongs to every group alike.
+        return exact / self.num_sketch_groups + torch.stack(
+            [formed_products(a, b, meeting) for a, b in zip(*groups, strict=True)]
+        )
+
+    def _exact_products(self, left: Rows, right: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         first, second, blocks = left["differences"], right["differences"], self.num_blocks
         shape = meeting.shape(len(first), len(second), first.shape[2])
         total = torch.zeros(blocks, blocks, *shape, dtype=torch.float64, device=first.device)
@@ -185,14 +226,12 @@ class ActivationFeatures:
         if self._has_metric:
             differences = first.transpose(1, 2), second.transpose(1, 2)
             total += metric_products(*differences, self.draws.weight_metric, blocks, meeting)
-        plain = Meeting(paired=meeting.paired)
-        for r in range(blocks):
-            for q in range(blocks):
-                if self._num_formed:
-                    total[r, q] += meeting.outputs(left["dense"][:, r], right["dense"][:, q])
-                if self.plan.readout is not None:
-                    product = plain.outputs(left["readout"][:, r, None], right["readout"][:, q, None])
-                    total[r, q] += meeting.same_output(product, first.shape[2])
+        if self._num_formed:
+            total += formed_products(left["dense"], right["dense"], meeting)
+        if self.plan.readout is not None:
+            plain = Meeting(paired=meeting.paired)
+            product = formed_products(left["readout"][:, :, None], right["readout"][:, :, None], plain)
+            total += meeting.same_output(product, first.shape[2])
         return total
 
     def _noise_features(self, rows: Rows) -> NoiseFeatures:
@@ -219,33 +258,3 @@ def _changed(differences: Float[Tensor, "n s c"], meeting: Meeting) -> Bool[Tens
     """Rows (with `full`, rows and outputs) that some draw changed."""
     changed = (differences != 0).any(1)
     return changed if meeting.full else changed.any(1)
-
-
-def cheapest_forms(plan: NoisePlan, *, num_draws: int, num_blocks: int, num_outputs: int, full: bool) -> frozenset[str]:
-    """Layers whose block-mean gradients take fewer multiply-adds an entry than their factors, and not much more
-    memory.
-
-    Factors: S² pairs of draws, rank² times the layer's widths, whatever the outputs; formed: 3R times its parameters,
-    for all outputs (squared if full).
-    """
-    copies = num_outputs**2 if full else num_outputs
-    formed = set()
-    for each in plan.noisy:
-        widths = each.width + each.units
-        cheaper = 3 * num_blocks * copies * each.num_parameters < num_draws**2 * each.rank**2 * widths
-        affordable = num_blocks * num_outputs * each.num_parameters <= _MOST_MEMORY * num_draws * each.rank * widths
-        if cheaper and affordable:
-            formed.add(each.module)
-    return frozenset(formed)
-
-
-def activation_features(
-    evaluator: Evaluator, plan: NoisePlan, drawing: Drawing, columns: tuple[int, ...], *, full: bool
-) -> ActivationFeatures:
-    """The feature map of a plan, with the cheapest of its contractions."""
-    formed = cheapest_forms(
-        plan, num_draws=drawing.num_draws, num_blocks=drawing.num_blocks, num_outputs=len(columns), full=full
-    )
-    few = 3 * drawing.num_blocks * plan.num_parameters(evaluator.space)[2] < drawing.num_draws
-    forms_weight_space = bool(plan.weight_space) and (few or drawing.num_draws > _METRIC_DRAWS)
-    return ActivationFeatures(evaluator, plan, drawing, columns, formed, forms_weight_space)

@@ -146,6 +146,14 @@ def formed_gradients(gradients: Float[Tensor, "n r c k"]) -> Factored:
     return Factored(right=gradients, together=gradients, apart=gradients.sum(1, keepdim=True) - gradients)
 
 
+def formed_products(
+    rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
+) -> Float[Tensor, "r r *tile"]:
+    """H_rr' of block-mean gradients for all pairs of blocks: for few entries."""
+    blocks = range(rows.shape[1])
+    return torch.stack([torch.stack([meeting.outputs(rows[:, r], columns[:, q]) for q in blocks]) for r in blocks])
+
+
 def factored_by_metric(columns: Float[Tensor, "n c s"], metric: Float64[Tensor, "s s"], num_blocks: int) -> Factored:
     """Columns by draw, with the products M_st of the draws: H_rr' = Σ_{s in r, t in r'} φ_s M_st φ'_t."""
 

@@ -84,7 +84,7 @@ class Contraction:
             "means": list(self.exact.dense_names()),
             f"sketch (k = {self.num_columns})": [] if self.sketched is None else list(self.sketched.dense_names()),
         }
-        return "contraction: " + "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names)
+        return "contraction: " + "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
 
 
 def contraction_of(
@@ -105,7 +105,7 @@ def choose_contraction(
     names = frozenset[str]()
     if contraction == "sketch":
         names = plan.names()
-    elif contraction == "auto" and num_columns and _unaffordable(costs.values(), num_columns, setting):
+    elif contraction == "auto" and num_columns and unaffordable(costs.values(), num_columns, setting):
         worth = setting.products * setting.copies * num_columns
         names = frozenset(name for group, cost in costs.items() for name in group if cost.operations > worth)
     if not names:
@@ -148,7 +148,7 @@ def _layered_cost(model: nn.Module, site: Site, setting: Setting) -> Cost:
     )
 
 
-def _unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:
+def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:
     """Whether exactness costs too much, both in memory and in operations."""
     costs = list(costs)
     sketched = setting.products * setting.copies * num_columns
@@ -163,6 +163,7 @@ def linear_widths(model: nn.Module, path: str, attributes: Sequence[str]) -> tup
     return module.in_features * ("weight" in attributes) + ("bias" in attributes), module.out_features
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

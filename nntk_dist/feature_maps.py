@@ -8,7 +8,7 @@ Axes: n examples, c outputs.
 
 from torch import Tensor, nn
 
-from nntk_dist.activation import activation_features
+from nntk_dist.activation import ActivationFeatures
 from nntk_dist.capture import plan_sites
 from nntk_dist.contraction import contraction_of
 from nntk_dist.difference_means import DifferenceMeans
@@ -16,6 +16,7 @@ from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import Evaluator
 from nntk_dist.features import FeatureMap
 from nntk_dist.gradients import GradientFeatures
+from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import plan_noise
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
@@ -46,8 +47,7 @@ def make_feature_map(
     if resolution.estimator == "weight":
         return DifferenceFeatures(evaluator, spec.drawing("weight", space, model), columns, spec.pair_blocks, metric)
     if resolution.estimator == "activation":
-        noise, noisy_drawing = plan_noise(model, space, x), spec.drawing("activation", space, model)
-        return activation_features(evaluator, noise, noisy_drawing, columns, full=spec.outputs == "full")
+        return _activation_features(evaluator, x, spec, resolution, columns)
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
     chosen = contraction_of(
         model, plan_sites(model, space, x), space, spec, num_draws=resolution.num_draws, num_outputs=len(columns)
@@ -58,3 +58,16 @@ def make_feature_map(
     return GradientFeatures(
         evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
     )
+
+
+def _activation_features(
+    evaluator: Evaluator, x: Tensor, spec: KernelSpec, resolution: Resolution, columns: tuple[int, ...]
+) -> ActivationFeatures:
+    space, num_draws = evaluator.space, resolution.num_draws
+    plan = plan_noise(evaluator.model, space, x)
+    chosen = noise_contraction(plan, space, spec, num_draws=num_draws, num_outputs=len(columns))
+    sketch = None
+    if chosen.sketched:
+        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(spec.blocks), space.names)
+    drawing = spec.drawing("activation", space, evaluator.model)
+    return ActivationFeatures(evaluator, plan, drawing, columns, chosen, sketch)

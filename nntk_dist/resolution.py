@@ -18,6 +18,7 @@ from nntk_dist.contraction import contraction_of
 from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
+from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import NoisePlan, plan_noise
 from nntk_dist.noisy_draws import MOST_GROUPS
 from nntk_dist.parameters import ParameterSpace, select_parameters
@@ -60,8 +61,18 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
     resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+    kept = 1 if isinstance(spec.outputs, int) else num_outputs
+    if estimator == "activation":
+        noise = plan_noise(model, space, x)
+        contraction = noise_contraction(noise, space, spec, num_draws=draws, num_outputs=kept)
+        sizes = [each.num_parameters for each in noise.noisy if each.module in contraction.sketched]
+        return replace(
+            resolution,
+            reason=f"{reason}{contraction.text(noise)}",
+            num_columns=contraction.num_columns,
+            num_sketched=sum(sizes),
+        )
     if estimator == "autodiff":
-        kept = 1 if isinstance(spec.outputs, int) else num_outputs
         plan = plan_sites(model, space, x)
         chosen = contraction_of(model, plan, space, spec, num_draws=draws, num_outputs=kept)
         return replace(
@@ -119,7 +130,7 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
             try:
                 plan_sites(model, space, x)
             except NNTKError as error:
-                return "weight", f"autodiff is not to be had: {error}"
+                return _without_gradients(model, space, spec, x, f"autodiff is not to be had: {error}")
         return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
     if spec.estimator == "autodiff":
         raise NNTKError(
@@ -127,14 +138,20 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
             "silently wrong; use estimator: weight or auto"
         )
     jumps = f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
+    return _without_gradients(model, space, spec, x, jumps)
+
+
+def _without_gradients(
+    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, why: str
+) -> tuple[str, str]:
+    """The better of the two estimators that only evaluate: `activation` where it is valid and reaches enough."""
     try:
         plan = _activation_plan(model, space, spec, x)
     except NNTKError:
-        return "weight", jumps
-    in_weight_space = plan.num_parameters(space)[2]
-    if 2 * in_weight_space > space.num_parameters:
-        return "weight", f"{jumps}; noise in pre-activations would reach less than half of its parameters"
-    return "activation", f"{jumps}; {_treatment(plan, space)}"
+        return "weight", why
+    if 2 * plan.num_parameters(space)[2] > space.num_parameters:
+        return "weight", f"{why}; noise in pre-activations would reach less than half of its parameters"
+    return "activation", f"{why}; {_treatment(plan, space)}"
 
 
 def _activation_plan(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> NoisePlan:

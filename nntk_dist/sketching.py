@@ -114,6 +114,17 @@ class Sketch:
         chunks = self._chunks(n * c * matrix.shape[2])
         return self._scaled([(_complex(matrix @ v[:, part]) * _complex(u[:, part])).sum(2) for part in chunks])
 
+    def of_shared(
+        self, name: str, weights: Float[Tensor, "n t c"], a: Float[Tensor, "n t o"], b: Float[Tensor, "n t i"]
+    ) -> Float[Tensor, "n c k"]:
+        """The sketch of Σ_t w_tc a_t ⊗ b_t: outer products that the outputs share but for a number."""
+        u, v = self.all_probes(name, _OUT, a.shape[2], a), self.all_probes(name, _IN, b.shape[2], b)
+        parts = []
+        for columns in self._chunks(a.shape[0] * a.shape[1]):
+            products = _complex(a @ u[:, columns]) * _complex(b @ v[:, columns])
+            parts.append(weights.mT.to(products.dtype) @ products)
+        return self._scaled(parts)
+
     def of_tokens(
         self, name: str, delta: Float[Tensor, "n c t i"], tokens: Float[Tensor, "n t"]
     ) -> Float[Tensor, "n c k"]:

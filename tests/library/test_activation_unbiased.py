@@ -133,13 +133,3 @@ def test_intervals_of_a_sign_unit_cover_the_closed_form():
     centre, stderr = many_seeds(features, x, spec, range(1000))
     assert_coverage(covered(centre, problem.exact(), stderr, 8), BOUNDS)
     assert_power(check(centre, problem.exact()), problem.exact(), problem.local())
-
-
-def test_intervals_of_a_sign_network_cover_the_quadrature():
-    x = case("sign_mlp").inputs(3)
-    spec = KernelSpec(gamma=1.0, estimator="activation", draws=256, design="antithetic")
-    features, _ = prepared_features(case("sign_mlp").build(), x, spec)
-    centre, stderr = many_seeds(features, x, spec, range(1000))
-    expected = two_layer_kernel("sign_mlp", x, 1.0, "trace")
-    assert_coverage(covered(centre, expected, stderr, 8), BOUNDS)
-    assert_power(check(centre, expected), expected, local_kernel(case("sign_mlp").build(), x).numpy())

@@ -75,7 +75,7 @@ def holds_differences(job: Job) -> bool:
 
 def holds_sketch(job: Job) -> bool:
     """Whether features are sketches of block means and nothing else, in one array for which Φ M Φᵀ is the kernel."""
-    return job.resolution.num_sketched == job.sizes.num_parameters
+    return job.resolution.estimator == "autodiff" and job.resolution.num_sketched == job.sizes.num_parameters
 
 
 def holds_metric(job: Job) -> bool:

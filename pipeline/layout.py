@@ -87,7 +87,9 @@ def make_layout(
     kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
     total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
     stored = features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
-    tile_bytes = row_bytes * min(compute.tile, sizes.num_train)
+    # Only arrays that carry outputs grow smaller by taking fewer at once.
+    carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
+    tile_bytes = carrying * min(compute.tile, sizes.num_train)
     at_once = sizes.num_kernel_outputs
     if not stored and spec.outputs != "full":
         at_once = max(1, min(at_once, at_once * _OUTPUT_BYTES // max(1, tile_bytes)))

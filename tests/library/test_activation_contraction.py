@@ -118,7 +118,7 @@ def test_intervals_of_a_sign_network_cover_the_quadrature_exact_and_sketched():
     """Over 1,000 seeds that move draws and sketch; the sketch is so short that most of the variance is its own."""
     name, x = "sign_mlp", case("sign_mlp").inputs(3)
     options = {"gamma": 1.0, "estimator": "activation", "draws": 256, "design": "antithetic"}
-    specs = [KernelSpec(contraction="means", **options), KernelSpec(contraction="sketch", sketch=32, **options)]
+    specs = [KernelSpec(contraction="means", **options), KernelSpec(contraction="sketch", sketch=64, **options)]
     formed, sketching = (features_of(name, spec) for spec in specs)
     results: dict[str, list[Tensor]] = {"exact": [], "exact_stderr": [], "sketched": [], "sketched_stderr": []}
     for seed in range(1000):

@@ -22,7 +22,8 @@ TRANSFORMER = (
     "model={builder: transformer, args: {dim: 8, depth: 1, heads: 2, hidden: 8, patch: 4, activation: sign}}",
     "data.train=13", "data.test=5", "kernel.draws=32", "kernel.estimator=activation", "kernel.outputs=3",
 )  # fmt: skip
-MODELS = {"sign": SIGN, "transformer": TRANSFORMER}
+SKETCHED = (*SIGN, "kernel.contraction=sketch", "kernel.sketch=64", "kernel.parameters=['hidden*']")
+MODELS = {"sign": SIGN, "transformer": TRANSFORMER, "sketched": SKETCHED}
 
 
 def in_memory(run_dir, *sets):

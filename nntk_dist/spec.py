@@ -92,9 +92,9 @@ class KernelSpec:
     def _check_contraction(self) -> None:
         """A contraction needs gradients, a sketch the pairs of blocks whose scatter tells its error."""
         check_choice("contraction", self.contraction, CONTRACTIONS)
-        if self.contraction != "auto" and (self.kind == "covariance" or self.estimator in ("weight", "activation")):
-            what = "kind covariance" if self.kind == "covariance" else f"estimator {self.estimator}"
-            raise NNTKError(f"contraction is '{self.contraction}'; allowed for {what}, which takes no gradients: auto")
+        if self.contraction != "auto" and (self.kind == "covariance" or self.estimator == "weight"):
+            what = "kind covariance" if self.kind == "covariance" else "estimator weight"
+            raise NNTKError(f"contraction is '{self.contraction}'; allowed for {what}, made of differences: auto")
         if self.contraction == "sketch" and not self.pair_blocks:
             raise NNTKError(
                 f"contraction is 'sketch'; allowed for kind {self.kind}: auto, layered, means (only kind nonlocal "

@@ -68,6 +68,7 @@ def _activation_features(
     chosen = noise_contraction(plan, space, spec, num_draws=num_draws, num_outputs=len(columns))
     sketch = None
     if chosen.sketched:
-        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(spec.blocks), space.names)
+        groups = groups_of_columns(chosen.num_columns, spec.blocks)
+        sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names)
     drawing = spec.drawing("activation", space, evaluator.model)
     return ActivationFeatures(evaluator, plan, drawing, columns, chosen, sketch)

@@ -55,7 +55,7 @@ def noise_contraction(
         if spec.contraction == "means" or (spec.contraction != "layered" and cheaper):
             formed.add(each.module)
         costs[each.module] = means if each.module in formed else layered
-    num_columns, sketched = columns_of_sketch(spec.sketch, spec.blocks), frozenset[str]()
+    num_columns, sketched = columns_of_sketch(spec.sketch), frozenset[str]()
     if spec.contraction == "sketch":
         sketched = frozenset(costs)
     elif spec.contraction == "auto" and unaffordable(costs.values(), num_columns, setting):

@@ -105,7 +105,8 @@ def nonlocal_kernel(
     `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
     counts; auto is exact wherever that can be afforded, and `reason` says.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
-    products of the layers' widths an entry. Source: arXiv 2509.12467; estimators and error bars are this library's.
+    products of the layers' widths an entry; `activation` (gaussian alone; jumps too) S forward passes with noise and
+    the same products, for all outputs at once. Source: arXiv 2509.12467; estimators and error bars are this library's.
 
     Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
     model.

@@ -22,7 +22,7 @@ from nntk_dist.gradients import GradientFeatures
 from nntk_dist.resolution import Resolution
 from nntk_dist.spec import KernelSpec
 from tests.library.tools import estimates_of
-from tests.oracles import closed_forms
+from tests.oracles import closed_forms, radial
 from tests.oracles.cases import unit_module
 from tests.oracles.statistics import assert_agrees
 
@@ -47,6 +47,7 @@ class Problem:
     num_parameters: int
     kind: str = "nonlocal"
     gamma: float = 1.5
+    distribution: str = "gaussian"
 
     @property
     def theta(self) -> Array:
@@ -67,7 +68,13 @@ class Problem:
         return unit_module(self.unit, torch.from_numpy(self.theta))
 
     def exact(self) -> Array:
-        """The closed form."""
+        """The closed form, or the quadrature where the law matters."""
+        if self.distribution != "gaussian" and self.unit in ("sign", "relu"):
+            law = radial.radius_law(self.distribution, self.gamma, self.num_parameters)
+            if self.kind == "averaged":
+                return radial.averaged_relu_kernel(self.theta, self.x, law)
+            kernel = {"nonlocal": radial.nonlocal_kernel, "covariance": radial.covariance_kernel}[self.kind]
+            return kernel(self.unit, self.theta, self.x, law)
         return CLOSED_FORMS[self.kind](self.unit, self.theta, self.x, self.x, self.gamma)
 
     def local(self) -> Array | None:
@@ -90,7 +97,15 @@ class Runs:
 
 def runs(problem: Problem, estimator: str, seeds: range, *, draws: int, blocks: int = 8, design: str = "iid") -> Runs:
     """The kernel under each of the seeds."""
-    spec = KernelSpec(problem.kind, problem.gamma, estimator=estimator, design=design, draws=draws, blocks=blocks)
+    spec = KernelSpec(
+        problem.kind,
+        problem.gamma,
+        problem.distribution,
+        estimator=estimator,
+        design=design,
+        draws=draws,
+        blocks=blocks,
+    )
     one = _by_differences if estimator == "weight" else _by_gradients(problem, spec)
     results = [one(problem, replace(spec, seed=seed)) for seed in seeds]
     return Runs(*(torch.stack(parts).numpy() for parts in zip(*results, strict=True)))
@@ -100,6 +115,7 @@ def _by_differences(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor,
     model, x = problem.model(), torch.from_numpy(problem.x)
     options = {
         "gamma": spec.gamma,
+        "distribution": spec.distribution,
         "draws": spec.draws,
         "blocks": spec.blocks,
         "design": spec.design,

@@ -16,19 +16,21 @@ BOUNDS = (0.92, 0.98)
 
 
 @pytest.mark.parametrize(
-    ("kind", "unit", "estimator"),
+    ("kind", "unit", "estimator", "design"),
     [
-        ("nonlocal", "sign", "weight"),
-        ("nonlocal", "relu", "weight"),
-        ("nonlocal", "relu", "autodiff"),
-        ("covariance", "sign", "weight"),
-        ("averaged", "relu", "autodiff"),
+        ("nonlocal", "sign", "weight", "iid"),
+        ("nonlocal", "relu", "weight", "iid"),
+        ("nonlocal", "relu", "autodiff", "iid"),
+        ("covariance", "sign", "weight", "iid"),
+        ("averaged", "relu", "autodiff", "iid"),
+        ("nonlocal", "sign", "weight", "orthogonal"),
+        ("nonlocal", "relu", "autodiff", "orthogonal"),
     ],
 )
-def test_intervals_cover_the_closed_form(kind: str, unit: str, estimator: str):
+def test_intervals_cover_the_closed_form(kind: str, unit: str, estimator: str, design: str):
     """And their centres are right on average."""
     problem = Problem(unit, 4, kind)
-    result = runs(problem, estimator, SEEDS, draws=256)
+    result = runs(problem, estimator, SEEDS, draws=256, design=design)
     assert_coverage(covered(result.centre, problem.exact(), result.stderr, 8), BOUNDS)
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 

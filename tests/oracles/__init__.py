@@ -3,6 +3,7 @@
 Written from the definitions alone. Nothing in here imports the library, so that no mistake can hide on both sides.
 
     closed_forms   kernels of single units (linear, quadratic, sign, relu) for any number of parameters
+    radial         kernels of single units under every radial law, by quadrature over radii and angles
     quadrature     nonlocal gradients and kernels of any function of at most three parameters
     brute_force    gradients one at a time by automatic differentiation; block statistics by plain loops
     cases          a table of small models with their inputs

@@ -10,6 +10,7 @@ Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only
 parameters or columns of the sketch.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -219,15 +220,14 @@ class GradientFeatures:
         """H_rq by its definition, draw by draw: the slow form, for few entries."""
         size = self.draws_per_block
         draws = range(r * size, (r + 1) * size)
-        pairs = [(s, t) for s in draws for t in range(q * size, (q + 1) * size)]
-        if not self.pair_blocks:
-            pairs = [(s, s) for s in draws]
+        own = [(s, s) for s in draws]
         terms = []
         left, right = self._layered(rows), self._layered(others)
         if left is not None and right is not None:
+            pairs = list(itertools.product(draws, range(q * size, (q + 1) * size))) if self.pair_blocks else own
             terms += [draw_products(left, right, s, t, meeting) / len(pairs) for s, t in pairs]
         if "dense" in rows:
-            slots = [(r, q)] if self.pair_blocks else pairs
+            slots = [(r, q)] if self.pair_blocks else own
             terms += [meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in slots]
         if "sketch" in rows:
             terms.append(meeting.outputs(rows["sketch"][:, r], others["sketch"][:, q]))

@@ -16,6 +16,11 @@ LAWS = [name for name in RADIAL if name != "gaussian"]
 BLOCKS = 32
 
 
+def enough(unit: str, name: str) -> int:
+    """Draws for the power: the fractional law is dense where a sign rarely flips."""
+    return 1 << 19 if (unit, name) == ("sign", "fractional") else 1 << 17
+
+
 def assert_unbiased(problem: Problem, estimator: str, *, draws: int, design: str = "iid") -> None:
     """One estimate, its own standard error and Student's t."""
     result = runs(problem, estimator, range(1), draws=draws, blocks=BLOCKS, design=design)
@@ -27,8 +32,7 @@ def assert_unbiased(problem: Problem, estimator: str, *, draws: int, design: str
 @pytest.mark.parametrize("name", LAWS)
 @pytest.mark.parametrize("unit", closed_forms.UNITS)
 def test_weight(unit, name):
-    problem = Problem(unit, 3, distribution=name)
-    assert_unbiased(problem, "weight", draws=1 << 17)
+    assert_unbiased(Problem(unit, 3, distribution=name), "weight", draws=enough(unit, name))
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -40,7 +44,7 @@ def test_autodiff(unit, name):
 @pytest.mark.parametrize("name", LAWS)
 @pytest.mark.parametrize("unit", closed_forms.UNITS)
 def test_covariance(unit, name):
-    assert_unbiased(Problem(unit, 2, "covariance", distribution=name), "weight", draws=1 << 15)
+    assert_unbiased(Problem(unit, 2, "covariance", distribution=name), "weight", draws=1 << 17)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -53,7 +57,7 @@ def test_averaged(unit, name):
 @pytest.mark.parametrize(("unit", "estimator"), [("sign", "weight"), ("relu", "weight"), ("relu", "autodiff")])
 def test_orthogonal_groups(unit, estimator, name):
     """Complete groups of four directions."""
-    assert_unbiased(Problem(unit, 4, distribution=name), estimator, draws=1 << 16, design="orthogonal")
+    assert_unbiased(Problem(unit, 4, distribution=name), estimator, draws=enough(unit, name), design="orthogonal")
 
 
 @pytest.mark.parametrize("name", ["gaussian", "fractional"])

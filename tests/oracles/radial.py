@@ -58,7 +58,13 @@ def radii(law: Any, count: int) -> Array:
 
 
 def nonlocal_kernel(unit: str, theta: Array, x: Array, law: Any) -> Array:
-    """g(x)·g(x') of a sign or relu unit, g(x) = P·E[Δ z/|z|²]; relative accuracy 1e-5, for P ≥ 2.
+    """g(x)·g(x') of a sign or relu unit."""
+    gradients = nonlocal_gradient(unit, theta, x, law)
+    return gradients @ gradients.T
+
+
+def nonlocal_gradient(unit: str, theta: Array, x: Array, law: Any) -> Array:
+    """g(x) = P·E[Δ z/|z|²], (n, P), of a sign or relu unit; relative accuracy 1e-5, for P ≥ 2.
 
     At a fixed radius R, with T one coordinate of a uniform direction (density c·(1−T²)^((P−3)/2)) and τ = |a|/(R|x|):
     sign: x · 2P/(R|x|) · c·(1−τ²)^((P−1)/2)/(P−1); relu: x · the part of a uniform ball in which a + z·x > 0.
@@ -75,13 +81,12 @@ def nonlocal_kernel(unit: str, theta: Array, x: Array, law: Any) -> Array:
         slope = stats.beta(half, half).cdf(0.5 + 0.5 * np.sign(a)[:, None] * reach).mean(1)
     else:
         raise ValueError(f"unit is '{unit}'; those of other units don't depend on the law: see closed_forms")
-    gradients = slope[:, None] * x
-    return gradients @ gradients.T
+    return slope[:, None] * x
 
 
 def covariance_kernel(unit: str, theta: Array, x: Array, law: Any) -> Array:
     """P·E[Δ Δ'/|z|²] for two parameters, over a grid of radii and angles; relative accuracy 2e-4."""
-    radius, directions = radii(law, 1001), _circle(2000)
+    radius, directions = radii(law, 4001), _circle(2000)
     total = np.zeros((len(x), len(x)))
     for r in radius:
         change = (unit_value(unit, theta + r * directions, x) - unit_value(unit, theta, x)) / r

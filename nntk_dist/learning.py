@@ -7,7 +7,7 @@ probabilities are offered: the scores of ridge regression on one-hot targets are
 Axes: n train examples, m new examples, T target columns (one for each class), C outputs of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Self
@@ -99,7 +99,8 @@ class _NonlocalRidge(BaseEstimator):
         gamma: float = 0.05,
         ridge: float | Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
         center_outputs: bool = False,
-        distribution: str = "gaussian",
+        distribution: str | Mapping[str, Any] = "gaussian",
+        gamma_scale: str = "absolute",
         estimator: str = "auto",
         design: str = "iid",
         draws: int | str = "auto",
@@ -114,6 +115,7 @@ class _NonlocalRidge(BaseEstimator):
         self.ridge = ridge
         self.center_outputs = center_outputs
         self.distribution = distribution
+        self.gamma_scale = gamma_scale
         self.estimator = estimator
         self.design = design
         self.draws = draws
@@ -127,6 +129,7 @@ class _NonlocalRidge(BaseEstimator):
         spec = KernelSpec(
             gamma=self.gamma,
             distribution=self.distribution,
+            gamma_scale=self.gamma_scale,
             estimator=self.estimator,
             statistic="plugin",
             design=self.design,

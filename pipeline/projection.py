@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.block_sums import PRODUCT_ELEMENTS
+from nntk_dist.designs import group_size
 from nntk_dist.features import FeatureMap
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
@@ -134,13 +135,22 @@ def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> 
     }
 
 
+def group_bytes(job: Job) -> int:
+    """What an orthogonal group takes while it is made: its normals, its directions and a copy, in float64."""
+    if job.spec.design != "orthogonal":
+        return 0
+    sizes = job.sizes
+    group = group_size("orthogonal", sizes.num_draws // sizes.num_blocks, sizes.num_parameters)
+    return 3 * 8 * group * sizes.num_parameters
+
+
 def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> int:
     """Peak of one worker: what every worker holds, and the largest of a feature, a calibration and a tile task."""
     layout, sizes = job.layout, job.sizes
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
     metric = 4 * 8 * sizes.num_draws**2 if holds_differences(job) and job.spec.pair_blocks else 0
-    held = BASE_BYTES + 5 * state_bytes(model) + metric
+    held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job)
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
     feature_task = 3 * chunk if layout.store_features else 0
     width = kernel_width(job)

@@ -110,6 +110,16 @@ def test_what_only_the_model_can_tell_is_refused_in_one_line(sets, message, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_counts_the_groups_that_are_held(tmp_path):
+    """310 draws of 310 parameters at once, with what is made of them; the rest is the same for both."""
+    peaks = []
+    for design in ("iid", "orthogonal"):
+        sets = (*SMALL, "kernel.estimator=weight", "kernel.draws=2480", f"kernel.design={design}")
+        manifest = read_manifest(RunStorage(str(finished(tmp_path / design, *sets))))
+        peaks.append(manifest.projection["worker_bytes"])
+    assert peaks[1] - peaks[0] == 3 * 8 * 310**2
+
+
 def test_the_report_names_the_law(tmp_path):
     place = finished(tmp_path / "run", *SMALL, *RUNS["student"][0])
     page = (place / "report" / "index.html").read_text()

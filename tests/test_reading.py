@@ -246,7 +246,8 @@ def test_a_flipped_byte_is_refused(tmp_path):
 
 def test_a_kernel_without_a_stored_factor_says_which_have_one(tmp_path):
     make_run(tmp_path, factor=False)
-    with pytest.raises(NNTKError, match="no stored factor; kernels of 'estimator: weight' and of 'kind: covariance'"):
+    which = "kernels of 'estimator: weight', of 'kind: covariance' and of 'contraction: sketch' have one"
+    with pytest.raises(NNTKError, match=f"no stored factor; {which}"):
         open_kernel(tmp_path).factor()
 
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nntk_dist.black_box import BlackBox
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "NNTKClassifier",
     "NNTKError",
     "NNTKRegressor",
+    "NNTKWarning",
     "StoredKernel",
     "averaged_kernel",
     "covariance_kernel",

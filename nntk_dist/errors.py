@@ -15,6 +15,10 @@ class NNTKError(ValueError):
     """
 
 
+class NNTKWarning(UserWarning):
+    """Numbers are given, but not as good as was asked for, or not to be trusted as they stand; says what helps."""
+
+
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the allowed name nearest to `name`, or an empty string where none is near."""
     matches = difflib.get_close_matches(str(name), list(allowed), n=1)

@@ -6,6 +6,8 @@ here.
 Axes: n examples, c outputs.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from nntk_dist.activation import ActivationFeatures
@@ -38,7 +40,11 @@ def forms_means(spec: KernelSpec, resolution: Resolution) -> bool:
 def make_feature_map(
     model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, *, metric: Tensor | None = None
 ) -> FeatureMap:
-    """The features of a prepared model; `x` is a few examples, on which layer formulas are checked before use."""
+    """The features of a prepared model under the resolution's draws; `x` is a few examples, on which layer formulas are
+    checked before use.
+    """
+    if spec.kind != "local":
+        spec = replace(spec, draws=resolution.num_draws)
     space = select_parameters(model, spec.parameters)
     columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(resolution.num_outputs))
     evaluator = Evaluator(model, space, resolution.stacked)

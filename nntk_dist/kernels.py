@@ -7,31 +7,33 @@ Axes: n1, n2 examples, c outputs; `full` kernels are indexed i·C + c.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.accuracy import verdict
 from nntk_dist.batches import compute_rows
 from nntk_dist.designs import MINIMUM_BLOCKS
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
+from nntk_dist.pilot import find_draws
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import (
     Calibration,
     Estimates,
-    calibrate,
     relative_distance,
     sample_entries,
     sample_limit,
     t_quantile,
 )
-from nntk_dist.tiles import group_sums, symmetrised, tile_estimates
+from nntk_dist.tiles import calibrate_sample, symmetrised, tile_estimates
 
 _TILE_ROWS = 1024
 _BATCH = 256
@@ -44,8 +46,9 @@ class KernelEstimate:
     `kernel` is the asked statistic ("both" gives plugin), `plugin` and `unbiased` the two of a nonlocal kernel (None
     elsewhere);
     `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
-    `relative_error` estimates ‖U − Θ‖/‖Θ‖, NaN where fewer than four blocks give no error bars (`stderr` None);
-    `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
+    `relative_error` estimates ‖U − Θ‖/‖Θ‖, which lies below `relative_error_bound` in 95 % of all cases; both are NaN
+    where fewer than four blocks give no error bars (`stderr` None). `reached` says whether the bound is below an asked
+    `rtol` (None where none was); `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
     """
 
     kernel: Tensor
@@ -59,6 +62,8 @@ class KernelEstimate:
     num_parameters: int
     relative_error: float
     relative_bias: float | None
+    relative_error_bound: float = math.nan
+    reached: bool | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Two-sided intervals by Student's t with R − 1 degrees of freedom, around the unbiased estimate."""
@@ -86,6 +91,7 @@ def nonlocal_kernel(
     draws: int | str = "auto",
     blocks: int = 8,
     rtol: float | None = None,
+    max_draws: int = 65536,
     outputs: str | int = "trace",
     scale: str = "localized",
     weighting: object | None = None,
@@ -104,6 +110,8 @@ def nonlocal_kernel(
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
     `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
     counts; auto is exact wherever that can be afforded, and `reason` says.
+    With `rtol`, draws are added (from `draws`, up to `max_draws`) until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound, found
+    on at most 64 + 64 rows (`nntk_dist.accuracy`); `reached` says whether it is, and a warning where not.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
     products of the layers' widths an entry; `activation` (gaussian alone; jumps too) S forward passes with noise and
     the same products, for all outputs at once. Source: arXiv 2509.12467; estimators and error bars are this library's.
@@ -111,9 +119,8 @@ def nonlocal_kernel(
     Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
     model.
     """
-    for name, value in (("rtol", rtol), ("weighting", weighting)):
-        if value is not None:
-            raise NNTKError(f"{name} is {value!r}; allowed in this version: None")
+    if weighting is not None:
+        raise NNTKError(f"weighting is {weighting!r}; allowed in this version: None")
     spec = KernelSpec(
         kind="nonlocal",
         gamma=gamma,
@@ -130,6 +137,8 @@ def nonlocal_kernel(
         seed=seed,
         contraction=contraction,
         sketch=sketch,
+        rtol=rtol,
+        max_draws=max_draws,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -145,6 +154,8 @@ def covariance_kernel(
     design: str = "iid",
     draws: int | str = "auto",
     blocks: int = 8,
+    rtol: float | None = None,
+    max_draws: int = 65536,
     outputs: str | int = "trace",
     scale: str = "localized",
     parameters: Sequence[str] = ("*",),
@@ -172,6 +183,8 @@ def covariance_kernel(
         outputs=outputs,
         scale=scale,
         seed=seed,
+        rtol=rtol,
+        max_draws=max_draws,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -187,6 +200,8 @@ def averaged_kernel(
     design: str = "iid",
     draws: int | str = "auto",
     blocks: int = 8,
+    rtol: float | None = None,
+    max_draws: int = 65536,
     outputs: str | int = "trace",
     scale: str = "localized",
     parameters: Sequence[str] = ("*",),
@@ -210,6 +225,8 @@ def averaged_kernel(
         outputs=outputs,
         scale=scale,
         seed=seed,
+        rtol=rtol,
+        max_draws=max_draws,
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 
@@ -250,15 +267,21 @@ def _compute(
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     batch = min(batch or _BATCH, max(len(x) for x in inputs))
     resolution = resolve(prepared, inputs[0], spec, batch=batch)
+    ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
+    reached = None
+    if spec.rtol is not None:
+        resolution, look = find_draws(prepared, inputs, ids, spec, resolution, batch=batch)
+        reached = look.reaches(spec.rtol)
+        if not reached:
+            warnings.warn(verdict(look, rtol=spec.rtol, max_draws=spec.max_draws), NNTKWarning, stacklevel=3)
     features = make_feature_map(prepared, inputs[0], spec, resolution)
     everything = range(features.num_draws)
-    ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
     rows = [
         compute_rows(features, x, names, everything, features.columns, batch=batch)
         for x, names in zip(inputs, ids, strict=True)
     ]
     estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
-    return _result(estimates, calibration, features, spec, resolution, dtype)
+    return replace(_result(estimates, calibration, features, spec, resolution, dtype), reached=reached)
 
 
 def _check_inputs(x: object, name: str) -> Tensor:
@@ -279,9 +302,7 @@ def _statistics(
     if features.num_blocks >= MINIMUM_BLOCKS:
         sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
         sampled = slice_rows(rows, sample), slice_rows(right, other_sample)
-        products = features.block_products(*sampled, spec.meeting)
-        by_group = group_sums(features, *sampled, spec.meeting)
-        calibration = calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
+        calibration = calibrate_sample(features, [sampled], spec.meeting)
     parts: dict[str, Tensor] = {}
     for i in range(0, n1, _TILE_ROWS):
         left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
@@ -313,6 +334,8 @@ def _result(
     plugin, unbiased = estimates.plugin, estimates.unbiased
     kernel = unbiased if spec.statistic == "unbiased" and unbiased is not None else plugin
 
+    unknown = 0.0 if spec.kind == "local" else math.nan
+
     def cast(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.to(dtype)
 
@@ -322,16 +345,11 @@ def _result(
         plugin=cast(plugin) if features.pair_blocks else None,
         unbiased=cast(unbiased),
         estimator=resolution.estimator,
-        reason=resolution.reason,
+        reason=resolution.explanation,
         draws=features.num_draws,
         blocks=features.num_blocks,
         num_parameters=features.num_parameters,
-        relative_error=_relative_error(spec, calibration),
+        relative_error=unknown if calibration is None else calibration.relative_error,
+        relative_error_bound=unknown if calibration is None else calibration.bound,
         relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
     )
-
-
-def _relative_error(spec: KernelSpec, calibration: Calibration | None) -> float:
-    if calibration is not None:
-        return calibration.relative_error
-    return 0.0 if spec.kind == "local" else math.nan

@@ -40,7 +40,7 @@ class NoiseContraction:
             place = 2 if each.module in self.sketched else 1 if each.module in self.formed else 0
             list(kinds.values())[place].append(each.module or "the model itself")
         words = [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
-        return "; contraction: " + "; ".join(words) if words else ""
+        return "contraction: " + "; ".join(words) if words else ""
 
 
 def noise_contraction(

@@ -30,7 +30,10 @@ _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below 
 
 @dataclass(frozen=True)
 class Resolution:
-    """What was decided for a model: which estimator and why, how draws are evaluated, and the sizes that follow."""
+    """What was decided for a model: which estimator and why, how draws are evaluated, and the sizes that follow.
+
+    `contraction` says in words how products of gradients are made, which follows from the number of draws.
+    """
 
     estimator: str
     reason: str
@@ -40,6 +43,12 @@ class Resolution:
     stacked: bool
     num_columns: int = 0  # numbers of the sketch for an output and block, 0 without one
     num_sketched: int = 0  # parameters that are in the sketch
+    contraction: str = ""
+
+    @property
+    def explanation(self) -> str:
+        """Reason and contraction as one sentence."""
+        return "; ".join(filter(None, (self.reason, self.contraction)))
 
 
 def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Resolution:
@@ -61,30 +70,37 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
     resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
-    kept = 1 if isinstance(spec.outputs, int) else num_outputs
-    if estimator == "activation":
+    return with_draws(model, x, spec, resolution, draws)
+
+
+def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, num_draws: int) -> Resolution:
+    """The same decision with another number of draws: how products are contracted follows from it.
+
+    Raises: NNTKError where a contraction is asked for that this estimator has none of.
+    """
+    resolution = replace(resolution, num_draws=num_draws)
+    space = select_parameters(model, spec.parameters)
+    kept = 1 if isinstance(spec.outputs, int) else resolution.num_outputs
+    if resolution.estimator == "activation":
         noise = plan_noise(model, space, x)
-        contraction = noise_contraction(noise, space, spec, num_draws=draws, num_outputs=kept)
+        contraction = noise_contraction(noise, space, spec, num_draws=num_draws, num_outputs=kept)
         sizes = [each.num_parameters for each in noise.noisy if each.module in contraction.sketched]
         return replace(
             resolution,
-            reason=f"{reason}{contraction.text(noise)}",
+            contraction=contraction.text(noise),
             num_columns=contraction.num_columns,
             num_sketched=sum(sizes),
         )
-    if estimator == "autodiff":
+    if resolution.estimator == "autodiff":
         plan = plan_sites(model, space, x)
-        chosen = contraction_of(model, plan, space, spec, num_draws=draws, num_outputs=kept)
+        chosen = contraction_of(model, plan, space, spec, num_draws=num_draws, num_outputs=kept)
         return replace(
-            resolution,
-            reason=f"{reason}; {chosen.text}",
-            num_columns=chosen.num_columns,
-            num_sketched=chosen.num_sketched,
+            resolution, contraction=chosen.text, num_columns=chosen.num_columns, num_sketched=chosen.num_sketched
         )
     if spec.contraction != "auto":
         raise NNTKError(
-            f"contraction is '{spec.contraction}', but the estimator is {estimator} ({reason}), which forms no "
-            "gradients; use contraction: auto"
+            f"contraction is '{spec.contraction}', but the estimator is {resolution.estimator} ({resolution.reason}), "
+            "which forms no gradients; use contraction: auto"
         )
     return resolution
 

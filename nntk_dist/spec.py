@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from nntk_dist.accuracy import check_accuracy
 from nntk_dist.block_sums import Meeting
-from nntk_dist.designs import automatic_draws, check_combination
+from nntk_dist.designs import automatic_draws, check_combination, group_size
 from nntk_dist.distributions import OPTIONS, Distribution, Student, make_distribution
 from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError, check_choice
@@ -54,6 +55,8 @@ class KernelSpec:
     rank: int | None = None
     contraction: str = "auto"
     sketch: int | str = "auto"
+    rtol: float | None = None
+    max_draws: int = 65536
 
     def __post_init__(self) -> None:
         self._take_integers()
@@ -65,6 +68,7 @@ class KernelSpec:
         check_choice("statistic", self.statistic, STATISTICS)
         check_choice("scale", self.scale, SCALES)
         self._check_contraction()
+        check_accuracy(self.rtol, self.max_draws, kind=self.kind, blocks=self.blocks, draws=self.draws)
         if isinstance(self.outputs, str):
             check_choice("outputs", self.outputs, ("trace", "full"))
         if isinstance(self.draws, str):
@@ -110,7 +114,7 @@ class KernelSpec:
 
     def _take_integers(self) -> None:
         """Accept any integer type (NumPy's too) as an int, and nothing else: None must not pass for `trace`."""
-        named = {"draws": "auto", "outputs": "trace, full", "blocks": "", "seed": "", "sketch": "auto"}
+        named = {"draws": "auto", "outputs": "trace, full", "blocks": "", "seed": "", "sketch": "auto", "max_draws": ""}
         for name, words in named.items():
             value = getattr(self, name)
             if isinstance(value, str) and words:
@@ -154,6 +158,20 @@ class KernelSpec:
     def meeting(self) -> Meeting:
         return Meeting(full=self.outputs == "full")
 
+    def draw_unit(self, draws: int, num_parameters: int) -> int:
+        """Draws of one group in every block, at a design's group size for so many draws."""
+        return self.blocks * group_size(self.design, draws // self.blocks, num_parameters)
+
+    def _within_max(self, draws: int, num_parameters: int) -> int:
+        """What a search for an asked accuracy begins with: `draws`, or as many whole groups as `max_draws` allows."""
+        unit = self.draw_unit(draws, num_parameters)
+        if self.max_draws < unit:
+            raise NNTKError(
+                f"max_draws is {self.max_draws}; allowed: {unit} or more, one group of design {self.design} in each of "
+                f"{self.blocks} blocks"
+            )
+        return min(draws, self.max_draws // unit * unit)
+
     def drawing(self, estimator: str, space: ParameterSpace, model: nn.Module) -> Drawing:
         """The perturbations of this kernel's selected parameters of a model, under an estimator.
 
@@ -164,6 +182,8 @@ class KernelSpec:
         draws = self.draws
         if isinstance(draws, str):
             draws = automatic_draws(estimator, self.blocks, self.design, count)
+            if self.rtol is not None:
+                draws = self._within_max(draws, count)
         law = self.law
         if isinstance(law, Student):
             _check_moments(law, space.num_weight_layers)

@@ -20,6 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums
+from nntk_dist.error_bounds import bound_factor, noise_source
 from nntk_dist.philox import Stream, uniform
 
 SAMPLE_ENTRIES = 4096
@@ -30,12 +31,17 @@ STATISTICS = ("plugin", "unbiased", "both")
 class Calibration:
     """What a sample of entries says of the whole kernel's error.
 
-    `level` multiplies the jackknife variance; `relative_error` = √(ΣV/Σ(U²−V)), infinite where noise is all there is.
+    `level` multiplies the jackknife variance; `relative_error` = √(ΣV/Σ(U²−V)), infinite where noise is all there is;
+    `bound` is what the error made stays below in 95 % of all cases. Of ΣV, `sketch_share` comes from the sketch, and of
+    the rest `pair_share` from pairs of draws, which falls like 1/S²; what single draws do falls like 1/S.
     """
 
     level: float
     relative_error: float
     num_entries: int
+    bound: float = math.nan
+    pair_share: float = 0.0
+    sketch_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,21 +87,33 @@ def calibrate(
     level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased,
     level 1.
     """
-    blocks = len(products)
+    blocks, sketch = len(products), 0.0
     if pair_blocks:
-        value, variance, by_block = unbiased_variance(products)
-        shape = jackknife_variance(by_block)
-        total = float(shape.sum())
+        value, variance, influences = unbiased_variance(products)
+        shape = jackknife_variance(influences)
+        total, lowest = float(shape.sum()), (blocks - 2) / (2 * (blocks - 1))
         ratio = float(variance.sum()) / total if total > 0 else 1.0
-        level = min(max(ratio, (blocks - 2) / (2 * (blocks - 1))), 1.0)
+        level = min(max(ratio, lowest), 1.0)
+        pair_share = (1.0 / level - 1.0) / (1.0 / lowest - 1.0)
     else:
-        value, shape, level = products.mean(0), products.var(0) / blocks, 1.0
+        value, shape, influences = products.mean(0), products.var(0) / blocks, products
+        level, pair_share = 1.0, 0.0
     noise = level * float(shape.sum())
+    sources = [noise_source(noise, influences)]
     if by_group is not None:
-        noise += float(sketch_variance(by_group, blocks).sum())
+        sketch = float(sketch_variance(by_group, blocks).sum())
+        sources.append(noise_source(sketch, by_group))
+        noise += sketch
     signal = float(value.square().sum()) - noise
     relative = math.sqrt(noise / signal) if signal > 0 else math.inf if noise > 0 else 0.0
-    return Calibration(level=level, relative_error=relative, num_entries=value.numel())
+    return Calibration(
+        level=level,
+        relative_error=relative,
+        num_entries=value.numel(),
+        bound=relative * bound_factor(sources),
+        pair_share=pair_share,
+        sketch_share=sketch / noise if noise > 0 else 0.0,
+    )
 
 
 def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:

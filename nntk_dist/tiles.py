@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting
 from nntk_dist.features import FeatureMap, Rows
-from nntk_dist.statistics import Calibration, estimate
+from nntk_dist.statistics import Calibration, calibrate, estimate
 
 
 def tile_estimates(
@@ -46,11 +46,19 @@ def tile_estimates(
     return present
 
 
-def group_sums(features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting) -> Tensor | None:
-    """What each group of sketch columns adds to Σ_{r≠r'} h_rr', (Q, *tile) for `calibrate`; None without a sketch."""
-    if not features.num_sketch_groups:
-        return None
-    return features.block_sums(rows, others, meeting, by_block=True).by_group
+def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], meeting: Meeting) -> Calibration:
+    """What the features of sampled rows and columns say of the whole kernel's error; `parts` as in `tile_estimates`."""
+    products: Tensor | None = None
+    by_group: Tensor | None = None
+    for rows, others in parts:
+        product = features.block_products(rows, others, meeting)
+        products = product if products is None else products + product
+        if features.num_sketch_groups:
+            grouped = features.block_sums(rows, others, meeting, by_block=True).by_group
+            by_group = grouped if by_group is None or grouped is None else by_group + grouped
+    if products is None:
+        raise ValueError("a sample needs at least one part")
+    return calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
 
 
 def scale_factor(scale: str, num_parameters: int) -> float:

@@ -75,6 +75,8 @@ def build_spec(kernel: KernelConfig) -> KernelSpec:
         seed=kernel.seed,
         contraction=kernel.contraction,
         sketch=kernel.sketch,
+        rtol=kernel.rtol,
+        max_draws=kernel.max_draws,
     )
 
 

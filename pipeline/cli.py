@@ -49,7 +49,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run, or redo changed stages.")] = False,
     address: Address = None,
 ) -> None:
-    """Run all stages of CONFIG. Exit code 0 only if every stage finished."""
+    """Run all stages of CONFIG. Exit code 0 only if every stage finished, 3 if an asked accuracy was not reached."""
     from pipeline.run import execute, prepare
 
     settings = load_config(config, overrides or [])
@@ -58,11 +58,13 @@ def run(
         if prepared.nothing_to_do:
             assert prepared.stored is not None
             out.print(f"{settings.run_dir} already holds this run, finished; nothing was done.", soft_wrap=True)
-            display.print_results(out, prepared.stored.results, settings.run_dir)
-            return
-        display.print_choice(out, prepared.plan)
-        results = execute(prepared, address=address, progress=make_progress(err))
+            results = prepared.stored.results
+        else:
+            display.print_choice(out, prepared.plan, searching=prepared.searching)
+            results = execute(prepared, address=address, progress=make_progress(err))
         display.print_results(out, results, settings.run_dir)
+    if results.get("rtol_reached") is False:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -72,7 +74,8 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or [])
     with _interruptible(None):
-        display.print_plan(out, prepare(settings, resume=True).plan)
+        prepared = prepare(settings, resume=True)
+        display.print_plan(out, prepared.plan, searching=prepared.searching)
 
 
 @app.command()

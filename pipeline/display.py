@@ -12,26 +12,29 @@ from pipeline.lock import Heartbeat
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
 from pipeline.report.formatting import count, duration, number, size
-from pipeline.stages import ORDER
+from pipeline.stages import ORDER, pilot
 from pipeline.verify import Finding
 
 
-def print_choice(out: Console, plan: Plan) -> None:
-    """One line before a run: what is computed and why this way."""
-    sizes, resolution = plan.job.sizes, plan.job.resolution
+def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
+    """One line before a run: what is computed and why this way; `searching` where the draws are still to be found."""
+    sizes, resolution, spec = plan.job.sizes, plan.job.resolution, plan.job.spec
+    draws = f"{count(sizes.num_draws)} draws"
+    if searching:
+        draws = f"{draws} or more (up to {count(spec.max_draws)}), as rtol {spec.rtol:g} takes"
     out.print(
-        f"{plan.job.spec.kind} kernel, estimator {resolution.estimator}: {resolution.reason}; "
+        f"{plan.job.spec.kind} kernel, estimator {resolution.estimator}: {resolution.explanation}; "
         f"{count(sizes.num_train)} train and {count(sizes.num_test)} test rows, "
-        f"{count(sizes.num_parameters)} parameters, {count(sizes.num_draws)} draws, {plan.num_workers} worker(s)",
+        f"{count(sizes.num_parameters)} parameters, {draws}, {plan.num_workers} worker(s)",
         soft_wrap=True,
         markup=False,
         highlight=False,
     )
 
 
-def print_plan(out: Console, plan: Plan) -> None:
-    """The whole plan."""
-    print_choice(out, plan)
+def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
+    """The whole plan; while the draws are still to be found, that of the fewest."""
+    print_choice(out, plan, searching=searching)
     projection, layout = plan.projection, plan.job.layout
     table = Table("stage", "tasks", "operations", "time (estimate)", box=None, pad_edge=False)
     for stage in ORDER:
@@ -73,6 +76,8 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
     if results.get("train_relative_error") is not None:
         which = "unbiased kernel" if "train_relative_bias" in results else "kernel"
         lines.append(f"estimated relative error of the {which}: {results['train_relative_error']:.3g}")
+    if results.get("rtol_verdict") is not None:
+        lines.append(results["rtol_verdict"])
     if results.get("train_relative_bias") is not None:
         lines.append(f"estimated bias of plugin, ‖plugin − unbiased‖/‖unbiased‖: {results['train_relative_bias']:.3g}")
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")
@@ -90,9 +95,9 @@ def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, hea
         state = "stopped; nntk run … --resume continues it"
     out.print(f"{manifest.config['name']}: {state}", markup=False, highlight=False, soft_wrap=True)
     table = Table("stage", "done", "tasks", "time in tasks", "written", box=None, pad_edge=False)
-    for stage in ORDER:
-        total = sum(1 for _ in stage.tasks(job))
+    for stage in (pilot, *ORDER):
         rows = list(ledger.rows(stage.NAME))
+        total = sum(1 for _ in stage.tasks(job)) or len(rows)
         if total:
             busy = duration(sum(row.seconds for row in rows))
             table.add_row(stage.NAME, count(len(rows)), count(total), busy, size(sum(row.bytes for row in rows)))

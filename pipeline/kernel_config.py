@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nntk_dist.accuracy import check_accuracy
 from nntk_dist.designs import GROUP_SIZES, check_combination
 from nntk_dist.distributions import make_distribution
 from nntk_dist.errors import NNTKError
@@ -66,7 +67,10 @@ class KernelConfig(Section):
             ge=1, description="a whole number, 4 or more (the standard error needs four; design orthogonal has fewer)"
         ),
     ] = 8
-    rtol: Annotated[None, Field(description="null")] = None
+    rtol: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="null, or a number above 0 and below 1, such as 0.05"),
+    ] = None
     max_draws: Count = 65536
     parameters: Annotated[Names, Field(description="a list of one or more name patterns, such as ['*.weight']")] = (
         "*",
@@ -106,6 +110,14 @@ class KernelConfig(Section):
         except NNTKError as error:
             within = "distribution." if str(error).startswith("gamma_scale") else ""
             raise ValueError(f"kernel.{within}{error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_can_be_looked_for(self) -> Self:
+        try:
+            check_accuracy(self.rtol, self.max_draws, kind=self.kind, blocks=self.blocks, draws=self.draws)
+        except NNTKError as error:
+            raise ValueError(f"kernel.{error}") from error
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import ArraySpec, FeatureMap
-from nntk_dist.resolution import Resolution, resolve
+from nntk_dist.resolution import Resolution, resolve, with_draws
 from pipeline.arrays import StoredArray, all_arrays
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.config import Config
@@ -46,9 +46,13 @@ class Plan:
 
 
 def make_plan(
-    config: Config, dataset: Dataset, model: nn.Module, stored: tuple[Layout, Resolution] | None = None
+    config: Config,
+    dataset: Dataset,
+    model: nn.Module,
+    stored: tuple[Layout, Resolution] | None = None,
+    num_draws: int | None = None,
 ) -> Plan:
-    """Plan a run, or with a stored layout and resolution its continuation.
+    """Plan a run, or with a stored layout and resolution its continuation, or the same with another number of draws.
 
     Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
     """
@@ -61,6 +65,8 @@ def make_plan(
     spec = build_spec(config.kernel)
     batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
     resolution = resolve(prepared, x, spec, batch=batch) if stored is None else stored[1]
+    if num_draws is not None:
+        resolution = with_draws(prepared, x, spec, resolution, num_draws)
     features = make_feature_map(prepared, x, spec, resolution)
     sizes = Sizes(
         num_train=len(dataset.train.ids),
@@ -73,13 +79,14 @@ def make_plan(
         num_classes=dataset.num_classes,
     )
     _check_sizes(config, dataset, sizes)
-    layout = make_layout(config, spec, features, sizes, batch=batch, device=device) if stored is None else stored[0]
+    kept = stored[0] if stored is not None and num_draws is None else None
+    layout = kept or make_layout(config, spec, features, sizes, batch=batch, device=device)
     parts = identity(config, dataset, model)
     prints = stage_fingerprints(config, parts)
     job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, resolution, layout, sizes)
     arrays = describe_arrays(job, features.arrays, dataset)
     plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
-    if stored is None:
+    if kept is None:
         check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
     return plan
 

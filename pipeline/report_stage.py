@@ -81,7 +81,9 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
     return KernelFacts(
         kind=kernel["kind"],
         estimator=manifest.resolution["estimator"],
-        estimator_reason=manifest.resolution["reason"],
+        estimator_reason="; ".join(
+            filter(None, (manifest.resolution["reason"], manifest.resolution.get("contraction")))
+        ),
         statistic=kernel["statistic"],
         outputs=str(kernel["outputs"]),
         num_train=sizes["num_train"],

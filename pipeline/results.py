@@ -8,8 +8,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from nntk_dist.accuracy import verdict
 from pipeline.job import Job
 from pipeline.ledger import Ledger, LedgerRow
+from pipeline.search import looks_of
 
 
 def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
@@ -22,7 +24,12 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         "train": job.sizes.num_train,
         "test": job.sizes.num_test,
     }
+    if looks := looks_of(ledger):
+        assert job.spec.rtol is not None
+        results |= {"rtol": job.spec.rtol, "rtol_reached": looks[-1].reaches(job.spec.rtol)}
+        results["rtol_verdict"] = verdict(looks[-1], rtol=job.spec.rtol, max_draws=job.spec.max_draws)
     for row in ledger.rows("calibration"):
+        results[f"{row.tile}_relative_error_bound"] = row.numbers["bound"]
         results[f"{row.tile}_relative_error"] = row.numbers["relative_error"]
         results[f"{row.tile}_stderr_level"] = row.numbers["level"]
     for stage, prefix in (("gram", "train/gram"), ("test", "test/gram")):

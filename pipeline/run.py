@@ -7,12 +7,9 @@ Units: seconds, bytes.
 """
 
 import json
-import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +22,9 @@ from pipeline.continuation import check_kernel, stages_to_rerun, stored_job
 from pipeline.data import Dataset
 from pipeline.executors import Executor
 from pipeline.executors.serial import SerialExecutor
-from pipeline.job import Outcome, Task, as_plain
+from pipeline.job import as_plain
 from pipeline.kernel_arrays import KernelArrays
-from pipeline.ledger import FOLDER, Ledger, LedgerRow
+from pipeline.ledger import FOLDER, Ledger
 from pipeline.lock import RunLock
 from pipeline.manifest import (
     Manifest,
@@ -41,7 +38,9 @@ from pipeline.plan import Plan, make_plan, stage_fingerprints
 from pipeline.progress import Progress
 from pipeline.report_stage import write_report
 from pipeline.results import collect_results
-from pipeline.stages import ORDER
+from pipeline.search import search_draws
+from pipeline.stage_run import StageRunner, pending
+from pipeline.stages import ORDER, pilot
 from pipeline.storage import KERNEL_STORE, RunStorage
 
 
@@ -56,6 +55,12 @@ class Prepared:
     storage: RunStorage
     stored: Manifest | None
     rerun: tuple[str, ...]
+
+    @property
+    def searching(self) -> bool:
+        """Whether the draws that an asked accuracy takes are still to be found."""
+        found = self.stored is not None and self.stored.finished(pilot.NAME) is not None
+        return self.config.kernel.rtol is not None and not found
 
     @property
     def nothing_to_do(self) -> bool:
@@ -88,13 +93,15 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
 
 def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> dict[str, Any]:
     """Carry out what is left of a prepared run and write the report; returns the results by name."""
-    storage, plan = prepared.storage, prepared.plan
+    storage = prepared.storage
     with RunLock(storage) as lock, ExitStack() as resources:
         if read_manifest(storage) != prepared.stored:
             raise NNTKError(f"{prepared.config.run_dir} was written by another driver just now; give the command again")
         storage.remove_partial_files()
         ledger = Ledger(storage)
-        left = [module for module in ORDER if module.NAME in prepared.rerun or _pending(module, plan, ledger)]
+        prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock)
+        plan = prepared.plan
+        left = [module for module in ORDER if module.NAME in prepared.rerun or pending(module, plan.job, ledger)]
         executor = _make_executor(prepared, address) if left else None
         if executor is not None:
             resources.callback(executor.close)
@@ -102,11 +109,15 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
         for stage in prepared.rerun:
             ledger.forget(stage)
         manifest = _manifest(prepared)
+        if searched is not None:
+            manifest = manifest.with_stage(pilot.NAME, searched)
         write_manifest(storage, manifest)
         KernelArrays(storage).create(plan.arrays, _attributes(plan))
         if executor is not None:
+            runner = StageRunner(ledger, executor, progress, lock)
             for module in left:
-                manifest = _run_stage(module, plan, ledger, executor, progress, lock, manifest)
+                record = runner.run(module, plan.job, manifest.stages.get(module.NAME))
+                manifest = manifest.with_stage(module.NAME, record)
                 write_manifest(storage, manifest)
         ledger.compact()
         results = collect_results(plan.job, ledger)
@@ -114,6 +125,29 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
         write_report(storage, manifest)
         write_manifest(storage, manifest)
     return results
+
+
+def _with_enough_draws(
+    prepared: Prepared, ledger: Ledger, address: str | None, progress: Progress, lock: RunLock
+) -> tuple[Prepared, StageRecord | None]:
+    """The run with the draws that an asked accuracy takes, and the pilot's record; unchanged where none is searched."""
+    if not prepared.searching:
+        return prepared, None
+    with ExitStack() as resources:
+        executor = _make_executor(prepared, address)
+        resources.callback(executor.close)
+        resources.callback(ledger.flush)
+        manifest = _manifest(prepared)
+        write_manifest(prepared.storage, manifest)
+        plan, record = search_draws(
+            prepared.config,
+            prepared.dataset,
+            prepared.model,
+            prepared.plan,
+            StageRunner(ledger, executor, progress, lock),
+            manifest.stages.get(pilot.NAME),
+        )
+    return replace(prepared, plan=plan), record
 
 
 def _make_executor(prepared: Prepared, address: str | None) -> Executor:
@@ -170,76 +204,6 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "blocks": job.sizes.num_blocks,
         "parameters": job.sizes.num_parameters,
     }
-
-
-def _pending(stage: ModuleType, plan: Plan, ledger: Ledger) -> int:
-    """How many tasks of a stage are left."""
-    done = ledger.done(stage.NAME)
-    return sum(1 for task in stage.tasks(plan.job) if task.tile not in done)
-
-
-def _tasks_left(stage: ModuleType, plan: Plan, ledger: Ledger) -> Iterator[Task]:
-    """The tasks that are not in the ledger, with the calibration that theirs need."""
-    levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
-    done = set(ledger.done(stage.NAME))
-    for task in stage.tasks(plan.job):
-        if task.tile not in done:
-            level = levels.get(task.tile.split("/")[0])
-            yield task if level is None else replace(task, arguments={"level": level})
-
-
-def _run_stage(
-    stage: ModuleType,
-    plan: Plan,
-    ledger: Ledger,
-    executor: Executor,
-    progress: Progress,
-    lock: RunLock,
-    manifest: Manifest,
-) -> Manifest:
-    """Carry out a stage's remaining tasks; the manifest with its record."""
-    total = sum(1 for _ in stage.tasks(plan.job))
-    done = total - _pending(stage, plan, ledger)
-    earlier = manifest.stages.get(stage.NAME)
-    started, clock = datetime.now(UTC), time.perf_counter()
-    with progress.stage(stage.NAME, total, done) as bar:
-        for outcome in executor.run(_tasks_left(stage, plan, ledger)):
-            ledger.tick()
-            if outcome is not None:
-                ledger.append(_row(outcome))
-                done += 1
-                bar.advance()
-                lock.update(stage.NAME, done, total)
-    ledger.flush()
-    rows = list(ledger.rows(stage.NAME))
-    record = StageRecord(
-        started=started if earlier is None else earlier.started,
-        finished=datetime.now(UTC),
-        seconds=time.perf_counter() - clock + (0.0 if earlier is None else earlier.seconds),
-        results={
-            "tasks": len(rows),
-            "seconds": sum(row.seconds for row in rows),
-            "bytes": sum(row.bytes for row in rows),
-            "peak_bytes": max(row.peak_bytes for row in rows),
-        },
-    )
-    return manifest.with_stage(stage.NAME, record)
-
-
-def _row(outcome: Outcome) -> LedgerRow:
-    """A task's outcome as the ledger keeps it."""
-    return LedgerRow(
-        stage=outcome.stage,
-        tile=outcome.tile,
-        worker=outcome.worker,
-        started=outcome.started,
-        seconds=outcome.seconds,
-        bytes=outcome.written_bytes,
-        checksum=outcome.checksum,
-        error=outcome.numbers.get("relative_error"),
-        peak_bytes=outcome.peak_bytes,
-        numbers=outcome.numbers,
-    )
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics import Calibration, calibrate, sample_entries
-from nntk_dist.tiles import group_sums, tile_estimates
+from nntk_dist.statistics import Calibration, sample_entries
+from nntk_dist.tiles import calibrate_sample, tile_estimates
 from tests.oracles import brute_force
 
 Array = np.ndarray
@@ -43,9 +43,7 @@ def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelS
     sizes = [len(next(iter(part.values()))) for part in (rows, others)]
     first, second = sample_entries(spec.seed, *sizes)
     sampled = slice_rows(rows, first), slice_rows(others, second)
-    products = features.block_products(*sampled, spec.meeting)
-    by_group = group_sums(features, *sampled, spec.meeting)
-    return calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
+    return calibrate_sample(features, [sampled], spec.meeting)
 
 
 def estimates_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> dict[str, Tensor]:

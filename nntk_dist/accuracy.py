@@ -1,0 +1,124 @@
+"""How many draws an asked accuracy takes: looks at a few rows, each with more draws, until the bound is low enough.
+
+A *look* computes the sample of entries that calibrates a kernel's standard errors (`nntk_dist.statistics`), with S
+draws, and takes from it the 95 % bound of ‖U − Θ‖/‖Θ‖. From how much of the noise falls like 1/S and how much like 1/S²
+follows where to look next. A function of the looks so far and nothing else: a search that was stopped goes on as if it
+had not been. No model, no features here.
+
+That the search ends where the bound happens to be low makes errors a little larger than it says, by less than the next
+step saves; it biases U by the same little. What a sketch adds does not fall with draws, and may end the search.
+
+Axes: S draws.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from numbers import Real
+from typing import Self
+
+from nntk_dist.designs import MINIMUM_BLOCKS
+from nntk_dist.errors import NNTKError
+from nntk_dist.statistics import Calibration
+
+# Looks are cheap beside the rows that follow, but not free; a prediction over more than a factor of 4 is a guess.
+_SMALLEST_STEP = 1.1
+_LARGEST_STEP = 4.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What S draws give on the sample; see `Calibration` for the numbers."""
+
+    draws: int
+    relative_error: float
+    bound: float
+    pair_share: float
+    sketch_share: float
+
+    @classmethod
+    def of(cls, draws: int, calibration: Calibration) -> Self:
+        """The look that a calibration with S draws is."""
+        return cls(
+            draws, calibration.relative_error, calibration.bound, calibration.pair_share, calibration.sketch_share
+        )
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float]) -> Self:
+        """The look that `numbers` describes."""
+        values = {name: numbers[name] for name in cls.__dataclass_fields__}
+        return cls(**values | {"draws": int(values["draws"])})  # type: ignore[arg-type]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The fields as plain numbers."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+    def reaches(self, rtol: float) -> bool:
+        """Whether the error is below `rtol`, by the bound."""
+        return self.bound <= rtol
+
+
+def draws_for(look: Look, rtol: float) -> float:
+    """S at which the bound is expected to be `rtol`; infinite where the sketch's own error is too large.
+
+    Solves (1 − k)((1 − w)u + w u²) + k = (rtol/bound)² for u = S_look/S, w and k the shares of pairs and sketch.
+    """
+    allowed = (rtol / look.bound) ** 2 if look.bound > 0 else math.inf
+    left = allowed - look.sketch_share
+    if left <= 0 < look.sketch_share:
+        return math.inf
+    part = left / (1.0 - look.sketch_share)
+    if part <= 0:  # noise is all there is yet
+        return math.inf
+    w = look.pair_share
+    u = part if w == 0 else (math.sqrt((1 - w) ** 2 + 4 * w * part) - (1 - w)) / (2 * w)
+    return look.draws / u
+
+
+def next_draws(looks: Sequence[Look], *, rtol: float, max_draws: int, unit: int) -> int | None:
+    """How many draws to look at next, a multiple of `unit`; None where the search has ended.
+
+    It ends where the last look reaches `rtol`, where no whole unit is left below `max_draws`, or where only a larger
+    sketch could help.
+    """
+    last = looks[-1]
+    most = max_draws // unit * unit
+    if last.reaches(rtol) or last.draws >= most:
+        return None
+    wanted = draws_for(last, rtol)
+    if math.isinf(wanted) and math.isfinite(last.bound):
+        return None
+    wanted = min(max(wanted, _SMALLEST_STEP * last.draws), _LARGEST_STEP * last.draws)
+    return min(most, math.ceil(wanted / unit) * unit)
+
+
+def verdict(look: Look, *, rtol: float, max_draws: int) -> str:
+    """How the search ended, in words."""
+    found = f"bound {look.bound:.3g} with {look.draws} draws"
+    if look.reaches(rtol):
+        return f"rtol {rtol:g} is reached: {found}"
+    if math.isfinite(look.bound) and math.isinf(draws_for(look, rtol)):
+        return f"rtol {rtol:g} is not reached: {found}, and the sketch's own error stays; make sketch larger"
+    return f"rtol {rtol:g} is not reached: {found}, and max_draws is {max_draws}"
+
+
+def check_accuracy(rtol: float | None, max_draws: int, *, kind: str, blocks: int, draws: int | str) -> None:
+    """Raise an NNTKError, its first word the argument to change, unless an asked accuracy can be looked for."""
+    if max_draws < 1:
+        raise NNTKError(f"max_draws is {max_draws}; allowed: a whole number, 1 or more")
+    if rtol is None:
+        return
+    if isinstance(rtol, bool) or not isinstance(rtol, Real) or not 0 < rtol < 1:
+        raise NNTKError(f"rtol is {rtol!r}; allowed: none, or a number above 0 and below 1, such as 0.05")
+    if kind == "local":
+        raise NNTKError(f"rtol is {rtol:g}; allowed for kind local, which is exact: none")
+    if blocks < MINIMUM_BLOCKS:
+        raise NNTKError(
+            f"rtol is {rtol:g}; allowed for blocks {blocks}, which give no error bars: none (or take "
+            f"{MINIMUM_BLOCKS} blocks or more)"
+        )
+    if isinstance(draws, int) and draws > max_draws:
+        raise NNTKError(
+            f"draws is {draws}, where the search for rtol begins; allowed: auto, or up to max_draws, {max_draws}"
+        )

@@ -1,0 +1,60 @@
+"""The pilot of a kernel with an asked accuracy: looks at a sample of its rows until the draws are enough.
+
+The sample is the one that calibrates the whole kernel's standard errors, so the last look is the error that the kernel
+itself will state. Every look computes its draws anew: a function of their number alone, and together the looks cost a
+few times the last one, on at most 64 + 64 rows (more where one side has few).
+
+Axes: n1, n2 rows and columns of the kernel.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from nntk_dist.accuracy import Look, next_draws
+from nntk_dist.batches import compute_rows
+from nntk_dist.feature_maps import make_feature_map
+from nntk_dist.features import FeatureMap
+from nntk_dist.resolution import Resolution, with_draws
+from nntk_dist.spec import KernelSpec
+from nntk_dist.statistics import Calibration, sample_entries, sample_limit
+from nntk_dist.tiles import calibrate_sample
+
+
+def find_draws(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    spec: KernelSpec,
+    resolution: Resolution,
+    *,
+    batch: int,
+) -> tuple[Resolution, Look]:
+    """The decision with as many draws as `spec.rtol` takes, and the last look; `inputs` are x1, or x1 and x2.
+
+    Cost: the features of the sampled rows, at most about four times over. Raises: NNTKError as `with_draws`.
+    """
+    assert spec.rtol is not None
+    unit = spec.draw_unit(resolution.num_draws, resolution.num_parameters)
+    looks: list[Look] = []
+    num_draws: int | None = resolution.num_draws
+    while num_draws is not None:
+        resolution = with_draws(model, inputs[0], spec, resolution, num_draws)
+        features = make_feature_map(model, inputs[0], spec, resolution)
+        looks.append(Look.of(num_draws, _calibration(features, inputs, ids, spec, batch)))
+        num_draws = next_draws(looks, rtol=spec.rtol, max_draws=spec.max_draws, unit=unit)
+    return resolution, looks[-1]
+
+
+def _calibration(
+    features: FeatureMap, inputs: Sequence[Tensor], ids: Sequence[Tensor], spec: KernelSpec, batch: int
+) -> Calibration:
+    width = len(features.columns) if spec.meeting.full else 1
+    chosen = sample_entries(spec.seed, len(inputs[0]), len(inputs[-1]), sample_limit(width))
+    rows = [
+        compute_rows(
+            features, x[some], names[some], range(features.num_draws), features.columns, batch=min(batch, len(some))
+        )
+        for x, names, some in zip((inputs[0], inputs[-1]), (ids[0], ids[-1]), chosen, strict=True)
+    ]
+    return calibrate_sample(features, [(rows[0], rows[1])], spec.meeting)

@@ -1,0 +1,42 @@
+"""The calibration of one array of a job from a fixed sample of its entries: what the stages `calibration` and `pilot`
+share.
+
+The sample depends on the seed and the size of the kernel, never on tiles; its features are computed afresh.
+
+Axes: n sampled rows.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from nntk_dist.block_sums import Meeting
+from nntk_dist.features import FeatureMap, Rows
+from nntk_dist.statistics import Calibration, sample_entries, sample_limit
+from nntk_dist.tiles import calibrate_sample
+from pipeline.arrays import kernel_width
+from pipeline.context import Context
+
+_DIAGONAL_ENTRIES = 256
+_SPLITS = {"train": ("train", "train"), "test": ("test", "train"), "diagonal": ("test", "test")}
+CALIBRATED = tuple(_SPLITS)
+
+
+def calibrate_array(context: Context, features: FeatureMap, name: str) -> Calibration:
+    """The calibration of the train kernel, the test kernel or the test diagonal."""
+    job, splits = context.job, _SPLITS[name]
+    counts = [job.sizes.rows(split) for split in splits]
+    if name == "diagonal":
+        rows, _ = sample_entries(job.spec.seed, counts[0], 1, _DIAGONAL_ENTRIES)
+        columns = rows
+    else:
+        rows, columns = sample_entries(job.spec.seed, counts[0], counts[1], sample_limit(kernel_width(job)))
+    same = splits[0] == splits[1] and torch.equal(rows, columns)
+
+    def parts() -> Iterator[tuple[Rows, Rows]]:
+        for part in context.output_parts():
+            left = context.compute(splits[0], np.asarray(rows), part)
+            yield left, left if same else context.compute(splits[1], np.asarray(columns), part)
+
+    return calibrate_sample(features, parts(), Meeting(full=job.spec.meeting.full, paired=name == "diagonal"))

@@ -104,16 +104,22 @@ def calibrate(
         sketch = float(sketch_variance(by_group, blocks).sum())
         sources.append(noise_source(sketch, by_group))
         noise += sketch
-    signal = float(value.square().sum()) - noise
-    relative = math.sqrt(noise / signal) if signal > 0 else math.inf if noise > 0 else 0.0
+    size = float(value.square().sum())
+    relative = math.sqrt(_ratio(noise, size - noise))
+    error = bound_factor(sources) * math.sqrt(noise)  # of U − Θ, by 95 %: then ‖Θ‖ is at least ‖U‖ less that
     return Calibration(
         level=level,
         relative_error=relative,
         num_entries=value.numel(),
-        bound=relative * bound_factor(sources),
+        bound=_ratio(error, math.sqrt(size) - error),
         pair_share=pair_share,
         sketch_share=sketch / noise if noise > 0 else 0.0,
     )
+
+
+def _ratio(error: float, signal: float) -> float:
+    """Error over signal: infinite where there is none, 0 where there is no error either."""
+    return error / signal if signal > 0 else math.inf if error > 0 else 0.0
 
 
 def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:

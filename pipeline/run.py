@@ -99,7 +99,7 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
             raise NNTKError(f"{prepared.config.run_dir} was written by another driver just now; give the command again")
         storage.remove_partial_files()
         ledger = Ledger(storage)
-        prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock)
+        prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock, resources)
         plan = prepared.plan
         left = [module for module in ORDER if module.NAME in prepared.rerun or pending(module, plan.job, ledger)]
         executor = _make_executor(prepared, address) if left else None
@@ -128,25 +128,30 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
 
 
 def _with_enough_draws(
-    prepared: Prepared, ledger: Ledger, address: str | None, progress: Progress, lock: RunLock
+    prepared: Prepared,
+    ledger: Ledger,
+    address: str | None,
+    progress: Progress,
+    lock: RunLock,
+    resources: ExitStack,
 ) -> tuple[Prepared, StageRecord | None]:
     """The run with the draws that an asked accuracy takes, and the pilot's record; unchanged where none is searched."""
     if not prepared.searching:
         return prepared, None
-    with ExitStack() as resources:
-        executor = _make_executor(prepared, address)
-        resources.callback(executor.close)
-        resources.callback(ledger.flush)
-        manifest = _manifest(prepared)
-        write_manifest(prepared.storage, manifest)
-        plan, record = search_draws(
-            prepared.config,
-            prepared.dataset,
-            prepared.model,
-            prepared.plan,
-            StageRunner(ledger, executor, progress, lock),
-            manifest.stages.get(pilot.NAME),
-        )
+    executor = _make_executor(prepared, address)
+    resources.callback(executor.close)
+    resources.callback(ledger.flush)
+    manifest = _manifest(prepared)
+    write_manifest(prepared.storage, manifest)
+    plan, record = search_draws(
+        prepared.config,
+        prepared.dataset,
+        prepared.model,
+        prepared.plan,
+        StageRunner(ledger, executor, progress, lock),
+        manifest.stages.get(pilot.NAME),
+    )
+    executor.stop_workers()
     return replace(prepared, plan=plan), record
 
 

@@ -16,6 +16,10 @@ class Executor(Protocol):
         """Outcomes as they come; None at least once a second, so that the caller can flush its ledger."""
         ...
 
+    def stop_workers(self) -> None:
+        """Give back processes and what they hold; connections stay, for the next executor."""
+        ...
+
     def close(self) -> None:
         """Give back processes and connections; further calls do nothing."""
         ...

@@ -176,10 +176,14 @@ class RayExecutor:
         if dead in self._actors:
             self._actors[self._actors.index(dead)] = self._start()
 
-    def close(self) -> None:
-        """Stop the actors, and Ray where this executor has started or joined it."""
+    def stop_workers(self) -> None:
+        """Stop the actors."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
+
+    def close(self) -> None:
+        """Stop the actors, and Ray where this executor has started or joined it."""
+        self.stop_workers()
         if self._connected:
             ray.shutdown()

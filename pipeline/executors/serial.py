@@ -20,5 +20,8 @@ class SerialExecutor:
         for task in tasks:
             yield self.worker.execute(task)
 
+    def stop_workers(self) -> None:
+        """Nothing to give back."""
+
     def close(self) -> None:
         """Nothing to give back."""

@@ -7,6 +7,7 @@ Axes: n1, n2 examples, c outputs; `full` kernels are indexed i·C + c.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from nntk_dist.batches import compute_rows
 from nntk_dist.designs import MINIMUM_BLOCKS
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
+from nntk_dist.model_probes import ModelProbes
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import (
@@ -45,7 +47,8 @@ class KernelEstimate:
     elsewhere);
     `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
     `relative_error` estimates ‖U − Θ‖/‖Θ‖, NaN where fewer than four blocks give no error bars (`stderr` None);
-    `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
+    `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖. `probes` is what the model was found to be like; what they say
+    is not to be trusted is warned of too, by an `NNTKWarning`.
     """
 
     kernel: Tensor
@@ -59,6 +62,7 @@ class KernelEstimate:
     num_parameters: int
     relative_error: float
     relative_bias: float | None
+    probes: ModelProbes | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Two-sided intervals by Student's t with R − 1 degrees of freedom, around the unbiased estimate."""
@@ -250,6 +254,8 @@ def _compute(
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     batch = min(batch or _BATCH, max(len(x) for x in inputs))
     resolution = resolve(prepared, inputs[0], spec, batch=batch)
+    for caution in () if resolution.probes is None else resolution.probes.cautions:
+        warnings.warn(caution, NNTKWarning, stacklevel=3)  # where the public function was called
     features = make_feature_map(prepared, inputs[0], spec, resolution)
     everything = range(features.num_draws)
     ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
@@ -328,6 +334,7 @@ def _result(
         num_parameters=features.num_parameters,
         relative_error=_relative_error(spec, calibration),
         relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
+        probes=resolution.probes,
     )
 
 

@@ -56,6 +56,13 @@ class ModelProbes:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
+    def jumps(self) -> bool | None:
+        """Whether f was found to jump in θ; None where that was not probed, or where nothing changed f."""
+        if self.jump_residual is None or self.jump_gradients is None:
+            return None
+        return not JumpProbe(self.jump_residual, self.jump_gradients, self.jump_size or 0.0).differentiable
+
+    @property
     def noise(self) -> float | None:
         """Noise over signal in differences of outputs: infinite where there is no signal, NaN where neither is."""
         if self.change_size is None or self.noise_size is None:
@@ -142,13 +149,13 @@ def _noise_caution(
     floor: NoiseFloor, evaluator: Evaluator, spec: KernelSpec, x: Tensor, jumps: JumpProbe | None
 ) -> str:
     dtype = str(evaluator.base(x[:1]).dtype).removeprefix("torch.")
-    finer = "" if not floor.measured else ", dtype float64"
-    smooth = ""
-    if spec.kind == "nonlocal" and floor.measured and (jumps is None or jumps.differentiable):
-        smooth = ", or estimator autodiff where the model has no jumps"
+    remedies = ["a larger gamma"]
+    if floor.measured:  # otherwise it is float64 already
+        remedies.append("dtype float64")
+        if spec.kind == "nonlocal" and jumps is None:
+            remedies.append("estimator autodiff, where the model has no jumps")
     size = "all" if math.isinf(floor.ratio) else f"{floor.ratio:.2g}"
     return (
         f"rounding in {dtype} on {x.device.type} is {size} of the differences f(x; θ+z) − f(x; θ) at gamma "
-        f"{spec.gamma:g} (harmless: up to {NOTABLE_NOISE}), and adds noise to the kernel; take a larger gamma"
-        f"{finer}{smooth}"
+        f"{spec.gamma:g} (harmless: up to {NOTABLE_NOISE}), and adds noise to the kernel; take {' or '.join(remedies)}"
     )

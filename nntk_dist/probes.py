@@ -56,8 +56,8 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     """Compare increments and integrated gradients on segments drawn like the perturbations, and on longer ones.
 
     Adaptive midpoint rule: the interval with the largest defect is halved until the whole defect is small, or 256
-    gradients are spent. Cost: at most 6·256 gradients of 32 examples, about a third as many forward passes; for a model that passes
-    up to 372 forward passes more, in search of jumps on long chords.
+    gradients are spent. Cost: at most 6·256 gradients of 32 examples, about a third as many forward passes; for a model
+    that passes up to 372 forward passes of 8 examples more, in search of jumps on long chords.
     A model whose output no segment moves does not pass: it shows no gradient to trust.
     """
     exact = prepare_model(model, dtype=torch.float64, device=x.device)

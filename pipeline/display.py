@@ -12,12 +12,13 @@ from pipeline.lock import Heartbeat
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
 from pipeline.report.formatting import count, duration, number, size
+from pipeline.report.probe_facts import probe_facts
 from pipeline.stages import ORDER
 from pipeline.verify import Finding
 
 
 def print_choice(out: Console, plan: Plan) -> None:
-    """One line before a run: what is computed and why this way."""
+    """Before a run: a line on what is computed and why this way, and one for every caution of the probes."""
     sizes, resolution = plan.job.sizes, plan.job.resolution
     out.print(
         f"{plan.job.spec.kind} kernel, estimator {resolution.estimator}: {resolution.reason}; "
@@ -27,6 +28,9 @@ def print_choice(out: Console, plan: Plan) -> None:
         markup=False,
         highlight=False,
     )
+    for caution in () if resolution.probes is None else resolution.probes.cautions:
+        out.print("caution:", style="yellow", end=" ")
+        out.print(caution, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_plan(out: Console, plan: Plan) -> None:
@@ -59,6 +63,13 @@ def print_plan(out: Console, plan: Plan) -> None:
         f"{layout.dtype} on {layout.device}",
         soft_wrap=True,
     )
+    if plan.job.resolution.probes is None:
+        out.print("probes: none are kept; the run was planned by an earlier version")
+        return
+    probes = Table("probe", "found", "verdict", box=None, pad_edge=False)
+    for fact in probe_facts(plan.job.resolution.probes):
+        probes.add_row(fact.label, fact.value, fact.verdict)
+    out.print(probes)
 
 
 def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> None:

@@ -66,10 +66,9 @@ def print_plan(out: Console, plan: Plan) -> None:
     if plan.job.resolution.probes is None:
         out.print("probes: none are kept; the run was planned by an earlier version")
         return
-    probes = Table("probe", "found", "verdict", box=None, pad_edge=False)
     for fact in probe_facts(plan.job.resolution.probes):
-        probes.add_row(fact.label, fact.value, fact.verdict)
-    out.print(probes)
+        line = f"probe {fact.label[:1].lower()}{fact.label[1:]}: {fact.value}; {fact.verdict}"
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> None:

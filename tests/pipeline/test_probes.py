@@ -31,9 +31,10 @@ def test_a_run_keeps_its_probes(good_run):
 def test_a_plan_and_a_page_show_them(good_run, tmp_path):
     text = " ".join(nntk(*arguments("plan", tmp_path / "run")).out.split())
     page = (good_run / "report/index.html").read_text()
-    for words in ("Same again", "Other batch", "Jumps in θ", "Noise floor", "Training mode", "deterministic"):
-        assert words in text
-        assert words in page
+    for label in ("Same again", "Other batch", "Jumps in θ", "Noise floor", "Training mode"):
+        assert f"probe {label[:1].lower()}{label[1:]}: " in text
+        assert f"<td>{label}<" in page
+    assert "probe same again: change 0; deterministic" in text
     assert "caution" not in text
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nntk_dist.black_box import BlackBox
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
+from nntk_dist.model_probes import ModelProbes
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BlackBox",
     "KernelEstimate",
+    "ModelProbes",
     "NNTKClassifier",
     "NNTKError",
     "NNTKRegressor",

@@ -1,7 +1,8 @@
-"""The one error type that a user of this library should ever meet.
+"""The one error type that a user of this library should ever meet, and the one warning.
 
 An `NNTKError` says what was wrong (the argument, what came), what is allowed and what to do next, in one line.
-The command line prints it and exits with code 2; everything else is a bug and keeps its traceback.
+The command line prints it and exits with code 2; everything else is a bug and keeps its traceback. An `NNTKWarning`
+says which numbers are not to be trusted, and why, where nothing is refused.
 """
 
 import difflib

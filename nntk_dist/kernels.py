@@ -22,6 +22,7 @@ from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
+from nntk_dist.model_probes import ModelProbes
 from nntk_dist.pilot import find_draws
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
@@ -48,7 +49,8 @@ class KernelEstimate:
     `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
     `relative_error` estimates ‖U − Θ‖/‖Θ‖, which lies below `relative_error_bound` in 95 % of all cases; both are NaN
     where fewer than four blocks give no error bars (`stderr` None). `reached` says whether the bound is below an asked
-    `rtol` (None where none was); `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖.
+    `rtol` (None where none was); `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖. `probes` is what the model was
+    found to be like; what they say is not to be trusted is warned of too, by an `NNTKWarning`.
     """
 
     kernel: Tensor
@@ -64,6 +66,7 @@ class KernelEstimate:
     relative_bias: float | None
     relative_error_bound: float = math.nan
     reached: bool | None = None
+    probes: ModelProbes | None = None
 
     def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
         """Two-sided intervals by Student's t with R − 1 degrees of freedom, around the unbiased estimate."""
@@ -267,6 +270,8 @@ def _compute(
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
     batch = min(batch or _BATCH, max(len(x) for x in inputs))
     resolution = resolve(prepared, inputs[0], spec, batch=batch)
+    for caution in () if resolution.probes is None else resolution.probes.cautions:
+        warnings.warn(caution, NNTKWarning, stacklevel=3)  # where the public function was called
     ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
     reached = None
     if spec.rtol is not None:
@@ -352,4 +357,5 @@ def _result(
         relative_error=unknown if calibration is None else calibration.relative_error,
         relative_error_bound=unknown if calibration is None else calibration.bound,
         relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
+        probes=resolution.probes,
     )

@@ -7,6 +7,7 @@ probabilities are offered: the scores of ridge regression on one-hot targets are
 Axes: n train examples, m new examples, T target columns (one for each class), C outputs of the model.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -21,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from nntk_dist.batches import compute_outputs, compute_rows
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows
@@ -82,6 +83,8 @@ def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: in
     batch = min(batch, len(x))
     prepared = prepare_model(model, dtype=first.dtype, device=first.device)
     resolution = resolve(prepared, x, spec, batch=batch)
+    for caution in () if resolution.probes is None else resolution.probes.cautions:
+        warnings.warn(caution, NNTKWarning, stacklevel=4)  # where `fit` was called
     features = make_feature_map(prepared, x, spec, resolution)
     ids = torch.arange(len(x), device=first.device)
     rows = compute_rows(features, x, ids, range(features.num_draws), features.columns, batch=batch)

@@ -18,6 +18,7 @@ from nntk_dist.contraction import contraction_of
 from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
+from nntk_dist.model_probes import ModelProbes, call_changes, probe_model
 from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import NoisePlan, plan_noise
 from nntk_dist.noisy_draws import MOST_GROUPS
@@ -44,6 +45,7 @@ class Resolution:
     num_columns: int = 0  # numbers of the sketch for an output and block, 0 without one
     num_sketched: int = 0  # parameters that are in the sketch
     contraction: str = ""
+    probes: ModelProbes | None = None  # what the model was found to be like; None where nobody looked
 
     @property
     def explanation(self) -> str:
@@ -60,16 +62,18 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     space = select_parameters(model, spec.parameters)
     values = Evaluator(model, space).base(x[:32])
     check_finite(values, "the model's output")
-    _check_function(model, space, x[:32], values)
+    calls = _check_function(model, space, x[:32], values)
     num_outputs = values.shape[1]
     if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
         raise NNTKError(
             f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
         )
-    estimator, reason = _choose(model, space, spec, x)
+    jumps = _probe_jumps(model, space, spec, x)
+    estimator, reason = _choose(model, space, spec, x, jumps)
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
-    resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
+    probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
+    resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked, probes=probes)
     return with_draws(model, x, spec, resolution, draws)
 
 
@@ -105,23 +109,34 @@ def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolu
     return resolution
 
 
-def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> None:
-    """Refuse a model whose output is not a function of one example and the parameters."""
-    evaluator = Evaluator(model, space)
-    tolerance = _ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
-    if float((evaluator.base(x) - values).abs().max()) > tolerance:
+def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> tuple[float, float | None]:
+    """Refuse a model whose output is not a function of one example and the parameters; else, how far it changed."""
+    repeat_change, batch_change = call_changes(Evaluator(model, space), x, values)
+    tolerance = _ROUNDING * torch.finfo(values.dtype).eps
+    if repeat_change > tolerance:
         raise NNTKError(
             "the model's output changes from call to call: it draws random numbers even in eval mode, which this "
             "version does not seed; take the dropout or the noise out of its forward pass"
         )
-    if len(x) > 1 and float((evaluator.base(x[:-1].flip(0)).flip(0) - values[:-1]).abs().max()) > tolerance:
+    if batch_change is not None and batch_change > tolerance:
         raise NNTKError(
             "the model's output for one example depends on the other examples of its batch, which no kernel of pairs "
             "can express; normalise with running statistics, or over each example"
         )
+    return repeat_change, batch_change
 
 
-def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> tuple[str, str]:
+def _probe_jumps(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> JumpProbe | None:
+    """Whether f jumps, where the choice of an estimator depends on it."""
+    settled = holds_black_box(model) or spec.kind != "nonlocal" or spec.distribution == LowRank.name
+    if settled or spec.estimator in ("weight", "activation"):
+        return None
+    return probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
+
+
+def _choose(
+    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, probe: JumpProbe | None
+) -> tuple[str, str]:
     """The estimator's name and the reason, in words."""
     if holds_black_box(model):
         return "weight", _black_box_reason(spec)
@@ -140,7 +155,7 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "weight", "asked for; valid for anything that can be evaluated"
     if spec.estimator == "activation":
         return "activation", f"asked for: {_treatment(_activation_plan(model, space, spec, x), space)}"
-    probe = probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
+    assert probe is not None
     if probe.differentiable:
         if spec.estimator == "auto":
             try:
@@ -210,6 +225,8 @@ def _black_box_reason(spec: KernelSpec) -> str:
 def _evidence(probe: JumpProbe) -> str:
     if math.isnan(probe.residual):
         return "along random segments f does not change at all"
+    if probe.jump > 0:
+        return f"on a long segment through θ f jumps by {probe.jump:.2g} of its range there"
     return (
         f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f, "
         f"at up to {probe.num_gradients} points"

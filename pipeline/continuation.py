@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from nntk_dist.designs import MINIMUM_BLOCKS
 from nntk_dist.errors import NNTKError
+from nntk_dist.model_probes import ModelProbes
 from nntk_dist.resolution import Resolution
 from pipeline.build import build_spec
 from pipeline.config import Config, config_from_dict
@@ -28,10 +29,23 @@ def stored_job(manifest: Manifest) -> Job:
         fingerprint=manifest.fingerprints.get("kernel", ""),
         config=config,
         spec=build_spec(config.kernel),
-        resolution=_restored(Resolution, manifest.resolution, "resolution"),
+        resolution=_restored_resolution(manifest),
         layout=_restored(Layout, manifest.layout, "layout"),
         sizes=_restored(Sizes, manifest.sizes, "sizes"),
     )
+
+
+def stored_probes(manifest: Manifest) -> ModelProbes | None:
+    """What the model was found to be like; None where the run was planned by a version that kept no probes.
+
+    Raises: NNTKError where they are not whole.
+    """
+    values = manifest.resolution.get("probes")
+    return None if values is None else _restored(ModelProbes, values, "resolution.probes")
+
+
+def _restored_resolution(manifest: Manifest) -> Resolution:
+    return _restored(Resolution, {**manifest.resolution, "probes": stored_probes(manifest)}, "resolution")
 
 
 def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Section:

@@ -12,12 +12,16 @@ from pipeline.lock import Heartbeat
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
 from pipeline.report.formatting import count, duration, number, size
+from pipeline.report.probe_facts import probe_facts
 from pipeline.stages import ORDER, pilot
 from pipeline.verify import Finding
 
 
 def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
-    """One line before a run: what is computed and why this way; `searching` where the draws are still to be found."""
+    """Before a run: a line on what is computed and why this way, and one for every caution of the probes.
+
+    `searching` where the draws are still to be found.
+    """
     sizes, resolution, spec = plan.job.sizes, plan.job.resolution, plan.job.spec
     draws = f"{count(sizes.num_draws)} draws"
     if searching:
@@ -30,6 +34,9 @@ def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
         markup=False,
         highlight=False,
     )
+    for caution in () if resolution.probes is None else resolution.probes.cautions:
+        out.print("caution:", style="yellow", end=" ")
+        out.print(caution, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
@@ -62,6 +69,12 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         f"{layout.dtype} on {layout.device}",
         soft_wrap=True,
     )
+    if plan.job.resolution.probes is None:
+        out.print("probes: none are kept; the run was planned by an earlier version")
+        return
+    for fact in probe_facts(plan.job.resolution.probes):
+        line = f"probe {fact.label[:1].lower()}{fact.label[1:]}: {fact.value}; {fact.verdict}"
+        out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> None:

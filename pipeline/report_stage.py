@@ -14,6 +14,7 @@ import yaml
 
 from nntk_dist.distributions import OPTIONS
 from nntk_dist.regression import RidgeRow
+from pipeline.continuation import stored_probes
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.manifest import Manifest
 from pipeline.report import (
@@ -66,6 +67,7 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
             if record.results.get("tasks")
         ],
         plots=config["report"]["plots"],
+        probes=stored_probes(manifest),
     )
 
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from nntk_dist import ModelProbes
 from nntk_dist.regression import RidgeRow
 from pipeline.report import (
     KernelFacts,
@@ -248,6 +249,58 @@ def test_a_local_kernel_has_no_error_bars(digits):
     assert "Kernel error none The local kernel comes from automatic differentiation, without sampling" in text
     for absent in ("Plugin bias", "Draws S", "Standard error of an entry", "inflated by noise", "Perturbations"):
         assert absent not in text
+
+
+PROBES = ModelProbes(
+    repeat_change=0.0,
+    batch_change=2.5e-7,
+    jump_residual=0.0031,
+    jump_gradients=24,
+    jump_size=0.0,
+    change_size=0.5,
+    noise_size=2e-7,
+    noise_measured=True,
+    training_modules=("2 BatchNorm2d", "1 Dropout"),
+)
+
+
+def test_probes_have_a_table_of_their_own(digits):
+    text = Page(render_report(replace(digits, plots=False, probes=PROBES))).text
+    table = text.split("Probes of the model")[1].split("Spectrum")[0]
+    for label, value, verdict in (
+        ("Same again", "change 0", "deterministic"),
+        ("Other batch", "change 2.5 × 10⁻⁷", "independent of its batch, to rounding"),
+        ("Jumps in θ", "0.31 % missed; up to 24 gradients a segment", "locally Lipschitz: gradients may be used"),
+        ("Noise floor", "4 × 10⁻⁵ %", "differences stand above rounding"),
+        ("Training mode", "2 BatchNorm2d, 1 Dropout", "evaluated in eval mode"),
+    ):
+        assert re.search(f"{label} .*{re.escape(value)} {re.escape(verdict)}", table), label
+    assert "Probes of the model" not in Page(render_report(digits)).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"repeat_change": 1e-8}, "change 10⁻⁸ repeats to rounding, not to the bit"),
+        ({"batch_change": None}, "not probed a single example has no other batch"),
+        ({"jump_residual": 0.4}, "40 % missed; up to 24 gradients a segment jumps"),
+        ({"jump_size": 0.25}, "0.31 % missed; up to 24 gradients a segment; a jump of 25 % of the range jumps"),
+        ({"jump_residual": None}, "no change of f; up to 24 gradients a segment no gradient to trust"),
+        (dict.fromkeys(("jump_residual", "jump_gradients", "jump_size")), "not probed the choice of estimator does"),
+        ({"noise_size": 0.01}, "2 % too much for differences; none are used"),
+        ({"noise_size": 0.01, "cautions": ("rounding is 0.02 of it",)}, "2 % too much for differences Training mode"),
+        ({"change_size": 0.0}, "nothing but noise too much for differences"),
+        ({"noise_size": 1e-9, "noise_measured": False}, "2 × 10⁻⁷ % (estimated) differences stand above rounding"),
+        ({"change_size": 0.0, "noise_size": 0.0}, "no change of f nothing to measure"),
+        (dict.fromkeys(("change_size", "noise_size", "noise_measured")), "not probed no perturbations, not finite"),
+        ({"training_modules": ()}, "no module known to differ eval mode, the same as training mode"),
+    ],
+)
+def test_every_verdict_of_a_probe(changes, expected, digits):
+    text = Page(render_report(replace(digits, plots=False, probes=replace(PROBES, **changes)))).text
+    assert expected in text.split("Probes of the model")[1]
+    cautioned = "Rounding is 0.02 of it." in text.split("Probes of the model")[0]
+    assert cautioned == bool(changes.get("cautions"))
 
 
 def test_the_least_a_report_can_have(digits):

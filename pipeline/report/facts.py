@@ -174,6 +174,8 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
 
 def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
     kernel, errors = inputs.kernel, inputs.standard_errors
+    for caution in () if inputs.probes is None else inputs.probes.cautions:
+        yield f"{caution[:1].upper()}{caution[1:]}."
     if kernel.relative_bias is not None and kernel.relative_bias > _NOTABLE_BIAS:
         yield (
             f"Plugin is inflated by noise: bias {percent(kernel.relative_bias)}. Solve with gram, which is positive "

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from nntk_dist.model_probes import ModelProbes
 from nntk_dist.regression import RidgeRow
 
 
@@ -109,3 +110,4 @@ class ReportInputs:
     standard_errors: StandardErrors | None = None
     stages: Sequence[StageTiming] = ()
     plots: bool = True
+    probes: ModelProbes | None = None

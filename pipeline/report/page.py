@@ -13,6 +13,7 @@ from markupsafe import Markup
 from pipeline.report import facts, plots
 from pipeline.report.formatting import count, duration, number, percent, size
 from pipeline.report.inputs import ReportInputs
+from pipeline.report.probe_facts import probe_facts
 
 _TEMPLATE = "template.html.j2"
 _TABLE_EIGENVALUES = 10
@@ -46,6 +47,7 @@ def render_report(inputs: ReportInputs) -> str:
         headline=facts.headline(inputs),
         cautions=facts.cautions(inputs),
         kernel_facts=list(facts.kernel_facts(inputs)),
+        probe_facts=[] if inputs.probes is None else probe_facts(inputs.probes),
         spectrum_facts=facts.spectrum_facts(inputs.eigenvalues),
         leading={name: values[:_TABLE_EIGENVALUES] for name, values in inputs.eigenvalues.items()},
         gram_figures=_gram_figures(inputs),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import NNTKError, nonlocal_kernel
+from nntk_dist.continuity import largest_jump
 from nntk_dist.models import ACTIVATIONS, build_model
 from nntk_dist.parameters import select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
@@ -109,6 +110,98 @@ def test_autodiff_is_refused_at_a_range_too_small_to_meet_a_jump():
     entry = case("sign_mlp")
     with pytest.raises(NNTKError, match=REFUSED):
         nonlocal_kernel(entry.build(), entry.inputs(8), gamma=1e-7, estimator="autodiff")
+
+
+def four_units(activation: str, n: int, seed: int) -> tuple[nn.Module, Tensor]:
+    model = build_model("mlp", {"widths": [4], "activation": activation}, input_shape=(1,), num_outputs=1, seed=seed)
+    x = torch.randn(n, 1, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
+    return model.double(), x
+
+
+def test_four_units_that_jump_are_seen_at_a_small_range_with_few_examples():
+    """Few of the segments of the run meet a jump there: they alone miss more than half of these models."""
+    results = [probe(*four_units("sign", 2, seed), gamma=0.02, seed=seed) for seed in range(10)]
+    assert [seed for seed, result in enumerate(results) if result.differentiable] == []
+    # chords are for models that the segments see no jump of, and there are such models here
+    assert [result.jump > 0 for result in results] == [result.residual <= 0.01 for result in results]
+    assert any(result.jump > 0 for result in results)
+
+
+@pytest.mark.parametrize("activation", JUMPS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_chords_meet_the_jumps_of_four_units(activation, n):
+    for seed in range(50):
+        model, x = four_units(activation, n, seed)
+        assert largest_jump(model, select_parameters(model), x, seed) > 0, seed
+
+
+class OneWeight(nn.Module):
+    """Some function of θ = 1, whatever x."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+        self.theta = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.theta).expand(len(x))
+
+
+def jump_of(function) -> float:
+    model = OneWeight(function)
+    return largest_jump(model, select_parameters(model), torch.zeros(3, 1, dtype=torch.float64), 0)
+
+
+def test_the_size_of_a_jump_is_relative_to_the_range():
+    assert jump_of(lambda theta: torch.sign(theta)) == pytest.approx(1.0)
+    assert jump_of(lambda theta: 40.0 + 3.0 * (theta > -0.2)) == pytest.approx(1.0)
+    small = jump_of(lambda theta: theta + 0.1 * torch.sign(theta - 0.123))
+    assert 0.01 < small < 0.2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.relu,
+        torch.abs,
+        lambda theta: torch.tanh(1e5 * (theta - 0.123)),
+        lambda theta: theta + 1e-5 * torch.sign(theta),  # too small to matter
+        lambda theta: torch.sin(theta.float()).double(),  # steps of float32's rounding
+        lambda theta: 1e9 + theta,
+        lambda theta: torch.log(theta - 1.0) + torch.sign(theta - 1.1),  # not finite: nothing can be said
+        torch.zeros_like,
+    ],
+)
+def test_what_is_continuous_or_cannot_be_told_shows_no_jump(function):
+    assert jump_of(function) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("builder", "args", "shape"),
+    [
+        ("mlp", {"widths": [16] * 4, "activation": "relu"}, (4,)),
+        ("mlp", {"widths": [16] * 6, "activation": "gelu"}, (4,)),
+        ("mlp", {"widths": [32] * 8, "activation": "relu"}, (8,)),
+        ("transformer", {"patch": 4, "dim": 16, "depth": 2, "heads": 2}, (1, 8, 8)),
+    ],
+)
+def test_deep_networks_show_no_jump_on_long_chords(builder, args, shape):
+    for seed in range(8):
+        model = build_model(builder, args, input_shape=shape, num_outputs=3, seed=seed).double().eval()
+        x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert largest_jump(model, select_parameters(model), x, seed) == 0.0
+
+
+def test_a_jump_met_on_a_chord_alone_is_given_as_the_reason():
+    model = build_model("mlp", {"widths": [4], "activation": "sign"}, input_shape=(1,), num_outputs=1, seed=0).double()
+    x = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+    with torch.no_grad():
+        model[1].bias.fill_(4.0)
+    assert probe(model, x, gamma=1e-3).residual <= 0.01
+    message = r"jumps in its parameters \(on a long segment through θ f jumps by [\d.]+ of its range there\)"
+    with pytest.raises(NNTKError, match=message):
+        nonlocal_kernel(model, x, gamma=1e-3, estimator="autodiff")
+    assert nonlocal_kernel(model, x, gamma=1e-3).probes.jumps
 
 
 def test_auto_takes_gradients_where_it_may_and_says_why():

@@ -32,6 +32,7 @@ from nntk_dist.statistics import (
     t_quantile,
 )
 from nntk_dist.tiles import group_sums, symmetrised, tile_estimates
+from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 _TILE_ROWS = 1024
 _BATCH = 256
@@ -88,7 +89,7 @@ def nonlocal_kernel(
     rtol: float | None = None,
     outputs: str | int = "trace",
     scale: str = "localized",
-    weighting: object | None = None,
+    weighting: str | Mapping[str, Any] | Weighting | ScoreFunction | None = None,
     contraction: str = "auto",
     sketch: int | str = "auto",
     parameters: Sequence[str] = ("*",),
@@ -104,6 +105,10 @@ def nonlocal_kernel(
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
     `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
     counts; auto is exact wherever that can be afforded, and `reason` says.
+    `weighting` (`weight` alone) lets draws count by the softmax of a score, ĝ = P Σ_s α_s Δ_s z_s/|z_s|²: parameter,
+    output, loss, a function, or a mapping of name, temperature, per_example, dimension, reference and targets
+    (`nntk_dist.weighting.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for which
+    it is consistent in the draws of a block, with a bias of order blocks/draws, and neither statistic is unbiased.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
     products of the layers' widths an entry; `activation` (gaussian alone; jumps too) S forward passes with noise and
     the same products, for all outputs at once. Source: arXiv 2509.12467; estimators and error bars are this library's.
@@ -111,9 +116,8 @@ def nonlocal_kernel(
     Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
     model.
     """
-    for name, value in (("rtol", rtol), ("weighting", weighting)):
-        if value is not None:
-            raise NNTKError(f"{name} is {value!r}; allowed in this version: None")
+    if rtol is not None:
+        raise NNTKError(f"rtol is {rtol!r}; allowed in this version: None")
     spec = KernelSpec(
         kind="nonlocal",
         gamma=gamma,
@@ -130,6 +134,7 @@ def nonlocal_kernel(
         seed=seed,
         contraction=contraction,
         sketch=sketch,
+        weighting=as_weighting(weighting),
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 

@@ -58,6 +58,8 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
             f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
         )
     estimator, reason = _choose(model, space, spec, x)
+    if not spec.weighting.is_fixed:
+        reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
     resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
@@ -115,6 +117,8 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "autodiff", "the averaged NTK is made of gradients at random parameters"
     if spec.kind == "covariance":
         return "weight", "the covariance kernel is made of output differences"
+    if not spec.weighting.is_fixed:
+        return "weight", "weighted draws are weighted differences of outputs; valid for anything that can be evaluated"
     if spec.distribution == LowRank.name:
         return "weight", (
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "

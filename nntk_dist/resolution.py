@@ -118,7 +118,7 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
     if spec.kind == "covariance":
         return "weight", "the covariance kernel is made of output differences"
     if not spec.weighting.is_fixed:
-        return "weight", "weighted draws are weighted differences of outputs; valid for anything that can be evaluated"
+        return "weight", "only differences of outputs belong to one draw each, to be weighted"
     if spec.distribution == LowRank.name:
         return "weight", (
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "

@@ -75,6 +75,7 @@ def build_spec(kernel: KernelConfig) -> KernelSpec:
         seed=kernel.seed,
         contraction=kernel.contraction,
         sketch=kernel.sketch,
+        weighting=kernel.weighting.weighting(),
     )
 
 

@@ -27,13 +27,13 @@ from tests.oracles.statistics import assert_agrees, assert_coverage, assert_powe
 
 Array = np.ndarray
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"relu": lambda u: np.maximum(u, 0.0), "sign": np.sign}
-TEMPERATURES = {"parameter": 0.25, "output": 1.0, "output, own": 2.0, "output, own, cold": 0.5, "loss": 0.3}
+TEMPERATURES = {"parameter": 0.25, "output": 1.0, "output, own": 2.0, "loss": 0.3}
 TARGETS = np.array([[0.3], [0.8], [-0.5]])
 
 
 def weighting(score: str) -> dict[str, Any]:
     options: dict[str, Any] = {"name": score.partition(",")[0], "temperature": TEMPERATURES[score]}
-    if "own" in score:
+    if score == "output, own":
         options["per_example"] = True
     if score == "loss":
         options["targets"] = TARGETS
@@ -52,7 +52,7 @@ def log_weights(problem: Problem, score: str, z: Array) -> Array:
         scores = -((moved - TARGETS[:, 0]) ** 2).mean(1, keepdims=True)
     else:
         scores = -((moved - base) ** 2) / np.mean(base**2)
-        scores = scores if "own" in score else scores.mean(1, keepdims=True)
+        scores = scores if score == "output, own" else scores.mean(1, keepdims=True)
     return scores / TEMPERATURES[score]
 
 
@@ -78,7 +78,7 @@ def limit(problem: Problem, score: str | None) -> Array:
 
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("unit", ["relu", "sign"])
-@pytest.mark.parametrize("score", ["parameter", "output", "output, own", "loss"])
+@pytest.mark.parametrize("score", TEMPERATURES)
 def test_large_blocks_estimate_the_ratio(score: str, unit: str, design: str):
     """And not the fixed kernel, which lies ten standard errors away."""
     problem = Problem(unit, 2)
@@ -103,14 +103,13 @@ def test_the_quadrature_without_a_score_is_the_closed_form():
 
 
 def test_the_bias_of_a_block_falls_like_one_over_its_draws():
-    """2^19 draws in blocks of 4, 16 and 64; the bias of each is at least ten of its standard errors."""
-    problem, draws = Problem("relu", 2), 1 << 19
-    exact, x = limit(problem, "output, own, cold"), torch.from_numpy(problem.x)
+    """2^20 draws in blocks of 4, 8 and 16; the bias of each is at least ten of its standard errors."""
+    problem, draws = Problem("relu", 2), 1 << 20
+    options = {"weighting": weighting("output, own"), "design": "antithetic", "draws": draws}
+    exact, x = limit(problem, "output, own"), torch.from_numpy(problem.x)
     norms = []
-    for size in (4, 16, 64):
-        spec = KernelSpec(
-            gamma=problem.gamma, weighting=weighting("output, own, cold"), draws=draws, blocks=draws // size
-        )
+    for size in (4, 8, 16):
+        spec = KernelSpec(gamma=problem.gamma, **options, blocks=draws // size)
         means_of, _ = prepared_features(problem.model(), x, spec)
         assert isinstance(means_of, DifferenceMeans)
         features = DifferenceFeatures(means_of.evaluator, means_of.drawing, (0,), attention=means_of.attention)
@@ -120,16 +119,16 @@ def test_the_bias_of_a_block_falls_like_one_over_its_draws():
         means = terms.unflatten(1, (-1, size)).mean(2).numpy()
         bias, stderr = means.mean(1) - exact, means.std(1, ddof=1) / np.sqrt(means.shape[1])
         norms.append(np.linalg.norm(bias))
-        assert norms[-1] > 10 * np.sqrt(np.mean(stderr**2)), "the bias is not resolved"
-    assert 3.0 < norms[0] / norms[1] < 5.0
-    assert 3.0 < norms[1] / norms[2] < 5.0
+        assert norms[-1] > 10 * np.linalg.norm(stderr), "the bias is not resolved"
+    assert 1.6 < norms[0] / norms[1] < 2.5
+    assert 1.6 < norms[1] / norms[2] < 2.5
 
 
 @pytest.mark.parametrize(("score", "unit"), [("output", "relu"), ("output, own", "sign")])
 def test_intervals_cover_the_mean_of_the_estimator(score: str, unit: str):
-    problem, seeds = Problem(unit, 2), range(400)
+    problem, seeds = Problem(unit, 2), range(250)
     options = {"gamma": problem.gamma, "weighting": weighting(score), "draws": 512}
     x = torch.from_numpy(problem.x)
     estimates = [nonlocal_kernel(problem.model(), x, seed=seed, **options) for seed in seeds]
     centres, stderr = (np.stack([getattr(each, name).numpy() for each in estimates]) for name in ("unbiased", "stderr"))
-    assert_coverage(covered(centres, centres.mean(0), stderr, 8), (0.92, 0.98))
+    assert_coverage(covered(centres, centres.mean(0), stderr, 8))

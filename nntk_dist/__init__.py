@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nntk_dist.black_box import BlackBox
 from nntk_dist.errors import NNTKError
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
+from nntk_dist.weighting import Weighting
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
@@ -23,6 +24,7 @@ __all__ = [
     "NNTKError",
     "NNTKRegressor",
     "StoredKernel",
+    "Weighting",
     "averaged_kernel",
     "covariance_kernel",
     "local_kernel",

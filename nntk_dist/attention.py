@@ -4,6 +4,7 @@ A block's mean gradient g_r = Σ_s α_s Δ_s v_s is the mean over its B draws of
 B·α_s on the differences, 1 at τ = ∞, and metric, block sums and standard errors stay as they are: blocks remain
 independent and identically distributed. A ratio estimator: g_r tends to E[w Δ v]/E[w], w = exp(score/τ), as B grows;
 its bias falls like 1/B, and products of different blocks are free of any other.
+
 Scores are those of `nntk_dist.scores`. Shared ones are a function of the draws and the reference batch alone, made
 once; they do not depend on the rows whose features are computed, nor on how these are batched.
 
@@ -40,8 +41,12 @@ class Attention:
     def scores(
         self, draws: range, z: Float[Tensor, "s P"], base: Float[Tensor, "n c"], perturbed: Float[Tensor, "s n c"]
     ) -> Float64[Tensor, "s m"]:
-        """Scores of some draws for the examples of a batch: of their own outputs, or shared ones, (s, 1)."""
+        """Scores of some draws for the examples of a batch: of their own outputs, or shared ones, (s, 1).
+
+        Raises: NNTKError where an output that is looked at is not finite.
+        """
         if self.weighting.per_example:
+            check_finite(perturbed.transpose(0, 1), f"the model's output under draws {draws.start} to {draws.stop - 1}")
             return self.score.of(z.double(), base.double(), perturbed.double())
         return self._shared[draws.start : draws.stop, None]
 
@@ -88,14 +93,12 @@ class Attention:
         Raises: NNTKError as the score and the model do.
         """
         if not self.weighting.per_example:
-            RunningSoftmax(self.weighting).take(self._of_reference(range(1))[:, None])
+            _check_scores(self._of_reference(range(1))[:, None], self.weighting)
             return
         rows, draws = x[:2], range(1)
         base = self.evaluator.base(rows)
         z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-        perturbed = self.evaluator.perturbed(rows, z)
-        check_finite(perturbed.transpose(0, 1), "the model's output under draws 0 to 0")
-        RunningSoftmax(self.weighting).take(self.scores(draws, z, base, perturbed))
+        _check_scores(self.scores(draws, z, base, self.evaluator.perturbed(rows, z)), self.weighting)
 
 
 class RunningSoftmax:

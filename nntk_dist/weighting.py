@@ -77,10 +77,10 @@ class Weighting:
         object.__setattr__(self, "temperature", float(temperature))
         if not isinstance(self.per_example, bool):
             raise NNTKError(f"weighting.per_example is {self.per_example!r}; allowed: True, False")
-        if self.per_example and self.name in _WITHOUT_EXAMPLES:
+        if self.per_example and isinstance(self.name, str) and self.name in _WITHOUT_EXAMPLES:
             raise NNTKError(
-                f"weighting.per_example is True; allowed for weighting {self.label}: False "
-                f"({_WITHOUT_EXAMPLES[self.label]})"
+                f"weighting.per_example is True; allowed for weighting {self.name}: False "
+                f"({_WITHOUT_EXAMPLES[self.name]})"
             )
         object.__setattr__(self, "dimension", _count(self.dimension, "dimension"))
         take = _count if isinstance(self.reference, Integral) else _examples

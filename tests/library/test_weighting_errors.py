@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nntk_dist.feature_maps
 from nntk_dist import BlackBox, NNTKError, nonlocal_kernel
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting import Weighting, as_weighting
@@ -176,6 +177,17 @@ def one_of_many_is_nan(theta: Tensor, moved: Tensor, base: Tensor, outputs: Tens
 def test_functions_that_are_no_scores(score, per_example, message):
     with pytest.raises(NNTKError, match=message):
         kernel({"name": score, "per_example": per_example})
+
+
+@pytest.mark.parametrize("metric_draws", [0, 4096])
+def test_outputs_that_are_not_finite_are_not_blamed_on_the_score(metric_draws, monkeypatch):
+    """Of differences, and of means of them."""
+    monkeypatch.setattr(nntk_dist.feature_maps, "METRIC_DRAWS", metric_draws)
+    weighting = {"name": "output", "per_example": True, "reference": torch.ones(2, 1)}
+    with pytest.raises(NNTKError, match=r"^the model's output under draws .*: NaN or infinity for 1 of 3 examples"):
+        nonlocal_kernel(
+            Grows(), torch.tensor([[1.0], [2.0], [-1.0]]), gamma=0.5, draws=16, blocks=4, weighting=weighting
+        )
 
 
 def test_a_functions_own_refusal_stays_as_it_is():

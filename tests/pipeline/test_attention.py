@@ -154,6 +154,18 @@ def test_a_finished_run_is_recognised_verified_and_another_weighting_refused(tmp
     assert arrays(place)["train/gram"].tobytes() == fixed["train/gram"].tobytes()
 
 
+def test_a_score_that_was_rewritten_is_another_kernel(tmp_path):
+    place = finished(tmp_path / "run", *weighted("function"))
+    assert "nothing was done" in run(place, *weighted("function")).out
+    (tmp_path / "weighting_scores.py").write_text(textwrap.dedent(MODULE.replace(".abs()", ".square()")))
+    sys.modules.pop("weighting_scores")
+    before = snapshot(place)
+    result = run(place, *weighted("function"), resume=True)
+    assert result.code == 2
+    assert "holds another kernel: kernel.weighting_function: " in result.err
+    assert snapshot(place) == before
+
+
 def test_the_reference_batch_is_a_seeded_choice_of_training_rows(tmp_path):
     config = load_config(config_file(tmp_path / "run"), weighted("output"))
     dataset, spec = build_dataset(config), build_spec(config.kernel)

@@ -1,10 +1,13 @@
 """The reference batch on which weights of draws are compared: a seeded choice of training examples, never of test ones.
 
 A function of the seed and of the number of training examples alone: driver and workers, first runs and resumed ones
-choose the same. Nothing is computed here.
+choose the same. Nothing is computed here, but for what a store says of its weighting.
 
 Axes: n reference examples.
 """
+
+import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,3 +42,15 @@ def reference_batch(spec: KernelSpec, dataset: Dataset, dtype: torch.dtype, devi
     inputs = torch.from_numpy(np.ascontiguousarray(dataset.train.inputs[rows]))
     targets = torch.from_numpy(dataset.train.targets[rows])
     return Reference(inputs.to(device, dtype if inputs.is_floating_point() else inputs.dtype), targets.to(device))
+
+
+def weighting_attributes(spec: KernelSpec, num_train: int) -> dict[str, Any]:
+    """How draws are weighted, as a store says it; features of weighted draws carry their factors."""
+    weighting = spec.weighting
+    named: dict[str, Any] = {"weighting": weighting.label}
+    if weighting.is_fixed:
+        return named
+    named["weighting_temperature"] = None if math.isinf(weighting.tau) else weighting.tau
+    named["weighting_per_example"] = weighting.per_example
+    named["weighting_reference"] = num_reference(spec, num_train)
+    return named | ({"weighting_dimension": weighting.dimension} if weighting.name == "parameter" else {})

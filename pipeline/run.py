@@ -7,7 +7,6 @@ Units: seconds, bytes.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from nntk_dist.distributions import OPTIONS
 from nntk_dist.errors import NNTKError
-from nntk_dist.weighting import Weighting
 from pipeline.build import build_dataset, build_model, identity
 from pipeline.config import Config
 from pipeline.continuation import check_kernel, stages_to_rerun, stored_job
@@ -41,7 +39,7 @@ from pipeline.manifest import (
 )
 from pipeline.plan import Plan, make_plan, stage_fingerprints
 from pipeline.progress import Progress
-from pipeline.reference import num_reference
+from pipeline.reference import weighting_attributes
 from pipeline.report_stage import write_report
 from pipeline.results import collect_results
 from pipeline.stages import ORDER
@@ -169,21 +167,11 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "gamma_scale": spec.gamma_scale,
         "distribution": spec.distribution,
         **{option: getattr(spec, option) for option in OPTIONS if getattr(spec, option) is not None},
-        **_weighting_attributes(spec.weighting, num_reference(spec, job.sizes.num_train)),
+        **weighting_attributes(spec, job.sizes.num_train),
         "draws": job.sizes.num_draws,
         "blocks": job.sizes.num_blocks,
         "parameters": job.sizes.num_parameters,
     }
-
-
-def _weighting_attributes(weighting: Weighting, reference: int) -> dict[str, Any]:
-    """How draws are weighted; features of weighted draws carry their factors."""
-    if weighting.is_fixed:
-        return {"weighting": weighting.label}
-    temperature = None if math.isinf(weighting.tau) else weighting.tau
-    options = {"temperature": temperature, "per_example": weighting.per_example, "reference": reference}
-    dimension = {"dimension": weighting.dimension} if weighting.label == "parameter" else {}
-    return {"weighting": weighting.label, **{f"weighting_{key}": value for key, value in (options | dimension).items()}}
 
 
 def _pending(stage: ModuleType, plan: Plan, ledger: Ledger) -> int:

@@ -1,7 +1,7 @@
 """The reference batch on which weights of draws are compared: a seeded choice of training examples, never of test ones.
 
 A function of the seed and of the number of training examples alone: driver and workers, first runs and resumed ones
-choose the same. Nothing is computed here, but for what a store says of its weighting.
+choose the same. Beside it stands what a store says of its weighting. No score is computed here.
 
 Axes: n reference examples.
 """

@@ -12,6 +12,7 @@ from nntk_dist.black_box import BlackBox
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
 from nntk_dist.model_probes import ModelProbes
+from nntk_dist.weighting import Weighting
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
@@ -26,6 +27,7 @@ __all__ = [
     "NNTKRegressor",
     "NNTKWarning",
     "StoredKernel",
+    "Weighting",
     "averaged_kernel",
     "covariance_kernel",
     "local_kernel",

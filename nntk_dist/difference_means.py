@@ -3,7 +3,8 @@
 v_s is the draw's direction (`nntk_dist.drawing`), P·z_s/|z_s|² for radial laws.
 
 Where R·P is less than S, R mean gradients of length P say the same as S differences and their S × S metric, which
-soon outgrows memory. The numbers are the same to rounding; `spec` chooses. Nonlocal kernel only.
+soon outgrows memory. The numbers are the same to rounding; `spec` chooses. Nonlocal kernel only. With attention
+the means are weighted ones, g_r = Σ_s α_s Δ_s v_s.
 
 Axes: n rows, s draws, r blocks, c outputs, k parameters.
 """
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nntk_dist.attention import Attention, RunningSoftmax
 from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
@@ -31,6 +33,7 @@ class DifferenceMeans:
     pair_blocks: bool = True
     shows_unresolved: bool = True
     num_sketch_groups: int = 0
+    attention: Attention | None = None
 
     @property
     def num_draws(self) -> int:
@@ -67,11 +70,17 @@ class DifferenceMeans:
         size, numbers = self.drawing.draws_per_block, max(self.num_parameters, base.numel())
         chunks = draw_chunks(range(block * size, (block + 1) * size), numbers, self.drawing.group_size)
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
+        softmax = None if self.attention is None else RunningSoftmax(self.attention.weighting)
         for draws in chunks:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-            difference = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)].double()
+            outputs = self.evaluator.perturbed(x, z)
+            difference = (outputs - base)[:, :, list(columns)].double()
+            if self.attention is not None and softmax is not None:
+                shrink, weights = softmax.take(self.attention.scores(draws, z, base, outputs))
+                total *= shrink[:, None, None]
+                difference *= weights[:, :, None]
             total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(z))
-        return total / size
+        return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         left, right = rows["dense"], others["dense"]

@@ -3,7 +3,7 @@
 
 Valid for anything that can be evaluated: no gradient is taken. The kernel is Φ M Φᵀ with Φ = Δ:
 `weight`       M_st = ⟨v_s,v_t⟩ of the draws' directions, since g = E[Δ v], for radial laws v = P·z/|z|²; blocks are
-paired, error of `unbiased` ~ √(2P)/S;
+paired, error of `unbiased` ~ √(2P)/S; with attention, differences carry the factors B·α of `nntk_dist.attention`;
 `covariance`   M_ss = P/|z_s|², C(x,x') = P·E[ΔΔ'/|z|²]; PSD, error ~ 1/√S whatever P, *not* the NNTK unless γ → 0.
 
 Axes: n rows, s draws, r blocks, b draws of a block, c outputs.
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nntk_dist.attention import Attention
 from nntk_dist.block_sums import (
     BlockSums,
     Factored,
@@ -46,6 +47,7 @@ class DifferenceFeatures:
     metric: Float64[Tensor, "s s"] | None = None
     shows_unresolved: bool = True
     num_sketch_groups: int = 0
+    attention: Attention | None = None
 
     @property
     def num_draws(self) -> int:
@@ -70,11 +72,17 @@ class DifferenceFeatures:
         base = self.evaluator.base(x)
         check_finite(base, "the model's output")
         differences = base.new_empty(len(x), len(draws), len(columns))
+        scores = []
         for part in draw_chunks(draws, self.num_parameters, self.drawing.group_size):
             z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
-            perturbed = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)]
+            outputs = self.evaluator.perturbed(x, z)
+            if self.attention is not None:
+                scores.append(self.attention.scores(part, z, base, outputs))
+            perturbed = (outputs - base)[:, :, list(columns)]
             differences[:, part.start - draws.start : part.stop - draws.start] = perturbed.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
+        if self.attention is not None:
+            differences *= self.attention.factors(torch.cat(scores)).T[:, :, None].to(differences.dtype)
         return {"differences": differences}
 
     def make_metric(self) -> Float64[Tensor, "s s"]:

@@ -27,7 +27,7 @@ from nntk_dist.philox import Stream, normal, uniform
 _LAW = 1  # number of the draw's uniform in its stream, where its normals are number 0
 _SLICE = 1 << 14  # parameters at a time wherever a sum over all of them belongs to a perturbation
 _SLICE_ELEMENTS = 1 << 24
-_CHUNK_ELEMENTS = 1 << 22
+DRAW_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,6 @@ def draw_chunks(draws: range, num_parameters: int, group_size: int = 1) -> Itera
     """Consecutive parts of a range of draws: whole groups whose perturbations take at most 2^22 numbers, or one
     group.
     """
-    step = max(1, _CHUNK_ELEMENTS // (num_parameters * group_size)) * group_size
+    step = max(1, DRAW_ELEMENTS // (num_parameters * group_size)) * group_size
     for start in range(draws.start, draws.stop, step):
         yield range(start, min(start + step, draws.stop))

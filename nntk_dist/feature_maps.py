@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nntk_dist.activation import ActivationFeatures
+from nntk_dist.attention import make_attention
 from nntk_dist.capture import plan_sites
 from nntk_dist.contraction import contraction_of
 from nntk_dist.difference_means import DifferenceMeans
@@ -24,6 +25,7 @@ from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
 from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
+from nntk_dist.weighting import Reference
 
 # Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
 METRIC_DRAWS = 4096
@@ -38,20 +40,26 @@ def forms_means(spec: KernelSpec, resolution: Resolution) -> bool:
 
 
 def make_feature_map(
-    model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, *, metric: Tensor | None = None
+    model: nn.Module,
+    x: Tensor,
+    spec: KernelSpec,
+    resolution: Resolution,
+    *,
+    metric: Tensor | None = None,
+    reference: Reference | None = None,
 ) -> FeatureMap:
     """The features of a prepared model under the resolution's draws; `x` is a few examples, on which layer formulas are
     checked before use.
+
+    `reference` is what weights of draws are compared on; where not given, what the weighting holds, or the first of x.
     """
     if spec.kind != "local":
         spec = replace(spec, draws=resolution.num_draws)
     space = select_parameters(model, spec.parameters)
     columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(resolution.num_outputs))
     evaluator = Evaluator(model, space, resolution.stacked)
-    if forms_means(spec, resolution):
-        return DifferenceMeans(evaluator, spec.drawing("weight", space, model), columns)
     if resolution.estimator == "weight":
-        return DifferenceFeatures(evaluator, spec.drawing("weight", space, model), columns, spec.pair_blocks, metric)
+        return _difference_features(evaluator, x, spec, resolution, columns, metric, reference)
     if resolution.estimator == "activation":
         return _activation_features(evaluator, x, spec, resolution, columns)
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
@@ -64,6 +72,27 @@ def make_feature_map(
     return GradientFeatures(
         evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
     )
+
+
+def _difference_features(
+    evaluator: Evaluator,
+    x: Tensor,
+    spec: KernelSpec,
+    resolution: Resolution,
+    columns: tuple[int, ...],
+    metric: Tensor | None,
+    reference: Reference | None,
+) -> DifferenceFeatures | DifferenceMeans:
+    """Differences or means of them, weighted where the kernel says so; a weighting is tried before it is used."""
+    drawing = spec.drawing("weight", evaluator.space, evaluator.model)
+    attention = None
+    if not spec.weighting.is_fixed:
+        reference = spec.weighting.reference_of(x) if reference is None else reference
+        attention = make_attention(evaluator, drawing, spec.weighting, spec.seed, reference)
+        attention.try_on(x)
+    if forms_means(spec, resolution):
+        return DifferenceMeans(evaluator, drawing, columns, attention=attention)
+    return DifferenceFeatures(evaluator, drawing, columns, spec.pair_blocks, metric, attention=attention)
 
 
 def _activation_features(

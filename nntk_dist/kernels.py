@@ -35,6 +35,7 @@ from nntk_dist.statistics import (
     t_quantile,
 )
 from nntk_dist.tiles import calibrate_sample, symmetrised, tile_estimates
+from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 _TILE_ROWS = 1024
 _BATCH = 256
@@ -97,7 +98,7 @@ def nonlocal_kernel(
     max_draws: int = 65536,
     outputs: str | int = "trace",
     scale: str = "localized",
-    weighting: object | None = None,
+    weighting: str | Mapping[str, Any] | Weighting | ScoreFunction | None = None,
     contraction: str = "auto",
     sketch: int | str = "auto",
     parameters: Sequence[str] = ("*",),
@@ -113,6 +114,10 @@ def nonlocal_kernel(
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
     `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
     counts; auto is exact wherever that can be afforded, and `reason` says.
+    `weighting` (`weight` alone) lets draws count by the softmax of a score, ĝ = P Σ_s α_s Δ_s z_s/|z_s|²: parameter,
+    output, loss, a function, or a mapping of name, temperature, per_example, dimension, reference and targets
+    (`nntk_dist.weighting.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for which
+    it is consistent in the draws of a block, with a bias of order blocks/draws, and neither statistic is unbiased.
     With `rtol`, draws are added (from `draws`, up to `max_draws`) until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound, found
     on at most 64 + 64 rows (`nntk_dist.accuracy`); `reached` says whether it is, and a warning where not.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
@@ -122,8 +127,6 @@ def nonlocal_kernel(
     Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
     model.
     """
-    if weighting is not None:
-        raise NNTKError(f"weighting is {weighting!r}; allowed in this version: None")
     spec = KernelSpec(
         kind="nonlocal",
         gamma=gamma,
@@ -142,6 +145,7 @@ def nonlocal_kernel(
         sketch=sketch,
         rtol=rtol,
         max_draws=max_draws,
+        weighting=as_weighting(weighting),
     )
     return _compute(model, x1, x2, spec, device, dtype, batch)
 

@@ -9,7 +9,7 @@ Axes: n train examples, m new examples, T target columns (one for each class), C
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ from nntk_dist.regression import fit_ridge_path
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.tiles import symmetrised, tile_estimates
+from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 Array = np.ndarray
 ModelOrBuilder = nn.Module | Callable[[int, int], nn.Module]
@@ -109,6 +110,7 @@ class _NonlocalRidge(BaseEstimator):
         draws: int | str = "auto",
         blocks: int = 8,
         outputs: str | int = "trace",
+        weighting: str | Mapping[str, Any] | Weighting | ScoreFunction | None = None,
         parameters: Sequence[str] = ("*",),
         seed: int = 0,
         batch: int = 256,
@@ -124,11 +126,13 @@ class _NonlocalRidge(BaseEstimator):
         self.draws = draws
         self.blocks = blocks
         self.outputs = outputs
+        self.weighting = weighting
         self.parameters = parameters
         self.seed = seed
         self.batch = batch
 
-    def _fit(self, X: Array, targets: Float64[Array, "n T"]) -> None:
+    def _fit(self, X: Array, targets: Float64[Array, "n T"], labels: Array | None = None) -> None:
+        """Kernel and solutions; a weighting by the loss compares with the labels, or with the targets themselves."""
         spec = KernelSpec(
             gamma=self.gamma,
             distribution=self.distribution,
@@ -139,6 +143,7 @@ class _NonlocalRidge(BaseEstimator):
             draws=self.draws,
             blocks=self.blocks,
             outputs=self.outputs,
+            weighting=_with_targets(as_weighting(self.weighting), targets if labels is None else labels),
             parameters=self.parameters,
             seed=self.seed,
         )
@@ -177,8 +182,8 @@ class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
     `model` is a module, or a function (n_features, n_outputs) that makes one under `seed`; it is not trained and not
     changed. X is (n, features), or (n, …) in whatever shape the model takes, real numbers. Of several ridges the one
     of least exact leave-one-out error is taken (`ridge_`); `center_outputs` fits y − f(x;θ), which asks for as many
-    outputs as targets. The other arguments are those of `nonlocal_kernel`. Which estimator was used and why:
-    `kernel_.resolution`.
+    outputs as targets. The other arguments are those of `nonlocal_kernel`; `weighting="loss"` takes its targets from y.
+    Which estimator was used and why: `kernel_.resolution`.
 
     Cost: the features of n examples in `fit` and of m in `predict`, and n³ operations. Under `estimator="activation"`
     a prediction depends on an example's place in X, whose number its noise is made from.
@@ -212,7 +217,7 @@ class NNTKClassifier(ClassifierMixin, _NonlocalRidge):
         self.classes_, indices = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise NNTKError(f"y holds one class, {self.classes_[0]!r}; allowed: examples of two classes or more")
-        self._fit(inputs, np.eye(len(self.classes_))[indices])
+        self._fit(inputs, np.eye(len(self.classes_))[indices], indices)
         return self
 
     def decision_function(self, X: Any) -> Array:
@@ -224,6 +229,12 @@ class NNTKClassifier(ClassifierMixin, _NonlocalRidge):
         """Labels, (m,)."""
         winners = self._scores(X).argmax(axis=1)
         return self.classes_[winners]
+
+
+def _with_targets(weighting: Weighting, targets: Array) -> Weighting:
+    """Targets of the train examples, where the reference batch is taken from these."""
+    own = weighting.targets is None and isinstance(weighting.reference, int)
+    return replace(weighting, targets=torch.from_numpy(targets)) if own else weighting
 
 
 def _ridges(ridge: Any) -> tuple[float, ...]:

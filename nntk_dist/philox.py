@@ -33,6 +33,7 @@ class Stream(IntEnum):
     SKETCH = 4
     SAMPLE = 5
     PROBE = 6
+    ATTENTION = 7
 
 
 def philox(

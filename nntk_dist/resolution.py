@@ -70,6 +70,8 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
         )
     jumps = _probe_jumps(model, space, spec, x)
     estimator, reason = _choose(model, space, spec, x, jumps)
+    if not spec.weighting.is_fixed:
+        reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
     probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
@@ -129,7 +131,7 @@ def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: 
 def _probe_jumps(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> JumpProbe | None:
     """Whether f jumps, where the choice of an estimator depends on it."""
     settled = holds_black_box(model) or spec.kind != "nonlocal" or spec.distribution == LowRank.name
-    if settled or spec.estimator in ("weight", "activation"):
+    if settled or not spec.weighting.is_fixed or spec.estimator in ("weight", "activation"):
         return None
     return probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
 
@@ -146,6 +148,8 @@ def _choose(
         return "autodiff", "the averaged NTK is made of gradients at random parameters"
     if spec.kind == "covariance":
         return "weight", "the covariance kernel is made of output differences"
+    if not spec.weighting.is_fixed:
+        return "weight", "only differences of outputs belong to one draw each, to be weighted"
     if spec.distribution == LowRank.name:
         return "weight", (
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "

@@ -8,7 +8,7 @@ Axes: none.
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +23,7 @@ from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.parameters import ParameterSpace
 from nntk_dist.sketching import columns_of_sketch
 from nntk_dist.statistics import STATISTICS
+from nntk_dist.weighting import Weighting, as_weighting, check_weighting
 
 KINDS = ("nonlocal", "covariance", "averaged", "local")
 ESTIMATORS = ("auto", "weight", "autodiff", "activation")
@@ -35,6 +36,7 @@ class KernelSpec:
     """A kernel, whatever the model and the data: the arguments of the public functions and of the section `kernel`.
 
     `distribution` may be given as a mapping of its name and options; it is kept as the name, the options beside it.
+    `weighting` may be given in any of the forms that `as_weighting` takes.
     """
 
     kind: str = "nonlocal"
@@ -57,8 +59,10 @@ class KernelSpec:
     sketch: int | str = "auto"
     rtol: float | None = None
     max_draws: int = 65536
+    weighting: Weighting = field(default_factory=Weighting)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weighting", as_weighting(self.weighting))
         self._take_integers()
         self._take_distribution()
         patterns = (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
@@ -82,6 +86,7 @@ class KernelSpec:
             design=self.design,
             blocks=self.blocks,
         )
+        check_weighting(self.weighting, kind=self.kind, estimator=self.estimator)
         if self.kind == "covariance" and self.estimator in ("autodiff", "activation"):
             raise NNTKError(
                 f"estimator is '{self.estimator}'; allowed for kind covariance, which is made of differences: auto, "

@@ -4,6 +4,7 @@ description.
 Everything made here is a plain value or a module of torch; nothing here computes a kernel, opens a store or starts Ray.
 """
 
+import inspect
 import json
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 
 from nntk_dist.models import build_model as build_by_name
 from nntk_dist.models import load_checkpoint
+from nntk_dist.models.arguments import import_function
 from nntk_dist.spec import KernelSpec
+from nntk_dist.weighting import PYTHON
 from pipeline.config import Config
 from pipeline.data import Dataset, load_dataset
 from pipeline.kernel_config import KernelConfig
@@ -77,6 +80,7 @@ def build_spec(kernel: KernelConfig) -> KernelSpec:
         sketch=kernel.sketch,
         rtol=kernel.rtol,
         max_draws=kernel.max_draws,
+        weighting=kernel.weighting.weighting(),
     )
 
 
@@ -105,9 +109,22 @@ def identity(config: Config, dataset: Dataset, model: nn.Module) -> dict[str, ob
             "args": json.loads(json.dumps(config.model.args)),
             "parameters": fingerprint(state),
         },
-        "kernel": config.kernel.model_dump(mode="json"),
+        "kernel": config.kernel.model_dump(mode="json") | _score_content(config.kernel),
         "dtype": config.compute.dtype,
     }
+
+
+def _score_content(kernel: KernelConfig) -> dict[str, str]:
+    """The source of a score of one's own, without what it calls: under its name another function may stand later."""
+    name = kernel.weighting.name
+    if not name.startswith(PYTHON):
+        return {}
+    function = import_function(name.removeprefix(PYTHON), what="weighting")
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # not written in a file, or not in Python
+        source = ""
+    return {"weighting_function": _digest(source)}
 
 
 def _digest(array: object) -> str:

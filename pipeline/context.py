@@ -10,7 +10,7 @@ Axes: n rows, s draws, c outputs.
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist.batches import compute_outputs, compute_rows
+from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows
@@ -30,6 +31,7 @@ from pipeline.data import Dataset
 from pipeline.job import Job
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.layout import FEATURE_CACHE_BYTES
+from pipeline.reference import reference_batch
 from pipeline.storage import RunStorage
 
 _CHECK_ROWS = 3
@@ -90,7 +92,10 @@ class Context:
 
     @cached_property
     def features(self) -> FeatureMap:
-        return self.feature_map(None)
+        examples = self.inputs("train", slice(0, _CHECK_ROWS))
+        spec = self.job.spec
+        reference = reference_batch(spec, self.dataset, self.dtype, self.job.layout.device)
+        return make_feature_map(self.model, examples, spec, self.job.resolution, reference=reference)
 
     @cached_property
     def features_with_metric(self) -> FeatureMap:
@@ -99,11 +104,8 @@ class Context:
             return self.features
         factor = scale_factor(self.job.spec.scale, self.job.sizes.num_parameters)
         metric = torch.from_numpy(self.store.read("metric")) / factor
-        return self.feature_map(metric.to(self.job.layout.device))
-
-    def feature_map(self, metric: Tensor | None) -> FeatureMap:
-        examples = self.inputs("train", slice(0, _CHECK_ROWS))
-        return make_feature_map(self.model, examples, self.job.spec, self.job.resolution, metric=metric)
+        assert isinstance(self.features, DifferenceFeatures)
+        return replace(self.features, metric=metric.to(self.job.layout.device))  # scores of draws are shared
 
     def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
         """Model inputs of some rows, at the job's dtype and device."""

@@ -3,15 +3,17 @@
 The words and checks of `nntk_dist.spec.KernelSpec`, said in terms of keys. It computes nothing.
 """
 
+import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nntk_dist.accuracy import check_accuracy
 from nntk_dist.designs import GROUP_SIZES, check_combination
 from nntk_dist.distributions import make_distribution
 from nntk_dist.errors import NNTKError
-from pipeline.config_types import Count, CountOrAuto, Names, PositiveNumber, Section, Seed
+from nntk_dist.weighting import Weighting, check_weighting
+from pipeline.config_types import Count, CountOrAuto, Flag, Names, PositiveNumber, Section, Seed
 
 
 class DistributionConfig(Section):
@@ -46,9 +48,39 @@ class DistributionConfig(Section):
 
 
 class WeightingConfig(Section):
-    """How the draws of a block are weighted against each other."""
+    """How the draws of a block are weighted against each other: by the softmax of a score over the temperature.
 
-    name: Literal["fixed"] = "fixed"
+    `dimension` is that of queries and keys (parameter), `reference` the number of training examples that scores are
+    compared on (all other scores). Infinity weights all draws alike; it is kept as null, which JSON has.
+    """
+
+    name: Annotated[
+        Literal["fixed", "parameter", "output", "loss"] | Annotated[str, Field(pattern=r"^python:.+:.+$")],
+        Field(description="fixed, parameter, output, loss, or python:module:function"),
+    ] = "fixed"
+    temperature: Annotated[
+        float | None, Field(gt=0, description="a number above 0, or .inf or null for equal weights")
+    ] = 1.0
+    per_example: Flag = False
+    dimension: Count = 16
+    reference: Count = 256
+
+    @field_validator("temperature")
+    @classmethod
+    def _infinity_is_null(cls, value: float | None) -> float | None:
+        return None if value is None or math.isinf(value) else value
+
+    @model_validator(mode="after")
+    def _options_fit_name(self) -> Self:
+        try:
+            self.weighting()
+        except NNTKError as error:
+            raise ValueError(f"kernel.{error}") from error
+        return self
+
+    def weighting(self) -> Weighting:
+        """The library's words."""
+        return Weighting(self.name, self.temperature, self.per_example, self.dimension, self.reference)
 
 
 class KernelConfig(Section):
@@ -107,6 +139,7 @@ class KernelConfig(Section):
                 design=self.design,
                 blocks=self.blocks,
             )
+            check_weighting(self.weighting.weighting(), kind=self.kind, estimator=self.estimator)
         except NNTKError as error:
             within = "distribution." if str(error).startswith("gamma_scale") else ""
             raise ValueError(f"kernel.{within}{error}") from error

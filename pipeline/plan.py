@@ -26,6 +26,7 @@ from pipeline.job import SPLITS, Job, Layout, Sizes
 from pipeline.layout import choose_batch, make_layout
 from pipeline.manifest import fingerprint
 from pipeline.projection import Projection, project
+from pipeline.reference import reference_batch
 from pipeline.storage import RunStorage
 
 _PROBE_EXAMPLES = 32
@@ -67,7 +68,7 @@ def make_plan(
     resolution = resolve(prepared, x, spec, batch=batch) if stored is None else stored[1]
     if num_draws is not None:
         resolution = with_draws(prepared, x, spec, resolution, num_draws)
-    features = make_feature_map(prepared, x, spec, resolution)
+    features = make_feature_map(prepared, x, spec, resolution, reference=reference_batch(spec, dataset, dtype, device))
     sizes = Sizes(
         num_train=len(dataset.train.ids),
         num_test=len(dataset.test.ids),

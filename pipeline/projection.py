@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.block_sums import PRODUCT_ELEMENTS
 from nntk_dist.designs import group_size
+from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
@@ -24,6 +25,7 @@ from pipeline.arrays import StoredArray, holds_differences, holds_metric, holds_
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
 from pipeline.layout import FEATURE_CACHE_BYTES
+from pipeline.reference import num_reference
 from pipeline.stages import ORDER
 
 # Resident size of a process that has imported torch, zarr, ray and this package and computed a little (measured, CPU
@@ -60,6 +62,7 @@ def project(
 ) -> Projection:
     """The projection of a job on `num_workers` workers of this machine."""
     operations = _operations(job, features, model, x)
+    operations["features"] += num_workers * weighting_operations(job, model, x)
     rate = _rate(job.layout.dtype, job.layout.device) * _EFFICIENCY
     parallel = {stage.NAME: 1 if stage.USES_ALL_THREADS else num_workers for stage in ORDER}
     tasks = {stage.NAME: sum(1 for _ in stage.tasks(job)) for stage in ORDER}
@@ -94,6 +97,32 @@ def row_operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) 
         return float(counter.get_total_flops()) * job.sizes.num_blocks
     passes = 1.0 if job.resolution.estimator in ("weight", "activation") else 1.0 + len(features.columns)
     return pass_operations(model, x) * job.sizes.num_draws * passes
+
+
+def weighting_operations(job: Job, model: nn.Module, x: Tensor) -> float:
+    """Operations of the scores of all draws, which every worker computes for itself."""
+    weighting, sizes = job.spec.weighting, job.sizes
+    if weighting.is_fixed:
+        return 0.0
+    if not weighting.compares_outputs:  # ⟨w, θ_s⟩, and w from Q and K
+        return 2.0 * sizes.num_parameters * (sizes.num_draws + 2 * weighting.dimension)
+    passes = 1 if weighting.per_example else 1 + sizes.num_draws  # of their own scores, examples bring the outputs
+    return pass_operations(model, x) * passes * num_reference(job.spec, sizes.num_train)
+
+
+def weighting_bytes(job: Job, x: Tensor) -> int:
+    """What weights take while they are made: the reference batch, parameters and perturbations in float64, outputs of
+    several draws.
+    """
+    weighting, sizes = job.spec.weighting, job.sizes
+    if weighting.is_fixed:
+        return 0
+    count = num_reference(job.spec, sizes.num_train)
+    inputs = count * x[:1].numel()
+    numbers = max(sizes.num_parameters, inputs, count * sizes.num_outputs)
+    at_once = max(numbers, min(DRAW_ELEMENTS, numbers * sizes.num_draws // sizes.num_blocks))
+    parts = 1 if not weighting.compares_outputs else 3  # perturbations; outputs, their copy in float64 and what is made
+    return x.element_size() * inputs + 8 * (2 * sizes.num_parameters + (1 + parts) * at_once)
 
 
 def entry_operations(job: Job, features: FeatureMap) -> float:
@@ -150,7 +179,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
     metric = 4 * 8 * sizes.num_draws**2 if holds_differences(job) and job.spec.pair_blocks else 0
-    held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job)
+    held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job) + weighting_bytes(job, x)
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
     feature_task = 3 * chunk if layout.store_features else 0
     width = kernel_width(job)

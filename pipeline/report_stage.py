@@ -14,6 +14,7 @@ import yaml
 
 from nntk_dist.distributions import OPTIONS
 from nntk_dist.regression import RidgeRow
+from nntk_dist.weighting import Weighting
 from pipeline.continuation import stored_probes
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.manifest import Manifest
@@ -94,6 +95,7 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         num_draws=None if local else sizes["num_draws"],
         num_blocks=None if local else sizes["num_blocks"],
         distribution=None if local else _distribution_text(distribution),
+        weighting=_weighting_text(kernel["weighting"], sizes["num_train"]),
         relative_error=results.get("train_relative_error"),
         relative_bias=results.get("train_relative_bias"),
     )
@@ -104,6 +106,15 @@ def _distribution_text(distribution: Mapping[str, Any]) -> str:
     parts = [f"{option} = {distribution[option]:g}" for option in OPTIONS if distribution.get(option) is not None]
     unit = " (relative per tensor)" if distribution.get("gamma_scale") == "relative" else ""
     return ", ".join([distribution["name"], *parts, f"γ = {distribution['gamma']:g}{unit}"])
+
+
+def _weighting_text(section: Mapping[str, Any], num_train: int) -> str | None:
+    """The weighting in words, with the size of its reference batch; None where it is fixed."""
+    weighting = Weighting(**section)
+    if weighting.is_fixed:
+        return None
+    count = min(section["reference"], num_train)
+    return f"{weighting.text}{f'; {count} reference examples' if weighting.compares_outputs else ''}"
 
 
 def _provenance(manifest: Manifest) -> Provenance:

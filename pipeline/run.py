@@ -36,6 +36,7 @@ from pipeline.manifest import (
 )
 from pipeline.plan import Plan, make_plan, stage_fingerprints
 from pipeline.progress import Progress
+from pipeline.reference import weighting_attributes
 from pipeline.report_stage import write_report
 from pipeline.results import collect_results
 from pipeline.search import search_draws
@@ -205,6 +206,7 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "gamma_scale": spec.gamma_scale,
         "distribution": spec.distribution,
         **{option: getattr(spec, option) for option in OPTIONS if getattr(spec, option) is not None},
+        **weighting_attributes(spec, job.sizes.num_train),
         "draws": job.sizes.num_draws,
         "blocks": job.sizes.num_blocks,
         "parameters": job.sizes.num_parameters,

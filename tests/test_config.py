@@ -1,5 +1,6 @@
 """The configuration: what is accepted from files and overrides, and one clear line for each thing that is not."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
         },
         "model": {"builder": "mlp", "args": {}, "seed": 0, "checkpoint": None},
         "kernel": {
-            "kind": "nonlocal", "weighting": {"name": "fixed"},
+            "kind": "nonlocal",
+            "weighting": {
+                "name": "fixed", "temperature": 1.0, "per_example": False, "dimension": 16, "reference": 256,
+            },
             "distribution": {
                 "name": "gaussian", "gamma": 0.05, "gamma_scale": "absolute", "alpha": None, "nu": None, "rank": None,
             },
@@ -241,10 +245,13 @@ def test_folder_file_as_folder_and_binary_are_refused(minimal: Path) -> None:
         ("kernel={kind: covariance, distribution: {gamma_scale: relative}}", "gamma_scale is .*: absolute"),
         ("kernel={design: orthogonal, blocks: 1}", "kernel.statistic is 'both'; allowed for blocks 1: plugin"),
         ("kernel={design: orthogonal, blocks: 0, statistic: plugin}", "kernel.blocks is 0; allowed: a whole number"),
-        ("kernel.weighting.name=output", "not available in this version; allowed: fixed$"),
+        ("kernel.weighting.name=atention", "'atention'.*; allowed: fixed, parameter, output, loss, or python:module"),
+        ("kernel.weighting.temperature=.nan", "kernel.weighting.temperature is nan; allowed: a number above 0, or"),
+        ("kernel.weighting.reference=all", "kernel.weighting.reference is 'all'; allowed: a whole number, 1 or more$"),
+        ("kernel.weighting.per_example=yes", "kernel.weighting.per_example is 'yes'; allowed: true or false$"),
         ("kernel.estimator=exact", "not available in this version; allowed: auto, weight, autodiff, activation"),
         ("kernel.design=qmc", "not available in this version; allowed: iid, antithetic, orthogonal"),
-        ("kernel.rtol=0.01", "kernel.rtol is 0.01; allowed: null$"),
+        ("kernel.rtol=1", "kernel.rtol is 1; allowed: null, or a number above 0 and below 1, such as 0.05$"),
         ("kernel.blocks=2", r"kernel.blocks is 2; allowed: 4 or more, which .* \(1 or more .* orthogonal"),
         ("kernel.distribution.gamma=0", "kernel.distribution.gamma is 0; allowed: a number above 0"),
         ("kernel.distribution.gamma=.nan", "kernel.distribution.gamma is nan; allowed: a number above 0"),
@@ -318,6 +325,14 @@ def test_values_that_go_together_are_accepted(minimal: Path) -> None:
     assert load_config(minimal, ["kernel.kind=covariance", "kernel.estimator=weight"]).kernel.estimator == "weight"
     # The local kernel draws nothing, so that its draws are of no account.
     assert load_config(minimal, ["kernel.kind=local", "kernel.draws=5"]).kernel.draws == 5
+
+
+@pytest.mark.parametrize("temperature", [".inf", "null"])
+def test_an_infinite_temperature_is_kept_as_json_has_it(minimal: Path, temperature: str) -> None:
+    config = load_config(minimal, ["kernel.weighting.name=loss", f"kernel.weighting.temperature={temperature}"])
+    assert config.kernel.weighting.temperature is None
+    assert config_from_dict(json.loads(config.model_dump_json())) == config
+    assert config.kernel.weighting.weighting().tau == float("inf")
 
 
 def test_missing_and_unknown_keys_are_named(minimal: Path) -> None:

@@ -32,6 +32,11 @@ _STATISTICS = MappingProxyType(
         "unbiased": "Inner products across blocks: right on average, but not positive semidefinite.",
     }
 )
+_WEIGHTING = (
+    "Weights of the draws of a block against each other. A ratio estimator: consistent, not unbiased; what both "
+    "statistics are right about on average nears its limit like one over the draws of a block, which no standard error "
+    "and no bias on this page counts."
+)
 _NOTABLE_BIAS = 0.05
 _NOTABLE_ERROR = 0.2
 _NOTABLE_NEGATIVE_MASS = 0.05
@@ -80,6 +85,8 @@ def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
     if kernel.num_draws is not None:
         blocks = f" in {kernel.num_blocks} blocks" if kernel.num_blocks is not None else ""
         yield Fact("Draws S", f"{count(kernel.num_draws)}{blocks}", "Perturbed models evaluated for each example.")
+    if kernel.weighting is not None:
+        yield Fact("Weighting", kernel.weighting, _WEIGHTING)
     yield Fact("Estimator", kernel.estimator, reason[:1].upper() + reason[1:])
     if kernel.kind == "nonlocal":
         yield Fact("Statistic", kernel.statistic, _STATISTICS[kernel.statistic])

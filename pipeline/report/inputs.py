@@ -31,6 +31,7 @@ class KernelFacts:
     num_draws: int | None = None
     num_blocks: int | None = None
     distribution: str | None = None  # such as "gaussian, γ = 0.05"
+    weighting: str | None = None  # in words; None where all draws count the same
     relative_error: float | None = None  # √(Σ variance / Σ entry²) of the unbiased kernel
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
 

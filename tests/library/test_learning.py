@@ -194,3 +194,42 @@ def test_laws_and_relative_ranges_are_passed_on():
     options = {"gamma": 0.3, "distribution": law, "gamma_scale": "relative", "draws": 16, "statistic": "plugin"}
     expected = nonlocal_kernel(network(), torch.from_numpy(X), **options).kernel
     np.testing.assert_allclose(fitted.kernel_.gram(), expected, rtol=0, atol=1e-10 * float(expected.max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighting"),
+    [
+        (NNTKRegressor, "parameter"),
+        (NNTKRegressor, {"name": "output", "temperature": 0.2, "per_example": True}),
+        (NNTKRegressor, {"name": "loss", "temperature": 0.2}),
+        (NNTKRegressor, {"name": "loss", "temperature": 0.2, "reference": 7}),
+        (NNTKClassifier, {"name": "loss", "temperature": 0.2}),
+    ],
+)
+def test_weighted_kernels_are_fitted_with_the_targets_of_fit(kind, weighting):
+    """The reference batch is of train examples, also where the kernel of new ones is asked for."""
+    model, (X, Y), (new, _) = network(), data(), data(7, seed=1)
+    labels = np.where(Y[:, 0] > 0, "up", "down")
+    codes, classifies = (labels == "up").astype(np.int64), kind is NNTKClassifier
+    options = {"gamma": 0.3, "draws": 32, "seed": 4}
+    fitted = kind(model, ridge=0.1, weighting=weighting, **options).fit(X, labels if classifies else Y)
+    explicit = weighting
+    if isinstance(weighting, dict):
+        count = weighting.get("reference", len(X))
+        explicit = weighting | {"reference": X[:count], "targets": (codes if classifies else Y)[:count]}
+
+    def expected(**given):
+        wanted = np.eye(2)[codes] if classifies else Y
+        scores = scores_by_definition(model, X, wanted, new, 0.1, **given, **options)
+        return scores[:, 1] - scores[:, 0] if classifies else scores
+
+    scores = fitted.decision_function(new) if classifies else fitted.predict(new)
+    np.testing.assert_allclose(scores, expected(weighting=explicit), rtol=0, atol=1e-9)
+    assert np.abs(scores - expected(estimator="weight")).max() > 1e-4
+    assert "consistent but not unbiased" in fitted.kernel_.resolution.reason
+
+
+def test_a_reference_batch_of_ones_own_needs_its_own_targets():
+    (X, Y), (other, _) = data(), data(5, seed=2)
+    with pytest.raises(NNTKError, match=r"weighting is 'loss', which needs targets of the reference batch"):
+        NNTKRegressor(network(), gamma=0.3, weighting={"name": "loss", "reference": other}).fit(X, Y)

@@ -164,13 +164,6 @@ def test_messages_are_one_line():
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("argument", ["rtol", "weighting"])
-def test_what_this_version_does_not_have_is_refused(argument):
-    model, x = case("relu_mlp").build(), case("relu_mlp").inputs(4)
-    with pytest.raises(NNTKError, match=f"{argument} is 0.5; allowed in this version: None"):
-        nonlocal_kernel(model, x, gamma=1.0, **{argument: 0.5})
-
-
 def test_any_integer_type_is_an_integer_and_nothing_else_is():
     model, x = case("relu_mlp").build(), case("relu_mlp").inputs(4)
     one = local_kernel(model, x, outputs=np.int64(1))

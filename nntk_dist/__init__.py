@@ -9,8 +9,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nntk_dist.black_box import BlackBox
+from nntk_dist.brownian import BrownianActivation
+from nntk_dist.dropout import Dropout, replace_dropout
 from nntk_dist.errors import NNTKError
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
+from nntk_dist.stochastic import StochasticModule, fixed_noise
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
@@ -18,16 +21,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlackBox",
+    "BrownianActivation",
+    "Dropout",
     "KernelEstimate",
     "NNTKClassifier",
     "NNTKError",
     "NNTKRegressor",
+    "StochasticModule",
     "StoredKernel",
     "averaged_kernel",
     "covariance_kernel",
+    "fixed_noise",
     "local_kernel",
     "nonlocal_kernel",
     "open_kernel",
+    "replace_dropout",
 ]
 
 

@@ -113,7 +113,7 @@ class ActivationFeatures:
         return bool(self.plan.weight_space) and not self.contraction.forms_weight_space
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, self.drawing.seed)
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
@@ -135,7 +135,7 @@ class ActivationFeatures:
         by_draw: dict[str, list[Tensor]] = {}
         sums: dict[str, Tensor] = {}
         for draws in self.draws.stacks(block, x):
-            passed = self.draws.evaluate(x, ids, draws)
+            passed, base = self.draws.evaluate(x, ids, draws, base)
             changes = (passed.outputs - base)[:, :, list(columns)] / passed.sigma[:, None, None]
             differences = changes.transpose(0, 1)
             by_draw.setdefault("differences", []).append(differences)

@@ -50,7 +50,7 @@ class DifferenceMeans:
         return (ArraySpec("dense", ("block", "output", "parameter"), shape),)
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, self.drawing.seed)
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
@@ -69,7 +69,7 @@ class DifferenceMeans:
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
         for draws in chunks:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-            difference = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)].double()
+            difference = self.evaluator.changes(x, base, self.drawing, draws, z)[:, :, list(columns)].double()
             total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(z))
         return total / size
 

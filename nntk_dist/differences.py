@@ -64,7 +64,7 @@ class DifferenceFeatures:
         return (ArraySpec("differences", ("draw", "output"), (self.num_draws, len(self.columns))),)
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, self.drawing.seed)
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
@@ -72,8 +72,8 @@ class DifferenceFeatures:
         differences = base.new_empty(len(x), len(draws), len(columns))
         for part in draw_chunks(draws, self.num_parameters, self.drawing.group_size):
             z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
-            perturbed = (self.evaluator.perturbed(x, z) - base)[:, :, list(columns)]
-            differences[:, part.start - draws.start : part.stop - draws.start] = perturbed.transpose(0, 1)
+            changes = self.evaluator.changes(x, base, self.drawing, part, z)[:, :, list(columns)]
+            differences[:, part.start - draws.start : part.stop - draws.start] = changes.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         return {"differences": differences}
 

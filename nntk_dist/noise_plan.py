@@ -23,6 +23,7 @@ from nntk_dist.layer_noise import NoiseSite, as_output, layer_vectors, shifted_o
 from nntk_dist.layers import rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
 from nntk_dist.philox import Stream, normal
+from nntk_dist.stochastic import fixed_noise
 
 _EXAMPLES = 8
 _TRIALS = 2
@@ -164,7 +165,9 @@ def _is_readout(model: nn.Module, candidate: NoiseSite, x: Tensor) -> bool:
         def shift(h: Tensor, out: Tensor, added: Tensor = added) -> Tensor:
             return added.reshape(out.shape)
 
-        if not _agree(shifted_outputs(model, x, {}, {path: shift}), base + added):
+        with fixed_noise(model, group=trial), torch.no_grad():  # each time another function of a model with noise
+            shifted, plain = shifted_outputs(model, x, {}, {path: shift}), outputs(model, x)
+        if not _agree(shifted, plain + added):
             return False
     return True
 

@@ -24,6 +24,7 @@ from nntk_dist.noisy_draws import MOST_GROUPS
 from nntk_dist.parameters import ParameterSpace, select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
 from nntk_dist.spec import KernelSpec
+from nntk_dist.stochastic import check_gradients, noise_text
 
 _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
 
@@ -58,6 +59,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
             f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
         )
     estimator, reason = _choose(model, space, spec, x)
+    reason += noise_text(model)
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
     stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
     resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked)
@@ -95,8 +97,8 @@ def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: 
     tolerance = _ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
     if float((evaluator.base(x) - values).abs().max()) > tolerance:
         raise NNTKError(
-            "the model's output changes from call to call: it draws random numbers even in eval mode, which this "
-            "version does not seed; take the dropout or the noise out of its forward pass"
+            "the model's output changes from call to call: it draws random numbers even in eval mode, which are not "
+            "seeded; take them from an nntk_dist.StochasticModule, or replace nn.Dropout by nntk_dist.replace_dropout"
         )
     if len(x) > 1 and float((evaluator.base(x[:-1].flip(0)).flip(0) - values[:-1]).abs().max()) > tolerance:
         raise NNTKError(
@@ -107,6 +109,7 @@ def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: 
 
 def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> tuple[str, str]:
     """The estimator's name and the reason, in words."""
+    rough = check_gradients(model, spec.kind, spec.estimator)
     if holds_black_box(model):
         return "weight", _black_box_reason(spec)
     if spec.kind == "local":
@@ -124,6 +127,8 @@ def _choose(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor
         return "weight", "asked for; valid for anything that can be evaluated"
     if spec.estimator == "activation":
         return "activation", f"asked for: {_treatment(_activation_plan(model, space, spec, x), space)}"
+    if rough is not None:
+        return _without_gradients(model, space, spec, x, rough)
     probe = probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
     if probe.differentiable:
         if spec.estimator == "auto":

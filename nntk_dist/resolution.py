@@ -24,7 +24,7 @@ from nntk_dist.noisy_draws import MOST_GROUPS
 from nntk_dist.parameters import ParameterSpace, select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
 from nntk_dist.spec import KernelSpec
-from nntk_dist.stochastic import check_gradients, noise_text
+from nntk_dist.stochastic import agreement, check_gradients, noise_text
 
 _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
 
@@ -94,7 +94,8 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
 def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> None:
     """Refuse a model whose output is not a function of one example and the parameters."""
     evaluator = Evaluator(model, space)
-    tolerance = _ROUNDING * torch.finfo(values.dtype).eps * float(values.abs().max())
+    relative = agreement(model, _ROUNDING * torch.finfo(values.dtype).eps)
+    tolerance = relative * float(values.abs().max())
     if float((evaluator.base(x) - values).abs().max()) > tolerance:
         raise NNTKError(
             "the model's output changes from call to call: it draws random numbers even in eval mode, which are not "

@@ -25,6 +25,7 @@ from nntk_dist.philox import Stream, normal, uniform
 _REQUEST_NUMBERS = 1 << 32
 _MOST_REQUESTS = 1 << 18
 _MOST_MODULES = 1 << 16
+_ROUGH_AGREEMENT = 1e-3
 # The random functions whose mean stands for the expectation of a model's output: far from draws, which count from 0.
 MEAN_FUNCTIONS = range(1 << 31, (1 << 31) + 64)
 
@@ -180,6 +181,15 @@ def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
     if estimator == "autodiff":
         raise NNTKError(f"estimator is 'autodiff', but {reason}; use estimator: weight, activation or auto")
     return reason
+
+
+def agreement(model: nn.Module, usual: float) -> float:
+    """The relative tolerance of checks that two passes through a model are equal but for rounding: `usual`, or 1e-3.
+
+    Noise that is not Lipschitz magnifies rounding from layer to layer; what the checks look for changes far more.
+    """
+    rough = any(not module.differentiable for module in noise_modules(model).values())
+    return _ROUGH_AGREEMENT if rough else usual
 
 
 def noise_text(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Brownian activations: φ(u) + σ·B(u), with one two-sided Brownian path B for every unit.
+"""Brownian activations: relu(u) + σ·B(u), with one two-sided Brownian path B for every unit.
 
 A path is made where it is looked at, by Lévy's construction from counters: cells of a table whose increments are
 independent normals, and below them bridges, halved twelve times, each midpoint's normal named by unit, cell and place
@@ -26,7 +26,6 @@ _PAIRS = 6
 # A cell's tree: three normals of one counter for two halvings (middle, left and right quarter), then four subtrees.
 _TREE = 1 << 11
 _FIRST_COUNTER = 1 << 46  # bridges' counters begin far behind those of the tables
-_RESOLUTION = 1.0 / (_CELLS * 4**_PAIRS)
 _MOST_UNITS = 1 << 22
 _EVALUATIONS_AT_ONCE = 1 << 12
 
@@ -62,7 +61,7 @@ class BrownianActivation(StochasticModule):
 
     def path(self, u: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         """B(u), of the dtype of u and without its graph."""
-        place = u.detach().to(torch.float64) / self.reach
+        place = torch.nan_to_num(u.detach().to(torch.float64) / self.reach)  # relu keeps a NaN visible
         return (math.sqrt(self.reach) * brownian_paths(self.noise, place)).to(u.dtype)
 
     def extra_repr(self) -> str:
@@ -98,7 +97,7 @@ def _table(noise: Noise, num_units: int, device: torch.device) -> Float64[Tensor
 
 
 def _values(
-    noise: Noise, ends: Float64[Tensor, " *"], unit: Int64[Tensor, " e"], t: Float64[Tensor, " e"]
+    noise: Noise, ends: Float64[Tensor, " k"], unit: Int64[Tensor, " e"], t: Float64[Tensor, " e"]
 ) -> Float64[Tensor, " e"]:
     """W at each t: from the ends of its cell down a tree of bridges."""
     line = 2 * unit + (t < 0).to(torch.int64)

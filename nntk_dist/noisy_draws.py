@@ -25,7 +25,6 @@ from nntk_dist.evaluation import Evaluator
 from nntk_dist.layer_noise import NoiseSite, Shift, as_output, layer_vectors, shifted_outputs, span_basis
 from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.philox import Stream, normal
-from nntk_dist.stochastic import fixed_noise
 
 MOST_GROUPS = 1 << 16  # the counter of an example's noise has 16 bits for the draw
 # Many draws of a small batch share a forward pass, up to this many numbers of inputs and noise.
@@ -90,17 +89,8 @@ class NoisyDraws:
         for start in range(block.start, block.stop, step):
             yield range(start, start + step)
 
-    def evaluate(self, x: Tensor, ids: Tensor, draws: range, base: Tensor) -> tuple[NoisyPass, Tensor]:
-        """All examples under some draws, and what their outputs are compared with: `base`, f(x; θ), or in a model with
-        noise f(x; θ) under the noise of the group that the draws are.
-        """
-        if not self.evaluator.is_random:
-            return self._evaluate(x, ids, draws), base
-        with fixed_noise(self.evaluator.model, self.drawing.seed, draws.start // self.drawing.group_size):
-            return self._evaluate(x, ids, draws), self.evaluator.base(x)
-
-    def _evaluate(self, x: Tensor, ids: Tensor, draws: range) -> NoisyPass:
-        """In one forward pass, or one a draw where weights move."""
+    def evaluate(self, x: Tensor, ids: Tensor, draws: range) -> NoisyPass:
+        """All examples under some draws: in one forward pass, or one a draw where weights move."""
         sigma, noise = self._sigma(draws, x.device), self._noise(ids, draws)
         if not self.plan.weight_space:
             return self._forward(x, noise, sigma, None)

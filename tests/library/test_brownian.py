@@ -110,6 +110,14 @@ def test_values_at_zero_and_beyond_the_reach():
     assert values[1].abs().min() > 0
 
 
+def test_what_is_not_finite_stays_visible():
+    activation = BrownianActivation().eval()
+    values = activation(torch.tensor([[math.nan, math.inf, -math.inf]]))
+    assert values[0, 0].isnan()
+    assert values[0, 1] == math.inf
+    assert values[0, 2] == activation(torch.full((1, 3), -32.0))[0, 2]
+
+
 def test_the_scale_of_the_reach_is_brownian():
     """E B(u)² = |u| whatever the reach, and the same path read at another scale."""
     u = torch.full((1, 4000), 1.5, dtype=torch.float64)

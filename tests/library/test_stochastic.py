@@ -231,6 +231,18 @@ def test_a_draw_is_the_network_with_the_mask_of_its_group(name, design):
     assert len({tuple(mask.values.tolist()) for mask in masks}) > 2
 
 
+@pytest.mark.parametrize(("design", "size"), [("iid", 1), ("antithetic", 2), ("orthogonal", 4)])
+def test_groups_of_consecutive_draws(design, size):
+    model = network()
+    drawing = KernelSpec(gamma=0.5, design=design, draws=16, blocks=4).drawing(
+        "weight", select_parameters(model), model
+    )
+    assert drawing.group_size == size
+    for draws in (range(16), range(4, 12), range(size, 4 * size), range(3, 6)):
+        members = [(draw, group) for group, part in drawing.by_group(draws) for draw in part]
+        assert members == [(draw, draw // size) for draw in draws]
+
+
 def test_a_brownian_draw_is_one_set_of_paths_in_both_evaluations():
     """Differences of every draw from plain passes of the network itself."""
     spec = KernelSpec(gamma=0.5, estimator="weight", design="antithetic", draws=8, blocks=4, seed=13)

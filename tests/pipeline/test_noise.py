@@ -6,6 +6,7 @@ import pytest
 import ray
 import torch
 
+import pipeline.stages
 from nntk_dist import covariance_kernel, nonlocal_kernel
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.stochastic import MEAN_FUNCTIONS, fixed_noise
@@ -14,7 +15,7 @@ from pipeline.config import config_from_dict
 from pipeline.manifest import read_manifest
 from pipeline.storage import RunStorage
 from tests.pipeline.test_equality import assert_equal
-from tests.pipeline.tools import arrays, assert_same_bits, finished, nntk, run, snapshot
+from tests.pipeline.tools import arrays, assert_same_bits, finished, ledger, nntk, run, snapshot
 
 SMALL = ("data.train=23", "data.test=7", "compute.dtype=float64", "kernel.seed=4")
 DROPOUT = "model.args={widths: [8, 8], dropout: 0.25}"
@@ -36,8 +37,8 @@ def two_cpus():
 
 
 @pytest.mark.parametrize(("sets", "estimator"), RUNS.values(), ids=RUNS)
-def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path, two_cpus, monkeypatch):
-    """Tiles, workers, resume; and features recomputed for every tile."""
+def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path):
+    """Tiles, verification, resume."""
     first = finished(tmp_path / "first", *SMALL, *sets, "compute.tile=16")
     resolution = json.loads((first / "manifest.json").read_text())["resolution"]
     assert resolution["estimator"] == estimator
@@ -46,9 +47,13 @@ def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path, t
     before = snapshot(first / "kernel.zarr")
     assert run(first, *SMALL, *sets, "compute.tile=16", resume=True).code == 0
     assert snapshot(first / "kernel.zarr") == before
-    workers = ("compute.executor=ray", "compute.workers=2")
-    assert_same_bits(first, finished(tmp_path / "ray", *SMALL, *sets, "compute.tile=16", *workers))
     assert_equal(first, finished(tmp_path / "wide", *SMALL, *sets, "compute.tile=512"))
+
+
+@pytest.mark.parametrize("name", ["weight", "brownian"])
+def test_ray_gives_the_bits_of_a_serial_run(name, tmp_path, two_cpus):
+    sets, workers = (*SMALL, *RUNS[name][0]), ("compute.executor=ray", "compute.workers=2")
+    assert_same_bits(finished(tmp_path / "serial", *sets), finished(tmp_path / "ray", *sets, *workers))
 
 
 @pytest.mark.parametrize("name", ["weight", "covariance"])
@@ -84,12 +89,25 @@ def test_recomputed_features_have_the_same_noise(tmp_path, monkeypatch):
     assert_equal(first, finished(tmp_path / "again", *sets), features=False)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path):
-    """Half of the features taken away: what is computed again is what was there."""
+def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, monkeypatch):
+    """Stopped after the first chunk of draws."""
     sets = (*SMALL, *RUNS["weight"][0], "compute.tile=16")
-    whole = finished(tmp_path / "whole", *sets)
-    again = finished(tmp_path / "again", *sets)
-    assert_same_bits(whole, again)
+    module = pipeline.stages.STAGES["features"]
+    execute, calls = module.execute, []
+
+    def interrupted(context, task):
+        calls.append(task.tile)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return execute(context, task)
+
+    monkeypatch.setattr(module, "execute", interrupted)
+    assert run(tmp_path / "stopped", *sets).code == 130
+    monkeypatch.undo()
+    done = set(ledger(tmp_path / "stopped"))
+    assert ("features", "train/0/0") in done
+    assert ("features", "train/0/1") not in done
+    assert_same_bits(finished(tmp_path / "whole", *sets), finished(tmp_path / "stopped", *sets, resume=True))
 
 
 def test_projected_passes_count_the_base_passes(tmp_path):

@@ -101,7 +101,9 @@ def nonlocal_kernel(
 
     Assumes that an example's output does not depend on its batch; eval mode is used. A model with noise
     (`StochasticModule`) is taken in expectation: every group of draws has noise of its own, shared by all examples and
-    by both evaluations of a draw. `unbiased` is right on average and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare entries with `unbiased`.
+    by both evaluations of a draw.
+    `unbiased` is right on average and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare
+    entries with `unbiased`.
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
     `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
     counts; auto is exact wherever that can be afforded, and `reason` says.

@@ -9,9 +9,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from nntk_dist.black_box import BlackBox
+from nntk_dist.brownian import BrownianActivation
+from nntk_dist.dropout import Dropout, replace_dropout
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
 from nntk_dist.model_probes import ModelProbes
+from nntk_dist.stochastic import StochasticModule, fixed_noise
 from nntk_dist.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -20,19 +23,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlackBox",
+    "BrownianActivation",
+    "Dropout",
     "KernelEstimate",
     "ModelProbes",
     "NNTKClassifier",
     "NNTKError",
     "NNTKRegressor",
     "NNTKWarning",
+    "StochasticModule",
     "StoredKernel",
     "Weighting",
     "averaged_kernel",
     "covariance_kernel",
+    "fixed_noise",
     "local_kernel",
     "nonlocal_kernel",
     "open_kernel",
+    "replace_dropout",
 ]
 
 

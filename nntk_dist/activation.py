@@ -39,6 +39,7 @@ from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.noisy_draws import NoisyDraws, NoisyPass
 from nntk_dist.pair_products import NoiseFeatures, add_pairs_, pair_products
 from nntk_dist.sketching import Sketch
+from nntk_dist.stochastic import fixed_noise
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class ActivationFeatures:
         return bool(self.plan.weight_space) and not self.contraction.forms_weight_space
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, self.drawing.seed)
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
@@ -135,8 +136,8 @@ class ActivationFeatures:
         by_draw: dict[str, list[Tensor]] = {}
         sums: dict[str, Tensor] = {}
         for draws in self.draws.stacks(block, x):
-            passed = self.draws.evaluate(x, ids, draws)
-            changes = (passed.outputs - base)[:, :, list(columns)] / passed.sigma[:, None, None]
+            passed, unmoved = self._passes(x, ids, base, draws)
+            changes = (passed.outputs - unmoved)[:, :, list(columns)] / passed.sigma[:, None, None]
             differences = changes.transpose(0, 1)
             by_draw.setdefault("differences", []).append(differences)
             for index, each in enumerate(self._factors):
@@ -150,6 +151,13 @@ class ActivationFeatures:
             sums = {name: sums[name] + part if sums else part for name, part in means.items()}
         result = {name: torch.cat(parts, dim=1) for name, parts in by_draw.items()}
         return result | {name: (total / len(block))[:, None] for name, total in sums.items()}
+
+    def _passes(self, x: Tensor, ids: Tensor, base: Tensor, draws: range) -> tuple[NoisyPass, Tensor]:
+        """The pass under some draws, and f(x; θ): of a model with noise, both under that of the group they are."""
+        if not self.evaluator.is_random:
+            return self.draws.evaluate(x, ids, draws), base
+        with fixed_noise(self.evaluator.model, self.drawing.seed, draws.start // self.drawing.group_size):
+            return self.draws.evaluate(x, ids, draws), self.evaluator.base(x)
 
     def _formed_gradients(self, passed: NoisyPass, differences: Float[Tensor, "n s c"]) -> Float[Tensor, "n c p"]:
         """Gradients of the formed layers, unit by unit, and of weight space, summed over the draws of one pass."""

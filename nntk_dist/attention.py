@@ -75,13 +75,21 @@ class Attention:
         z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
         if self.inputs is None:
             return self.score.of(z.double(), base.double(), base.double().expand(len(z), *base.shape))
-        parts = [self.evaluator.perturbed(rows, z) for rows in self.inputs.split(REFERENCE_BATCH)]
-        outputs = torch.cat(parts, dim=1)
-        check_finite(
-            outputs.transpose(0, 1),
-            f"the model's output on the reference batch under draws {draws.start} to {draws.stop - 1}",
-        )
-        return self.score.of(z.double(), base.double(), outputs.double())
+        batches = [
+            self.evaluator.pairs(rows, own, self.drawing, draws, z)
+            for rows, own in zip(self.inputs.split(REFERENCE_BATCH), base.split(REFERENCE_BATCH), strict=True)
+        ]
+        scores = []
+        for parts in zip(*batches, strict=True):  # all draws, or group by group those of a model with noise
+            members = parts[0][0]
+            unmoved, moved = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts], dim=1)
+            check_finite(
+                moved.transpose(0, 1),
+                f"the model's output on the reference batch under draws {members.start} to {members.stop - 1}",
+            )
+            own = z[members.start - draws.start : members.stop - draws.start]
+            scores.append(self.score.of(own.double(), unmoved.double(), moved.double()))
+        return torch.cat(scores)
 
     @cached_property
     def _reference_outputs(self) -> Float[Tensor, "n c"]:

@@ -53,7 +53,7 @@ class DifferenceMeans:
         return (ArraySpec("dense", ("block", "output", "parameter"), shape),)
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, self.drawing.seed)
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
@@ -73,13 +73,14 @@ class DifferenceMeans:
         softmax = None if self.attention is None else RunningSoftmax(self.attention.weighting)
         for draws in chunks:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-            outputs = self.evaluator.perturbed(x, z)
-            difference = (outputs - base)[:, :, list(columns)].double()
-            if self.attention is not None and softmax is not None:
-                shrink, weights = softmax.take(self.attention.scores(draws, z, base, outputs))
-                total *= shrink[:, None, None]
-                difference *= weights[:, :, None]
-            total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(z))
+            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, draws, z):
+                own = z[members.start - draws.start : members.stop - draws.start]
+                difference = (moved - unmoved)[:, :, list(columns)].double()
+                if self.attention is not None and softmax is not None:
+                    shrink, weights = softmax.take(self.attention.scores(members, own, unmoved, moved))
+                    total *= shrink[:, None, None]
+                    difference *= weights[:, :, None]
+                total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(own))
         return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:

@@ -66,7 +66,7 @@ class DifferenceFeatures:
         return (ArraySpec("differences", ("draw", "output"), (self.num_draws, len(self.columns))),)
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, self.drawing.seed)
 
     def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
         base = self.evaluator.base(x)
@@ -75,11 +75,12 @@ class DifferenceFeatures:
         scores = []
         for part in draw_chunks(draws, self.num_parameters, self.drawing.group_size):
             z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
-            outputs = self.evaluator.perturbed(x, z)
-            if self.attention is not None:
-                scores.append(self.attention.scores(part, z, base, outputs))
-            perturbed = (outputs - base)[:, :, list(columns)]
-            differences[:, part.start - draws.start : part.stop - draws.start] = perturbed.transpose(0, 1)
+            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, part, z):
+                own = z[members.start - part.start : members.stop - part.start]
+                if self.attention is not None:
+                    scores.append(self.attention.scores(members, own, unmoved, moved))
+                changes = (moved - unmoved)[:, :, list(columns)]
+                differences[:, members.start - draws.start : members.stop - draws.start] = changes.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         if self.attention is not None:
             differences *= self.attention.factors(torch.cat(scores)).T[:, :, None].to(differences.dtype)

@@ -66,6 +66,15 @@ class Drawing:
     def draws_per_block(self) -> int:
         return self.num_draws // self.num_blocks
 
+    def by_group(self, draws: range) -> Iterator[tuple[int, range]]:
+        """The groups that consecutive draws belong to, each with its draws among them; noise of a model is a group's.
+
+        An antithetic pair, an orthogonal group or a single draw: group g holds draws g·k to (g+1)·k, k its size.
+        """
+        size = self.group_size
+        for group in range(draws.start // size, -(-draws.stop // size)):
+            yield group, range(max(draws.start, group * size), min(draws.stop, (group + 1) * size))
+
     def perturbations(
         self,
         draws: range,

@@ -2,14 +2,17 @@
 
 Two ways to evaluate many perturbed models on one batch, equal to rounding: *sequential*, one functional call a draw,
 which a large batch fills; and *stacked*, one vmapped call for a chunk of draws, which spares small models the overhead
-of a call. The choice changes rounding, so it is made once, when a run is planned. No randomness, no gradients here.
+of a call. The choice changes rounding, so it is made once, when a run is planned. A model with noise
+(`nntk_dist.stochastic`) is one fixed function of θ here, sequential, and which one is said for every call. No gradients
+here.
 
 Axes: n examples, s draws, c outputs, P parameters.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -17,8 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from nntk_dist.black_box import holds_black_box
+from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError
 from nntk_dist.parameters import ParameterSpace
+from nntk_dist.stochastic import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
 
 # Below this many multiply-adds a call's overhead exceeds its arithmetic (measured on CPU: about 100 µs a functional
 # call).
@@ -27,8 +32,13 @@ _STACK_ELEMENTS = 1 << 22
 
 
 def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """A private copy of the model in eval mode (no dropout, running statistics), at the given dtype and device."""
-    return copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    """A private copy of the model in eval mode (torch's dropout off, running statistics), at a dtype and device.
+
+    Modules with noise are those of one fixed random function, wherever `fixed_noise` does not say which.
+    """
+    prepared = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    fix_noise(prepared)
+    return prepared
 
 
 def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:
@@ -90,10 +100,42 @@ class Evaluator:
     space: ParameterSpace
     stacked: bool = False
 
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether f has noise, which then is to be fixed by `nntk_dist.stochastic.fixed_noise`."""
+        return is_random(self.model)
+
     def base(self, x: Tensor) -> Float[Tensor, "n c"]:
-        """f(x; θ)."""
+        """f(x; θ); of a model with noise, that of its present random function."""
         with torch.no_grad():
             return outputs(self.model, x)
+
+    def expected(self, x: Tensor, seed: int) -> Float[Tensor, "n c"]:
+        """f(x; θ); of a model with noise, the mean of 64 random functions of that seed, of which no draw has one."""
+        if not self.is_random:
+            return self.base(x)
+        first = self.base(x)
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for group in MEAN_FUNCTIONS:
+            with fixed_noise(self.model, seed, group):
+                total += self.base(x)
+        return (total / len(MEAN_FUNCTIONS)).to(first.dtype)
+
+    def pairs(
+        self, x: Tensor, base: Float[Tensor, "n c"], drawing: Drawing, draws: range, displacements: Float[Tensor, "s P"]
+    ) -> Iterator[tuple[range, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
+        """(draws, f(x; θ), f(x; θ+z)) of all these draws, whole groups of them; of a model with noise group by group.
+
+        Both are then under the noise of the group: one further pass for each. `base` is f(x; θ) without noise.
+        """
+        if not self.is_random:
+            yield draws, base, self.perturbed(x, displacements)
+            return
+        for group, members in drawing.by_group(draws):
+            with fixed_noise(self.model, drawing.seed, group):
+                z = displacements[members.start - draws.start : members.stop - draws.start]
+                unmoved, moved = self.base(x), self.perturbed(x, z)
+            yield members, unmoved, moved
 
     def perturbed(self, x: Tensor, displacements: Float[Tensor, "s P"]) -> Float[Tensor, "s n c"]:
         """f(x; θ + z) for each displacement z."""
@@ -113,9 +155,10 @@ def prefers_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> bool
     """Whether many perturbed models on this batch go faster stacked: small dense models on small batches that vmap can
     take.
 
-    Convolutions never do: their stacked weights become a grouped convolution, several times slower. Nor do black boxes.
+    Convolutions never do: their stacked weights become a grouped convolution, several times slower. Nor do black boxes,
+    nor models with noise, whose draws are evaluated one random function after the other.
     """
-    if space.num_parameters * len(x) > _STACK_BELOW_OPERATIONS:
+    if space.num_parameters * len(x) > _STACK_BELOW_OPERATIONS or is_random(model):
         return False
     if holds_black_box(model) or any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
         return False

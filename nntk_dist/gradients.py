@@ -12,6 +12,7 @@ parameters or columns of the sketch.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
 from nntk_dist.sketching import Sketch, sketched_gradients
+from nntk_dist.stochastic import fixed_noise
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class GradientFeatures:
         return torch.full((self.num_blocks, self.num_blocks), self.num_blocks**-2, dtype=torch.float64)
 
     def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.base(x)
+        return self.evaluator.expected(x, 0 if self.drawing is None else self.drawing.seed)
 
     def parameters_at(self, draws: range) -> Iterator[dict[str, Tensor]]:
         """The selected parameters at θ + U^{1/P} z of each draw, or at θ."""
@@ -126,7 +128,8 @@ class GradientFeatures:
         outer: list[dict[str, Tensor]] = []
         slots: dict[str, list[Tensor]] = {}
         for draw, parameters in zip(draws, self.parameters_at(draws), strict=True):
-            factors, formed = self._one_draw(x, parameters, columns)
+            with self._noise_of(draw):
+                factors, formed = self._one_draw(x, parameters, columns)
             outer.append(factors)
             for name, values in formed.items():
                 if (draw - draws.start) % self.draws_per_slot:
@@ -138,6 +141,12 @@ class GradientFeatures:
         for array in result.values():
             check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
         return result
+
+    def _noise_of(self, draw: int) -> AbstractContextManager[None]:
+        """The random function that a model with noise is under this draw."""
+        if self.drawing is None or not self.evaluator.is_random:
+            return nullcontext()
+        return fixed_noise(self.evaluator.model, self.drawing.seed, draw // self.drawing.group_size)
 
     def _one_draw(
         self, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]

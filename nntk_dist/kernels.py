@@ -109,8 +109,11 @@ def nonlocal_kernel(
 ) -> KernelEstimate:
     """The nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²], z of range γ.
 
-    Assumes that an example's output does not depend on its batch; eval mode is used. `unbiased` is right on average
-    and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare entries with `unbiased`.
+    Assumes that an example's output does not depend on its batch; eval mode is used. A model with noise
+    (`StochasticModule`) is taken in expectation: every group of draws has noise of its own, shared by all examples and
+    by both evaluations of a draw.
+    `unbiased` is right on average and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare
+    entries with `unbiased`.
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
     `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
     counts; auto is exact wherever that can be afforded, and `reason` says.

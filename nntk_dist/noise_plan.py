@@ -23,6 +23,7 @@ from nntk_dist.layer_noise import NoiseSite, as_output, layer_vectors, shifted_o
 from nntk_dist.layers import rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
 from nntk_dist.philox import Stream, normal
+from nntk_dist.stochastic import agreement, fixed_noise
 
 _EXAMPLES = 8
 _TRIALS = 2
@@ -118,7 +119,7 @@ def _candidates(model: nn.Module, space: ParameterSpace, x: Tensor) -> tuple[Noi
     candidates = []
     for site in sites:
         both = calls[site.module], turned[site.module]
-        if [len(each) for each in both] != [1, 1] or not _holds_rows(both[0][0], both[1][0], len(x)):
+        if [len(each) for each in both] != [1, 1] or not _holds_rows(model, both[0][0], both[1][0], len(x)):
             continue
         vectors = layer_vectors(model.get_submodule(site.module), site, both[0][0].h)
         positions, width = vectors.shape[1:]
@@ -128,19 +129,19 @@ def _candidates(model: nn.Module, space: ParameterSpace, x: Tensor) -> tuple[Noi
     return tuple(candidates)
 
 
-def _holds_rows(call: _Call, turned: _Call, num_examples: int) -> bool:
+def _holds_rows(model: nn.Module, call: _Call, turned: _Call, num_examples: int) -> bool:
     """Whether the leading axis of what goes in and comes out is the examples: turning them round turns it round."""
     for values, others in ((call.h, turned.h), (call.out, turned.out)):
         if values.ndim < 2 or len(values) != num_examples or others.shape != (num_examples - 1, *values.shape[1:]):
             return False
-        if not _agree(others.flip(0), values[1:]):
+        if not _agree(model, others.flip(0), values[1:]):
             return False
     return True
 
 
-def _agree(values: Tensor, expected: Tensor) -> bool:
-    scale = max(float(expected.abs().max()), 1e-300)
-    return bool(torch.isfinite(values).all()) and float((values - expected).abs().max()) <= _AGREEMENT * scale
+def _agree(model: nn.Module, values: Tensor, expected: Tensor) -> bool:
+    tolerance = agreement(model, _AGREEMENT) * max(float(expected.abs().max()), 1e-300)
+    return bool(torch.isfinite(values).all()) and float((values - expected).abs().max()) <= tolerance
 
 
 def _normals(trial: int, shape: torch.Size | tuple[int, ...], device: torch.device) -> Float64[Tensor, "..."]:
@@ -164,7 +165,9 @@ def _is_readout(model: nn.Module, candidate: NoiseSite, x: Tensor) -> bool:
         def shift(h: Tensor, out: Tensor, added: Tensor = added) -> Tensor:
             return added.reshape(out.shape)
 
-        if not _agree(shifted_outputs(model, x, {}, {path: shift}), base + added):
+        with fixed_noise(model, group=trial), torch.no_grad():  # each time another function of a model with noise
+            shifted, plain = shifted_outputs(model, x, {}, {path: shift}), outputs(model, x)
+        if not _agree(model, shifted, plain + added):
             return False
     return True
 
@@ -187,7 +190,7 @@ def _check(model: nn.Module, space: ParameterSpace, site: Site, x: Tensor) -> No
         replaced: Mapping[str, Tensor] = {name: base[name] + moves[attribute] for attribute, name in site.parameters}
         with torch.no_grad():
             expected = outputs(model, x, replaced)
-        if not _agree(shifted_outputs(model, x, {}, {site.module: shift}), expected):
+        if not _agree(model, shifted_outputs(model, x, {}, {site.module: shift}), expected):
             raise NNTKError(
                 f"estimator is 'activation', but the output does not follow the parameters of module '{site.module}' "
                 "as noise in its pre-activations would (is its weight used elsewhere too, or its output changed by a "

@@ -77,7 +77,12 @@ class NoisyDraws:
         return next(self.evaluator.model.parameters()).dtype
 
     def stacks(self, block: range, x: Tensor) -> Iterator[range]:
-        """Draws to evaluate together: as many as fit in memory, the same number in every chunk of draws."""
+        """Draws to evaluate together: as many as fit in memory, the same number in every chunk of draws; one group of
+        a model with noise, which its draws share.
+        """
+        if self.evaluator.is_random:
+            yield from (members for _, members in self.drawing.by_group(block))
+            return
         noise = sum(each.num_noise + each.rank * each.width for each in self.plan.noisy)
         fitting = max(1, _STACK_ELEMENTS // (x.numel() + len(x) * noise + self.num_weight_space))
         step = max(count for count in range(1, len(block) + 1) if len(block) % count == 0 and count <= fitting)

@@ -77,10 +77,15 @@ def _open_unit(word: Tensor) -> Tensor:
 
 
 def uniform(
-    seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0, start: int = 0
 ) -> Float64[Tensor, "g {count}"]:
-    """Uniform(0, 1) numbers, `count` for each group, each an odd multiple of 2^-33."""
-    words = _words(seed, stream, groups, draw, 0, -(-count // 4))
+    """Uniform(0, 1) numbers, `count` for each group from index `start` on, each an odd multiple of 2^-33.
+
+    `start` is a multiple of four, the numbers of a counter.
+    """
+    if start % 4 or not 0 <= start <= start + count <= _INDEX_LIMIT:
+        raise ValueError(f"index range {start}:{start + count} is outside 0:{_INDEX_LIMIT}, or begins within a counter")
+    words = _words(seed, stream, groups, draw, start // 4, -(-(start + count) // 4))
     return _open_unit(torch.stack(words, dim=-1).flatten(1)[:, :count])
 
 
@@ -108,15 +113,33 @@ def normal(
     for begin in range(first, last, step):
         end = min(begin + step, last)
         word0, word1, word2, word3 = _words(seed, stream, groups, draw, begin, end)
-        lanes = []
-        for radial, angular in ((word0, word1), (word2, word3)):
-            radius = _open_unit(radial).log_().mul_(-2.0).sqrt_()
-            angle = _open_unit(angular).mul_(2.0 * math.pi)
-            lanes += [radius * angle.cos(), radius * angle.sin()]
-        values = torch.stack(lanes, dim=-1).flatten(1)
+        values = _box_muller(word0, word1, word2, word3).flatten(1)
         low, high = max(start, 4 * begin), min(stop, 4 * end)
         result[:, low - start : high - start] = values[:, low - 4 * begin : high - 4 * begin]
     return result
+
+
+def _box_muller(word0: Tensor, word1: Tensor, word2: Tensor, word3: Tensor) -> Float64[Tensor, "*shape 4"]:
+    """Four standard normals from the four words of a counter."""
+    lanes = []
+    for radial, angular in ((word0, word1), (word2, word3)):
+        radius = _open_unit(radial).log_().mul_(-2.0).sqrt_()
+        angle = _open_unit(angular).mul_(2.0 * math.pi)
+        lanes += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(lanes, dim=-1)
+
+
+def normals_at(
+    seed: int, stream: Stream, group: int, counters: Int64[Tensor, "*shape"], *, draw: int = 0
+) -> Float64[Tensor, "*shape 4"]:
+    """The standard normals of index 4c to 4c + 3 of one group's vector, for counters c scattered anywhere.
+
+    The numbers of `normal`, bit for bit. Counters are from 0 to 2^48 − 1, which is not checked: that would take a pass
+    over them. They may be batched by `torch.func.vmap`; nothing is written into what comes in.
+    """
+    zero = torch.zeros_like(counters)  # all four words are batched where the counters are: philox works in place
+    counter = (counters & _MASK, (counters >> 32) | (draw << 16), zero + group, zero + int(stream))
+    return _box_muller(*philox(counter, (seed & _MASK, (seed >> 32) & _MASK)))
 
 
 def signs(

@@ -25,6 +25,7 @@ from nntk_dist.noisy_draws import MOST_GROUPS
 from nntk_dist.parameters import ParameterSpace, select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
 from nntk_dist.spec import KernelSpec
+from nntk_dist.stochastic import agreement, check_gradients, noise_text
 
 _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
 
@@ -70,6 +71,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
         )
     jumps = _probe_jumps(model, space, spec, x)
     estimator, reason = _choose(model, space, spec, x, jumps)
+    reason += noise_text(model)
     if not spec.weighting.is_fixed:
         reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
     draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
@@ -114,11 +116,11 @@ def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolu
 def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> tuple[float, float | None]:
     """Refuse a model whose output is not a function of one example and the parameters; else, how far it changed."""
     repeat_change, batch_change = call_changes(Evaluator(model, space), x, values)
-    tolerance = _ROUNDING * torch.finfo(values.dtype).eps
+    tolerance = agreement(model, _ROUNDING * torch.finfo(values.dtype).eps)
     if repeat_change > tolerance:
         raise NNTKError(
-            "the model's output changes from call to call: it draws random numbers even in eval mode, which this "
-            "version does not seed; take the dropout or the noise out of its forward pass"
+            "the model's output changes from call to call: it draws random numbers even in eval mode, which are not "
+            "seeded; take them from an nntk_dist.StochasticModule, or replace nn.Dropout by nntk_dist.replace_dropout"
         )
     if batch_change is not None and batch_change > tolerance:
         raise NNTKError(
@@ -131,7 +133,8 @@ def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: 
 def _probe_jumps(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> JumpProbe | None:
     """Whether f jumps, where the choice of an estimator depends on it."""
     settled = holds_black_box(model) or spec.kind != "nonlocal" or spec.distribution == LowRank.name
-    if settled or not spec.weighting.is_fixed or spec.estimator in ("weight", "activation"):
+    settled = settled or not spec.weighting.is_fixed or spec.estimator in ("weight", "activation")
+    if settled or check_gradients(model, spec.kind, spec.estimator) is not None:
         return None
     return probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
 
@@ -140,6 +143,7 @@ def _choose(
     model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, probe: JumpProbe | None
 ) -> tuple[str, str]:
     """The estimator's name and the reason, in words."""
+    rough = check_gradients(model, spec.kind, spec.estimator)
     if holds_black_box(model):
         return "weight", _black_box_reason(spec)
     if spec.kind == "local":
@@ -159,6 +163,8 @@ def _choose(
         return "weight", "asked for; valid for anything that can be evaluated"
     if spec.estimator == "activation":
         return "activation", f"asked for: {_treatment(_activation_plan(model, space, spec, x), space)}"
+    if rough is not None:
+        return _without_gradients(model, space, spec, x, rough)
     assert probe is not None
     if probe.differentiable:
         if spec.estimator == "auto":

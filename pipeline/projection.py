@@ -21,6 +21,7 @@ from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
+from nntk_dist.stochastic import is_random
 from pipeline.arrays import StoredArray, holds_differences, holds_metric, holds_sketch, kernel_width
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
@@ -96,6 +97,9 @@ def row_operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) 
             features.compute(x[:1], names.to(x.device), block, features.columns)
         return float(counter.get_total_flops()) * job.sizes.num_blocks
     passes = 1.0 if job.resolution.estimator in ("weight", "activation") else 1.0 + len(features.columns)
+    if is_random(model) and passes == 1.0:  # differences have a base pass for every group, which shares its noise
+        per_block = job.sizes.num_draws // job.sizes.num_blocks
+        passes += 1.0 / group_size(job.spec.design, per_block, job.sizes.num_parameters)
     return pass_operations(model, x) * job.sizes.num_draws * passes
 
 

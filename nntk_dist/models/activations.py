@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nntk_dist.brownian import BrownianActivation
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.models.arguments import call_checked, check_integer
 
@@ -82,6 +83,7 @@ ACTIVATIONS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "sign": lambda: Sign(),
         "step": lambda: Step(),
         "quantize": Quantize,
+        "brownian": BrownianActivation,
     }
 )
 

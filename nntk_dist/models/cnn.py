@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from nntk_dist.dropout import dropout_layers
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.models.activations import make_activation
 from nntk_dist.models.arguments import check_integer, check_integers
@@ -22,6 +23,7 @@ def cnn(
     pool: str = "average",
     readout: str = "mean",
     bias: bool = True,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """`Conv2d → activation → 2x2 pooling` per entry of `channels`, then a readout, of shape (n, num_outputs).
 
@@ -34,6 +36,8 @@ def cnn(
         pool: `average`, `max`, or `none` for no pooling.
         readout: `mean` (average over positions) or `flatten` (every position its own weights) before the last Linear.
         bias: whether convolutions and the last Linear have one.
+        dropout: share of the channels that are left out at random behind each activation, in eval mode too; from 0,
+            which adds no module, to below 1 (see `nntk_dist.dropout`).
 
     Raises:
         NNTKError: inputs that are no images or too small for the pooling, or a bad value.
@@ -51,6 +55,7 @@ def cnn(
     for index, next_width in enumerate(channels):
         layers[f"convolution{index}"] = nn.Conv2d(width, next_width, kernel_size, padding=kernel_size // 2, bias=bias)
         layers[f"activation{index}"] = make_activation(activation)
+        layers.update(dropout_layers(f"dropout{index}", dropout, channelwise=True))
         width = next_width
         if pool != "none":
             layers[f"pool{index}"] = nn.AvgPool2d(2) if pool == "average" else nn.MaxPool2d(2)

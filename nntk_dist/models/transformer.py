@@ -1,7 +1,8 @@
 """A small transformer for images (patches), sequences (tokens as given) and vectors (one scalar a token).
 
-Pre-norm blocks, learned positions, no dropout. Attention is written out with plain Linears and a softmax: fused kernels
-would hide the Linears from layer-by-layer contraction and lack the higher derivatives.
+Pre-norm blocks, learned positions, dropout of what a block adds where asked for. Attention is written out with plain
+Linears and a softmax: fused kernels would hide the Linears from layer-by-layer contraction and lack the higher
+derivatives.
 
 Axes: n examples, t tokens (the class token included), d model dimension, h heads, e = d / h.
 """
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nntk_dist.dropout import Dropout
 from nntk_dist.errors import NNTKError, check_choice
 from nntk_dist.models.activations import make_activation
 from nntk_dist.models.arguments import check_integer
@@ -29,6 +31,7 @@ def transformer(
     patch: int = 4,
     pool: str = "class",
     activation: str | Mapping[str, Any] = "gelu",
+    dropout: float = 0.0,
 ) -> nn.Module:
     """A transformer encoder with a linear readout: (n, *input_shape) → (n, num_outputs).
 
@@ -43,6 +46,8 @@ def transformer(
         patch: side of an image patch in pixels, a divisor of height and width.
         pool: what the readout sees: `class` (a learned token) or `mean` (over tokens).
         activation: name, or `{name, …}`, of the activation (see `activations`).
+        dropout: share of the numbers that attention and network add to the tokens which is left out at random, in eval
+            mode too; from 0, which adds no module, to below 1 (see `nntk_dist.dropout`).
 
     Raises:
         NNTKError: an input shape of other form, or a bad value.
@@ -54,7 +59,7 @@ def transformer(
     if dim % heads:
         raise NNTKError(f"model transformer: dim is {dim} and heads {heads}; dim must be a multiple of heads")
     tokens = _Tokens(input_shape, patch)
-    blocks = [_Block(dim, heads, hidden, activation) for _ in range(depth)]
+    blocks = [_Block(dim, heads, hidden, activation, dropout) for _ in range(depth)]
     return _Transformer(tokens, blocks, dim, num_outputs, class_token=pool == "class")
 
 
@@ -115,7 +120,7 @@ class _Attention(nn.Module):
 class _Block(nn.Module):
     """x + attention(norm(x)), then x + two-layer network(norm(x))."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, activation: str | Mapping[str, Any]) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, activation: str | Mapping[str, Any], dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = _Attention(dim, heads)
@@ -123,11 +128,15 @@ class _Block(nn.Module):
         self.hidden = nn.Linear(dim, hidden)
         self.activation = make_activation(activation)
         self.output = nn.Linear(hidden, dim)
+        self.dropout = Dropout(dropout) if dropout != 0 else None
 
     def forward(self, x: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
         """Apply the block."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.output(self.activation(self.hidden(self.hidden_norm(x))))
+        x = x + self._thinned(self.attention(self.attention_norm(x)))
+        return x + self._thinned(self.output(self.activation(self.hidden(self.hidden_norm(x)))))
+
+    def _thinned(self, added: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
+        return added if self.dropout is None else self.dropout(added)
 
 
 class _Transformer(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from nntk_dist.philox import Stream, normal, philox, uniform
+from nntk_dist.philox import Stream, normal, normals_at, philox, uniform
 
 GROUPS = torch.arange(5)
 
@@ -76,6 +76,26 @@ def test_normals_come_from_the_words_that_the_contract_names():
 def test_any_slice_is_a_slice_of_the_whole(start, stop):
     whole = normal(1, Stream.PARAMETER, GROUPS, 0, 70_003)
     assert torch.equal(normal(1, Stream.PARAMETER, GROUPS, start, stop), whole[:, start:stop])
+
+
+def test_numbers_at_scattered_counters_are_those_of_the_whole():
+    """In any order and shape, beyond 32 bits too; and batched by vmap."""
+    counters = torch.tensor([[7, 0, 7], [9_999, 3, 1]])
+    whole = normal(1, Stream.MODEL, GROUPS, 0, 40_000, draw=5)[3].reshape(-1, 4)
+    ours = normals_at(1, Stream.MODEL, 3, counters, draw=5)
+    assert torch.equal(ours, whole[counters])
+    far = normal(1, Stream.MODEL, GROUPS[3:4], (1 << 49) + 4, (1 << 49) + 8, draw=5)[0]
+    assert torch.equal(normals_at(1, Stream.MODEL, 3, torch.tensor((1 << 47) + 1), draw=5), far)
+    batched = torch.func.vmap(lambda counter: normals_at(1, Stream.MODEL, 3, counter, draw=5))(counters)
+    assert torch.equal(batched, ours)
+
+
+def test_uniforms_begin_anywhere_a_counter_does():
+    whole = uniform(1, Stream.MODEL, GROUPS, 103, draw=5)
+    assert torch.equal(uniform(1, Stream.MODEL, GROUPS, 3, draw=5, start=100), whole[:, 100:])
+    for start in (-4, 2, 1 << 50):
+        with pytest.raises(ValueError, match=r"index range .* is outside 0:"):
+            uniform(1, Stream.MODEL, GROUPS, 3, start=start)
 
 
 def test_groups_are_drawn_alone_or_together_in_any_order():

@@ -18,7 +18,7 @@ from nntk_dist.resolution import resolve
 from nntk_dist.spec import KernelSpec
 from tests.oracles.cases import CASES, Activate, case, mlp
 
-JUMPS = ("sign", "step", "quantize")
+JUMPS = ("sign", "step", "quantize", "brownian")
 REFUSED = (
     r"estimator is 'autodiff', but the model jumps in its parameters \(along random segments the integrated gradient "
     r"misses [\d.e+-]+ of the change of f, at up to \d+ points\), where it is silently wrong; "

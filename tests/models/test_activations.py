@@ -22,7 +22,15 @@ VALUES = {
 
 
 def test_every_activation_is_checked():
-    assert set(VALUES) == set(ACTIVATIONS)
+    assert set(VALUES) | {"brownian"} == set(ACTIVATIONS)
+
+
+def test_a_brownian_activation_is_a_relu_on_average():
+    """Over 2,000 units, whose paths are independent: four standard errors √(|u|/2000)."""
+    u = POINTS[:, None].expand(-1, 2000)
+    values = make_activation({"name": "brownian", "sigma": 1.0, "reach": 4}).eval()(u)
+    error = (values.mean(1) - POINTS.relu()).abs()
+    assert (error <= 4 * (POINTS.abs() / 2000).sqrt()).all()
 
 
 @pytest.mark.parametrize("name", VALUES)

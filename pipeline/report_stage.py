@@ -97,6 +97,9 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         distribution=None if local else _distribution_text(distribution),
         weighting=_weighting_text(kernel["weighting"], sizes["num_train"]),
         relative_error=results.get("train_relative_error"),
+        relative_error_bound=results.get("train_relative_error_bound"),
+        accuracy=results.get("rtol_verdict"),
+        accuracy_reached=results.get("rtol_reached"),
         relative_bias=results.get("train_relative_bias"),
     )
 

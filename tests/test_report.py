@@ -166,6 +166,19 @@ def test_cautions_say_what_could_be_misread(digits):
     assert "Single entries are uncertain" not in text
 
 
+def test_an_asked_accuracy_is_told_and_warned_of_where_it_was_not_reached(digits):
+    reached = replace(digits.kernel, accuracy="rtol 0.1 is reached: bound 0.08", accuracy_reached=True)
+    page = Page(render_report(replace(digits, kernel=replace(reached, relative_error_bound=0.0812))))
+    assert "Asked accuracy reached By a 95 % bound on a sample of rows: rtol 0.1 is reached: bound 0.08." in page.text
+    assert "In 95 % of all cases the error made is below 8.12 %." in page.text
+    assert "less accurate than was asked for" not in page.text
+    missed = replace(digits.kernel, accuracy="rtol 0.1 is not reached: bound 0.2", accuracy_reached=False)
+    page = Page(render_report(replace(digits, kernel=missed)))
+    assert "Asked accuracy not reached" in page.text
+    assert "The kernel is less accurate than was asked for: rtol 0.1 is not reached: bound 0.2." in page.text
+    assert "Asked accuracy" not in Page(render_report(digits)).text
+
+
 def test_cautions_of_a_worse_run(digits):
     worse = replace(
         digits,

@@ -167,8 +167,11 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
             "Kernel error",
             percent(kernel.relative_error),
             f"Estimated relative error of the {subject} in the Frobenius norm, from the spread between "
-            f"{kernel.num_blocks} independent blocks of draws.",
+            f"{kernel.num_blocks} independent blocks of draws.{_bound_text(kernel.relative_error_bound)}",
         )
+    if kernel.accuracy is not None:
+        reached = "reached" if kernel.accuracy_reached else "not reached"
+        yield Fact("Asked accuracy", reached, f"By a 95 % bound on a sample of rows: {kernel.accuracy}.")
     if kernel.relative_bias is not None:
         yield Fact(
             "Plugin bias",
@@ -177,6 +180,10 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
         )
     if kernel.kind == "local":
         yield Fact("Kernel error", "none", "The local kernel comes from automatic differentiation, without sampling.")
+
+
+def _bound_text(bound: float | None) -> str:
+    return "" if bound is None else f" In 95 % of all cases the error made is below {percent(bound)}."
 
 
 def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
@@ -188,6 +195,8 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
             f"Plugin is inflated by noise: bias {percent(kernel.relative_bias)}. Solve with gram, which is positive "
             "semidefinite; take entries and comparisons from gram_unbiased. More draws reduce the bias."
         )
+    if kernel.accuracy_reached is False:
+        yield f"The kernel is less accurate than was asked for: {kernel.accuracy}."
     if kernel.relative_error is not None and kernel.relative_error > _NOTABLE_ERROR:
         yield (
             f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Doubling "

@@ -33,6 +33,9 @@ class KernelFacts:
     distribution: str | None = None  # such as "gaussian, γ = 0.05"
     weighting: str | None = None  # in words; None where all draws count the same
     relative_error: float | None = None  # √(Σ variance / Σ entry²) of the unbiased kernel
+    relative_error_bound: float | None = None  # what the error made stays below in 95 % of all cases
+    accuracy: str | None = None  # how the search for an asked accuracy ended, in words
+    accuracy_reached: bool | None = None
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
 
 

@@ -40,6 +40,18 @@ class Worker(pipeline.worker.Worker):
 pipeline.worker.Worker = Worker
 pipeline.run.Ledger = functools.partial(pipeline.run.Ledger, flush_seconds=0)
 """
+KILLED_AFTER = """
+import os, signal
+import pipeline.run
+
+search = pipeline.run.search_draws
+
+def search_and_die(*arguments):
+    search(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+pipeline.run.search_draws = search_and_die
+"""
 
 
 def manifest(run_dir):
@@ -111,6 +123,19 @@ def test_a_driver_killed_in_the_pilot(undisturbed, tmp_path):
     assert {key: after[key]["started"] for key in started} == started  # the look that was there was not made again
     assert looks(run_dir) == looks(undisturbed)
     assert_same_bits(run_dir, undisturbed)
+
+
+def test_a_driver_killed_behind_the_last_look(undisturbed, tmp_path):
+    """Every look is in the ledger, and the manifest still tells of the first."""
+    run_dir = tmp_path / "run"
+    driver = start(*arguments("run", run_dir, *SETS), prelude=KILLED_AFTER)
+    driver.communicate(timeout=WAIT_SECONDS)
+    assert driver.returncode == -9
+    assert looks(run_dir) == looks(undisturbed)
+    assert manifest(run_dir)["sizes"]["num_draws"] == min(looks(undisturbed))
+    finished(run_dir, *SETS, resume=True)
+    assert_same_bits(run_dir, undisturbed)
+    assert manifest(run_dir)["stages"]["pilot"]["results"]["tasks"] == len(looks(undisturbed))
 
 
 def test_an_accuracy_that_is_not_reached_ends_with_3(tmp_path):

@@ -41,7 +41,7 @@ def test_gradients_are_formed_where_that_is_cheaper_and_fits():
     assert chosen(8).formed == frozenset()
     assert chosen(256).formed == {"0", "2"}
     assert chosen(32).formed == {"0"}
-    assert chosen(32).text(plan) == "; contraction: layered: 2; means: 0"
+    assert chosen(32).text(plan) == "contraction: layered: 2; means: 0"
 
 
 def test_sketches_are_taken_unasked_only_where_exactness_cannot_be_afforded():
@@ -57,7 +57,7 @@ def test_sketches_are_taken_unasked_only_where_exactness_cannot_be_afforded():
 
     narrow, first, second = layer("0", 785, 128), layer("0", 65, 8192), layer("2", 8193, 4096)
     assert chosen(narrow)[0] == frozenset()
-    assert chosen(first, second) == ({"0", "2"}, "; contraction: sketch (k = 1024): 0, 2")
+    assert chosen(first, second) == ({"0", "2"}, "contraction: sketch (k = 1024): 0, 2")
     assert chosen(layer("0", 5, 8), second) == ({"2"}, "; contraction: means: 0; sketch (k = 1024): 2")
     for contraction in ("layered", "means"):
         assert chosen(first, second, contraction=contraction) == (frozenset(), f"; contraction: {contraction}: 0, 2")

@@ -58,9 +58,9 @@ def test_sketches_are_taken_unasked_only_where_exactness_cannot_be_afforded():
     narrow, first, second = layer("0", 785, 128), layer("0", 65, 8192), layer("2", 8193, 4096)
     assert chosen(narrow)[0] == frozenset()
     assert chosen(first, second) == ({"0", "2"}, "contraction: sketch (k = 1024): 0, 2")
-    assert chosen(layer("0", 5, 8), second) == ({"2"}, "; contraction: means: 0; sketch (k = 1024): 2")
+    assert chosen(layer("0", 5, 8), second) == ({"2"}, "contraction: means: 0; sketch (k = 1024): 2")
     for contraction in ("layered", "means"):
-        assert chosen(first, second, contraction=contraction) == (frozenset(), f"; contraction: {contraction}: 0, 2")
+        assert chosen(first, second, contraction=contraction) == (frozenset(), f"contraction: {contraction}: 0, 2")
 
 
 def sketched(name: str, sketch: int = 64, **options) -> tuple[ActivationFeatures, KernelSpec]:

@@ -31,7 +31,7 @@ SLACK_SECONDS = 1.5  # a poll of the driver, and a busy machine
 SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
 TILE_ROWS = 23
 ENOUGH = 60  # tiles
-WAIT_SECONDS = 90.0
+WAIT_SECONDS = 180.0
 
 
 def held_before(row, gate="/nowhere"):
@@ -155,7 +155,7 @@ def test_a_stopped_serial_run_says_how_to_go_on(stop, to_group, undisturbed, tmp
     driver = start(*arguments("run", run_dir, *SETS), prelude=held_before(4))
     wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
     (os.killpg if to_group else os.kill)(driver.pid, stop)
-    _, err = driver.communicate(timeout=20)
+    _, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 130
     assert "Traceback" not in err
     command = f"nntk {' '.join(arguments('run', run_dir, *SETS, resume=True))}"
@@ -172,7 +172,7 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
     descendants = children_of(driver)
     os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: everyone in the group
-    _, err = driver.communicate(timeout=30)
+    _, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 130, err
     assert "--resume" in err
     assert "Traceback" not in err

@@ -1,0 +1,218 @@
+"""Agreement: every estimator, design and distribution against closed forms, quadrature or brute force.
+
+A cell is one model under one law; it holds every estimator and design that is valid there, one estimate of many draws
+each, with the library's own standard errors. The reference is exact where theory goes (units, two-layer networks under
+radial laws, the quantised network under the Gaussian) and otherwise `tests.oracles.sampling`: the definition, drawn very
+often by NumPy, with a standard error that is added to the estimate's. Agreement is asked of all entries at a corrected
+0.1 %, and the comparison must have been able to fail: every standard error at most 2 % of the mean diagonal, local and
+nonlocal kernel ten standard errors apart or more, wherever theory does not say that they are equal.
+
+Axes: n examples, S draws, R blocks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist import nonlocal_kernel
+from nntk_dist.distributions import DISTRIBUTIONS
+from scripts.studies.cells import Answer, Cell
+from tests.library.many_seeds import Problem, runs
+from tests.oracles import brute_force, closed_forms, quantised, radial, sampling, two_layer
+from tests.oracles.cases import case
+from tests.oracles.statistics import critical_value
+
+Array = np.ndarray
+BLOCKS = 32
+LARGEST_ERROR, LEAST_SEPARATION = 0.02, 10.0
+LAWS = tuple(DISTRIBUTIONS)
+DESIGNS = ("iid", "antithetic", "orthogonal")
+UNITS = closed_forms.UNITS
+_BRUTE_FORCE_DRAWS, _BRUTE_FORCE_SEED = 1 << 18, 77
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its examples and range, and draws of each estimator that is valid for it."""
+
+    make: Callable[[], nn.Module]
+    x: Tensor
+    gamma: float
+    draws: dict[str, int]
+
+
+def _case(name: str, gamma: float, **draws: int) -> Subject:
+    return Subject(case(name).build, case(name).inputs(3), gamma, draws)
+
+
+_QUANTISED_INPUTS = torch.tensor([[0.8, 0.6], [-0.5, 0.9], [1.0, -0.7]], dtype=torch.float64)
+NETWORKS = {
+    "sign network": _case("sign_mlp", 1.5, weight=1 << 17, activation=1 << 15),
+    "relu network": _case("relu_mlp", 1.5, weight=1 << 17, autodiff=4096, activation=1 << 15),
+    "quantised network": Subject(quantised.QuantisedNetwork, _QUANTISED_INPUTS, 0.9, {"weight": 1 << 18}),
+    "convnet": _case("convnet", 0.9, weight=1 << 15, autodiff=3072, activation=4096),
+    "transformer": _case("attention", 0.9, weight=1 << 17, autodiff=4096, activation=1 << 13),
+}
+NAMES = (*(f"{unit} unit" for unit in UNITS), *NETWORKS)
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """A cell for each model and law; `quick` takes the small models under two laws."""
+    names = [name for name in NAMES if not quick or name.endswith("unit") or name == "quantised network"]
+    laws = ("gaussian", "sphere") if quick else LAWS
+    return [_cell(name, law) for name in names for law in laws]
+
+
+def _cell(name: str, law: str) -> Cell:
+    draws = NETWORKS[name].draws if name in NETWORKS else {e: unit_draws(name, law, e) for e in ("weight", "autodiff")}
+    settings = {"model": name, "law": law, "draws": draws, "blocks": BLOCKS, "seed": 0}
+    return Cell(f"{name}, {law}", settings, lambda: _answer(name, law))
+
+
+def _answer(name: str, law: str) -> Answer:
+    truth = reference(name, law)
+    methods = [examine(name, law, estimator, design, truth) for estimator, design in valid(name, law)]
+    return {"reference": truth.kind, "methods": methods}
+
+
+# What is valid --------------------------------------------------------------------------------------------------------
+
+
+def valid(name: str, law: str) -> list[tuple[str, str]]:
+    """Estimators and designs that are valid for a model under a law."""
+    if name in NETWORKS:
+        estimators = tuple(NETWORKS[name].draws)
+    else:
+        estimators = ("weight",) if name == "sign unit" else ("weight", "autodiff")
+    pairs = [(estimator, design) for estimator in estimators for design in DESIGNS]
+    if law == "lowrank":
+        return [(e, design) for e, design in pairs if e == "weight" and design != "orthogonal"]
+    return [
+        (e, design) for e, design in pairs if e != "activation" or (law == "gaussian" and design != "orthogonal")
+    ]
+
+
+def unit_draws(name: str, law: str, estimator: str) -> int:
+    """Draws for the power: the fractional law is dense where a sign rarely flips."""
+    if estimator == "autodiff":
+        return 1 << 16
+    return 1 << 19 if (name, law) == ("sign unit", "fractional") else 1 << 18
+
+
+# References -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A kernel, its standard error (0 where it is exact), where it comes from, and the local kernel, if another one."""
+
+    kernel: Array
+    stderr: Array
+    kind: str
+    local: Array | None
+
+
+@cache
+def reference(name: str, law: str) -> Reference:
+    """The kernel that estimates are compared with."""
+    if name not in NETWORKS:
+        problem = unit_problem(name, law)
+        kernel, kind = unit_kernel(problem)
+        return Reference(kernel, np.zeros_like(kernel), kind, problem.local())
+    subject = NETWORKS[name]
+    local = brute_force.local_kernel(subject.make(), subject.x, subject.x)
+    gradient = _network_gradient(name, law)
+    if gradient is not None:
+        rows = brute_force.rows_of(gradient, "trace")
+        return Reference(rows @ rows.T, np.zeros((3, 3)), "quadrature", local)
+    options = {"draws": _BRUTE_FORCE_DRAWS, "blocks": BLOCKS, "seed": _BRUTE_FORCE_SEED}
+    kernel, stderr = sampling.nonlocal_kernel(subject.make(), subject.x, law, subject.gamma, **options)
+    return Reference(kernel, stderr, "brute force", local)
+
+
+def _network_gradient(name: str, law: str) -> Array | None:
+    """g(x) by quadrature, where there is one."""
+    subject = NETWORKS[name]
+    parameters = [parameter.detach().numpy() for parameter in subject.make().parameters()]
+    if name == "quantised network" and law == "gaussian":
+        return quantised.nonlocal_gradient(subject.x.numpy(), *parameters, subject.gamma)
+    if name not in ("sign network", "relu network") or law == "lowrank":
+        return None
+    unit = name.split()[0]
+    if law == "gaussian":
+        return two_layer.nonlocal_gradient(unit, subject.x.numpy(), *parameters[:3], subject.gamma)
+    count = sum(parameter.size for parameter in parameters)
+    radii = radial.radii(radial.radius_law(law, subject.gamma, count), 4001)
+    return two_layer.radial_gradient(unit, subject.x.numpy(), *parameters[:3], radii)
+
+
+def unit_problem(name: str, law: str) -> Problem:
+    """A unit of three parameters."""
+    return Problem(name.split()[0], 3, distribution=law)
+
+
+def unit_kernel(problem: Problem) -> tuple[Array, str]:
+    """The kernel of a unit under a law: a vector of parameters is Gaussian under `lowrank`, and not shrunken."""
+    if problem.distribution == "lowrank":
+        rows = closed_forms.gaussian_gradient(problem.unit, problem.theta, problem.x, problem.gamma)
+        return rows @ rows.T, "closed form"
+    radial_law = problem.distribution != "gaussian" and problem.unit in ("sign", "relu")
+    return problem.exact(), "quadrature" if radial_law else "closed form"
+
+
+# Estimates ------------------------------------------------------------------------------------------------------------
+
+
+def examine(name: str, law: str, estimator: str, design: str, truth: Reference) -> Answer:
+    """One estimate against the reference: the largest |t|, what is allowed, and the power."""
+    kernel, stderr, draws = estimate(name, law, estimator, design)
+    error = np.hypot(stderr, truth.stderr)
+    rounding = 1e-12 * np.diag(truth.kernel).mean()  # orthogonal groups of linear models are exact
+    excess = np.abs(kernel - truth.kernel)
+    t = float(np.max(np.where(excess <= rounding, 0.0, excess / np.maximum(error, 1e-300))))
+    scale = float(np.diag(truth.kernel).mean())
+    separation = None
+    if truth.local is not None:
+        apart = np.mean((truth.kernel - truth.local) ** 2)
+        separation = float(np.sqrt(apart / max(np.mean(error**2), rounding**2)))
+    limit = critical_value(kernel.size, BLOCKS - 1)
+    powerful = float(error.max()) <= LARGEST_ERROR * scale and (separation is None or separation >= LEAST_SEPARATION)
+    return {
+        "estimator": estimator,
+        "design": design,
+        "draws": draws,
+        "t": t,
+        "limit": limit,
+        "largest_error": float(error.max()) / scale,
+        "separation": separation,
+        "agrees": t <= limit,
+        "powerful": bool(powerful),
+    }
+
+
+def estimate(name: str, law: str, estimator: str, design: str) -> tuple[Array, Array, int]:
+    """The unbiased kernel with its standard error, NaN-free, and the draws taken."""
+    if name not in NETWORKS:
+        draws = _whole_groups(unit_draws(name, law, estimator), 3, design)
+        result = runs(unit_problem(name, law), estimator, range(1), draws=draws, blocks=BLOCKS, design=design)
+        return result.centre[0], np.nan_to_num(result.stderr[0]), draws
+    subject = NETWORKS[name]
+    model = subject.make()
+    draws = _whole_groups(subject.draws[estimator], sum(p.numel() for p in model.parameters()), design)
+    options = {"gamma": subject.gamma, "distribution": law, "estimator": estimator, "design": design}
+    one = nonlocal_kernel(model, subject.x, draws=draws, blocks=BLOCKS, seed=0, **options)
+    assert one.unbiased is not None
+    assert one.stderr is not None
+    return one.unbiased.numpy(), one.stderr.numpy(), draws
+
+
+def _whole_groups(draws: int, num_parameters: int, design: str) -> int:
+    """About so many draws: orthogonal blocks are made of groups of all P directions where these fit."""
+    per_block = draws // BLOCKS
+    if design != "orthogonal" or per_block < num_parameters:
+        return draws
+    return BLOCKS * num_parameters * round(per_block / num_parameters)

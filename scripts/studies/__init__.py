@@ -9,3 +9,14 @@
 
 They use the oracles of `tests`, which share no code with the library.
 """
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from scripts.studies import agreement, cost, coverage, limits
+from scripts.studies.cells import Cell
+
+# Sections of the page, in its order.
+SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
+    {"agreement": agreement.cells, "coverage": coverage.cells, "cost": cost.cells, "limits": limits.cells}
+)

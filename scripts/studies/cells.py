@@ -1,8 +1,8 @@
 """What a study is made of: cells, computed one by one and kept, so that a run that is cut off loses one cell at most.
 
-A cell is a question with all its settings, seeds included, and a function that answers it in plain numbers. An answer is
-kept under the cell's key together with the settings that it belongs to, and is computed again only when these differ.
-Nothing is measured or rendered here.
+A cell is a question with all its settings, seeds included, and a function that answers it in plain numbers. An answer
+is kept under the cell's key together with the settings that it belongs to, and is computed again only when these
+differ. Nothing is measured or rendered here.
 
 Axes: none.
 """

@@ -4,10 +4,10 @@ A ladder of numbers of draws under several seeds each, the error ‖K − K*‖/
 estimator (other seed, antithetic), a law of the error fitted to the ladder, and from that law the draws, forward
 equivalents and seconds at an error of 5 %. Where 5 % lies beyond the ladder it is extrapolated.
 
-Forward equivalents are evaluations of the network on all examples: 1 for θ itself where differences are taken; 1 a draw
-for `weight` and `activation`; 1 + 2C a draw for `autodiff`, which goes backward once for each of C outputs, at twice the
-cost of going forward. Seconds are those of features and contraction; neither counts the choice of the estimator, made
-once.
+Forward equivalents are evaluations of the network on all examples: 1 for θ itself, where differences are taken; 1 a
+draw for `weight` and `activation`; 1 + 2C a draw for `autodiff`, which goes backward once for each of C outputs, at
+twice the cost of going forward. Seconds are those of features and contraction; neither counts the choice of the
+estimator, made once.
 
 Axes: n examples, S draws, C outputs, P parameters, T seeds.
 """

@@ -1,9 +1,10 @@
 """A two-layer relu network whose weights are rounded to a grid, and its nonlocal gradient by enumeration of the grid.
 
-f = q(v)·relu(q(W) x̃) + q(c), x̃ = (x, 1), q the nearest multiple of a step. Given σ = (γ/√2) U^{1/P} the perturbed
-parameters are independent and each rounds to a grid value with a chance that is a difference of normal distribution
-functions. A unit's mean is a sum over all grid values of its row; derivatives of the chances give the gradient of the
-smoothed network; s = U^{1/P}, of density P s^(P−1), is left for quadrature. Gaussian perturbations of all parameters, rows of three numbers at most.
+f = q(v)·relu(q(W) x̃) + q(c), x̃ = (x, 1), q the nearest multiple of a step. Given σ = (γ/√2) s, s = U^{1/P}, the
+perturbed parameters are independent and each rounds to a grid value with a chance that is a difference of normal
+distribution functions. A unit's mean is a sum over all grid values of its row; derivatives of the chances give the
+gradient of the smoothed network; s, of density P s^(P−1), is left for quadrature. Gaussian perturbations of all
+parameters, rows of three numbers at most.
 
 Axes: n examples, u hidden units, i numbers of a row of W, g grid values, P parameters.
 """
@@ -51,7 +52,10 @@ def nonlocal_gradient(
     node, weight = np.polynomial.legendre.leggauss(_NODES)
     node, weight = (node + 1.0) / 2.0, weight / 2.0
     parts = [
-        share * num_parameters * s ** (num_parameters - 1) * _gradient(extended, hidden, readout, offset, s * gamma / np.sqrt(2.0))
+        share
+        * num_parameters
+        * s ** (num_parameters - 1)
+        * _gradient(extended, hidden, readout, offset, s * gamma / np.sqrt(2.0))
         for s, share in zip(node, weight, strict=True)
     ]
     return np.sum(parts, axis=0)[:, None, :]

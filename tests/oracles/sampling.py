@@ -58,7 +58,7 @@ def block_means(
 def perturbations(
     rng: np.random.Generator, distribution: str, gamma: float, shapes: list[tuple[int, ...]], count: int
 ) -> Float[Array, "m P"]:
-    """z of so many draws, over tensors of these shapes in a row."""
+    """So many z, over tensors of these shapes in a row."""
     if distribution == "lowrank":
         parts = []
         for shape in shapes:

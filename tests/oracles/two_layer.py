@@ -48,7 +48,12 @@ def nonlocal_gradient(
 
 
 def radial_gradient(
-    unit: str, x: Float[Array, "n i"], w: Float[Array, "u i"], b: Array, v: Float[Array, "c u"], radii: Float[Array, "m"]
+    unit: str,
+    x: Float[Array, "n i"],
+    w: Float[Array, "u i"],
+    b: Array,
+    v: Float[Array, "c u"],
+    radii: Float[Array, "m"],
 ) -> Float[Array, "n c P"]:
     """g(x) as above, under a law of the radius |z| that so many equally likely radii stand for."""
     num_parameters = w.size + b.size + v.size + len(v)
@@ -86,6 +91,8 @@ def _gradient(mean: Array, slope: Array, extended: Array, v: Float[Array, "c u"]
     hidden = slope[:, None, :, None] * v[None, :, :, None] * extended[:, None, None, :]  # n c u (i + 1)
     first = hidden[..., :-1].reshape(num_examples, num_outputs, -1)
     eye = np.eye(num_outputs)
-    second = (eye[None, :, :, None] * mean[:, None, None, :]).reshape(num_examples, num_outputs, num_outputs * num_units)
+    second = (eye[None, :, :, None] * mean[:, None, None, :]).reshape(
+        num_examples, num_outputs, num_outputs * num_units
+    )
     last = np.broadcast_to(eye, (num_examples, *eye.shape))
     return np.concatenate([first, hidden[..., -1], second, last], axis=2)

@@ -33,7 +33,7 @@ LARGEST_ERROR, LEAST_SEPARATION = 0.02, 10.0
 LAWS = tuple(DISTRIBUTIONS)
 DESIGNS = ("iid", "antithetic", "orthogonal")
 UNITS = closed_forms.UNITS
-_BRUTE_FORCE_DRAWS, _BRUTE_FORCE_SEED = 1 << 18, 77
+BRUTE_FORCE_DRAWS, _BRUTE_FORCE_SEED = 1 << 18, 77
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def reference(name: str, law: str) -> Reference:
     if gradient is not None:
         rows = brute_force.rows_of(gradient, "trace")
         return Reference(rows @ rows.T, np.zeros((3, 3)), "quadrature", local)
-    options = {"draws": _BRUTE_FORCE_DRAWS, "blocks": BLOCKS, "seed": _BRUTE_FORCE_SEED}
+    options = {"draws": BRUTE_FORCE_DRAWS, "blocks": BLOCKS, "seed": _BRUTE_FORCE_SEED}
     kernel, stderr = sampling.nonlocal_kernel(subject.make(), subject.x, law, subject.gamma, **options)
     return Reference(kernel, stderr, "brute force", local)
 

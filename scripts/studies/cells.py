@@ -37,11 +37,16 @@ class Cell:
 
 
 class Answers:
-    """The answers so far, by section and key, as kept in a JSON file; every new one is written at once."""
+    """The answers so far, by section and key, as kept in a JSON file; every new one is written at once.
+
+    `versions` are those of Python and of what the last answer rests on.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sections: dict[str, dict[str, Answer]] = json.loads(path.read_text())["sections"] if path.exists() else {}
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.versions: dict[str, str | None] = kept.get("versions", {})
+        self.sections: dict[str, dict[str, Answer]] = kept.get("sections", {})
 
     def has(self, section: str, cell: Cell) -> bool:
         """Whether the cell was answered with these settings."""
@@ -52,6 +57,7 @@ class Answers:
         """Compute a cell and write its answer down, with the time that it took and the code that it is of."""
         began = time.perf_counter()
         answer = cell.compute()
+        self.versions = {name: version for name, version in environment_versions().items() if name in _SHOWN}
         self.sections.setdefault(section, {})[cell.key] = _plain(
             {
                 "settings": cell.settings,
@@ -72,8 +78,7 @@ class Answers:
     def write(self) -> None:
         """Replace the file, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        versions = {name: version for name, version in environment_versions().items() if name in _SHOWN}
-        content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+        content = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": self.versions}
         text = json.dumps(content | {"sections": self.sections}, indent=1, ensure_ascii=False)
         partial = self.path.with_suffix(".partial")
         partial.write_text(text + "\n")

@@ -28,7 +28,7 @@ Array = np.ndarray
 BLOCKS = 8
 BOUNDS = (0.92, 0.98)
 SEEDS, QUICK_SEEDS = 1000, 100
-_SKETCH = 64  # so short that most of the variance is its own
+SKETCH = 64  # so short that most of the variance is its own
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _network(question: Question, seeds: range) -> tuple[Array, Array, Array]:
         draws=question.draws,
         blocks=BLOCKS,
         contraction=question.contraction or "auto",
-        sketch=_SKETCH if question.contraction == "sketch" else "auto",
+        sketch=SKETCH if question.contraction == "sketch" else "auto",
     )
     own, _ = prepared_features(model, x, spec)
     sketching = question.contraction == "sketch"

@@ -44,6 +44,11 @@ class Subject:
     x: Tensor
     gamma: float
     draws: dict[str, int]
+    nu: float | None = None  # Student's, where the default has too few moments for the depth
+
+    def options(self, law: str) -> dict[str, float]:
+        """Options of a law."""
+        return {"nu": self.nu} if law == "student" and self.nu is not None else {}
 
 
 def _case(name: str, gamma: float, **draws: int) -> Subject:
@@ -80,7 +85,7 @@ NETWORKS = {
         _convnet, _normal_inputs(1, 4, 4), 0.35, {"weight": 1 << 16, "autodiff": 3072, "activation": 1 << 14}
     ),
     "transformer": Subject(
-        _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 4096, "activation": 1 << 13}
+        _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 4096, "activation": 1 << 13}, nu=20.0
     ),
 }
 NAMES = (*(f"{unit} unit" for unit in UNITS), *NETWORKS)
@@ -97,6 +102,8 @@ def _cell(name: str, law: str) -> Cell:
     draws = {estimator: draws_of(name, law, estimator) for estimator, _ in valid(name, law)}
     gamma = NETWORKS[name].gamma if name in NETWORKS else unit_problem(name, law).gamma
     settings = {"model": name, "law": law, "gamma": gamma, "draws": draws, "blocks": BLOCKS, "seed": 0}
+    if name in NETWORKS:
+        settings |= NETWORKS[name].options(law)
     return Cell(f"{name}, {law}", settings, lambda: _answer(name, law))
 
 
@@ -157,7 +164,9 @@ def reference(name: str, law: str) -> Reference:
         rows = brute_force.rows_of(gradient, "trace")
         return Reference(rows @ rows.T, np.zeros((3, 3)), "quadrature", local)
     options = {"draws": BRUTE_FORCE_DRAWS, "blocks": BLOCKS, "seed": _BRUTE_FORCE_SEED}
-    kernel, stderr = sampling.nonlocal_kernel(subject.make(), subject.x, law, subject.gamma, **options)
+    kernel, stderr = sampling.nonlocal_kernel(
+        subject.make(), subject.x, law, subject.gamma, **options, **subject.options(law)
+    )
     return Reference(kernel, stderr, "brute force", local)
 
 
@@ -230,7 +239,8 @@ def estimate(name: str, law: str, estimator: str, design: str) -> tuple[Array, A
     subject = NETWORKS[name]
     model = subject.make()
     draws = _whole_groups(draws_of(name, law, estimator), sum(p.numel() for p in model.parameters()), design)
-    options = {"gamma": subject.gamma, "distribution": law, "estimator": estimator, "design": design}
+    distribution = {"name": law, **subject.options(law)}
+    options = {"gamma": subject.gamma, "distribution": distribution, "estimator": estimator, "design": design}
     one = nonlocal_kernel(model, subject.x, draws=draws, blocks=BLOCKS, seed=0, **options)
     assert one.unbiased is not None
     assert one.stderr is not None

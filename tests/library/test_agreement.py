@@ -17,23 +17,23 @@ WEIGHT = {
     "sign network": ("iid", "antithetic", "orthogonal", "iid", "antithetic", "iid"),
     "relu network": ("antithetic", "orthogonal", "iid", "orthogonal", "iid", "antithetic"),
     "quantised network": ("orthogonal", "iid", "antithetic", "orthogonal", "iid", "antithetic"),
-    "transformer": ("orthogonal", "antithetic", "iid", "orthogonal", "antithetic", "iid"),
 }
-GRADIENTS = [
+OTHERS = [
     ("relu network", "ball", "autodiff", "antithetic"),
-    ("transformer", "student", "autodiff", "antithetic"),
     ("convnet", "sphere", "autodiff", "orthogonal"),
     ("sign network", "gaussian", "activation", "antithetic"),
     ("relu network", "gaussian", "activation", "iid"),
     ("convnet", "gaussian", "activation", "iid"),
-    ("transformer", "gaussian", "activation", "antithetic"),
+    ("transformer", "fractional", "weight", "orthogonal"),
+    ("transformer", "student", "weight", "iid"),
+    ("transformer", "lowrank", "weight", "antithetic"),
 ]
 DIFFERENCES = [
     (name, law, "weight", design) for name, designs in WEIGHT.items() for law, design in zip(LAWS, designs, strict=True)
 ]
 
 
-@pytest.mark.parametrize(("name", "law", "estimator", "design"), DIFFERENCES + GRADIENTS)
+@pytest.mark.parametrize(("name", "law", "estimator", "design"), DIFFERENCES + OTHERS)
 def test_networks_have_the_kernel_of_the_reference(name: str, law: str, estimator: str, design: str):
     assert (estimator, design) in agreement.valid(name, law)
     truth = reference(name, law)

@@ -26,16 +26,35 @@ _AT_ONCE = 4096
 
 
 def nonlocal_kernel(
-    model: nn.Module, x: Tensor, distribution: str, gamma: float, *, draws: int, blocks: int, seed: int
+    model: nn.Module,
+    x: Tensor,
+    distribution: str,
+    gamma: float,
+    *,
+    draws: int,
+    blocks: int,
+    seed: int,
+    **options: float,
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
-    """The trace kernel of all parameters and its standard error; `draws` is a multiple of 2·`blocks`."""
-    means = block_means(model, x, distribution, gamma, draws=draws, blocks=blocks, seed=seed)
+    """The trace kernel of all parameters and its standard error; `draws` is a multiple of 2·`blocks`.
+
+    `options` are those of `radial.radius_law`.
+    """
+    means = block_means(model, x, distribution, gamma, draws=draws, blocks=blocks, seed=seed, **options)
     products = brute_force.block_products(means, means)
     return brute_force.unbiased(products), np.sqrt(brute_force.jackknife_variance(products))
 
 
 def block_means(
-    model: nn.Module, x: Tensor, distribution: str, gamma: float, *, draws: int, blocks: int, seed: int
+    model: nn.Module,
+    x: Tensor,
+    distribution: str,
+    gamma: float,
+    *,
+    draws: int,
+    blocks: int,
+    seed: int,
+    **options: float,
 ) -> Float[Array, "R n C P"]:
     """g_r of every block."""
     function, theta, shapes = _function(model, x)
@@ -46,7 +65,7 @@ def block_means(
         total, left = np.zeros((*centre.shape, len(theta))), draws // blocks // 2
         while left:
             count = min(left, _AT_ONCE)
-            z = perturbations(rng, distribution, gamma, shapes, count)
+            z = perturbations(rng, distribution, gamma, shapes, count, **options)
             directions = 2.0 * z / gamma**2 if distribution == "lowrank" else z * len(theta) / (z**2).sum(1)[:, None]
             odd = 0.5 * (function(theta + z) - function(theta - z))  # ±z, whose directions are opposite
             total += (odd.reshape(count, -1).T @ directions).reshape(total.shape)
@@ -56,7 +75,12 @@ def block_means(
 
 
 def perturbations(
-    rng: np.random.Generator, distribution: str, gamma: float, shapes: list[tuple[int, ...]], count: int
+    rng: np.random.Generator,
+    distribution: str,
+    gamma: float,
+    shapes: list[tuple[int, ...]],
+    count: int,
+    **options: float,
 ) -> Float[Array, "m P"]:
     """So many z, over tensors of these shapes in a row."""
     if distribution == "lowrank":
@@ -69,7 +93,7 @@ def perturbations(
             parts.append((a * b).reshape(count, -1))
         return gamma / np.sqrt(2.0) * np.concatenate(parts, axis=1)
     n = rng.normal(size=(count, sum(map(math.prod, shapes))))
-    law = radial.radius_law(distribution, gamma, n.shape[1])
+    law = radial.radius_law(distribution, gamma, n.shape[1], **options)
     radius = law if isinstance(law, float) else law.ppf(rng.uniform(size=(count, 1)))
     return radius * n / np.linalg.norm(n, axis=1, keepdims=True)
 

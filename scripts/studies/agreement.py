@@ -85,7 +85,7 @@ NETWORKS = {
         _convnet, _normal_inputs(1, 4, 4), 0.35, {"weight": 1 << 16, "autodiff": 3072, "activation": 1 << 14}
     ),
     "transformer": Subject(
-        _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 4096, "activation": 1 << 13}, nu=20.0
+        _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 1024, "activation": 1 << 13}, nu=20.0
     ),
 }
 NAMES = (*(f"{unit} unit" for unit in UNITS), *NETWORKS)
@@ -131,7 +131,8 @@ def valid(name: str, law: str) -> list[tuple[str, str]]:
 def draws_of(name: str, law: str, estimator: str) -> int:
     """Draws for the power; the fractional law is dense where a sign rarely flips, and reaches far as well."""
     if name in NETWORKS:
-        return NETWORKS[name].draws[estimator] * (3 if (law, estimator) == ("fractional", "autodiff") else 1)
+        more = 8 if name == "transformer" else 3
+        return NETWORKS[name].draws[estimator] * (more if (law, estimator) == ("fractional", "autodiff") else 1)
     if estimator == "autodiff":
         return 1 << 16
     return 1 << 19 if (name, law) == ("sign unit", "fractional") else 1 << 18

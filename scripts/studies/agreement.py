@@ -88,6 +88,13 @@ NETWORKS = {
         _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 1024, "activation": 1 << 13}, nu=20.0
     ),
 }
+# So many times the draws of `autodiff`, where a law's radii vary most.
+_MORE_GRADIENTS = {
+    ("relu network", "fractional"): 3,
+    ("convnet", "fractional"): 3,
+    ("convnet", "student"): 2,
+    ("transformer", "fractional"): 8,
+}
 NAMES = (*(f"{unit} unit" for unit in UNITS), *NETWORKS)
 
 
@@ -131,8 +138,7 @@ def valid(name: str, law: str) -> list[tuple[str, str]]:
 def draws_of(name: str, law: str, estimator: str) -> int:
     """Draws for the power; the fractional law is dense where a sign rarely flips, and reaches far as well."""
     if name in NETWORKS:
-        more = 8 if name == "transformer" else 3
-        return NETWORKS[name].draws[estimator] * (more if (law, estimator) == ("fractional", "autodiff") else 1)
+        return NETWORKS[name].draws[estimator] * (_MORE_GRADIENTS.get((name, law), 1) if estimator == "autodiff" else 1)
     if estimator == "autodiff":
         return 1 << 16
     return 1 << 19 if (name, law) == ("sign unit", "fractional") else 1 << 18

@@ -80,12 +80,13 @@ def _span(low: int, high: int) -> str:
 def coverage_facts(cells: Cells) -> Answer:
     """One row a question."""
     rows = [{**cell["settings"], **cell["answer"]} for cell in cells.values()]
-    outside = [key for key, cell in cells.items() if not cell["answer"]["within"]]
+    low, high = coverage.BOUNDS
+    outside = [key for key, cell in cells.items() if cell["answer"]["lowest"] < low or cell["answer"]["highest"] > high]
     return {
         "seeds": " and ".join(f"{count:,}" for count in _unique(row["seeds"] for row in rows)),
         "count": len(rows),
-        "within": sum(row["within"] for row in rows),
-        "outside": "; ".join(outside),
+        "within": sum(low <= row["mean"] <= high for row in rows),
+        "outside": outside,
         "sketch": coverage.SKETCH,
         "rows": [
             {

@@ -3,10 +3,11 @@
 Axes: none.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from scripts.studies import agreement, coverage
+from scripts.studies import agreement, cost, coverage, limits
 from scripts.studies.cells import Answer
 
 Cells = dict[str, Answer]
@@ -87,6 +88,9 @@ def coverage_facts(cells: Cells) -> Answer:
         "count": len(rows),
         "within": sum(low <= row["mean"] <= high for row in rows),
         "outside": outside,
+        "scatter": f"{100 * math.sqrt(coverage.NOMINAL * (1 - coverage.NOMINAL) / rows[0]['seeds']):.1f} %",
+        "low": f"{100 * low:.0f}",
+        "high": f"{100 * high:.0f}",
         "sketch": coverage.SKETCH,
         "rows": [
             {
@@ -106,6 +110,8 @@ def cost_facts(cells: Cells) -> Answer:
     return {
         "examples": settings["examples"],
         "gamma": settings["gamma"],
+        "widths": " and ".join(map(str, settings["widths"])),
+        "target": f"{cost.TARGET:.0%}".replace("%", " %"),
         "blocks": settings["blocks"],
         "networks": [_network(key, cell) for key, cell in cells.items()],
     }
@@ -182,6 +188,8 @@ def limits_facts(cells: Cells) -> Answer:
     small = [cell for key, cell in cells.items() if key.startswith("small")]
     scales = [cell for key, cell in cells.items() if key.startswith("scales")]
     return {
+        "few": limits.FEW_DRAWS,
+        "range": f"{limits.DIFFERENCE_RANGE:g}",
         "ranges": [f"{gamma:g}" for gamma in small[0]["settings"]["ranges"]],
         "draws": f"{small[0]['answer']['draws']:,}",
         "limit": f"{max(cell['answer']['limit'] for cell in small):.2f}",

@@ -19,6 +19,7 @@ from tests.oracles.statistics import critical_value
 RANGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MODELS = ("tanh_mlp", "relu_mlp", "convnet", "attention", "batch_norm", "embedding")
 _BLOCKS, _DIFFERENCES = 16, 4096
+DIFFERENCE_RANGE, FEW_DRAWS = 1e-3, 8
 
 
 def cells(*, quick: bool) -> list[Cell]:
@@ -33,10 +34,10 @@ def cells(*, quick: bool) -> list[Cell]:
 
 
 def _small(name: str) -> Answer:
-    """Distances from the local kernel by range, and t of differences at the range of 1e-3."""
+    """Distances from the local kernel by range, and t of differences at one range."""
     model, x = case(name).build(), case(name).inputs(4)
     local = local_kernel(model, x, outputs="full").numpy()
-    few = {"draws": 8, "blocks": 4, "outputs": "full"}
+    few = {"draws": FEW_DRAWS, "blocks": 4, "outputs": "full"}
 
     def distance(kernel: Tensor) -> float:
         return float(np.linalg.norm(kernel.numpy() - local) / np.linalg.norm(local))
@@ -49,7 +50,7 @@ def _small(name: str) -> Answer:
         "averaged": [distance(averaged_kernel(model, x, gamma=gamma, **few).kernel) for gamma in RANGES],
     }
     trace = local_kernel(model, x).numpy()
-    many = {"gamma": 1e-3, "draws": _DIFFERENCES, "blocks": _BLOCKS}
+    many = {"gamma": DIFFERENCE_RANGE, "draws": _DIFFERENCES, "blocks": _BLOCKS}
     differences = {
         "weight": _student(nonlocal_kernel(model, x, estimator="weight", **many), trace),
         "covariance": _student(covariance_kernel(model, x, **many), trace),

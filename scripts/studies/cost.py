@@ -42,6 +42,7 @@ BLOCKS = 8
 NUM_EXAMPLES = 32
 WIDTHS = (300, 300)
 _REFERENCE_SEED = 1_000_000
+_MOST_GRADIENTS = 32
 _BEST = {"relu": "autodiff", "sign": "activation"}
 
 Ladder = dict[int, int]  # draws -> seeds
@@ -53,6 +54,11 @@ class Effort:
 
     ladders: dict[str, Ladder]
     reference: dict[str, int]
+
+    def ladder(self, estimator: str, num_outputs: int) -> Ladder:
+        """The ladder of an estimator: that of gradients ends early where outputs are many, whose products are dear."""
+        highest = _MOST_GRADIENTS if estimator == "autodiff" and num_outputs > 1 else math.inf
+        return {draws: seeds for draws, seeds in self.ladders[estimator].items() if draws <= highest}
 
 
 FULL = Effort(
@@ -75,7 +81,7 @@ def cells(*, quick: bool) -> list[Cell]:
     result = []
     for key, draws in effort.reference.items():
         activation, outputs = key.split("-")
-        ladders = {name: effort.ladders[name] for name in (_BEST[activation], "weight")}
+        ladders = {name: effort.ladder(name, int(outputs)) for name in (_BEST[activation], "weight")}
         settings = {
             "activation": activation,
             "num_outputs": int(outputs),
@@ -161,7 +167,7 @@ def _study(activation: str, num_outputs: int, reference_draws: int, effort: Effo
             contraction = "means" if estimator == "activation" else "auto"
             options = {"estimator": estimator, "design": design, "contraction": contraction}
             spec = KernelSpec(gamma=GAMMA, draws=64, blocks=BLOCKS, **options)
-            points = _climb(model, x, spec, effort.ladders[estimator], truth)
+            points = _climb(model, x, spec, effort.ladder(estimator, num_outputs), truth)
             methods += _methods(estimator, design, points, num_outputs, reference.relative_error)
     return {
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from nntk_dist import local_kernel
 from nntk_dist.activation import ActivationFeatures
 from nntk_dist.capture import Site
-from nntk_dist.features import Rows
 from nntk_dist.layer_noise import NoiseSite
 from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import NoisePlan, plan_noise
 from nntk_dist.parameters import ParameterSpace, select_parameters
-from nntk_dist.sketching import Sketch
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import sketch_variance
 from tests.library.many_seeds import check
+from tests.library.projecting import sketch_of_formed
 from tests.library.test_activation import contracted, features_of
 from tests.library.test_activation_unbiased import two_layer_kernel
 from tests.library.tools import all_rows, assert_equal, estimates_of
@@ -68,23 +67,6 @@ def sketched(name: str, sketch: int = 64, **options) -> tuple[ActivationFeatures
         gamma=0.9, estimator="activation", draws=8, blocks=4, contraction="sketch", sketch=sketch, **options
     )
     return features_of(name, spec), spec
-
-
-def sketch_of_formed(features: ActivationFeatures, rows: Rows, sketch: Sketch) -> dict[str, Tensor]:
-    """Rows of a sketching feature map from those of one that forms all gradients: `dense` projected layer by layer."""
-    space, dense = features.evaluator.space, rows["dense"]
-    shapes = dict(zip(space.names, space.shapes, strict=True))
-    total, offset = torch.zeros(*dense.shape[:3], sketch.num_columns, dtype=dense.dtype), 0
-    for each in features.plan.noisy:
-        layer = dense[..., offset : offset + each.num_parameters].unflatten(3, (each.units, each.width))
-        offset += each.num_parameters
-        start = 0
-        for _, name in each.site.parameters:
-            width = int(np.prod(shapes[name][1:], dtype=int))
-            part = layer[..., start : start + width].flatten(1, 2).reshape(len(dense), -1, *shapes[name])
-            total += sketch.of_gradient(name, part).unflatten(1, dense.shape[1:3])
-            start += width
-    return {name: values for name, values in rows.items() if name != "dense"} | {"sketch": total}
 
 
 @pytest.mark.parametrize("name", ["deep_sign_mlp", "sign_mlp_no_bias", "attention", "convnet"])

@@ -25,12 +25,22 @@ BOUNDS = (0.92, 0.98)
         ("averaged", "relu", "autodiff", "iid"),
         ("nonlocal", "sign", "weight", "orthogonal"),
         ("nonlocal", "relu", "autodiff", "orthogonal"),
+        ("nonlocal", "sign", "weight", "antithetic"),
+        ("nonlocal", "relu", "autodiff", "antithetic"),
     ],
 )
 def test_intervals_cover_the_closed_form(kind: str, unit: str, estimator: str, design: str):
     """And their centres are right on average."""
     problem = Problem(unit, 4, kind)
     result = runs(problem, estimator, SEEDS, draws=256, design=design)
+    assert_coverage(covered(result.centre, problem.exact(), result.stderr, 8), BOUNDS)
+    assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
+
+
+def test_intervals_under_heavy_tails():
+    """The law whose radii vary most."""
+    problem = Problem("relu", 4, distribution="student")
+    result = runs(problem, "weight", SEEDS, draws=256)
     assert_coverage(covered(result.centre, problem.exact(), result.stderr, 8), BOUNDS)
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 

@@ -76,6 +76,22 @@ def nonlocal_gradient(unit: str, theta: Array, x: Float[Array, "n P"], gamma: fl
     return np.where(spread > 0, slope, 0.0)[:, None] * x
 
 
+def gaussian_gradient(unit: str, theta: Array, x: Float[Array, "n P"], gamma: float) -> Float[Array, "n P"]:
+    """E[Δ · 2z/γ²] = E[∇f(θ + z)], the gradient of the smoothed unit: what a vector has under low-rank perturbations.
+
+    linear x, quadratic (θ·x) x, sign x · 2φ(κ)/(s|x|), relu x · Φ(κ), with κ = θ·x/(s|x|).
+    """
+    spread = gamma / np.sqrt(2.0) * np.linalg.norm(x, axis=1)
+    kappa = x @ theta / spread
+    slopes = {
+        "linear": np.ones_like(kappa),
+        "quadratic": x @ theta,
+        "sign": np.sqrt(2.0 / np.pi) * np.exp(-(kappa**2) / 2.0) / spread,
+        "relu": special.ndtr(kappa),
+    }
+    return slopes[unit][:, None] * x
+
+
 def nonlocal_kernel(unit: str, theta: Array, x1: Array, x2: Array, gamma: float) -> Float[Array, "n1 n2"]:
     """The nonlocal tangent kernel Θ(x, x') = g(x)·g(x'), localised (divide by P² for `raw`)."""
     return nonlocal_gradient(unit, theta, x1, gamma) @ nonlocal_gradient(unit, theta, x2, gamma).T

@@ -1,0 +1,22 @@
+"""Studies of the estimators: what `scripts/estimators.py` measures, keeps and writes down, a question a room.
+
+    cells       what a study is made of: cells, computed one by one and kept in a JSON file
+    agreement   estimators, designs and distributions against closed forms, quadrature and brute force
+    coverage    how often intervals hold the truth
+    cost        error against forward passes and seconds, on networks of 100,000 parameters
+    limits      small ranges and scales
+    page        the page and its plots, from the JSON file alone
+
+They use the oracles of `tests`, which share no code with the library.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from scripts.studies import agreement, cost, coverage, limits
+from scripts.studies.cells import Cell
+
+# Sections of the page, in its order.
+SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
+    {"agreement": agreement.cells, "coverage": coverage.cells, "cost": cost.cells, "limits": limits.cells}
+)

@@ -1,0 +1,85 @@
+"""Limits that are known: small ranges give the ordinary kernel, and scales differ by the square of P.
+
+Gradients reach the local kernel to rounding, of whatever draws; differences reach it within their own noise, which a
+range cannot shrink, so what is asked of them is Student's t. Other limits have rooms of their own to come.
+
+Axes: n examples, S draws, P parameters.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from nntk_dist import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
+from scripts.studies.cells import Answer, Cell
+from tests.oracles.cases import case
+from tests.oracles.statistics import critical_value
+
+RANGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+MODELS = ("tanh_mlp", "relu_mlp", "convnet", "attention", "batch_norm", "embedding")
+_BLOCKS, _DIFFERENCES = 16, 4096
+DIFFERENCE_RANGE, FEW_DRAWS = 1e-3, 8
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """Two cells for each model: its small ranges, its scales."""
+    models = MODELS[:2] if quick else MODELS
+    small = [
+        Cell(f"small ranges, {name}", {"model": name, "ranges": list(RANGES)}, lambda name=name: _small(name))
+        for name in models
+    ]
+    scales = [Cell(f"scales, {name}", {"model": name}, lambda name=name: _scales(name)) for name in models]
+    return small + scales
+
+
+def _small(name: str) -> Answer:
+    """Distances from the local kernel by range, and t of differences at one range."""
+    model, x = case(name).build(), case(name).inputs(4)
+    local = local_kernel(model, x, outputs="full").numpy()
+    few = {"draws": FEW_DRAWS, "blocks": 4, "outputs": "full"}
+
+    def distance(kernel: Tensor) -> float:
+        return float(np.linalg.norm(kernel.numpy() - local) / np.linalg.norm(local))
+
+    gradients = {
+        "autodiff": [
+            distance(nonlocal_kernel(model, x, gamma=gamma, estimator="autodiff", statistic="plugin", **few).kernel)
+            for gamma in RANGES
+        ],
+        "averaged": [distance(averaged_kernel(model, x, gamma=gamma, **few).kernel) for gamma in RANGES],
+    }
+    trace = local_kernel(model, x).numpy()
+    many = {"gamma": DIFFERENCE_RANGE, "draws": _DIFFERENCES, "blocks": _BLOCKS}
+    differences = {
+        "weight": _student(nonlocal_kernel(model, x, estimator="weight", **many), trace),
+        "covariance": _student(covariance_kernel(model, x, **many), trace),
+    }
+    limit = critical_value(trace.size, _BLOCKS - 1)
+    return {"distances": gradients, "differences": differences, "limit": limit, "draws": _DIFFERENCES}
+
+
+def _student(estimate: KernelEstimate, local: np.ndarray) -> dict[str, float]:
+    """The largest |t| against the local kernel, and the largest standard error by its mean diagonal."""
+    centre = estimate.kernel if estimate.unbiased is None else estimate.unbiased
+    assert estimate.stderr is not None
+    stderr = estimate.stderr.numpy()
+    t = np.abs(centre.numpy() - local) / stderr
+    return {"t": float(t.max()), "largest_error": float(stderr.max() / np.diag(local).mean())}
+
+
+def _scales(name: str) -> Answer:
+    """What is raw, times P², against what is localized: the largest difference by the largest entry, for every kind."""
+    model, x = case(name).build(), case(name).inputs(4)
+    kinds: dict[str, Callable[..., KernelEstimate]] = {
+        "nonlocal": nonlocal_kernel,
+        "covariance": covariance_kernel,
+        "averaged": averaged_kernel,
+    }
+    result = {}
+    for kind, function in kinds.items():
+        options = {"gamma": 0.5, "draws": 8, "blocks": 4}
+        localized, raw = (function(model, x, scale=scale, **options) for scale in ("localized", "raw"))
+        difference = (raw.kernel * localized.num_parameters**2 - localized.kernel).abs().max()
+        result[kind] = float(difference / localized.kernel.abs().max())
+    return {"num_parameters": sum(p.numel() for p in model.parameters()), "differences": result}

@@ -1,0 +1,48 @@
+"""Sketches made from gradients that were formed: what a feature map that sketches computes, the slow way round.
+
+A sketch of a block mean is the mean of the draws' sketches, so that gradients formed once serve any number of sketches.
+The probes are the library's; that its own features agree is tested where they are.
+
+Axes: n rows, r blocks, c outputs, k columns.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nntk_dist.activation import ActivationFeatures
+from nntk_dist.features import Rows
+from nntk_dist.gradients import GradientFeatures
+from nntk_dist.sketching import Sketch
+
+
+def sketch_of_formed(features: ActivationFeatures, rows: Rows, sketch: Sketch) -> dict[str, Tensor]:
+    """Rows of a sketching feature map from those of one that forms all gradients: `dense` projected layer by layer."""
+    space, dense = features.evaluator.space, rows["dense"]
+    shapes = dict(zip(space.names, space.shapes, strict=True))
+    total, offset = torch.zeros(*dense.shape[:3], sketch.num_columns, dtype=dense.dtype), 0
+    for each in features.plan.noisy:
+        layer = dense[..., offset : offset + each.num_parameters].unflatten(3, (each.units, each.width))
+        offset += each.num_parameters
+        start = 0
+        for _, name in each.site.parameters:
+            width = int(np.prod(shapes[name][1:], dtype=int))
+            part = layer[..., start : start + width].flatten(1, 2).reshape(len(dense), -1, *shapes[name])
+            total += sketch.of_gradient(name, part).unflatten(1, dense.shape[1:3])
+            start += width
+    return {name: values for name, values in rows.items() if name != "dense"} | {"sketch": total}
+
+
+def sketch_of_gradients(features: GradientFeatures, rows: Rows, sketch: Sketch) -> dict[str, Tensor]:
+    """The same of `autodiff`, where every parameter is in the means."""
+    space, dense = features.evaluator.space, rows["dense"]
+    shapes = dict(zip(space.names, space.shapes, strict=True))
+    names = features.plan.dense_names()
+    parts = dense.split([int(np.prod(shapes[name], dtype=int)) for name in names], dim=3)
+    total = torch.stack(
+        [
+            sketch.of_gradient(name, part.flatten(1, 2).reshape(len(dense), -1, *shapes[name]))
+            for name, part in zip(names, parts, strict=True)
+        ]
+    ).sum(0)
+    return {"sketch": total.unflatten(1, dense.shape[1:3])}

@@ -16,12 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
-from scripts.studies.page import write_page  # noqa: E402
 
 from nntk_dist.errors import NNTKError, check_choice  # noqa: E402
 from pipeline.progress import make_progress  # noqa: E402
 from scripts.studies import SECTIONS  # noqa: E402
 from scripts.studies.cells import Answers, answer_all  # noqa: E402
+from scripts.studies.page import write_page  # noqa: E402
 
 Out = Annotated[Path | None, typer.Option(help="The page; figures, plots and JSON lie beside it.")]
 Only = Annotated[list[str] | None, typer.Option(help=f"Measure this section alone: {', '.join(SECTIONS)}.")]

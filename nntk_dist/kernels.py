@@ -280,11 +280,10 @@ def _compute(
     for caution in () if resolution.probes is None else resolution.probes.cautions:
         warnings.warn(caution, NNTKWarning, stacklevel=3)  # where the public function was called
     ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
-    reached = None
+    look = None
     if spec.rtol is not None:
         resolution, look = find_draws(prepared, inputs, ids, spec, resolution, batch=batch)
-        reached = look.reaches(spec.rtol)
-        if not reached:
+        if not look.reaches(spec.rtol):
             warnings.warn(verdict(look, rtol=spec.rtol, max_draws=spec.max_draws), NNTKWarning, stacklevel=3)
     features = make_feature_map(prepared, inputs[0], spec, resolution)
     everything = range(features.num_draws)
@@ -293,7 +292,16 @@ def _compute(
         for x, names in zip(inputs, ids, strict=True)
     ]
     estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
-    return replace(_result(estimates, calibration, features, spec, resolution, dtype), reached=reached)
+    result = _result(estimates, calibration, features, spec, resolution, dtype)
+    if look is None or spec.rtol is None:
+        return result
+    # what the pilot knows of the error, from more blocks than the kernel has
+    return replace(
+        result,
+        relative_error=look.relative_error,
+        relative_error_bound=look.bound,
+        reached=look.reaches(spec.rtol),
+    )
 
 
 def _check_inputs(x: object, name: str) -> Tensor:

@@ -1,17 +1,18 @@
 """The pilot of a kernel with an asked accuracy: looks at a sample of its rows until the draws are enough.
 
-The sample is the one that calibrates the whole kernel's standard errors, so the last look is the error that the kernel
-itself will state. Every look computes its draws anew: a function of their number alone, and together the looks cost a
-few times the last one, on at most 64 + 64 rows (more where one side has few).
+The sample is the one that calibrates the whole kernel's standard errors, divided into more blocks where that is the
+same kernel, so as to know its error better. Every look computes its draws anew: a function of their number alone, and
+together the looks cost a few times the last one, on at most 64 + 64 rows (more where one side has few).
 
 Axes: n1, n2 rows and columns of the kernel.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nntk_dist.accuracy import Look, next_draws
+from nntk_dist.accuracy import Look, blocks_to_look_at, next_draws
 from nntk_dist.batches import compute_rows
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap
@@ -39,11 +40,24 @@ def find_draws(
     looks: list[Look] = []
     num_draws: int | None = resolution.num_draws
     while num_draws is not None:
-        resolution = with_draws(model, inputs[0], spec, resolution, num_draws)
-        features = make_feature_map(model, inputs[0], spec, resolution)
-        looks.append(Look.of(num_draws, _calibration(features, inputs, ids, spec, batch)))
+        looked_at = spec_to_look_at(spec, num_draws, resolution.num_parameters)
+        features = make_feature_map(
+            model, inputs[0], looked_at, with_draws(model, inputs[0], looked_at, resolution, num_draws)
+        )
+        calibration = _calibration(features, inputs, ids, looked_at, batch)
+        looks.append(Look.of(num_draws, calibration, looked_at=looked_at.blocks, blocks=spec.blocks))
         num_draws = next_draws(looks, rtol=spec.rtol, max_draws=spec.max_draws, unit=unit)
-    return resolution, looks[-1]
+    return with_draws(model, inputs[0], spec, resolution, looks[-1].draws), looks[-1]
+
+
+def spec_to_look_at(spec: KernelSpec, num_draws: int, num_parameters: int) -> KernelSpec:
+    """The kernel with its draws in more blocks, where that is the same kernel: not so with weights of draws, which are
+    normalised within a block, nor with orthogonal groups, whose size depends on it.
+    """
+    if spec.design == "orthogonal" or not spec.weighting.is_fixed:
+        return spec
+    group = spec.draw_unit(num_draws, num_parameters) // spec.blocks
+    return replace(spec, blocks=blocks_to_look_at(num_draws, spec.blocks, group), draws=num_draws)
 
 
 def _calibration(

@@ -24,14 +24,21 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         "train": job.sizes.num_train,
         "test": job.sizes.num_test,
     }
-    if looks := looks_of(ledger):
-        assert job.spec.rtol is not None
-        results |= {"rtol": job.spec.rtol, "rtol_reached": looks[-1].reaches(job.spec.rtol)}
-        results["rtol_verdict"] = verdict(looks[-1], rtol=job.spec.rtol, max_draws=job.spec.max_draws)
     for row in ledger.rows("calibration"):
         results[f"{row.tile}_relative_error_bound"] = row.numbers["bound"]
         results[f"{row.tile}_relative_error"] = row.numbers["relative_error"]
         results[f"{row.tile}_stderr_level"] = row.numbers["level"]
+    if looks := looks_of(ledger):
+        assert job.spec.rtol is not None
+        last, rtol = looks[-1], job.spec.rtol
+        results |= {
+            "rtol": rtol,
+            "rtol_reached": last.reaches(rtol),
+            "rtol_verdict": verdict(last, rtol=rtol, max_draws=job.spec.max_draws),
+            # what the pilot knows of the error, from more blocks than the kernel has
+            "train_relative_error": last.relative_error,
+            "train_relative_error_bound": last.bound,
+        }
     for stage, prefix in (("gram", "train/gram"), ("test", "test/gram")):
         results |= _tile_results(ledger.rows(stage), prefix, stage if stage == "test" else "train")
     for row in ledger.rows("spectrum"):

@@ -7,14 +7,18 @@ Axes: none.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nntk_dist.accuracy import Look
+from nntk_dist.pilot import spec_to_look_at
+from nntk_dist.resolution import with_draws
 from pipeline.calibrating import calibrate_array
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task
 
 NAME = "pilot"
 USES_ALL_THREADS = False
+_EXAMPLES = 8  # on which layer formulas are checked
 
 
 def look_task(job: Job) -> Task:
@@ -28,9 +32,14 @@ def tasks(job: Job) -> Iterator[Task]:
 
 
 def execute(context: Context, task: Task) -> Written:
-    """Calibrate the train kernel with the draws of the task's job."""
+    """Calibrate the train kernel with the draws of the task's job, in as many blocks as tell most."""
     job: Job = task.arguments["job"]
-    with_draws = Context(job, context.dataset, context.state)
-    return Written(
-        numbers=Look.of(job.sizes.num_draws, calibrate_array(with_draws, with_draws.features, "train")).numbers
-    )
+    num_draws = job.sizes.num_draws
+    spec = spec_to_look_at(job.spec, num_draws, job.sizes.num_parameters)
+    examples = context.inputs("train", slice(0, _EXAMPLES))
+    resolution = with_draws(context.model, examples, spec, job.resolution, num_draws)
+    sizes = replace(job.sizes, num_blocks=spec.blocks)
+    look_at = Context(replace(job, spec=spec, resolution=resolution, sizes=sizes), context.dataset, context.state)
+    calibration = calibrate_array(look_at, look_at.features, "train")
+    look = Look.of(num_draws, calibration, looked_at=spec.blocks, blocks=job.spec.blocks)
+    return Written(numbers=look.numbers)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from scripts.studies import agreement, cost, coverage, limits
+from scripts.studies import accuracy, agreement, cost, coverage, limits
 from scripts.studies.cells import Answer
 
 Cells = dict[str, Answer]
@@ -183,6 +183,42 @@ def _factors(answer: Answer, statistic: str) -> dict[str, str]:
     }
 
 
+def accuracy_facts(cells: Cells) -> Answer:
+    """Searches by an asked accuracy, a row for each task."""
+    first = next(iter(cells.values()))
+    rows = [{"task": key, **_search(cell["answer"])} for key, cell in cells.items()]
+    return {
+        "rtol": f"{first['settings']['rtol']:.0%}".replace("%", " %"),
+        "runs": first["settings"]["runs"],
+        "share": f"{accuracy.SHARE:.0%}".replace("%", " %"),
+        "held": all(cell["answer"]["below"] >= accuracy.SHARE * cell["answer"]["runs"] for cell in cells.values()),
+        "dearest": f"{max(_price(cell['answer']) for cell in cells.values()):.2f}",
+        "searches": rows,
+    }
+
+
+def _price(answer: Answer) -> float:
+    """Draws of the median search over the smallest fixed number that does."""
+    return float(answer["median_draws"]) / float(answer["smallest_fixed"])
+
+
+def _search(answer: Answer) -> dict[str, str]:
+    low, high = answer["draws_5_95"]
+    return {
+        "below": f"{answer['below']} of {answer['runs']}",
+        "error": f"{100 * answer['median_error']:.2g} %",
+        "bound": f"{100 * answer['median_bound']:.2g} %",
+        "draws": f"{answer['median_draws']:,.0f}",
+        "spread": f"{low:,.0f} to {high:,.0f}",
+        "smallest": f"{answer['smallest_fixed']:,}",
+        "price": f"{_price(answer):.2f}",
+        "shares": ", ".join(
+            f"{int(draws):,}: {share:.0%}".replace("%", " %") for draws, share in answer["shares"].items()
+        ),
+        "reference": f"{100 * answer['reference_error']:.2g} %" if answer["reference_error"] else "closed form",
+    }
+
+
 def limits_facts(cells: Cells) -> Answer:
     """Small ranges and scales of each model."""
     small = [cell for key, cell in cells.items() if key.startswith("small")]
@@ -199,6 +235,13 @@ def limits_facts(cells: Cells) -> Answer:
             for kernel, distances in cell["answer"]["distances"].items()
         ],
         "differences": [{"model": cell["settings"]["model"], **_differences(cell["answer"])} for cell in small],
+        "temperatures": [f"{temperature:g}" for temperature in limits.TEMPERATURES],
+        "high": [
+            {"model": cell["settings"]["model"], "score": score, "distances": [f"{d:.0e}" for d in distances]}
+            for key, cell in cells.items()
+            if key.startswith("temperatures")
+            for score, distances in cell["answer"].items()
+        ],
         "scales": [
             {
                 "model": cell["settings"]["model"],

@@ -1,14 +1,17 @@
-"""Limits that are known: small ranges give the ordinary kernel, and scales differ by the square of P.
+"""Limits that are known: small ranges give the ordinary kernel, scales differ by the square of P, and weights of draws
+at a high temperature are equal.
 
 Gradients reach the local kernel to rounding, of whatever draws; differences reach it within their own noise, which a
-range cannot shrink, so what is asked of them is Student's t. Other limits have rooms of their own to come.
+range cannot shrink, so what is asked of them is Student's t.
 
 Axes: n examples, S draws, P parameters.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nntk_dist import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
@@ -17,6 +20,7 @@ from tests.oracles.cases import case
 from tests.oracles.statistics import critical_value
 
 RANGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+TEMPERATURES = (1.0, 1e1, 1e2, 1e4, 1e6, 1e8, math.inf)
 MODELS = ("tanh_mlp", "relu_mlp", "convnet", "attention", "batch_norm", "embedding")
 _BLOCKS, _DIFFERENCES = 16, 4096
 DIFFERENCE_RANGE, FEW_DRAWS = 1e-3, 8
@@ -30,7 +34,13 @@ def cells(*, quick: bool) -> list[Cell]:
         for name in models
     ]
     scales = [Cell(f"scales, {name}", {"model": name}, lambda name=name: _scales(name)) for name in models]
-    return small + scales
+    names = ["relu_mlp"] if quick else ["relu_mlp", "deep_sign_mlp"]
+    tried = [f"{temperature:g}" for temperature in TEMPERATURES]
+    high = [
+        Cell(f"temperatures, {name}", {"model": name, "temperatures": tried}, lambda name=name: _high(name))
+        for name in names
+    ]
+    return small + scales + high
 
 
 def _small(name: str) -> Answer:
@@ -83,3 +93,24 @@ def _scales(name: str) -> Answer:
         difference = (raw.kernel * localized.num_parameters**2 - localized.kernel).abs().max()
         result[kind] = float(difference / localized.kernel.abs().max())
     return {"num_parameters": sum(p.numel() for p in model.parameters()), "differences": result}
+
+
+def _high(name: str) -> Answer:
+    """‖K_τ − K‖/‖K‖ of weighted and fixed kernels with the same draws, by score and temperature."""
+    model, x = case(name).build(), case(name).inputs(6)
+    options = {"gamma": 0.5, "estimator": "weight", "draws": 256}
+    fixed = nonlocal_kernel(model, x, statistic="plugin", **options).kernel
+
+    def distance(score: dict[str, object], temperature: float) -> float:
+        weighting = score | {"temperature": temperature}
+        kernel = nonlocal_kernel(model, x, statistic="plugin", weighting=weighting, **options).kernel
+        return float((kernel - fixed).norm() / fixed.norm())
+
+    labels = torch.arange(len(x)) % model(x).shape[1]
+    scores: dict[str, dict[str, object]] = {
+        "parameter": {"name": "parameter"},
+        "output": {"name": "output"},
+        "output, per example": {"name": "output", "per_example": True},
+        "loss": {"name": "loss", "targets": labels},
+    }
+    return {label: [distance(score, temperature) for temperature in TEMPERATURES] for label, score in scores.items()}

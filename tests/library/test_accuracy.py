@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from nntk_dist.accuracy import Look, draws_for, next_draws, verdict
+from nntk_dist.accuracy import Look, blocks_to_look_at, draws_for, next_draws, verdict
 from nntk_dist.errors import NNTKError
 from nntk_dist.spec import KernelSpec
+from nntk_dist.statistics import Calibration
 
 
 def look(draws: int, bound: float, pair_share: float = 0.0, sketch_share: float = 0.0) -> Look:
@@ -48,11 +49,12 @@ def test_searches_find_the_draws_that_a_law_asks_for():
         while single / (smallest - 8) + pairs / (smallest - 8) ** 2 <= 0.05**2:
             smallest -= 8
         assert found <= max(1.1 * smallest + 8, 16)  # the law is known after the first look
-        assert len(looks) <= 12
+        assert len(looks) <= 16
 
 
 def test_steps_are_neither_tiny_nor_leaps():
     assert next_draws([look(1000, 0.0501)], rtol=0.05, max_draws=10**6, unit=8) == 1104
+    assert next_draws([look(1000, 0.1)], rtol=0.05, max_draws=10**6, unit=8) == 2640  # 4^0.7 times as many
     assert next_draws([look(1000, 50.0)], rtol=0.05, max_draws=10**6, unit=8) == 4000
     assert next_draws([look(1000, math.inf)], rtol=0.05, max_draws=10**6, unit=8) == 4000
     assert next_draws([look(1000, math.inf, 0.5, 0.5)], rtol=0.05, max_draws=10**6, unit=8) == 4000
@@ -65,6 +67,27 @@ def test_searches_end():
     # of a bound of 0.2 the sketch alone makes 0.1
     assert next_draws([look(64, 0.2, 0.5, 0.25)], rtol=0.05, max_draws=10**6, unit=8) is None
     assert next_draws([look(64, 0.2, 0.5, 0.25)], rtol=0.11, max_draws=10**6, unit=8) is not None
+
+
+def test_a_look_in_more_blocks_is_one_at_fewer():
+    """U of R blocks has the variance V1/S + V2/S²·R/(R − 1), in theory: linear in both parts."""
+    for k in (0.0, 0.3):
+        seen = Calibration(0.6, 0.02, 9, bound=0.03, pair_share=0.25, sketch_share=k)
+        same = Look.of(64, seen, looked_at=8, blocks=8)
+        assert (same.relative_error, same.bound) == (0.02, 0.03)
+        fewer = Look.of(64, seen, looked_at=32, blocks=4)
+        grown = k + (1 - k) * (0.75 + 0.25 * (4 / 3) / (32 / 31))
+        assert fewer.relative_error == pytest.approx(0.02 * math.sqrt(grown))
+        assert fewer.bound == pytest.approx(0.03 * math.sqrt(grown))
+
+
+@pytest.mark.parametrize(
+    ("draws", "blocks", "group", "expected"),
+    [(8, 8, 1, 8), (24, 8, 1, 24), (40, 8, 1, 20), (256, 8, 1, 32), (256, 8, 2, 32), (48, 8, 2, 24), (200, 50, 1, 50)],
+)
+def test_blocks_that_are_looked_at_hold_whole_groups(draws, blocks, group, expected):
+    assert blocks_to_look_at(draws, blocks, group) == expected
+    assert draws % (expected * group) == 0
 
 
 def test_verdicts():

@@ -74,7 +74,8 @@ def test_the_same_draws_asked_for_by_number_give_the_same_kernel():
     given = nonlocal_kernel(model, x[:6], x[6:], gamma=0.6, draws=asked.draws)
     assert torch.equal(asked.kernel, given.kernel)
     assert torch.equal(asked.stderr, given.stderr)
-    assert asked.relative_error_bound == given.relative_error_bound
+    assert asked.relative_error < asked.relative_error_bound <= 0.1
+    assert given.relative_error_bound == pytest.approx(asked.relative_error_bound, rel=0.5)  # from fewer blocks
     assert given.reached is None
 
 

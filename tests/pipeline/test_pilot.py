@@ -80,8 +80,10 @@ def test_the_run_has_the_draws_of_the_last_look(undisturbed):
     bounds = [numbers["bound"] for numbers in found.values()]
     assert all(bound > 0.1 for bound in bounds[:-1])
     assert bounds[-1] <= 0.1
-    # the last look is the error that the run itself states
-    assert kept["results"]["train_relative_error_bound"] == pytest.approx(bounds[-1], rel=1e-4)
+    # what the pilot knows better than the run's own eight blocks is what is stated
+    assert kept["results"]["train_relative_error_bound"] == bounds[-1]
+    own = ledger(undisturbed)["calibration", "train"]["numbers"]
+    assert dict(own)["bound"] == pytest.approx(bounds[-1], rel=0.5)
 
 
 def test_the_library_takes_the_same_draws(undisturbed):

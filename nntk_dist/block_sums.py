@@ -149,9 +149,13 @@ def formed_gradients(gradients: Float[Tensor, "n r c k"]) -> Factored:
 def formed_products(
     rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
 ) -> Float[Tensor, "r r *tile"]:
-    """H_rr' of block-mean gradients for all pairs of blocks: for few entries."""
-    blocks = range(rows.shape[1])
-    return torch.stack([torch.stack([meeting.outputs(rows[:, r], columns[:, q]) for q in blocks]) for r in blocks])
+    """H_rr' of block-mean gradients for all pairs of blocks: for few entries, in one product where rows meet all."""
+    num_blocks = rows.shape[1]
+    if meeting.paired:
+        blocks = range(num_blocks)
+        return torch.stack([torch.stack([meeting.outputs(rows[:, r], columns[:, q]) for q in blocks]) for r in blocks])
+    product = meeting.outputs(rows.transpose(0, 1).flatten(0, 1), columns.transpose(0, 1).flatten(0, 1))
+    return product.unflatten(1, (num_blocks, -1)).unflatten(0, (num_blocks, -1)).transpose(1, 2)
 
 
 def factored_by_metric(columns: Float[Tensor, "n c s"], metric: Float64[Tensor, "s s"], num_blocks: int) -> Factored:

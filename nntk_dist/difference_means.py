@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.attention import Attention, RunningSoftmax
-from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients
+from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients, formed_products
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
@@ -91,6 +91,4 @@ class DifferenceMeans:
         return sums
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
-        left, right = rows["dense"].double(), others["dense"].double()
-        blocks = range(self.num_blocks)
-        return torch.stack([torch.stack([meeting.outputs(left[:, r], right[:, q]) for q in blocks]) for r in blocks])
+        return formed_products(rows["dense"].double(), others["dense"].double(), meeting)

@@ -122,7 +122,7 @@ def nonlocal_kernel(
     (`nntk_dist.weighting.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for which
     it is consistent in the draws of a block, with a bias of order blocks/draws, and neither statistic is unbiased.
     With `rtol`, draws are added (from `draws`, up to `max_draws`) until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound, found
-    on at most 64 + 64 rows (`nntk_dist.accuracy`); `reached` says whether it is, and a warning where not.
+    on at most 32 + 32 rows (`nntk_dist.accuracy`); `reached` says whether it is, and a warning where not.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
     products of the layers' widths an entry; `activation` (gaussian alone; jumps too) S forward passes with noise and
     the same products, for all outputs at once. Source: arXiv 2509.12467; estimators and error bars are this library's.

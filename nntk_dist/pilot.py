@@ -1,8 +1,9 @@
 """The pilot of a kernel with an asked accuracy: looks at a sample of its rows until the draws are enough.
 
-The sample is the one that calibrates the whole kernel's standard errors, divided into more blocks where that is the
-same kernel, so as to know its error better. Every look computes its draws anew: a function of their number alone, and
-together the looks cost a few times the last one, on at most 64 + 64 rows (more where one side has few).
+The sample is a quarter of the one that calibrates the whole kernel's standard errors, its draws divided into more
+blocks where that is the same kernel, so as to know the error better. Every look computes its draws anew: a function of
+their number alone, and together the looks cost a few times the last one, on at most 32 + 32 rows (more where one side
+has few).
 
 Axes: n1, n2 rows and columns of the kernel.
 """
@@ -18,7 +19,7 @@ from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap
 from nntk_dist.resolution import Resolution, with_draws
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics import Calibration, sample_entries, sample_limit
+from nntk_dist.statistics import PILOT_ENTRIES, Calibration, sample_entries, sample_limit
 from nntk_dist.tiles import calibrate_sample
 
 
@@ -64,7 +65,7 @@ def _calibration(
     features: FeatureMap, inputs: Sequence[Tensor], ids: Sequence[Tensor], spec: KernelSpec, batch: int
 ) -> Calibration:
     width = len(features.columns) if spec.meeting.full else 1
-    chosen = sample_entries(spec.seed, len(inputs[0]), len(inputs[-1]), sample_limit(width))
+    chosen = sample_entries(spec.seed, len(inputs[0]), len(inputs[-1]), sample_limit(width, PILOT_ENTRIES))
     rows = [
         compute_rows(
             features, x[some], names[some], range(features.num_draws), features.columns, batch=min(batch, len(some))

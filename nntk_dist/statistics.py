@@ -24,6 +24,7 @@ from nntk_dist.error_bounds import bound_factor, noise_source
 from nntk_dist.philox import Stream, uniform
 
 SAMPLE_ENTRIES = 4096
+PILOT_ENTRIES = 1024  # of the same sample: a pilot has more blocks, whose products are of all pairs
 STATISTICS = ("plugin", "unbiased", "both")
 
 
@@ -141,9 +142,9 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
     )
 
 
-def sample_limit(width: int) -> int:
+def sample_limit(width: int, entries: int = SAMPLE_ENTRIES) -> int:
     """How many pairs of examples the calibration samples, of `width` × `width` entries each: 4,096 entries in all."""
-    return max(1, SAMPLE_ENTRIES // width**2)
+    return max(1, entries // width**2)
 
 
 def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = SAMPLE_ENTRIES) -> tuple[Tensor, Tensor]:

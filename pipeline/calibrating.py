@@ -13,7 +13,7 @@ import torch
 
 from nntk_dist.block_sums import Meeting
 from nntk_dist.features import FeatureMap, Rows
-from nntk_dist.statistics import Calibration, sample_entries, sample_limit
+from nntk_dist.statistics import SAMPLE_ENTRIES, Calibration, sample_entries, sample_limit
 from nntk_dist.tiles import calibrate_sample
 from pipeline.arrays import kernel_width
 from pipeline.context import Context
@@ -23,15 +23,15 @@ _SPLITS = {"train": ("train", "train"), "test": ("test", "train"), "diagonal": (
 CALIBRATED = tuple(_SPLITS)
 
 
-def calibrate_array(context: Context, features: FeatureMap, name: str) -> Calibration:
-    """The calibration of the train kernel, the test kernel or the test diagonal."""
+def calibrate_array(context: Context, features: FeatureMap, name: str, *, entries: int = SAMPLE_ENTRIES) -> Calibration:
+    """The calibration of the train kernel, the test kernel or the test diagonal, from up to so many entries."""
     job, splits = context.job, _SPLITS[name]
     counts = [job.sizes.rows(split) for split in splits]
     if name == "diagonal":
         rows, _ = sample_entries(job.spec.seed, counts[0], 1, _DIAGONAL_ENTRIES)
         columns = rows
     else:
-        rows, columns = sample_entries(job.spec.seed, counts[0], counts[1], sample_limit(kernel_width(job)))
+        rows, columns = sample_entries(job.spec.seed, counts[0], counts[1], sample_limit(kernel_width(job), entries))
     same = splits[0] == splits[1] and torch.equal(rows, columns)
 
     def parts() -> Iterator[tuple[Rows, Rows]]:

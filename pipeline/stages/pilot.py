@@ -12,6 +12,7 @@ from dataclasses import replace
 from nntk_dist.accuracy import Look
 from nntk_dist.pilot import spec_to_look_at
 from nntk_dist.resolution import with_draws
+from nntk_dist.statistics import PILOT_ENTRIES
 from pipeline.calibrating import calibrate_array
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task
@@ -40,6 +41,6 @@ def execute(context: Context, task: Task) -> Written:
     resolution = with_draws(context.model, examples, spec, job.resolution, num_draws)
     sizes = replace(job.sizes, num_blocks=spec.blocks)
     look_at = Context(replace(job, spec=spec, resolution=resolution, sizes=sizes), context.dataset, context.state)
-    calibration = calibrate_array(look_at, look_at.features, "train")
+    calibration = calibrate_array(look_at, look_at.features, "train", entries=PILOT_ENTRIES)
     look = Look.of(num_draws, calibration, looked_at=spec.blocks, blocks=job.spec.blocks)
     return Written(numbers=look.numbers)

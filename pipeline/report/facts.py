@@ -167,7 +167,8 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
             "Kernel error",
             percent(kernel.relative_error),
             f"Estimated relative error of the {subject} in the Frobenius norm, from the spread between "
-            f"{kernel.num_blocks} independent blocks of draws.{_bound_text(kernel.relative_error_bound)}",
+            f"{'' if kernel.accuracy else f'{kernel.num_blocks} '}independent blocks of draws."
+            f"{_bound_text(kernel.relative_error_bound)}",
         )
     if kernel.accuracy is not None:
         reached = "reached" if kernel.accuracy_reached else "not reached"

@@ -108,7 +108,6 @@ def cost_facts(cells: Cells) -> Answer:
     """Ladders and factors of each network."""
     settings = next(iter(cells.values()))["settings"]
     return {
-        "examples": settings["examples"],
         "gamma": settings["gamma"],
         "widths": " and ".join(map(str, settings["widths"])),
         "target": f"{cost.TARGET:.0%}".replace("%", " %"),
@@ -126,6 +125,7 @@ def _network(key: str, cell: Answer) -> Answer:
         "title": f"{_NETWORKS[settings['activation']]} network, {count} output{'s' if count > 1 else ''}",
         "num_parameters": f"{answer['num_parameters']:,}",
         "num_outputs": count,
+        "examples": settings["examples"],
         "reference": {
             "draws": f"{answer['reference']['draws']:,}",
             "estimator": answer["reference"]["estimator"],

@@ -38,7 +38,7 @@ from nntk_dist.tiles import tile_estimates
 from scripts.studies.cells import Answer, Cell
 from tests.library.tools import all_rows
 
-TARGET = 0.05
+TARGET, COARSE = 0.05, 0.2
 GAMMA = 0.05
 BLOCKS = 8
 # Fewer where outputs are many: block means of every example and output are held.
@@ -224,7 +224,7 @@ def _methods(
             point["forwards"] = forwards(estimator, point["draws"], num_outputs)
             del point["unbiased"], point["plugin"]
         law = fit_error(own, reference_error, with_signal=estimator != "weight")
-        draws = _unit(design) * math.ceil(law.draws_at(TARGET) / _unit(design))
+        draws = draws_needed(law, design, TARGET)
         result.append(
             {
                 "estimator": estimator,
@@ -241,6 +241,11 @@ def _methods(
             }
         )
     return result
+
+
+def draws_needed(law: "ErrorLaw", design: str, error: float) -> int:
+    """Draws for an error by the law, in whole groups in all blocks."""
+    return _unit(design) * math.ceil(law.draws_at(error) / _unit(design))
 
 
 def _seconds(longest: Answer, draws: int) -> float:

@@ -43,20 +43,23 @@ def test_forward_equivalents_count_backward_passes_and_the_unperturbed_network()
 
 
 def test_factors_compare_the_same_statistic_by_design_and_the_best_of_each():
-    def method(estimator, statistic, design, forwards):
-        target = {"forwards": forwards}
-        return {"estimator": estimator, "statistic": statistic, "design": design, "at_target": target}
+    """Laws without a signal term: S = noise/error, here in multiples of 16, forward equivalents 3·S and S + 1."""
+
+    def method(estimator, statistic, design, noise):
+        law = {"noise": noise, "signal": 0.0}
+        return {"estimator": estimator, "statistic": statistic, "design": design, "law": law}
 
     methods = [
-        method("autodiff", "unbiased", "iid", 10),
-        method("autodiff", "unbiased", "antithetic", 20),
-        method("weight", "unbiased", "iid", 1000),
-        method("weight", "unbiased", "antithetic", 800),
-        method("weight", "plugin", "iid", 90_000),
-        method("weight", "plugin", "antithetic", 95_000),
+        method("autodiff", "unbiased", "iid", 1.6),
+        method("autodiff", "unbiased", "antithetic", 3.2),
+        method("weight", "unbiased", "iid", 480.0),
+        method("weight", "unbiased", "antithetic", 320.0),
+        method("weight", "plugin", "iid", 48_000.0),
+        method("weight", "plugin", "antithetic", 64_000.0),
     ]
-    assert factors({"methods": methods}, "unbiased") == {"iid": 100.0, "antithetic": 40.0, "best": 80.0}
-    assert factors({"methods": methods}, "plugin")["best"] == 9000.0
+    found = factors({"methods": methods}, 1, "unbiased", 0.1)
+    assert found == {"iid": 4801 / 48, "antithetic": 3201 / 96, "best": 3201 / 48}
+    assert factors({"methods": methods}, 1, "plugin", 0.1)["best"] == 480_001 / 48
 
 
 def test_answers_are_kept_until_their_settings_change(tmp_path: Path):

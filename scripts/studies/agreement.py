@@ -85,7 +85,7 @@ NETWORKS = {
         _convnet, _normal_inputs(1, 4, 4), 0.35, {"weight": 1 << 16, "autodiff": 3072, "activation": 1 << 14}
     ),
     "transformer": Subject(
-        _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 1024, "activation": 1 << 13}, nu=20.0
+        _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 1280, "activation": 1 << 13}, nu=20.0
     ),
 }
 # So many times the draws of `autodiff`, where a law's radii vary most.
@@ -93,7 +93,7 @@ _MORE_GRADIENTS = {
     ("relu network", "fractional"): 3,
     ("convnet", "fractional"): 3,
     ("convnet", "student"): 2,
-    ("transformer", "fractional"): 8,
+    ("transformer", "fractional"): 15,
 }
 NAMES = (*(f"{unit} unit" for unit in UNITS), *NETWORKS)
 

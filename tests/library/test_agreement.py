@@ -20,12 +20,10 @@ WEIGHT = {
 }
 OTHERS = [
     ("relu network", "ball", "autodiff", "antithetic"),
-    ("convnet", "sphere", "autodiff", "orthogonal"),
     ("sign network", "gaussian", "activation", "antithetic"),
     ("relu network", "gaussian", "activation", "iid"),
     ("convnet", "gaussian", "activation", "iid"),
     ("transformer", "fractional", "weight", "orthogonal"),
-    ("transformer", "student", "weight", "iid"),
     ("transformer", "lowrank", "weight", "antithetic"),
 ]
 DIFFERENCES = [

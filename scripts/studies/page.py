@@ -25,6 +25,7 @@ _FACTS: Mapping[str, Callable[[dict[str, Answer]], Answer]] = MappingProxyType(
         "limits": limits_facts,
     }
 )
+_MOST_COMMITS = 3
 
 
 def write_page(answers: Answers, path: Path) -> None:
@@ -57,7 +58,11 @@ def page(answers: Answers) -> str:
         for network in facts["cost"]["networks"]:
             network["image"] = f"images/{image_name(network['key'])}"
     text = environment.get_template("estimators.md.j2").render(
-        provenance=[_provenance(name, answers.sections[name]) for name in _FACTS if answers.sections.get(name)],
+        provenance=[
+            _provenance(name, answers.sections[name], answers.path.name)
+            for name in _FACTS
+            if answers.sections.get(name)
+        ],
         versions=", ".join(f"{name} {version}" for name, version in answers.versions.items()),
         json_name=answers.path.name,
         **facts,
@@ -65,16 +70,13 @@ def page(answers: Answers) -> str:
     return text.rstrip("\n") + "\n"
 
 
-def _provenance(name: str, cells: dict[str, Answer]) -> dict[str, str]:
+def _provenance(name: str, cells: dict[str, Answer], json_name: str) -> dict[str, str]:
     """Where a section's figures come from."""
-    commits = {
-        (cell["commit"] or "unknown")[:10] + ("-dirty" if "dirty" in (cell["commit"] or "") else "")
-        for cell in cells.values()
-    }
+    commits = sorted({(cell["commit"] or "unknown")[:10] for cell in cells.values()})
     return {
         "section": name,
         "cells": str(len(cells)),
         "seconds": f"{sum(cell['seconds'] for cell in cells.values()):.0f}",
-        "commits": ", ".join(sorted(commits)),
+        "commits": ", ".join(commits) if len(commits) <= _MOST_COMMITS else f"{len(commits)}, see `{json_name}`",
         "machines": "; ".join(sorted({cell["machine"] for cell in cells.values()})),
     }

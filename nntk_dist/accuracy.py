@@ -1,12 +1,13 @@
 """How many draws an asked accuracy takes: looks at a few rows, each with more draws, until the bound is low enough.
 
-A *look* computes the sample of entries that calibrates a kernel's standard errors (`nntk_dist.statistics`), with S
-draws, and takes from it the 95 % bound of ‖U − Θ‖/‖Θ‖. From how much of the noise falls like 1/S and how much like 1/S²
-follows where to look next. A function of the looks so far and nothing else: a search that was stopped goes on as if it
-had not been. No model, no features here.
+A *look* computes part of the sample of entries that calibrates a kernel's standard errors (`nntk_dist.statistics`),
+with S draws, and takes from it the 95 % bound of ‖U − Θ‖/‖Θ‖. From how much of the noise falls like 1/S and how much
+like 1/S² follows where to look next. A function of the looks so far and nothing else: a search that was stopped goes on
+as if it had not been. No model, no features here.
 
-That the search ends where the bound happens to be low makes errors a little larger than it says, by less than the next
-step saves; it biases U by the same little. What a sketch adds does not fall with draws, and may end the search.
+A search ends where the bound happens to be low, so it holds a little less often than 95 %, and U has a bias of that
+origin; docs/estimators.md has how often it held. Other rows than the sampled ones are taken to err alike. What a sketch
+adds does not fall with draws, and may end the search.
 
 Axes: S draws.
 """

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,10 +85,13 @@ class Answers:
         os.replace(partial, self.path)
 
 
-def answer_all(answers: Answers, section: str, cells: list[Cell], progress: Progress) -> None:
-    """Answer what is not answered yet, in order."""
+def answer_all(
+    answers: Answers, section: str, cells: list[Cell], progress: Progress, *, threads: int | None = 1
+) -> None:
+    """Answer what is not answered yet, in order; with `threads` None the cells see to their threads themselves."""
     todo = [cell for cell in cells if not answers.has(section, cell)]
-    with progress.stage(section, len(cells), len(cells) - len(todo)) as stage, one_thread():
+    limit = nullcontext() if threads is None else with_threads(threads)
+    with progress.stage(section, len(cells), len(cells) - len(todo)) as stage, limit:
         for cell in todo:
             answers.keep(section, cell)
             stage.advance()
@@ -96,10 +99,10 @@ def answer_all(answers: Answers, section: str, cells: list[Cell], progress: Prog
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread: seconds that can be compared, and the same rounding on every machine of a kind."""
+def with_threads(threads: int) -> Iterator[None]:
+    """So many threads: with one, seconds that can be compared, and the same rounding on every machine of a kind."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -112,7 +115,7 @@ def machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, one of them used"
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,58 @@
+"""The speed of the engine against the hardware and its peers: measures what `docs/performance.md` claims, and writes it.
+
+    python scripts/bench.py [--quick] [--only SECTION] [--out docs/performance.md]
+
+Every figure is a ratio within one run, and is kept in a JSON file beside the page as soon as it is known; a figure is
+measured again when its settings change, or with `--again`. `--quick` takes small sizes, enough to see that everything
+works, and writes to build/ unless told otherwise.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.markdown import Markdown  # noqa: E402
+
+from nntk_dist.errors import NNTKError, check_choice  # noqa: E402
+from pipeline.progress import make_progress  # noqa: E402
+from scripts.benchmarks import SECTIONS  # noqa: E402
+from scripts.benchmarks.page import page  # noqa: E402
+from scripts.studies.cells import Answers, answer_all  # noqa: E402
+
+Out = Annotated[Path | None, typer.Option(help="The page; the JSON file lies beside it.")]
+Only = Annotated[list[str] | None, typer.Option(help=f"Measure this section alone: {', '.join(SECTIONS)}.")]
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what is known.")] = False,
+    only: Only = None,
+    out: Out = None,
+) -> None:
+    """Measure, print the table, and write the page and its JSON file."""
+    console = Console(stderr=True)
+    path = out or ROOT / ("build/performance.md" if quick else "docs/performance.md")
+    answers = Answers(path.with_suffix(".json"))
+    try:
+        for name in only or SECTIONS:
+            check_choice("--only", name, SECTIONS)
+        for name in only or SECTIONS:
+            if again:
+                answers.sections.pop(name, None)
+            answer_all(answers, name, SECTIONS[name](quick=quick), make_progress(console), threads=None)
+    except NNTKError as error:
+        console.print(f"error: {error}", style="red")
+        raise typer.Exit(2) from error
+    text = page(answers)
+    path.write_text(text)
+    console.print(Markdown(text))
+    console.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

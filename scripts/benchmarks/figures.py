@@ -1,0 +1,47 @@
+"""What a benchmark answers: figures, each a ratio of two things measured side by side in one run.
+
+Machines are shared and noisy: so what is compared runs in turns, again and again, and the best time of each counts.
+Absolute seconds are kept beside a ratio and prove nothing.
+
+Units: seconds.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from scripts.studies.cells import Answer
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured ratio; `least` or `most` is what was asked of it, None where nothing was.
+
+    `details` are the numbers that it is made of, seconds and sizes, by name.
+    """
+
+    what: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def answer(*figures: Figure) -> Answer:
+    """Figures as a cell keeps them."""
+    return {"figures": [asdict(figure) for figure in figures]}
+
+
+def best_seconds(actions: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """The least time of each action over so many rounds, in which they take turns; one round before does not count."""
+    best = dict.fromkeys(actions, math.inf)
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            began = time.perf_counter()
+            action()
+            seconds = time.perf_counter() - began
+            if number:
+                best[name] = min(best[name], seconds)
+    return best

@@ -1,0 +1,60 @@
+"""The page on performance: Markdown from the answers alone, so that no number on it was typed by hand.
+
+It formats, and judges nothing but whether a figure lies within what was asked. Nothing is measured here.
+
+Axes: none.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from scripts.studies.cells import Answer, Answers
+
+
+def page(answers: Answers) -> str:
+    """The text of the page; sections that were not measured are left out."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=False,  # Markdown
+        keep_trailing_newline=True,
+    )
+    sections = {name: [_cell(cell) for cell in cells.values()] for name, cells in answers.sections.items() if cells}
+    text = environment.get_template("performance.md.j2").render(
+        sections=sections,
+        versions=", ".join(f"{name} {version}" for name, version in answers.versions.items()),
+        json_name=answers.path.name,
+    )
+    return text.rstrip("\n") + "\n"
+
+
+def _cell(cell: Answer) -> dict[str, Any]:
+    """A cell's figures as the template wants them, with where they come from."""
+    return {
+        "figures": [_figure(figure) for figure in cell["answer"]["figures"]],
+        "machine": cell["machine"],
+        "commit": (cell["commit"] or "unknown")[:16],
+        "seconds": f"{cell['seconds']:.0f}",
+    }
+
+
+def _figure(figure: Answer) -> dict[str, str]:
+    value, least, most = figure["value"], figure["least"], figure["most"]
+    asked = f"≥ {least:g}" if least is not None else f"≤ {most:g}" if most is not None else ""
+    short = (least is not None and value < least) or (most is not None and value > most)
+    details = ", ".join(f"{name} {number(entry)}" for name, entry in figure["details"].items())
+    return {
+        "what": figure["what"],
+        "value": f"**{number(value)}**" if short else number(value),
+        "asked": f"{asked}, missed" if short else asked,
+        "details": details,
+    }
+
+
+def number(value: Any) -> str:
+    """Three digits of a number, or any other value as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The speed of the engine against the hardware and its peers: measures what `docs/performance.md` claims, and writes it.
+"""The speed of the engine against the hardware and its peers: what `docs/performance.md` claims, measured and written.
 
     python scripts/bench.py [--quick] [--only SECTION] [--out docs/performance.md]
 

@@ -65,21 +65,25 @@ class DifferenceFeatures:
     def arrays(self) -> tuple[ArraySpec, ...]:
         return (ArraySpec("differences", ("draw", "output"), (self.num_draws, len(self.columns))),)
 
-    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed)
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        return self.evaluator.expected(x, self.drawing.seed, batch)
 
-    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        base = self.evaluator.base(x)
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
         differences = base.new_empty(len(x), len(draws), len(columns))
+        everything = tuple(columns) == tuple(range(base.shape[1]))
         scores = []
         for part in draw_chunks(draws, self.num_parameters, self.drawing.group_size):
             z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
-            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, part, z):
+            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, part, z, batch):
                 own = z[members.start - part.start : members.stop - part.start]
                 if self.attention is not None:
                     scores.append(self.attention.scores(members, own, unmoved, moved))
-                changes = (moved - unmoved)[:, :, list(columns)]
+                changes = moved.sub_(unmoved)
+                changes = changes if everything else changes[:, :, list(columns)]
                 differences[:, members.start - draws.start : members.stop - draws.start] = changes.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         if self.attention is not None:

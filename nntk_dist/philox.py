@@ -116,17 +116,20 @@ def normal(
     """
     if not 0 <= start <= stop <= _INDEX_LIMIT:
         raise ValueError(f"index range {start}:{stop} is outside 0:{_INDEX_LIMIT}")
+    result = torch.empty(len(groups), stop - start, dtype=dtype, device=groups.device)
     first, last = start // 4, -(-stop // 4)
-    result = torch.empty(len(groups), 4 * (last - first), dtype=dtype, device=groups.device)
     step = max(1, _COUNTERS_PER_CHUNK // max(1, len(groups)))
     for begin in range(first, last, step):
         end = min(begin + step, last)
-        part = result[:, 4 * (begin - first) : 4 * (end - first)].unflatten(1, (-1, 4))
+        low, high = max(start, 4 * begin), min(stop, 4 * end)
+        own = result[:, low - start : high - start]
+        whole = own if own.shape[1] == 4 * (end - begin) else result.new_empty(len(groups), 4 * (end - begin))
+        by_lane = whole.unflatten(1, (-1, 4))
         for lane, values in enumerate(_box_muller(*_words(seed, stream, groups, draw, begin, end))):
-            part[..., lane] = values
-    if start % 4 == 0 and result.shape[1] == stop - start:
-        return result
-    return result[:, start - 4 * first : stop - 4 * first].contiguous()
+            by_lane[..., lane] = values
+        if whole is not own:  # begins or ends within a counter
+            own.copy_(whole[:, low - 4 * begin : high - 4 * begin])
+    return result
 
 
 def _box_muller(word0: Tensor, word1: Tensor, word2: Tensor, word3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -65,8 +65,8 @@ def _words(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words, each (g, last - first), of the counters `first` to `last` of every group."""
     if groups.device.type == "cpu" and debug_unwrap(groups) is groups:  # no tensor of vmap or grad
-        high = draw.numpy() if isinstance(draw, Tensor) else draw
-        pairs = philox_words((first, last), high, groups.numpy(), int(stream), seed)
+        draws = draw.numpy() if isinstance(draw, Tensor) else draw
+        pairs = philox_words((first, last), draws, groups.numpy(), int(stream), seed)
         word0, word1, word2, word3 = (torch.from_numpy(word) for pair in pairs for word in split_words(pair))
         return word0, word1, word2, word3
     position = torch.arange(first, last, dtype=torch.int64, device=groups.device)

@@ -6,10 +6,6 @@ that the projection speaks of.
 Units: bytes.
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,9 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from nntk_dist.errors import NNTKError
 from pipeline.projection import BASE_BYTES
 from scripts.benchmarks.figures import Figure, answer
+from scripts.benchmarks.runs import run_and_watch
 from scripts.studies.cells import Answer, Cell
 
 _TILED = ("features", "metric", "calibration", "gram", "test")
@@ -76,7 +72,7 @@ def cells(*, quick: bool) -> list[Cell]:
 
 def _measure(case: Case) -> Answer:
     with tempfile.TemporaryDirectory() as folder:
-        manifest = _run(case, Path(folder))
+        manifest = run_and_watch(_configuration(case, Path(folder)), Path(folder) / "run").manifest
     peak = max(manifest["stages"][name]["results"]["peak_bytes"] for name in _TILED if name in manifest["stages"])
     projected = manifest["projection"]["worker_bytes"]
     details = {
@@ -87,24 +83,20 @@ def _measure(case: Case) -> Answer:
     return answer(Figure(case.name, peak / projected, least=1 - _WITHIN, most=1 + _WITHIN, details=details))
 
 
-def _run(case: Case, folder: Path) -> dict[str, Any]:
-    """The manifest of the case's run in a process of its own."""
+def _configuration(case: Case, folder: Path) -> Path:
+    """The configuration of a case, as a file beside its data."""
     rng = np.random.default_rng(0)
     rows = case.train + 256
     arrays = {"x": rng.standard_normal((rows, case.width), dtype=np.float32), "y": rng.integers(0, 10, rows)}
     np.savez(folder / "data.npz", **arrays)
     config = {
         "name": "memory",
-        "run_dir": str(folder / "run"),
+        "run_dir": "unset",
         "data": {"source": f"npz:{folder / 'data.npz'}", "train": case.train, "test": 256},
         "model": dict(case.model),
         "kernel": dict(case.kernel),
         "compute": {"workers": 1} | dict(case.compute),
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "pipeline", "run", str(folder / "config.yaml")]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True)
-    if done.returncode:
-        raise NNTKError(f"the run '{case.name}' ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return json.loads((folder / "run" / "manifest.json").read_text())
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

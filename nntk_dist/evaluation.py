@@ -175,7 +175,7 @@ class Evaluator:
         """Batch by batch, a chunk of draws in one call."""
         base = self.space.values(self.model)
         for x, rows in batches:
-            step = draws_at_once(self.space, x)
+            step = draws_at_once(self.space.num_parameters, x)
 
             def one(displacement: Tensor, x: Tensor = x) -> Tensor:
                 return outputs(self.model, x, self.space.moved(base, displacement))
@@ -185,9 +185,9 @@ class Evaluator:
                 yield slice(start, start + len(part)), rows, vmap(one, randomness="error")(part)
 
 
-def draws_at_once(space: ParameterSpace, x: Tensor) -> int:
-    """How many models are stacked on a batch x: as many as hold 2^22 parameters, or see so many numbers of input."""
-    return max(1, _STACK_ELEMENTS // max(space.num_parameters, x.numel()))
+def draws_at_once(numbers: int, x: Tensor) -> int:
+    """How many models of so many numbers are stacked on a batch x: 2^22 of them, or of inputs, are held at a time."""
+    return max(1, _STACK_ELEMENTS // max(numbers, x.numel()))
 
 
 @contextmanager

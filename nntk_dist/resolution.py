@@ -76,8 +76,11 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     reason += noise_text(model)
     if not spec.weighting.is_fixed:
         reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
-    draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
-    trial = try_stacking(model, space, _filled(x, batch)) if estimator == "weight" else None
+    drawing = None if spec.kind == "local" else spec.drawing(estimator, space, model)
+    draws = 1 if drawing is None else drawing.num_draws
+    trial = None
+    if drawing is not None and estimator == "weight":
+        trial = try_stacking(model, space, _filled(x, batch), drawing)
     stacked = trial is not None and trial.stacked
     probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
     resolution = Resolution(

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist.black_box import holds_black_box
+from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, draws_at_once
 from nntk_dist.parameters import ParameterSpace
+from nntk_dist.shared_product import shared_product
 from nntk_dist.stochastic import is_random
 
 _LONG_SECONDS = 5e-3  # a pass to which the overhead of a call, about 0.1 ms, is nothing
@@ -49,20 +51,21 @@ class StackingTrial:
         )
 
 
-def try_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> StackingTrial:
+def try_stacking(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing) -> StackingTrial:
     """The faster way for a prepared model on batches like x, measured now or remembered.
 
-    Black boxes and models with noise are evaluated in turn, and so is what vmap cannot take (control flow that depends
-    on data, writes in place).
+    Low-rank draws are stacked as a shared product (`nntk_dist.shared_product`) where the model allows it. Black boxes
+    and models with noise are evaluated in turn, and so is what vmap cannot take (control flow that depends on data,
+    writes in place).
     """
     if holds_black_box(model):
         return StackingTrial(False, why="a black box takes one set of parameters at a time")
     if is_random(model):
         return StackingTrial(False, why="noise is fixed for one random function after the other")
-    described = (repr(model), space, tuple(x.shape), x.dtype, next(model.parameters()).dtype)
+    described = (repr(model), space, tuple(x.shape), x.dtype, next(model.parameters()).dtype, drawing)
     known = _remembered(repr((described, x.device, torch.get_num_threads())))
     if not known:
-        known.append(_measure(model, space, x))
+        known.append(_measure(model, space, x, drawing))
     return known[0]
 
 
@@ -72,20 +75,31 @@ def _remembered(_signature: str) -> list[StackingTrial]:
     return []
 
 
-def _measure(model: nn.Module, space: ParameterSpace, x: Tensor) -> StackingTrial:
-    """Both ways with perturbations of zero."""
+def _measure(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing) -> StackingTrial:
+    """Both ways, drawing included, since a shared product draws less."""
     in_turn, stacked = (Evaluator(model, space, stacked=stack) for stack in (False, True))
-    count = min(_DRAWS, draws_at_once(space, x))
-    zeros = torch.zeros(count, space.num_parameters, dtype=next(model.parameters()).dtype, device=x.device)
-    seconds_in_turn = _seconds(lambda: in_turn.perturbed(x, zeros[:1]), x.device)
-    if seconds_in_turn > _LONG_SECONDS:
+    shared = shared_product(stacked, drawing, x)
+    unit = drawing.group_size
+
+    def pass_with(evaluator: Evaluator, draws: range) -> None:
+        if shared is not None and evaluator.stacked:
+            shared.perturbed(x, draws)
+            return
+        z = drawing.perturbations(draws, dtype=next(model.parameters()).dtype, device=x.device)
+        evaluator.perturbed(x, z)
+
+    first = range(unit)
+    seconds_in_turn = _seconds(lambda: pass_with(in_turn, first), x.device) / len(first)
+    if seconds_in_turn > _LONG_SECONDS and shared is None:
         return StackingTrial(False, why=f"a pass takes {1e3 * seconds_in_turn:.2g} ms, far above a call's overhead")
     try:
-        stacked.perturbed(x[:1], zeros[:2])
+        pass_with(stacked, first)
     except RuntimeError as error:
         return StackingTrial(False, why=f"vmap cannot take the model ({str(error).splitlines()[0]})")
-    seconds_in_turn = _seconds(lambda: in_turn.perturbed(x, zeros), x.device) / count
-    seconds_stacked = _seconds(lambda: stacked.perturbed(x, zeros), x.device) / count
+    most = min(_DRAWS, draws_at_once(space.num_parameters if shared is None else shared.numbers_of_a_draw, x))
+    several = range(max(unit, min(most, drawing.num_draws) // unit * unit))
+    seconds_in_turn = _seconds(lambda: pass_with(in_turn, several), x.device) / len(several)
+    seconds_stacked = _seconds(lambda: pass_with(stacked, several), x.device) / len(several)
     return StackingTrial(seconds_stacked < _WORTH * seconds_in_turn, seconds_in_turn, seconds_stacked)
 
 

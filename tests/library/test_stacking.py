@@ -4,6 +4,7 @@ Axes: none.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,57 +14,58 @@ from torch import Tensor, nn
 from nntk_dist import BlackBox, Dropout
 from nntk_dist.evaluation import Evaluator, prepare_model
 from nntk_dist.parameters import select_parameters
+from nntk_dist.spec import KernelSpec
 from nntk_dist.stacking import StackingTrial, try_stacking
 from tests.oracles.cases import case
 
 
 def tried(model: nn.Module, x: Tensor) -> StackingTrial:
     prepared = prepare_model(model, dtype=x.dtype, device="cpu")
-    return try_stacking(prepared, select_parameters(prepared), x)
+    space = select_parameters(prepared)
+    return try_stacking(prepared, space, x, KernelSpec(estimator="weight", draws=16).drawing("weight", space, prepared))
 
 
-class Slow:
-    """Counts evaluations, and makes one of the two ways take long."""
+class Clock:
+    """Stands in for the trial's clock: so many seconds for a draw in turn and for one stacked; counts evaluations."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, stacked: bool, milliseconds: float) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, in_turn: float, stacked: float) -> None:
         self.calls = 0
+        self.elapsed = 0.0
+        seconds = {False: in_turn, True: stacked}
         original = Evaluator.perturbed
 
         def perturbed(evaluator: Evaluator, x: Tensor, z: Tensor, batch: int | None = None) -> Tensor:
             self.calls += 1
-            if evaluator.stacked == stacked:
-                end = time_now() + milliseconds * 1e-3 * (1 if stacked else len(z))
-                while time_now() < end:
-                    pass
+            self.elapsed += seconds[evaluator.stacked] * len(z)
             return original(evaluator, x, z, batch)
 
+        def measured(action: Callable[[], object], device: torch.device) -> float:
+            before = self.elapsed
+            action()
+            return self.elapsed - before
+
         monkeypatch.setattr(Evaluator, "perturbed", perturbed)
+        monkeypatch.setattr("nntk_dist.stacking._seconds", measured)
 
 
-def time_now() -> float:
-    import time
-
-    return time.perf_counter()
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-def test_the_faster_way_is_taken_and_remembered(monkeypatch, stacked):
-    """The slower way is made slower than the other could be: 4 ms for a draw in turn, 1 s for a stacked call."""
-    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7 + stacked)), torch.randn(2, 3)
-    slow = Slow(monkeypatch, stacked=not stacked, milliseconds=4 if stacked else 1000)
+@pytest.mark.parametrize(("stacked", "seconds"), [(True, 1e-4), (False, 9e-4), (False, 2e-3)])
+def test_the_faster_way_is_taken_and_remembered(monkeypatch, stacked, seconds):
+    """In turn 1 ms; near ties count as in turn."""
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, round(1e4 * seconds))), torch.randn(2, 3)
+    clock = Clock(monkeypatch, in_turn=1e-3, stacked=seconds)
     trial = tried(model, x)
     assert trial.stacked == stacked
-    assert (trial.seconds_stacked < trial.seconds_in_turn) == stacked
+    assert (trial.seconds_in_turn, trial.seconds_stacked) == pytest.approx((1e-3, seconds))
     assert ("evaluated stacked" in trial.text) == stacked
-    calls = slow.calls
+    calls = clock.calls
     assert tried(model, x) == trial
-    assert slow.calls == calls
+    assert clock.calls == calls
     tried(model, torch.randn(3, 3))
-    assert slow.calls > calls
+    assert clock.calls > calls
 
 
 def test_long_passes_are_not_stacked_and_stacking_is_not_even_tried(monkeypatch):
-    Slow(monkeypatch, stacked=False, milliseconds=20)
+    Clock(monkeypatch, in_turn=0.02, stacked=1e-6)
     trial = tried(nn.Linear(4, 3), torch.randn(2, 4))
     assert not trial.stacked
     assert math.isnan(trial.seconds_stacked)

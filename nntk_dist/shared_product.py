@@ -22,7 +22,6 @@ from nntk_dist.evaluation import Evaluator, draws_at_once, outputs
 from nntk_dist.parameters import aliases
 
 Factors = tuple[Float[Tensor, "s u r"], Float[Tensor, "s i r"] | None]
-_KINDS = ("weight", "bias")
 _EXAMPLES = 3
 _AGREEMENT = 1e3  # in units of the dtype's rounding, relative to the largest change
 
@@ -63,7 +62,7 @@ class SharedProduct:
         """One batch under some draws, draw by draw along the rows of one pass."""
         model, count = self.evaluator.model, draws.stop - draws.start
         handles = [
-            module.register_forward_hook(_moved(*(factors.get(_name(path, kind)) for kind in _KINDS), count))
+            module.register_forward_hook(_moved(*(factors.get(name) for name in _names(path)), count=count))
             for path, module in _linears(model).items()
         ]
         try:
@@ -83,7 +82,7 @@ def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedP
     """
     if not (evaluator.stacked and isinstance(drawing.distribution, LowRank)) or evaluator.is_random:
         return None
-    names = {_name(path, kind) for path in _linears(evaluator.model) for kind in _KINDS}
+    names = {name for path in _linears(evaluator.model) for name in _names(path)}
     groups = aliases(evaluator.model)
     if any(name not in names or len(groups[name]) > 1 for name in evaluator.space.names):
         return None
@@ -100,8 +99,10 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _name(path: str, kind: str) -> str:
-    return f"{path}.{kind}" if path else kind
+def _names(path: str) -> tuple[str, str]:
+    """Of a layer's weight and bias."""
+    prefix = f"{path}." if path else ""
+    return f"{prefix}weight", f"{prefix}bias"
 
 
 def _of_draws(factors: Factors, part: slice) -> Factors:
@@ -109,7 +110,7 @@ def _of_draws(factors: Factors, part: slice) -> Factors:
     return left[part], None if right is None else right[part]
 
 
-def _moved(weight: Factors | None, bias: Factors | None, count: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _moved(weight: Factors | None, bias: Factors | None, *, count: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """A hook that adds a layer's own part of every draw to its output."""
 
     def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:

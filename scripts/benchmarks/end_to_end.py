@@ -29,7 +29,7 @@ class Case:
     most_error: float | None
 
 
-_CASES = (
+CASES = (
     Case("mnist-factored", most_minutes=12, least_accuracy=0.945, most_error=None),
     Case("mnist-full", most_minutes=45, least_accuracy=0.97, most_error=0.05),
 )
@@ -39,8 +39,7 @@ _QUICK = ("data.train=1000", "data.test=200", "compute.tile=512")
 def cells(*, quick: bool, data: str | None = None) -> list[Cell]:
     """A cell for each run; `data` is the source of MNIST, such as idx:/path/to/mnist."""
     return [
-        Cell(case.config, {"quick": quick} | asdict(case), partial(_measure, case, data, quick=quick))
-        for case in _CASES
+        Cell(case.config, {"quick": quick} | asdict(case), partial(_measure, case, data, quick=quick)) for case in CASES
     ]
 
 

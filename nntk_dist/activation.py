@@ -32,7 +32,7 @@ from nntk_dist.block_sums import (
 )
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
-from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
 from nntk_dist.layer_noise import NoiseSite
 from nntk_dist.noise_contraction import NoiseContraction
 from nntk_dist.noise_plan import NoisePlan
@@ -113,10 +113,16 @@ class ActivationFeatures:
     def _has_metric(self) -> bool:
         return bool(self.plan.weight_space) and not self.contraction.forms_weight_space
 
-    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed)
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        return self.evaluator.expected(x, self.drawing.seed, batch)
 
-    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        return join_batches(lambda rows, names: self._one_batch(rows, names, draws, columns), x, ids, batch)
+
+    def _one_batch(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of a batch: noise is the examples' own, so that nothing would be shared by taking them together."""
         base = self.evaluator.base(x)
         check_finite(base, "the model's output")
         size = self.drawing.draws_per_block

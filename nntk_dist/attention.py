@@ -75,14 +75,9 @@ class Attention:
         z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
         if self.inputs is None:
             return self.score.of(z.double(), base.double(), base.double().expand(len(z), *base.shape))
-        batches = [
-            self.evaluator.pairs(rows, own, self.drawing, draws, z)
-            for rows, own in zip(self.inputs.split(REFERENCE_BATCH), base.split(REFERENCE_BATCH), strict=True)
-        ]
         scores = []
-        for parts in zip(*batches, strict=True):  # all draws, or group by group those of a model with noise
-            members = parts[0][0]
-            unmoved, moved = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts], dim=1)
+        pairs = self.evaluator.pairs(self.inputs, base, self.drawing, draws, z, REFERENCE_BATCH)
+        for members, unmoved, moved in pairs:
             check_finite(
                 moved.transpose(0, 1),
                 f"the model's output on the reference batch under draws {members.start} to {members.stop - 1}",
@@ -154,7 +149,7 @@ def reference_outputs(evaluator: Evaluator, inputs: Tensor | None) -> Float[Tens
     if inputs is None:
         first = next(evaluator.model.parameters())
         return torch.zeros(0, 1, dtype=first.dtype, device=first.device)
-    outputs = torch.cat([evaluator.base(rows) for rows in inputs.split(REFERENCE_BATCH)])
+    outputs = evaluator.base(inputs, REFERENCE_BATCH)
     check_finite(outputs, "the model's output on the reference batch")
     return outputs
 

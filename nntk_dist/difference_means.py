@@ -52,28 +52,33 @@ class DifferenceMeans:
         shape = (self.num_blocks, len(self.columns), self.num_parameters)
         return (ArraySpec("dense", ("block", "output", "parameter"), shape),)
 
-    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed)
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        return self.evaluator.expected(x, self.drawing.seed, batch)
 
-    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        base = self.evaluator.base(x)
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
         means = [
-            self._block_mean(x, base, block, columns) for block in block_range(draws, self.drawing.draws_per_block)
+            self._block_mean(x, base, block, columns, batch)
+            for block in block_range(draws, self.drawing.draws_per_block)
         ]
         dense = torch.stack(means, dim=1)
         check_finite(dense, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         return {"dense": dense.to(base.dtype)}
 
-    def _block_mean(self, x: Tensor, base: Tensor, block: int, columns: Sequence[int]) -> Float64[Tensor, "n c k"]:
+    def _block_mean(
+        self, x: Tensor, base: Tensor, block: int, columns: Sequence[int], batch: int | None
+    ) -> Float64[Tensor, "n c k"]:
         """g_r of one block, a chunk of draws at a time, summed in float64."""
-        size, numbers = self.drawing.draws_per_block, max(self.num_parameters, base.numel())
+        size, numbers = self.drawing.draws_per_block, max(self.num_parameters, len(x) * base.shape[1])
         chunks = draw_chunks(range(block * size, (block + 1) * size), numbers, self.drawing.group_size)
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
         softmax = None if self.attention is None else RunningSoftmax(self.attention.weighting)
         for draws in chunks:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, draws, z):
+            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, draws, z, batch):
                 own = z[members.start - draws.start : members.stop - draws.start]
                 difference = (moved - unmoved)[:, :, list(columns)].double()
                 if self.attention is not None and softmax is not None:

@@ -9,7 +9,7 @@ paired, error of `unbiased` ~ √(2P)/S; with attention, differences carry the f
 Axes: n rows, s draws, r blocks, b draws of a block, c outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,11 +30,14 @@ from nntk_dist.block_sums import (
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows
+from nntk_dist.shared_product import SharedProduct
 
 
 @dataclass(frozen=True)
 class DifferenceFeatures:
     """Output differences under all draws; `pair_blocks` False gives the covariance kernel.
+
+    `shared` evaluates low-rank draws without their weights, where the model allows it and scores do not need them.
 
     `metric`, (S, S) float64, is M scaled so that the mean over all pairs of blocks is Φ M Φᵀ; it is made from the
     draws where not given. It is the same for all rows, so a pipeline makes it once.
@@ -48,6 +51,7 @@ class DifferenceFeatures:
     shows_unresolved: bool = True
     num_sketch_groups: int = 0
     attention: Attention | None = None
+    shared: SharedProduct | None = None
 
     @property
     def num_draws(self) -> int:
@@ -65,26 +69,41 @@ class DifferenceFeatures:
     def arrays(self) -> tuple[ArraySpec, ...]:
         return (ArraySpec("differences", ("draw", "output"), (self.num_draws, len(self.columns))),)
 
-    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed)
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        return self.evaluator.expected(x, self.drawing.seed, batch)
 
-    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        base = self.evaluator.base(x)
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
         differences = base.new_empty(len(x), len(draws), len(columns))
+        everything = tuple(columns) == tuple(range(base.shape[1]))
         scores = []
-        for part in draw_chunks(draws, self.num_parameters, self.drawing.group_size):
-            z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
-            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, part, z):
-                own = z[members.start - part.start : members.stop - part.start]
-                if self.attention is not None:
-                    scores.append(self.attention.scores(members, own, unmoved, moved))
-                changes = (moved - unmoved)[:, :, list(columns)]
-                differences[:, members.start - draws.start : members.stop - draws.start] = changes.transpose(0, 1)
+        for members, z, unmoved, moved in self._passes(x, base, draws, batch):
+            if z is not None and self.attention is not None:
+                scores.append(self.attention.scores(members, z, unmoved, moved))
+            changes = moved.sub_(unmoved)
+            changes = changes if everything else changes[:, :, list(columns)]
+            differences[:, members.start - draws.start : members.stop - draws.start] = changes.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         if self.attention is not None:
             differences *= self.attention.factors(torch.cat(scores)).T[:, :, None].to(differences.dtype)
         return {"differences": differences}
+
+    def _passes(
+        self, x: Tensor, base: Float[Tensor, "n c"], draws: range, batch: int | None
+    ) -> Iterator[tuple[range, Float[Tensor, "s P"] | None, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
+        """(draws, z, f(x; θ), f(x; θ+z)), some draws at a time; z None where it is not made."""
+        group = self.drawing.group_size
+        if self.shared is not None:
+            for part in draw_chunks(draws, max(self.shared.numbers_of_a_draw, base.numel()), group):
+                yield part, None, base, self.shared.perturbed(x, part, batch)
+            return
+        for part in draw_chunks(draws, self.num_parameters, group):
+            z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
+            for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, part, z, batch):
+                yield members, z[members.start - part.start : members.stop - part.start], unmoved, moved
 
     def make_metric(self) -> Float64[Tensor, "s s"]:
         """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations and S² numbers where blocks are

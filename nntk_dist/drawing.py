@@ -20,7 +20,7 @@ from torch import Tensor
 from nntk_dist.designs import GROUP_SIZES, check_draws, group_size
 from nntk_dist.distributions import Distribution, LowRank
 from nntk_dist.errors import check_choice
-from nntk_dist.low_rank import low_rank_normals
+from nntk_dist.low_rank import low_rank_factors, low_rank_normals
 from nntk_dist.orthogonal import needs_whole_vectors, orthonormal_rows, solve_rows, triangular_factors
 from nntk_dist.philox import Stream, normal, uniform
 
@@ -106,6 +106,22 @@ class Drawing:
             values = torch.stack((values, -values), dim=1).flatten(0, 1)
         offset = draws.start - whole.start
         return values[offset : offset + len(draws)]
+
+    def low_rank_factors(
+        self, draws: range, *, dtype: torch.dtype, device: torch.device | str
+    ) -> list[tuple[Float[Tensor, "s out r"], Float[Tensor, "s rest r"] | None]]:
+        """The tensors of low-rank perturbations as products A·Bᵀ, vectors as (s, size, 1) and None; whole groups."""
+        assert isinstance(self.distribution, LowRank)
+        members = self._members(draws, device)
+        scales = self.scales or (1.0,) * len(self.shapes)
+        signed = torch.tensor([1.0, -1.0] if self.design == "antithetic" else [1.0], dtype=dtype, device=device)
+        parts = low_rank_factors(self.seed, self.stream, members, self.shapes, self.distribution.rank)
+        result = []
+        for scale, (left, right) in zip(scales, parts, strict=True):
+            left = left.mul_(scale * self.distribution.gamma / math.sqrt(2.0)).to(dtype)
+            left = (left[:, None] * signed[:, None, None]).flatten(0, 1)
+            result.append((left, None if right is None else right.to(dtype).repeat_interleave(len(signed), 0)))
+        return result
 
     def directions(self, z: Float[Tensor, "s P"]) -> Float64[Tensor, "s P"]:
         """v_s of whole perturbations z_s as they were used, rounding included."""

@@ -1,16 +1,17 @@
 """A model as a function f(x; θ): outputs at given parameters, one set or many.
 
-Two ways to evaluate many perturbed models on one batch, equal to rounding: *sequential*, one functional call a draw,
-which a large batch fills; and *stacked*, one vmapped call for a chunk of draws, which spares small models the overhead
-of a call. The choice changes rounding, so it is made once, when a run is planned. A model with noise
-(`nntk_dist.stochastic`) is one fixed function of θ here, sequential, and which one is said for every call. No gradients
-here.
+Two ways to evaluate many perturbed models on batches, equal to rounding: *sequential*, one draw after the other moved
+into the model's own parameters, which then passes over all batches; and *stacked*, one vmapped call for a batch and a
+chunk of draws, which spares small models the overhead of a call. The choice changes rounding, so it is made once, when
+a run is planned (`nntk_dist.stacking`). A model with noise (`nntk_dist.stochastic`) is one fixed function of θ here,
+sequential, and which one is said for every call. No gradients here.
 
 Axes: n examples, s draws, c outputs, P parameters.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,16 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from nntk_dist.black_box import holds_black_box
+from nntk_dist.batches import by_batches, in_batches
 from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError
 from nntk_dist.parameters import ParameterSpace
 from nntk_dist.stochastic import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
 
-# Below this many multiply-adds a call's overhead exceeds its arithmetic (measured on CPU: about 100 µs a functional
-# call).
-_STACK_BELOW_OPERATIONS = 1 << 21
 _STACK_ELEMENTS = 1 << 22
+_OUTPUT_ELEMENTS = 1 << 22  # of perturbed models, held at a time
 
 
 def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -105,68 +104,112 @@ class Evaluator:
         """Whether f has noise, which then is to be fixed by `nntk_dist.stochastic.fixed_noise`."""
         return is_random(self.model)
 
-    def base(self, x: Tensor) -> Float[Tensor, "n c"]:
+    def base(self, x: Tensor, batch: int | None = None) -> Float[Tensor, "n c"]:
         """f(x; θ); of a model with noise, that of its present random function."""
         with torch.no_grad():
-            return outputs(self.model, x)
+            return by_batches(lambda rows: outputs(self.model, rows), x, batch)
 
-    def expected(self, x: Tensor, seed: int) -> Float[Tensor, "n c"]:
+    def expected(self, x: Tensor, seed: int, batch: int | None = None) -> Float[Tensor, "n c"]:
         """f(x; θ); of a model with noise, the mean of 64 random functions of that seed, of which no draw has one."""
         if not self.is_random:
-            return self.base(x)
-        first = self.base(x)
+            return self.base(x, batch)
+        first = self.base(x, batch)
         total = torch.zeros_like(first, dtype=torch.float64)
         for group in MEAN_FUNCTIONS:
             with fixed_noise(self.model, seed, group):
-                total += self.base(x)
+                total += self.base(x, batch)
         return (total / len(MEAN_FUNCTIONS)).to(first.dtype)
 
     def pairs(
-        self, x: Tensor, base: Float[Tensor, "n c"], drawing: Drawing, draws: range, displacements: Float[Tensor, "s P"]
+        self,
+        x: Tensor,
+        base: Float[Tensor, "n c"],
+        drawing: Drawing,
+        draws: range,
+        displacements: Float[Tensor, "s P"],
+        batch: int | None = None,
     ) -> Iterator[tuple[range, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
-        """(draws, f(x; θ), f(x; θ+z)) of all these draws, whole groups of them; of a model with noise group by group.
+        """(draws, f(x; θ), f(x; θ+z)) of all these draws, some at a time; of a model with noise group by group.
 
         Both are then under the noise of the group: one further pass for each. `base` is f(x; θ) without noise.
         """
         if not self.is_random:
-            yield draws, base, self.perturbed(x, displacements)
+            step = max(1, _OUTPUT_ELEMENTS // base.numel())
+            for start in range(0, len(draws), step):
+                yield draws[start : start + step], base, self.perturbed(x, displacements[start : start + step], batch)
             return
         for group, members in drawing.by_group(draws):
             with fixed_noise(self.model, drawing.seed, group):
                 z = displacements[members.start - draws.start : members.stop - draws.start]
-                unmoved, moved = self.base(x), self.perturbed(x, z)
+                unmoved, moved = self.base(x, batch), self.perturbed(x, z, batch)
             yield members, unmoved, moved
 
-    def perturbed(self, x: Tensor, displacements: Float[Tensor, "s P"]) -> Float[Tensor, "s n c"]:
+    def perturbed(
+        self, x: Tensor, displacements: Float[Tensor, "s P"], batch: int | None = None
+    ) -> Float[Tensor, "s n c"]:
         """f(x; θ + z) for each displacement z."""
-        base = self.space.values(self.model)
+        batches = list(in_batches(x, batch))
         with torch.no_grad():
-            if not self.stacked:
-                return torch.stack([outputs(self.model, x, self.space.moved(base, z)) for z in displacements])
-            chunk = max(1, _STACK_ELEMENTS // max(self.space.num_parameters, x.numel()))
+            parts = self._stacked(batches, displacements) if self.stacked else self._in_turn(batches, displacements)
+            result: Tensor | None = None
+            for draws, rows, values in parts:
+                if result is None:
+                    result = values.new_empty(len(displacements), len(x), values.shape[2])
+                result[draws, rows] = values[:, : rows.stop - rows.start]
+        assert result is not None
+        return result
 
-            def one(displacement: Tensor) -> Tensor:
+    def _in_turn(
+        self, batches: list[tuple[Tensor, slice]], displacements: Float[Tensor, "s P"]
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "1 n c"]]]:
+        """Draw by draw, all batches of each."""
+        with moved_in_place(self.model, self.space) as move:
+            for s, displacement in enumerate(displacements):
+                move(displacement)
+                for x, rows in batches:
+                    yield slice(s, s + 1), rows, outputs(self.model, x)[None]
+
+    def _stacked(
+        self, batches: list[tuple[Tensor, slice]], displacements: Float[Tensor, "s P"]
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "s n c"]]]:
+        """Batch by batch, a chunk of draws in one call."""
+        base = self.space.values(self.model)
+        for x, rows in batches:
+            step = draws_at_once(self.space.num_parameters, x)
+
+            def one(displacement: Tensor, x: Tensor = x) -> Tensor:
                 return outputs(self.model, x, self.space.moved(base, displacement))
 
-            return vmap(one, chunk_size=chunk, randomness="error")(displacements)
+            for start in range(0, len(displacements), step):
+                part = displacements[start : start + step]
+                yield slice(start, start + len(part)), rows, vmap(one, randomness="error")(part)
 
 
-def prefers_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> bool:
-    """Whether many perturbed models on this batch go faster stacked: small dense models on small batches that vmap can
-    take.
+def draws_at_once(numbers: int, x: Tensor) -> int:
+    """How many models of so many numbers are stacked on a batch x: 2^22 of them, or of inputs, are held at a time."""
+    return max(1, _STACK_ELEMENTS // max(numbers, x.numel()))
 
-    Convolutions never do: their stacked weights become a grouped convolution, several times slower. Nor do black boxes,
-    nor models with noise, whose draws are evaluated one random function after the other.
+
+@contextmanager
+def moved_in_place(model: nn.Module, space: ParameterSpace) -> Iterator[Callable[[Float[Tensor, " P"]], None]]:
+    """A function that moves the selected parameters to θ + z, which every pass over the model then has; θ comes back.
+
+    The parameters get other memory meanwhile, the same for every z: nothing is allocated for a draw, and θ is restored
+    bit for bit. The model is to be a private copy, as `prepare_model` makes.
     """
-    if space.num_parameters * len(x) > _STACK_BELOW_OPERATIONS or is_random(model):
-        return False
-    if holds_black_box(model) or any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
-        return False
-    trial = torch.zeros(2, space.num_parameters, dtype=next(model.parameters()).dtype, device=x.device)
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in space.names]
+    theta = [parameter.data for parameter in parameters]
+    moved = [torch.empty_like(values) for values in theta]
+
+    def move(displacement: Float[Tensor, " P"]) -> None:
+        for values, part, room in zip(theta, space.split(displacement).values(), moved, strict=True):
+            torch.add(values, part, out=room)
+
     try:
-        Evaluator(model, space, stacked=True).perturbed(x[:1], trial)
-    except (
-        RuntimeError
-    ):  # vmap refuses data-dependent control flow and in-place writes: such a model is evaluated in turn
-        return False
-    return True
+        for parameter, room in zip(parameters, moved, strict=True):
+            parameter.data = room
+        yield move
+    finally:
+        for parameter, values in zip(parameters, theta, strict=True):
+            parameter.data = values

@@ -23,6 +23,7 @@ from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import plan_noise
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
+from nntk_dist.shared_product import shared_product
 from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting import Reference
@@ -92,7 +93,8 @@ def _difference_features(
         attention.try_on(x)
     if forms_means(spec, resolution):
         return DifferenceMeans(evaluator, drawing, columns, attention=attention)
-    return DifferenceFeatures(evaluator, drawing, columns, spec.pair_blocks, metric, attention=attention)
+    shared = shared_product(evaluator, drawing, x) if attention is None else None
+    return DifferenceFeatures(evaluator, drawing, columns, spec.pair_blocks, metric, attention=attention, shared=shared)
 
 
 def _activation_features(

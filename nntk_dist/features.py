@@ -6,13 +6,14 @@ in-memory functions and the pipeline use nothing else of them, so that a tile is
 Axes: n rows, s draws, r blocks, c outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from nntk_dist.batches import in_batches
 from nntk_dist.block_sums import BlockSums, Meeting
 
 Rows = Mapping[str, Tensor]
@@ -74,14 +75,17 @@ class FeatureMap(Protocol):
         """The arrays that `compute` returns."""
         ...
 
-    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Features of a batch of inputs under a whole number of blocks of draws, for some of the outputs.
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        """Features of inputs under a whole number of blocks of draws, for some of the outputs.
 
-        `ids`, (n,) int64 from 0 to 2^32 − 1, name the examples: an example's own noise is a function of its id.
+        `ids`, (n,) int64 from 0 to 2^32 − 1, name the examples: an example's own noise is a function of its id. Rows
+        pass through the model in padded batches of `batch`, or all at once.
         """
         ...
 
-    def outputs(self, x: Tensor) -> Tensor:
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Tensor:
         """f(x; θ), (n, C), all outputs."""
         ...
 
@@ -106,6 +110,16 @@ def block_range(draws: range, draws_per_block: int) -> range:
 def concatenate_rows(parts: Sequence[Rows]) -> dict[str, Tensor]:
     """Row sets one after the other."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def join_batches(
+    compute: Callable[[Tensor, Tensor], Rows], x: Tensor, ids: Tensor, batch: int | None
+) -> dict[str, Tensor]:
+    """Features of rows and their ids, a padded batch after the other."""
+    parts = []
+    for (rows, own), (names, _) in zip(in_batches(x, batch), in_batches(ids, batch), strict=True):
+        parts.append(slice_rows(compute(rows, names), slice(own.stop - own.start)))
+    return concatenate_rows(parts)
 
 
 def slice_rows(rows: Rows, selection: slice | Tensor) -> dict[str, Tensor]:

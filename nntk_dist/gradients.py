@@ -35,7 +35,7 @@ from nntk_dist.capture import Recording, SitePlan, dense_gradients, extended_inp
 from nntk_dist.contraction import linear_widths
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
-from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
 from nntk_dist.sketching import Sketch, sketched_gradients
 from nntk_dist.stochastic import fixed_noise
 
@@ -110,8 +110,8 @@ class GradientFeatures:
         """M of a kernel that is sketched as a whole: plugin = Φ (M ⊗ I) Φᵀ, Φ the sketches of the block means."""
         return torch.full((self.num_blocks, self.num_blocks), self.num_blocks**-2, dtype=torch.float64)
 
-    def outputs(self, x: Tensor) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, 0 if self.drawing is None else self.drawing.seed)
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        return self.evaluator.expected(x, 0 if self.drawing is None else self.drawing.seed, batch)
 
     def parameters_at(self, draws: range) -> Iterator[dict[str, Tensor]]:
         """The selected parameters at θ + U^{1/P} z of each draw, or at θ."""
@@ -123,7 +123,13 @@ class GradientFeatures:
         for z in self.drawing.shrunken(draws, device=first.device):
             yield self.evaluator.space.moved(base, z.to(first.dtype))
 
-    def compute(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        return join_batches(lambda rows, names: self._one_batch(rows, draws, columns), x, ids, batch)
+
+    def _one_batch(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of a batch."""
         block_range(draws, self.draws_per_block)
         outer: list[dict[str, Tensor]] = []
         slots: dict[str, list[Tensor]] = {}

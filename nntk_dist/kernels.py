@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist.accuracy import verdict
-from nntk_dist.batches import compute_rows
 from nntk_dist.designs import MINIMUM_BLOCKS
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
@@ -288,7 +287,7 @@ def _compute(
     features = make_feature_map(prepared, inputs[0], spec, resolution)
     everything = range(features.num_draws)
     rows = [
-        compute_rows(features, x, names, everything, features.columns, batch=batch)
+        features.compute(x, names, everything, features.columns, batch=batch)
         for x, names in zip(inputs, ids, strict=True)
     ]
     estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)

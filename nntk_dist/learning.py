@@ -21,7 +21,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from nntk_dist.batches import compute_outputs, compute_rows
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
@@ -62,7 +61,7 @@ class TrainedKernel:
 
     def outputs(self, inputs: Array) -> Float64[Array, "m C"]:
         """f(x; θ)."""
-        return compute_outputs(self.features, self._tensor(inputs), batch=self.batch).double().cpu().numpy()
+        return self.features.outputs(self._tensor(inputs), batch=self.batch).double().cpu().numpy()
 
     def _tensor(self, inputs: Array) -> Tensor:
         if inputs.shape[1:] != self.shape:
@@ -71,7 +70,7 @@ class TrainedKernel:
 
     def _features_of(self, x: Tensor, ids: Tensor) -> Rows:
         everything = range(self.features.num_draws)
-        return compute_rows(self.features, x, ids, everything, self.features.columns, batch=self.batch)
+        return self.features.compute(x, ids, everything, self.features.columns, batch=self.batch)
 
     def _meet(self, rows: Rows) -> Tensor:
         return tile_estimates(self.features, [(rows, self.rows)], self.spec.meeting, None, self.spec.scale)["plugin"]
@@ -88,7 +87,7 @@ def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: in
         warnings.warn(caution, NNTKWarning, stacklevel=4)  # where `fit` was called
     features = make_feature_map(prepared, x, spec, resolution)
     ids = torch.arange(len(x), device=first.device)
-    rows = compute_rows(features, x, ids, range(features.num_draws), features.columns, batch=batch)
+    rows = features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
     shape = tuple(x.shape[1:])
     return TrainedKernel(spec, resolution, features, rows, batch, len(x), shape, first.dtype, first.device)
 

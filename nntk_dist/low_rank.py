@@ -8,7 +8,7 @@ Axes: g perturbations, P parameters, r rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float64, Int64
@@ -49,3 +49,20 @@ def low_rank_normals(
         offset += size
         first += (out + rest) * rank if matrix else size
     return torch.cat(parts, dim=1) if parts else torch.empty(len(groups), 0, dtype=torch.float64, device=groups.device)
+
+
+def low_rank_factors(
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], shapes: Sequence[tuple[int, ...]], rank: int
+) -> Iterator[tuple[Float64[Tensor, "g out r"], Float64[Tensor, "g rest r"] | None]]:
+    """What the same vectors are made of, tensor by tensor: A/√r and B, or the normals of a vector as (g, size, 1)."""
+    first = 0
+    for shape in shapes:
+        size = math.prod(shape)
+        if len(shape) < 2:
+            yield normal(seed, stream, groups, first, first + size)[:, :, None], None
+            first += size
+            continue
+        out, rest = shape[0], size // max(1, shape[0])
+        values = normal(seed, stream, groups, first, first + (out + rest) * rank).unflatten(1, (-1, rank))
+        yield values[:, :out] / math.sqrt(rank), values[:, out:]
+        first += (out + rest) * rank

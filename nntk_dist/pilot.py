@@ -14,7 +14,6 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nntk_dist.accuracy import Look, blocks_to_look_at, next_draws
-from nntk_dist.batches import compute_rows
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap
 from nntk_dist.resolution import Resolution, with_draws
@@ -67,9 +66,7 @@ def _calibration(
     width = len(features.columns) if spec.meeting.full else 1
     chosen = sample_entries(spec.seed, len(inputs[0]), len(inputs[-1]), sample_limit(width, PILOT_ENTRIES))
     rows = [
-        compute_rows(
-            features, x[some], names[some], range(features.num_draws), features.columns, batch=min(batch, len(some))
-        )
+        features.compute(x[some], names[some], range(features.num_draws), features.columns, batch=min(batch, len(some)))
         for x, names, some in zip((inputs[0], inputs[-1]), (ids[0], ids[-1]), chosen, strict=True)
     ]
     return calibrate_sample(features, [(rows[0], rows[1])], spec.meeting)

@@ -17,7 +17,7 @@ from nntk_dist.capture import plan_sites
 from nntk_dist.contraction import contraction_of
 from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
-from nntk_dist.evaluation import Evaluator, check_finite, prefers_stacking
+from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.model_probes import ModelProbes, call_changes, probe_model
 from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import NoisePlan, plan_noise
@@ -25,6 +25,7 @@ from nntk_dist.noisy_draws import MOST_GROUPS
 from nntk_dist.parameters import ParameterSpace, select_parameters
 from nntk_dist.probes import JumpProbe, probe_jumps
 from nntk_dist.spec import KernelSpec
+from nntk_dist.stacking import try_stacking
 from nntk_dist.stochastic import agreement, check_gradients, noise_text
 
 _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
@@ -46,6 +47,7 @@ class Resolution:
     num_columns: int = 0  # numbers of the sketch for an output and block, 0 without one
     num_sketched: int = 0  # parameters that are in the sketch
     contraction: str = ""
+    stacking: str = ""  # how perturbed models are evaluated and why, where there are such
     probes: ModelProbes | None = None  # what the model was found to be like; None where nobody looked
 
     @property
@@ -74,11 +76,29 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     reason += noise_text(model)
     if not spec.weighting.is_fixed:
         reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
-    draws = 1 if spec.kind == "local" else spec.drawing(estimator, space, model).num_draws
-    stacked = estimator == "weight" and prefers_stacking(model, space, x[:batch])
+    drawing = None if spec.kind == "local" else spec.drawing(estimator, space, model)
+    draws = 1 if drawing is None else drawing.num_draws
+    trial = None
+    if drawing is not None and estimator == "weight":
+        trial = try_stacking(model, space, _filled(x, batch), drawing)
+    stacked = trial is not None and trial.stacked
     probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
-    resolution = Resolution(estimator, reason, draws, space.num_parameters, num_outputs, stacked, probes=probes)
+    resolution = Resolution(
+        estimator,
+        reason,
+        draws,
+        space.num_parameters,
+        num_outputs,
+        stacked,
+        stacking="" if trial is None else trial.text,
+        probes=probes,
+    )
     return with_draws(model, x, spec, resolution, draws)
+
+
+def _filled(x: Tensor, batch: int) -> Tensor:
+    """A whole batch of the examples at hand, over and over where they are fewer."""
+    return x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch]
 
 
 def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, num_draws: int) -> Resolution:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.batches import compute_outputs, compute_rows
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
@@ -120,7 +119,7 @@ class Context:
 
     def outputs(self, x: Tensor) -> Tensor:
         """f(x; θ), in batches of the layout."""
-        return compute_outputs(self.features, x, batch=self.job.layout.batch)
+        return self.features.outputs(x, batch=self.job.layout.batch)
 
     def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
         """What an example's own noise is a function of: its id, as a number from 0 to 2^32 − 1."""
@@ -131,7 +130,7 @@ class Context:
         """Features of some rows under all draws, from the model."""
         x, draws = self.inputs(split, selection), range(self.job.sizes.num_draws)
         batch = min(self.job.layout.batch, len(x))
-        return compute_rows(self.features, x, self.keys(split, selection), draws, columns, batch=batch)
+        return self.features.compute(x, self.keys(split, selection), draws, columns, batch=batch)
 
     def feature_parts(self, row: tuple[str, int, int], column: tuple[str, int, int]) -> Iterator[tuple[Rows, Rows]]:
         """Features of two row intervals (split, start, stop), some outputs at a time: from the store, or recomputed."""

@@ -34,6 +34,8 @@ def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
         markup=False,
         highlight=False,
     )
+    if resolution.stacking:
+        out.print(resolution.stacking, soft_wrap=True, markup=False, highlight=False)
     for caution in () if resolution.probes is None else resolution.probes.cautions:
         out.print("caution:", style="yellow", end=" ")
         out.print(caution, soft_wrap=True, markup=False, highlight=False)

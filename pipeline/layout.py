@@ -20,9 +20,12 @@ from pipeline.config import Config
 from pipeline.job import Layout, Sizes
 
 FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbouring tiles share rows
-_BATCH_RANGE = (8, 512)
+_BATCH_RANGE = (8, 1024)
 _BATCH_BYTES = 32 << 20  # activations of one batch: about the size of the last cache
-_SHARD_ROWS = 1024
+# Perturbations are made once for a shard of rows: the more rows, the less they cost; but there are to be shards enough
+# for several workers, also of a small data set.
+_SHARD_ROWS = (1024, 8192)
+_SHARDS = 8
 _CHUNK_DRAWS = 16
 _CHUNK_BYTES = 64 << 20
 _STORED_FEATURE_BYTES = 1 << 30
@@ -49,12 +52,17 @@ def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: int) -> int:
-    """Examples of one forward pass: the largest power of two whose activations stay within 32 MiB, from 8 to 512, and
-    no larger than it takes to hold all rows (batches are padded, so more would be computed for nothing).
-    """
+    """Examples of one forward pass: what the configuration says, or `automatic_batch`."""
     if config.compute.batch != "auto":
         return config.compute.batch
-    item = 8 if config.compute.dtype == "float64" else 4
+    return automatic_batch(model, x, num_rows, config.compute.dtype)
+
+
+def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str) -> int:
+    """The largest power of two whose activations stay within 32 MiB, from 8 to 1024, and no larger than it takes to
+    hold all rows (batches are padded, so more would be computed for nothing).
+    """
+    item = 8 if dtype == "float64" else 4
     fitting = _BATCH_BYTES // (item * activation_elements(model, x))
     low, high = _BATCH_RANGE
     holding_all = 2 ** math.ceil(math.log2(num_rows))
@@ -77,7 +85,9 @@ def make_layout(
     """
     compute = config.compute
     row_bytes = row_feature_bytes(features, compute.dtype)
-    shard_rows = batch * max(1, _SHARD_ROWS // batch)
+    fewest, most = _SHARD_ROWS
+    wanted_rows = max(fewest, min(most, sizes.num_train // _SHARDS, _CHUNK_BYTES * sizes.num_blocks // row_bytes))
+    shard_rows = batch * max(1, wanted_rows // batch)
     draws_per_block = sizes.num_draws // sizes.num_blocks
     block_bytes = max(1, shard_rows * row_bytes // sizes.num_blocks)
     wanted = max(1, min(_CHUNK_DRAWS // draws_per_block, _CHUNK_BYTES // block_bytes))

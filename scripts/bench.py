@@ -20,7 +20,7 @@ from rich.markdown import Markdown  # noqa: E402
 
 from nntk_dist.errors import NNTKError, check_choice  # noqa: E402
 from pipeline.progress import make_progress  # noqa: E402
-from scripts.benchmarks import SECTIONS  # noqa: E402
+from scripts.benchmarks import NEEDS_DATA, SECTIONS  # noqa: E402
 from scripts.benchmarks.page import page  # noqa: E402
 from scripts.studies.cells import Answers, answer_all  # noqa: E402
 
@@ -32,6 +32,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure again what is known.")] = False,
     only: Only = None,
+    data: Annotated[str | None, typer.Option(help="MNIST for the section end-to-end: idx:/path/to/mnist.")] = None,
     out: Out = None,
 ) -> None:
     """Measure, print the table, and write the page and its JSON file."""
@@ -44,7 +45,8 @@ def main(
         for name in only or SECTIONS:
             if again:
                 answers.sections.pop(name, None)
-            answer_all(answers, name, SECTIONS[name](quick=quick), make_progress(console), threads=None)
+            options = {"data": data} if name in NEEDS_DATA else {}
+            answer_all(answers, name, SECTIONS[name](quick=quick, **options), make_progress(console), threads=None)
     except NNTKError as error:
         console.print(f"error: {error}", style="red")
         raise typer.Exit(2) from error

@@ -8,7 +8,6 @@ Axes: n rows, s draws, c outputs.
 
 from collections.abc import Iterator
 
-from nntk_dist.batches import compute_rows
 from pipeline.arrays import chunk_length, feature_path
 from pipeline.context import Context, Written
 from pipeline.job import SPLITS, Job, Task, intervals
@@ -41,8 +40,7 @@ def execute(context: Context, task: Task) -> Written:
         context.write(written, f"{split}/outputs", (start,), context.outputs(x))
     if job.layout.store_features:
         first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
-        features = compute_rows(
-            context.features,
+        features = context.features.compute(
             x,
             context.keys(split, rows),
             range(first, last),

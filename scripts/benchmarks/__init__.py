@@ -1,15 +1,27 @@
 """Benchmarks of the engine: what `scripts/bench.py` measures, keeps and writes down, a section a room.
 
-figures     what a benchmark answers: ratios within one run, each with what was asked of it
-perturb     perturbed passes against plain inference
-tile        Gram tiles against plain matrix products
-page        the page, from the JSON file alone
+    figures     what a benchmark answers: ratios within one run, each with what was asked of it
+    perturb     perturbed passes against plain inference
+    end_to_end  whole runs of MNIST, from configuration to report
+    memory      measured peaks against projected ones
+    runs        runs in a process of their own, watched from outside
+    page        the page, from the JSON file alone
+
+Cells and answers are those of `scripts.studies`.
 """
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from scripts.benchmarks import end_to_end, memory, perturb
 from scripts.studies.cells import Cell
 
 # Sections of the page, in its order.
-SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({})
+SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
+    {
+        "perturb": perturb.cells,
+        "end-to-end": end_to_end.cells,
+        "memory": memory.cells,
+    }
+)
+NEEDS_DATA = ("end-to-end",)

@@ -42,7 +42,8 @@ def _cell(cell: Answer) -> dict[str, Any]:
 
 def _figure(figure: Answer) -> dict[str, str]:
     value, least, most = figure["value"], figure["least"], figure["most"]
-    asked = f"≥ {least:g}" if least is not None else f"≤ {most:g}" if most is not None else ""
+    bounds = {"≥": least, "≤": most}
+    asked = ", ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
     short = (least is not None and value < least) or (most is not None and value > most)
     details = ", ".join(f"{name} {number(entry)}" for name, entry in figure["details"].items())
     return {

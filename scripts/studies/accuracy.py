@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.batches import compute_rows
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.pilot import find_draws
@@ -46,7 +45,7 @@ class Task:
         spec = replace(self.spec, seed=seed)
         features = make_feature_map(self.model, self.x, spec, resolution)
         ids, draws = torch.arange(len(self.x)), range(features.num_draws)
-        rows = compute_rows(features, self.x, ids, draws, features.columns, batch=len(self.x))
+        rows = features.compute(self.x, ids, draws, features.columns, batch=len(self.x))
         return tile_estimates(features, [(rows, rows)], spec.meeting, None, spec.scale)["unbiased"]
 
 

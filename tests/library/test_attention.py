@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import nntk_dist.drawing
 import nntk_dist.feature_maps
 from nntk_dist import BlackBox, nonlocal_kernel
-from nntk_dist.batches import compute_rows
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.philox import Stream, normal
@@ -266,9 +265,9 @@ def test_weights_of_an_example_do_not_depend_on_what_is_beside_it(score):
     whole = all_rows(features, x)["differences"]
     for draws, rows in ((range(16), slice(2, 3)), (range(4, 12), slice(0, 5))):
         names = torch.arange(len(x[rows]))
-        part = compute_rows(features, x[rows], names, draws, features.columns, batch=2)["differences"]
+        part = features.compute(x[rows], names, draws, features.columns, batch=2)["differences"]
         assert_equal(part, whole[rows, draws.start : draws.stop], 1e-12)
-    some = compute_rows(features, x, torch.arange(7), range(16), (2,), batch=7)["differences"]
+    some = features.compute(x, torch.arange(7), range(16), (2,), batch=7)["differences"]
     assert_equal(some, whole[:, :, 2:], 1e-12)  # of all outputs, whichever are asked for
 
 
@@ -283,7 +282,7 @@ def test_shared_scores_are_made_once(monkeypatch):
     features, _ = prepared_features(one.model, one.x1, spec)
     assert sum(calls) == 1  # the trial
     for _ in range(3):
-        compute_rows(features, one.x1, torch.arange(3), range(16), features.columns, batch=1)
+        features.compute(one.x1, torch.arange(3), range(16), features.columns, batch=1)
     assert sum(calls) == 17
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from nntk_dist import nonlocal_kernel
-from nntk_dist.batches import compute_rows
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.philox import Stream, normal
@@ -113,7 +112,7 @@ def test_the_bias_of_a_block_falls_like_one_over_its_draws():
         means_of, _ = prepared_features(problem.model(), x, spec)
         assert isinstance(means_of, DifferenceMeans)
         features = DifferenceFeatures(means_of.evaluator, means_of.drawing, (0,), attention=means_of.attention)
-        differences = compute_rows(features, x, torch.arange(3), range(draws), (0,), batch=3)["differences"][:, :, 0]
+        differences = features.compute(x, torch.arange(3), range(draws), (0,), batch=3)["differences"][:, :, 0]
         z = features.drawing.perturbations(range(draws), dtype=torch.float64)
         terms = differences[:, :, None] * features.drawing.directions(z)
         means = terms.unflatten(1, (-1, size)).mean(2).numpy()

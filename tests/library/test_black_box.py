@@ -13,8 +13,7 @@ from sklearn.tree import DecisionTreeRegressor
 from torch import nn
 
 from nntk_dist import BlackBox, NNTKError, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
-from nntk_dist.evaluation import prefers_stacking, prepare_model
-from nntk_dist.parameters import select_parameters
+from nntk_dist.evaluation import prepare_model
 from nntk_dist.spec import KernelSpec
 from pipeline.build import build_dataset
 from pipeline.config import load_config
@@ -191,12 +190,6 @@ def test_a_function_may_change_its_arguments():
     assert model(x).tolist() == model(x).tolist() == [6.0, 6.0]
     assert (x == 1).all()
     assert model.state_dict()["params"].tolist() == [2.0]
-
-
-def test_black_boxes_are_never_stacked():
-    model, x = BlackBox(lambda params, x: x @ params, np.ones(3)), torch.ones(2, 3, dtype=torch.float64)
-    assert not prefers_stacking(model, select_parameters(model), x)
-    assert prefers_stacking(nn.Linear(3, 1).double(), select_parameters(nn.Linear(3, 1)), x)
 
 
 def test_a_black_box_may_be_a_part_of_a_network():

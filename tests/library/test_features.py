@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nntk_dist.batches import compute_outputs, in_batches
+from nntk_dist.batches import in_batches
 from nntk_dist.block_sums import Meeting
 from nntk_dist.capture import plan_sites
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
-from nntk_dist.evaluation import Evaluator, prefers_stacking
+from nntk_dist.evaluation import Evaluator, moved_in_place, outputs
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, block_range, concatenate_rows, slice_rows
 from nntk_dist.gradients import GradientFeatures, feature_bytes
@@ -105,17 +105,31 @@ def test_stacked_evaluation_equals_sequential(name):
     stacked, sequential = (Evaluator(model, space, stacked=stack).perturbed(x, z) for stack in (True, False))
     assert stacked.shape == (8, 4, case(name).num_outputs)
     torch.testing.assert_close(stacked, sequential, rtol=1e-12, atol=1e-12)
+    expected = [outputs(model, x, space.moved(space.values(model), one)) for one in z]  # by functional calls
+    torch.testing.assert_close(sequential, torch.stack(expected), rtol=1e-12, atol=1e-12)
+    for stack in (True, False):
+        in_batches_of_three = Evaluator(model, space, stacked=stack).perturbed(x, z, 3)
+        torch.testing.assert_close(in_batches_of_three, sequential, rtol=1e-12, atol=1e-12)
 
 
-def test_stacking_is_preferred_for_small_dense_models_that_vmap_can_take():
-    def preferred(name: str, n: int = 4) -> bool:
-        model = case(name).build()
-        return prefers_stacking(model, select_parameters(model), case(name).inputs(n))
+@pytest.mark.parametrize("name", ["relu_mlp", "tied_weights", "raw_parameters"])
+def test_parameters_come_back_bit_for_bit_also_from_an_error(name):
+    model, x = case(name).build(), case(name).inputs(4)
+    space = select_parameters(model)
+    before = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
+    Evaluator(model, space).perturbed(x, torch.ones(2, space.num_parameters, dtype=torch.float64))
 
-    assert preferred("relu_mlp")
-    assert not preferred("relu_mlp", 100_000)
-    assert not preferred("convnet")
-    assert not preferred("relu_mlp_in_place") or preferred("relu_mlp")
+    def fail_away_from_theta() -> None:
+        with moved_in_place(model, space) as move:
+            move(torch.ones(space.num_parameters, dtype=torch.float64))
+            assert not any(torch.equal(value, before[key][1]) for key, value in model.state_dict().items())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_away_from_theta()
+    for key, value in model.state_dict().items():
+        assert value.data_ptr() == before[key][0]
+        assert torch.equal(value, before[key][1])
 
 
 @pytest.mark.parametrize(("kind", "estimator"), KINDS)
@@ -183,11 +197,11 @@ def test_draws_that_are_not_whole_blocks_are_refused():
 def test_batches_are_padded_and_outputs_are_those_of_the_model():
     x = torch.arange(16.0).reshape(8, 2)
     batches = list(in_batches(x, 3))
-    assert [(len(rows), count) for rows, count in batches] == [(3, 3), (3, 3), (3, 2)]
+    assert [(len(rows), own) for rows, own in batches] == [(3, slice(0, 3)), (3, slice(3, 6)), (3, slice(6, 8))]
     assert torch.equal(batches[2][0], x[[6, 7, 7]])
     _, features = small("nonlocal", "weight")
     x = case("tanh_mlp").inputs(7)
-    torch.testing.assert_close(compute_outputs(features, x, batch=3), case("tanh_mlp").build()(x))
+    torch.testing.assert_close(features.outputs(x, batch=3), case("tanh_mlp").build()(x))
 
 
 def test_the_metric_may_be_given_instead_of_made():

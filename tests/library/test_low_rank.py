@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from nntk_dist import NNTKError, averaged_kernel, covariance_kernel, nonlocal_kernel
 from nntk_dist.distributions import LowRank
 from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import Evaluator
 from nntk_dist.parameters import select_parameters
+from nntk_dist.shared_product import shared_product
 from nntk_dist.spec import KernelSpec
+from nntk_dist.stacking import StackingTrial
 from tests.library.tools import assert_equal
 from tests.oracles import brute_force
 from tests.oracles.cases import case
@@ -40,6 +43,72 @@ def test_matrices_have_the_rank(rank):
         if len(shape) >= 2:
             ranks = torch.linalg.matrix_rank(part.reshape(16, shape[0], -1))
             assert (ranks == min(rank, shape[0])).all()
+
+
+class Tokens(nn.Module):
+    """Linear layers on several positions, one of them used twice, and a convolution that is not perturbed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(3, 4, 1).double()
+        self.twice, self.readout = nn.Linear(4, 4).double(), nn.Linear(4, 2, bias=False).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.convolution(x.mT).mT
+        return self.readout(torch.tanh(self.twice(torch.tanh(self.twice(h)))).mean(1))
+
+
+@pytest.mark.parametrize("design", ["iid", "antithetic"])
+@pytest.mark.parametrize("gamma_scale", ["absolute", "relative"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_shared_product_is_the_perturbed_model_without_its_weights(design, gamma_scale, rank):
+    model, x = Tokens(), torch.randn(5, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    space = select_parameters(model, ("twice.*", "readout.weight"))
+    spec = KernelSpec(
+        gamma=0.7, distribution="lowrank", rank=rank, design=design, gamma_scale=gamma_scale, draws=16, blocks=4
+    )
+    some, evaluator = spec.drawing("weight", space, model), Evaluator(model, space, stacked=True)
+    shared = shared_product(evaluator, some, x)
+    assert shared is not None
+    expected = Evaluator(model, space).perturbed(x, some.perturbations(range(4, 12), dtype=torch.float64))
+    for batch in (None, 2):
+        values = shared.perturbed(x, range(4, 12), batch)
+        torch.testing.assert_close(values, expected, rtol=1e-11, atol=1e-12)
+    assert shared.numbers_of_a_draw == rank * 8 + 4 + rank * 6
+
+
+def test_products_are_shared_only_where_every_parameter_is_a_linear_layers_own():
+    class Borrowed(nn.Module):
+        """Uses a layer's weight behind the layer's back."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) @ self.layer.weight
+
+    def sharing(model: nn.Module, x: Tensor, **options: object) -> bool:
+        space = select_parameters(model)
+        spec = KernelSpec(**({"distribution": "lowrank", "draws": 8} | options))
+        evaluator = Evaluator(model, space, stacked=True)
+        return shared_product(evaluator, spec.drawing("weight", space, model), x) is not None
+
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert sharing(nn.Linear(3, 2).double(), x)
+    assert not sharing(nn.Linear(3, 2).double(), x, distribution="gaussian")
+    assert not sharing(Borrowed(), x)
+    for name in ("convnet", "tied_weights", "raw_parameters"):
+        assert not sharing(case(name).build(), case(name).inputs(4))
+
+
+def test_the_kernel_is_the_same_with_products_shared_or_not(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double(), torch.randn(5, 4).double()
+    kernels = {}
+    for stacked in (True, False):
+        monkeypatch.setattr("nntk_dist.resolution.try_stacking", lambda *_, stacked=stacked: StackingTrial(stacked))
+        kernels[stacked] = nonlocal_kernel(model, x, gamma=0.3, distribution="lowrank", draws=64).kernel
+    torch.testing.assert_close(kernels[True], kernels[False], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

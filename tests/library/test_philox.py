@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from nntk_dist.philox import Stream, normal, normals_at, philox, uniform
+from nntk_dist.philox_cpu import philox_words, split_words
 
 GROUPS = torch.arange(5)
 
@@ -54,6 +55,20 @@ def test_any_counter_agrees_with_unbounded_integers():
     rng = np.random.default_rng(0)
     for row in rng.integers(0, 2**32, size=(50, 6)).tolist():
         assert words(tuple(row[:4]), (row[4], row[5])) == reference_philox(tuple(row[:4]), (row[4], row[5]))
+
+
+@pytest.mark.parametrize("draw", [0, 65_535, [3, 0, 65_535]])
+def test_the_words_of_a_cpu_are_those_of_every_device(draw):
+    groups = [0, 5, 2**32 - 1]
+    positions, seed = (2**32 - 3, 2**32 + 3), (7 << 32) + 2**32 - 1
+    pairs = philox_words(positions, np.array(draw), np.array(groups), int(Stream.SKETCH), seed)
+    ours = [word for pair in pairs for word in split_words(pair)]
+    draws = draw if isinstance(draw, list) else [draw] * 3
+    for row, (group, number) in enumerate(zip(groups, draws, strict=True)):
+        for column, position in enumerate(range(*positions)):
+            counter = (position & 0xFFFFFFFF, (position >> 32) | (number << 16), group, int(Stream.SKETCH))
+            expected = reference_philox(counter, (seed & 0xFFFFFFFF, 7))
+            assert tuple(int(word[row, column]) for word in ours) == expected
 
 
 def test_normals_come_from_the_words_that_the_contract_names():

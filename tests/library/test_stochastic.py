@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import BrownianActivation, Dropout, fixed_noise, nonlocal_kernel
-from nntk_dist.batches import compute_rows
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
@@ -207,7 +206,7 @@ def test_features_do_not_depend_on_batches_or_chunks_of_draws(words):
     spec = KernelSpec(gamma=0.5, design="antithetic", draws=16, blocks=4, **words)
     features, _ = prepared_features(network(Dropout(P_DROP), Jitter()), X, spec)
     whole, ids = all_rows(features, X), torch.arange(len(X))
-    chunks = [compute_rows(features, X, ids, range(start, start + 8), features.columns, batch=2) for start in (0, 8)]
+    chunks = [features.compute(X, ids, range(start, start + 8), features.columns, batch=2) for start in (0, 8)]
     for name, values in whole.items():
         together = torch.cat([chunk[name] for chunk in chunks], dim=1)
         torch.testing.assert_close(together, values, rtol=1e-12, atol=1e-12)

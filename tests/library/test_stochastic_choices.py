@@ -21,7 +21,6 @@ from nntk_dist import (
     local_kernel,
     nonlocal_kernel,
 )
-from nntk_dist.batches import compute_outputs
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.parameters import select_parameters
 from nntk_dist.probes import probe_jumps
@@ -42,7 +41,7 @@ def test_outputs_are_means_over_fixed_functions_that_no_draw_has(noise):
         with fixed_noise(noisy, 6, group):
             values.append(noisy(X).detach())
     expected = torch.stack(values).mean(0)
-    torch.testing.assert_close(compute_outputs(features, X, batch=4), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(features.outputs(X, batch=4), expected, rtol=1e-12, atol=1e-12)
     assert len(MEAN_FUNCTIONS) == 64
     assert MEAN_FUNCTIONS.start > 65536
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.batches import compute_rows
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
@@ -35,7 +34,7 @@ def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Fe
 
 def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:
     """Features of these inputs under all draws."""
-    return compute_rows(features, x, torch.arange(len(x)), range(features.num_draws), features.columns, batch=len(x))
+    return features.compute(x, torch.arange(len(x)), range(features.num_draws), features.columns, batch=len(x))
 
 
 def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> Calibration:

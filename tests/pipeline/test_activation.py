@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nntk_dist import open_kernel
-from nntk_dist.batches import compute_rows
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.resolution import resolve
@@ -35,7 +34,7 @@ def in_memory(run_dir, *sets):
     resolution = resolve(model, x, spec, batch=64)
     features = make_feature_map(model, x, spec, resolution)
     draws, ids = range(features.num_draws), torch.from_numpy(dataset.train.ids)
-    rows = compute_rows(features, x, ids, draws, features.columns, batch=64)
+    rows = features.compute(x, ids, draws, features.columns, batch=64)
     return tile_estimates(features, [(rows, rows)], spec.meeting, Calibration(1.0, 0.0, 1), spec.scale)
 
 

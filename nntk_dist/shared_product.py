@@ -1,0 +1,125 @@
+"""Low-rank perturbations of Linear layers without their weights: one matrix product with W for all draws at once.
+
+A layer moved by A·Bᵀ puts out h Wᵀ + (h B) Aᵀ: the first product is that of θ, shared by the rows of all draws, and the
+second takes r·(i + u) multiply-adds a row. So neither perturbations of length P nor perturbed weights are ever made,
+which on small batches is most of the work. Equal to the perturbed model to rounding, which is tried before it is used.
+No kernels here.
+
+Axes: s draws, n examples, t positions, i/u inputs and units of a layer, r rank, c outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nntk_dist.batches import in_batches
+from nntk_dist.distributions import LowRank
+from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import Evaluator, draws_at_once, outputs
+from nntk_dist.parameters import aliases
+
+Factors = tuple[Float[Tensor, "s u r"], Float[Tensor, "s i r"] | None]
+_EXAMPLES = 3
+_AGREEMENT = 1e3  # in units of the dtype's rounding, relative to the largest change
+
+
+@dataclass(frozen=True)
+class SharedProduct:
+    """Perturbed passes of a model whose selected parameters all belong to Linear layers; see `shared_product`."""
+
+    evaluator: Evaluator
+    drawing: Drawing
+
+    @property
+    def numbers_of_a_draw(self) -> int:
+        """How many numbers a draw's factors are."""
+        assert isinstance(self.drawing.distribution, LowRank)
+        rank = self.drawing.distribution.rank
+        return sum(rank * sum(shape) if len(shape) == 2 else sum(shape) for shape in self.drawing.shapes)
+
+    def perturbed(self, x: Tensor, draws: range, batch: int | None = None) -> Float[Tensor, "s n c"]:
+        """f(x; θ + z) of whole groups of draws."""
+        model, space = self.evaluator.model, self.evaluator.space
+        dtype = next(model.parameters()).dtype
+        factors = self.drawing.low_rank_factors(draws, dtype=dtype, device=x.device)
+        named = dict(zip(space.names, factors, strict=True))
+        result: Tensor | None = None
+        for rows, own in in_batches(x, batch):
+            step = draws_at_once(self.numbers_of_a_draw, rows)
+            for start in range(0, len(draws), step):
+                part = slice(start, min(start + step, len(draws)))
+                values = self._pass(rows, {name: _of_draws(each, part) for name, each in named.items()}, part)
+                if result is None:
+                    result = values.new_empty(len(draws), len(x), values.shape[2])
+                result[part, own] = values[:, : own.stop - own.start]
+        assert result is not None
+        return result
+
+    def _pass(self, x: Tensor, factors: Mapping[str, Factors], draws: slice) -> Float[Tensor, "s n c"]:
+        """One batch under some draws, draw by draw along the rows of one pass."""
+        model, count = self.evaluator.model, draws.stop - draws.start
+        handles = [
+            module.register_forward_hook(_moved(*(factors.get(name) for name in _names(path)), count=count))
+            for path, module in _linears(model).items()
+        ]
+        try:
+            with torch.no_grad():
+                values = outputs(model, x.repeat(count, *[1] * (x.ndim - 1)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return values.unflatten(0, (count, len(x)))
+
+
+def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedProduct | None:
+    """Shared products for a stacked evaluator and low-rank draws, or None where the model does not allow them.
+
+    It does where every selected parameter is the weight or bias of one Linear layer, and a few examples come out as
+    under the perturbed model.
+    """
+    if not (evaluator.stacked and isinstance(drawing.distribution, LowRank)) or evaluator.is_random:
+        return None
+    names = {name for path in _linears(evaluator.model) for name in _names(path)}
+    groups = aliases(evaluator.model)
+    if any(name not in names or len(groups[name]) > 1 for name in evaluator.space.names):
+        return None
+    candidate, draws, few = SharedProduct(evaluator, drawing), range(drawing.group_size), x[:_EXAMPLES]
+    z = drawing.perturbations(draws, dtype=next(evaluator.model.parameters()).dtype, device=x.device)
+    expected = replace(evaluator, stacked=False).perturbed(few, z)
+    change = (expected - evaluator.base(few)).abs().max()
+    difference = (candidate.perturbed(few, draws) - expected).abs().max()
+    rounding = _AGREEMENT * torch.finfo(expected.dtype).eps
+    return candidate if bool(difference <= rounding * torch.maximum(change, expected.abs().max())) else None
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _names(path: str) -> tuple[str, str]:
+    """Of a layer's weight and bias."""
+    prefix = f"{path}." if path else ""
+    return f"{prefix}weight", f"{prefix}bias"
+
+
+def _of_draws(factors: Factors, part: slice) -> Factors:
+    left, right = factors
+    return left[part], None if right is None else right[part]
+
+
+def _moved(weight: Factors | None, bias: Factors | None, *, count: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    """A hook that adds a layer's own part of every draw to its output."""
+
+    def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        by_draw = out.reshape(count, -1, out.shape[-1])
+        if weight is not None and weight[1] is not None:
+            h = args[0].reshape(count, by_draw.shape[1], -1)
+            by_draw = torch.baddbmm(by_draw, h @ weight[1], weight[0].mT)
+        if bias is not None:
+            by_draw = by_draw + bias[0].mT
+        return by_draw.reshape(out.shape)
+
+    return hook

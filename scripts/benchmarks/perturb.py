@@ -1,0 +1,123 @@
+"""Section `perturb`: features of shards of 8,192 rows under perturbed parameters, against plain inference on them.
+
+The rate of a perturbed pass is that of the public feature map, drawing and storing included, in batches as the pipeline
+chooses them; plain inference is the model under `no_grad` at the fastest of several batch sizes. One thread, as workers
+have.
+
+Units: seconds.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
+from nntk_dist.features import FeatureMap
+from nntk_dist.models import build_model
+from nntk_dist.resolution import resolve
+from nntk_dist.spec import KernelSpec
+from pipeline.layout import automatic_batch
+from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.studies.cells import Answer, Cell, with_threads
+
+_BATCHES = (64, 128, 256, 512, 1024, 2048)
+_OUTPUTS = 10
+_BLOCKS = 4
+_OPTIONS = {
+    "iid": {},
+    "antithetic": {"design": "antithetic"},
+    "orthogonal": {"design": "orthogonal"},
+    "low rank": {"distribution": "lowrank", "rank": 4},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A built-in model, the shape of its examples, and how many draws are timed: fewer where passes are long."""
+
+    name: str
+    builder: str
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+    draws: int
+    options: tuple[str, ...] = ("iid", "antithetic")
+
+
+_CASES = (
+    Case("mlp 784-512-512-10", "mlp", {"widths": [512, 512]}, (784,), 16, tuple(_OPTIONS)),
+    Case("cnn, 3×32×32", "cnn", {}, (3, 32, 32), 4),
+    Case("resnet, 3×32×32", "resnet", {}, (3, 32, 32), 2),
+    Case("transformer, 64 tokens of 32", "transformer", {}, (64, 32), 4),
+    Case("mlp 64-16-10, small", "mlp", {"widths": [16]}, (64,), 16),
+)
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """A cell for each model."""
+    rows = 64 if quick else 8192
+    return [
+        Cell(case.name, {"rows": rows} | asdict(case), partial(_measure, case, rows))
+        for case in _CASES
+        if not quick or case is _CASES[-1]
+    ]
+
+
+def _measure(case: Case, rows: int) -> Answer:
+    with with_threads(1):
+        return answer(*_figures(case, rows))
+
+
+def _figures(case: Case, rows: int) -> Iterator[Figure]:
+    built = build_model(case.builder, case.arguments, input_shape=case.shape, num_outputs=_OUTPUTS, seed=0)
+    model = prepare_model(built, dtype=torch.float32, device="cpu")
+    x = torch.randn(rows, *case.shape, generator=torch.Generator().manual_seed(0))
+    best_batch = _fastest_batch(model, x)
+    passes = case.draws + 1  # the unperturbed one is made too
+    for label in case.options:
+        spec = KernelSpec(estimator="weight", draws=_BLOCKS * case.draws, blocks=_BLOCKS, **_OPTIONS[label])
+        batch = automatic_batch(model, x[:32], rows, "float32")
+        resolution = resolve(model, x[:32], spec, batch=batch)
+        features = make_feature_map(model, x[:32], spec, resolution)
+        best = best_seconds(
+            {
+                "plain": partial(_infer, model, x, best_batch, passes=passes),
+                "perturbed": partial(_features, features, x, range(case.draws), batch),
+            },
+            rounds=3,
+        )
+        yield Figure(
+            f"{case.name}, {label}",
+            best["plain"] / best["perturbed"],
+            least=0.9,
+            details={
+                "parameters": resolution.num_parameters,
+                "rows": rows,
+                "batch": batch,
+                "plain batch": best_batch,
+                "plain s a pass": best["plain"] / passes,
+                "perturbed s a pass": best["perturbed"] / passes,
+                "stacked": "yes" if resolution.stacked else "no",
+            },
+        )
+
+
+def _features(features: FeatureMap, x: Tensor, draws: range, batch: int) -> object:
+    return features.compute(x, torch.arange(len(x)), draws, features.columns, batch=batch)
+
+
+def _infer(model: nn.Module, x: Tensor, batch: int, *, passes: int = 1) -> None:
+    with torch.no_grad():
+        for _ in range(passes):
+            torch.cat([model(rows) for rows in x.split(batch)])
+
+
+def _fastest_batch(model: nn.Module, x: Tensor) -> int:
+    """Batch of the fastest plain inference."""
+    sizes = [size for size in _BATCHES if size <= len(x)]
+    seconds = best_seconds({str(size): partial(_infer, model, x[:2048], size) for size in sizes}, rounds=2)
+    return min(sizes, key=lambda size: seconds[str(size)])

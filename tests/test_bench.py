@@ -1,0 +1,97 @@
+"""The benchmarks behind docs/performance.md: turns and best times, what a figure says, the page and its figures.
+
+Axes: none.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from scripts import bench
+from scripts.benchmarks import SECTIONS, end_to_end
+from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.benchmarks.page import page
+from scripts.benchmarks.runs import proportional_bytes
+from scripts.studies.cells import Answers
+
+REPOSITORY = Path(__file__).parent.parent
+APP = typer.Typer()
+APP.command()(bench.main)
+PAGE = REPOSITORY / "docs" / "performance.md"
+
+
+def kept(tmp_path: Path, *figures: Figure) -> Answers:
+    """Answers of one cell, as a run keeps them."""
+    cell = {"settings": {}, "answer": answer(*figures), "seconds": 1.0, "commit": "0123456789abcdef0", "machine": "m"}
+    path = tmp_path / "performance.json"
+    path.write_text(json.dumps({"versions": {"torch": "2"}, "sections": {"perturb": {"one": cell}}}))
+    return Answers(path)
+
+
+def test_a_page_tells_what_was_missed(tmp_path):
+    text = page(
+        kept(
+            tmp_path,
+            Figure("fast", 0.95, least=0.9),
+            Figure("slow", 0.85, least=0.9, details={"seconds": 0.123456}),
+            Figure("large", 1.3, least=0.75, most=1.25),
+            Figure("free", 12345.6),
+        )
+    )
+    assert "| fast | 0.95 | ≥ 0.9 |  |" in text
+    assert "| slow | **0.85** | ≥ 0.9, missed | seconds 0.123 |" in text
+    assert "| large | **1.3** | ≥ 0.75, ≤ 1.25, missed |" in text
+    assert "| free | 12,346 |  |" in text
+
+
+def test_actions_take_turns_and_the_best_time_counts():
+    order: list[str] = []
+
+    def action(name: str, seconds: list[float]) -> None:
+        order.append(name)
+        time.sleep(seconds.pop(0))
+
+    first, second = [0.2, 0.0, 0.1], [0.0, 0.2, 0.05]
+    best = best_seconds({"a": lambda: action("a", first), "b": lambda: action("b", second)}, rounds=2)
+    assert order == ["a", "b"] * 3
+    assert best["a"] < 0.05  # not the first round's, nor the slower of the others
+    assert 0.05 <= best["b"] < 0.2
+
+
+def test_the_page_is_rendered_from_its_figures():
+    assert PAGE.read_text() == page(Answers(PAGE.with_suffix(".json")))
+
+
+def test_a_quick_run_measures_prints_and_keeps(tmp_path):
+    out = tmp_path / "page.md"
+    done = CliRunner().invoke(APP, ["--quick", "--only", "perturb", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    measured = Answers(out.with_suffix(".json")).sections["perturb"].values()
+    figures = [figure for cell in measured for figure in cell["answer"]["figures"]]
+    assert len(figures) >= 2
+    assert all(figure["value"] > 0 for figure in figures)
+    assert out.read_text().count("| mlp") == len(figures)
+
+
+def test_what_is_not_a_section_and_what_lacks_its_data_is_refused(tmp_path):
+    wrong = CliRunner().invoke(APP, ["--only", "perturbed", "--out", str(tmp_path / "page.md")])
+    assert wrong.exit_code == 2
+    assert "allowed: " + ", ".join(SECTIONS) in " ".join(wrong.output.split())
+    lacking = CliRunner().invoke(APP, ["--only", "end-to-end", "--out", str(tmp_path / "page.md")])
+    assert lacking.exit_code == 2
+    assert "--data is missing" in lacking.output
+
+
+@pytest.mark.parametrize("case", end_to_end.CASES)
+def test_configurations_of_whole_runs_are_there(case):
+    assert (REPOSITORY / "configs" / f"{case.config}.yaml").exists()
+
+
+def test_memory_of_a_process_is_counted_with_its_children_and_of_none_is_nothing():
+    assert proportional_bytes(os.getpid()) > 1 << 20
+    assert proportional_bytes(2**22 + 1) == 0

@@ -10,7 +10,9 @@ Axes: n examples, s draws, c outputs, P parameters.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,6 +85,8 @@ def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
 
 def check_finite(values: Tensor, what: str) -> None:
     """Raise an NNTKError that counts the examples (leading axis) with NaN or infinite values, if there are any."""
+    if math.isfinite(float(values.detach().sum())):  # one pass over what is almost always finite
+        return
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = (~finite).flatten(1).any(1).nonzero()[:, 0]
@@ -170,3 +174,28 @@ def prefers_stacking(model: nn.Module, space: ParameterSpace, x: Tensor) -> bool
     ):  # vmap refuses data-dependent control flow and in-place writes: such a model is evaluated in turn
         return False
     return True
+
+
+@contextmanager
+def moved_in_place(model: nn.Module, space: ParameterSpace) -> Iterator[Callable[[Float[Tensor, " P"]], None]]:
+    """A function that sets the selected parameters of a private model to θ + z, for one z after the other; θ is back at
+    the end.
+
+    They become slices of one vector, so that a draw takes one addition and no memory of its own.
+    """
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in space.names]
+    own = [parameter.data for parameter in chosen]
+    theta = torch.cat([values.flatten() for values in own])
+    moved = theta.clone()
+
+    def move(z: Float[Tensor, " P"]) -> None:
+        torch.add(theta, z.to(theta.dtype), out=moved)
+
+    try:
+        for parameter, values in zip(chosen, space.split(moved).values(), strict=True):
+            parameter.data = values
+        yield move
+    finally:
+        for parameter, values in zip(chosen, own, strict=True):
+            parameter.data = values

@@ -68,9 +68,17 @@ def make_feature_map(
     )
     sketch = None
     if chosen.sketched is not None:
-        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(chosen.num_columns, spec.blocks), space.names)
+        groups = groups_of_columns(chosen.num_columns, spec.blocks)
+        sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names, joint=not spec.meeting.full)
     return GradientFeatures(
-        evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
+        evaluator,
+        chosen.exact,
+        drawing,
+        columns,
+        spec.pair_blocks,
+        sketch=sketch,
+        sketched=chosen.sketched,
+        sums_outputs=not spec.meeting.full,
     )
 
 

@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+from torch.nn import functional
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -143,9 +144,23 @@ def normals_at(
 
 
 def signs(
-    seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0, dtype: torch.dtype
+    seed: int,
+    stream: Stream,
+    groups: Int64[Tensor, " g"],
+    count: int,
+    *,
+    draw: int = 0,
+    start: int = 0,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "g {count}"]:
-    """Random signs ±1, `count` for each group: one bit each, 128 from a counter."""
-    words = torch.stack(_words(seed, stream, groups, draw, 0, -(-count // 128)), dim=-1)
-    bits = (words[..., None] >> torch.arange(32, device=groups.device)).bitwise_and_(1)
-    return bits.flatten(1)[:, :count].to(dtype).mul_(-2.0).add_(1.0)
+    """Random signs ±1, `count` for each group from index `start` on: one bit each, 128 from a counter.
+
+    `start` is a multiple of 128. Eight signs at a time are looked up by their byte: eightfold faster than shifting bits
+    out one by one.
+    """
+    if start % 128:
+        raise ValueError(f"index {start} lies within a counter")
+    words = torch.stack(_words(seed, stream, groups, draw, start // 128, -(-(start + count) // 128)), dim=-1)
+    octets = words.to(torch.int32).view(torch.uint8).flatten(1)  # the least significant first
+    bits = (torch.arange(256, device=groups.device)[:, None] >> torch.arange(8, device=groups.device)).bitwise_and_(1)
+    return functional.embedding(octets.int(), bits.to(dtype).mul_(-2.0).add_(1.0)).flatten(1)[:, :count]

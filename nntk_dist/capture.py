@@ -22,7 +22,7 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
 from nntk_dist.layers import linear_factors, positions, rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
-from nntk_dist.philox import Stream, normal
+from nntk_dist.philox import Stream, normal, signs
 from nntk_dist.slopes import Slopes, find_slopes
 
 _PROBE_EXAMPLES = 3
@@ -269,8 +269,9 @@ def _probe_parameters(model: nn.Module, space: ParameterSpace) -> dict[str, Tens
     """The parameters moved a little: at exact zeros (a freshly initialised scale or bias) a wrong rule could pass."""
     base = space.values(model)
     first = next(iter(base.values()))
-    noise = normal(0, Stream.PROBE, torch.zeros(1, dtype=torch.int64, device=first.device), 0, space.num_parameters)[0]
-    return space.moved(base, 1e-2 * noise)
+    count = torch.zeros(1, dtype=torch.int64, device=first.device)
+    sides = signs(0, Stream.PROBE, count, space.num_parameters, dtype=first.dtype)[0]
+    return space.moved(base, 1e-2 * sides)
 
 
 def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Mapping[str, Tensor]) -> SitePlan:

@@ -63,9 +63,8 @@ def make_feature_map(
     if resolution.estimator == "activation":
         return _activation_features(evaluator, x, spec, resolution, columns)
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
-    chosen = contraction_of(
-        model, plan_sites(model, space, x), space, spec, num_draws=resolution.num_draws, num_outputs=len(columns)
-    )
+    sites = resolution.sites or plan_sites(model, space, x)
+    chosen = contraction_of(model, sites, space, spec, num_draws=resolution.num_draws, num_outputs=len(columns))
     sketch = None
     if chosen.sketched is not None:
         groups = groups_of_columns(chosen.num_columns, spec.blocks)

@@ -102,8 +102,9 @@ class GradientFeatures:
         for index, site in enumerate(self.plan.outer):
             inputs, units = linear_widths(self.evaluator.model, site.module, site.attributes)
             specs.append(ArraySpec(f"input_{index}", ("draw", f"input_unit_{index}"), (self.num_draws, inputs)))
-            shape = (self.num_draws, 1 if self._is_sloped(site) else num_outputs, units)
-            specs.append(ArraySpec(f"gradient_{index}", ("draw", "output", f"unit_{index}"), shape))
+            axis, length = ("joint_output", 1) if self._is_sloped(site) else ("output", num_outputs)
+            shape = (self.num_draws, length, units)
+            specs.append(ArraySpec(f"gradient_{index}", ("draw", axis, f"unit_{index}"), shape))
         if self.num_dense:
             axis = "block" if self.pair_blocks else "draw"
             shape = (self.num_draws // self.draws_per_slot, num_outputs, self.num_dense)
@@ -278,10 +279,8 @@ class GradientFeatures:
         return rows["sketch"][:, :, None] if self.sketch.joint else rows["sketch"]
 
     def _num_outputs(self, rows: Rows) -> int:
-        """How many outputs products keep apart."""
-        if self.sums_outputs:
-            return 1
-        return next(rows[name].shape[2] for name in ("dense", "sketch", "gradient_0") if name in rows)
+        """How many outputs there are to keep apart."""
+        return max((array.shape[2] for array in rows.values() if array.ndim == 4), default=1)
 
     def _block_of(self, draw: int) -> int:
         return draw // self.draws_per_block

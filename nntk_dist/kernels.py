@@ -38,6 +38,7 @@ from nntk_dist.tiles import calibrate_sample, symmetrised, tile_estimates
 from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 _TILE_ROWS = 1024
+_LOCAL_TILES, _LEAST_LOCAL_ROWS = 4, 128  # tiles a side: ten of the sixteen of a symmetric kernel are made
 _BATCH = 256
 
 
@@ -323,11 +324,14 @@ def _statistics(
         sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
         sampled = slice_rows(rows, sample), slice_rows(right, other_sample)
         calibration = calibrate_sample(features, [sampled], spec.meeting)
+    edge = _TILE_ROWS
+    if symmetric and spec.kind == "local":
+        edge = min(edge, max(_LEAST_LOCAL_ROWS, -(-n1 // _LOCAL_TILES)))
     parts: dict[str, Tensor] = {}
-    for i in range(0, n1, _TILE_ROWS):
-        left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
-        for j in range(i if symmetric else 0, n2, _TILE_ROWS):
-            right_tile = slice_rows(right, slice(j, j + _TILE_ROWS))
+    for i in range(0, n1, edge):
+        left_tile = slice_rows(rows, slice(i, i + edge))
+        for j in range(i if symmetric else 0, n2, edge):
+            right_tile = slice_rows(right, slice(j, j + edge))
             tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
             for name, values in tile.items():
                 whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))

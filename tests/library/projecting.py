@@ -41,8 +41,8 @@ def sketch_of_gradients(features: GradientFeatures, rows: Rows, sketch: Sketch) 
     parts = dense.split([int(np.prod(shapes[name], dtype=int)) for name in names], dim=3)
     total = torch.stack(
         [
-            sketch.of_gradient(name, part.flatten(1, 2).reshape(len(dense), -1, *shapes[name]))
+            sketch.of_gradient(name, part.flatten(0, 1).reshape(-1, part.shape[2], *shapes[name]))
             for name, part in zip(names, parts, strict=True)
         ]
     ).sum(0)
-    return {"sketch": total.unflatten(1, dense.shape[1:3])}
+    return {"sketch": total.unflatten(0, dense.shape[:2])}

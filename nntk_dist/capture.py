@@ -149,7 +149,7 @@ class Recording:
             return along(directions, batched=True)
         except RuntimeError:  # an autograd.Function without a rule for vmap, say
             each = [along(direction, batched=False) for direction in directions]
-            return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]  # type: ignore[arg-type]
+            return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]
 
 
 def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) -> None:

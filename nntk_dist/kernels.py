@@ -116,8 +116,9 @@ def nonlocal_kernel(
     `unbiased` is right on average and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare
     entries with `unbiased`.
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
-    `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
-    counts; auto is exact wherever that can be afforded, and `reason` says.
+    `sketch` of k numbers a block (of each output where outputs is full or the estimator `activation`), whose own error,
+    √(2/k) to √(6/k) of an entry of the diagonal, stderr counts; auto is exact wherever that can be afforded, and
+    `reason` says.
     `weighting` (`weight` alone) lets draws count by the softmax of a score, ĝ = P Σ_s α_s Δ_s z_s/|z_s|²: parameter,
     output, loss, a function, or a mapping of name, temperature, per_example, dimension, reference and targets
     (`nntk_dist.weighting.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for which
@@ -292,7 +293,7 @@ def _compute(
         compute_rows(features, x, names, everything, features.columns, batch=batch)
         for x, names in zip(inputs, ids, strict=True)
     ]
-    estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
+    estimates, calibration = whole_kernel(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
     result = _result(estimates, calibration, features, spec, resolution, dtype)
     if look is None or spec.rtol is None:
         return result
@@ -312,10 +313,12 @@ def _check_inputs(x: object, name: str) -> Tensor:
     return x
 
 
-def _statistics(
+def whole_kernel(
     features: FeatureMap, rows: Rows, others: Rows | None, spec: KernelSpec
 ) -> tuple[Estimates, Calibration | None]:
-    """The whole kernel, a tile at a time; the upper triangle and its mirror image where both row sets are one."""
+    """The whole kernel from features of all rows, tile by tile; the upper triangle and its mirror image where both row
+    sets are one.
+    """
     symmetric, right = others is None, rows if others is None else others
     n1, n2 = len(next(iter(rows.values()))), len(next(iter(right.values())))
     width = len(features.columns) if spec.meeting.full else 1

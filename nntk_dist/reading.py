@@ -231,7 +231,7 @@ class StoredKernel:
                 f"the kernel at '{self.location}' was stored with 'statistic: unbiased' alone, which the factor "
                 "does not give; run it with 'statistic: both' or 'plugin'"
             )
-        if "column" in (features.metadata.dimension_names or ()):
+        if "column" in (getattr(features.metadata, "dimension_names", None) or ()):
             return self._sketched_factor(features)
         values = self._read("train/features", features, ...)
         metric = self._read("metric", self.array("metric"), ...)

@@ -43,7 +43,7 @@ class Resolution:
     num_parameters: int
     num_outputs: int
     stacked: bool
-    num_columns: int = 0  # numbers of the sketch for an output and block, 0 without one
+    num_columns: int = 0  # numbers of a sketch for a block, 0 without one
     num_sketched: int = 0  # parameters that are in the sketch
     contraction: str = ""
     probes: ModelProbes | None = None  # what the model was found to be like; None where nobody looked

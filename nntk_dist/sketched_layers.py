@@ -1,7 +1,7 @@
 """The sketch of a network's gradient, layer by layer, from one pass: which of its parameters are sketched how.
 
-Where a layer's gradient is Σ_t δ_t ⊗ h_t the two sides are projected apart; its bias, if no other layer has the same, is
-one more input. Slopes (`nntk_dist.slopes`) spare the layer before the readout its outputs. What is shared is summed
+Where a layer's gradient is Σ_t δ_t ⊗ h_t the two sides are projected apart; its bias, if no other layer has the same,
+is one more input. Slopes (`nntk_dist.slopes`) spare the layer before the readout its outputs. What is shared is summed
 over its uses. What a sketch is, `nntk_dist.sketching` says; here are no draws and no kernels.
 
 Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex columns, e sketches (1 where joint, else c).
@@ -36,9 +36,7 @@ class Pass:
     shares: Float[Tensor, "c o"] | None = None
 
 
-def sketched_gradients(
-    model: nn.Module, plan: SitePlan, projector: Projector, passed: Pass
-) -> Float[Tensor, "n *c k"]:
+def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, passed: Pass) -> Float[Tensor, "n *c k"]:
     """The sketch of the gradient of all parameters of a plan without outer sites."""
     uses = Counter(name for site in plan.dense for _, name in site.parameters)
     like = next(iter(passed.parameters.values()))
@@ -47,9 +45,7 @@ def sketched_gradients(
         for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
             _add_site_(total, model.get_submodule(site.module), site, projector, passed, call, delta, uses)
     if plan.whole:
-        for name, gradient in whole_gradients(
-            model, plan.whole, passed.x, passed.parameters, passed.columns
-        ).items():
+        for name, gradient in whole_gradients(model, plan.whole, passed.x, passed.parameters, passed.columns).items():
             projector.add_gradient_(total, name, gradient)
     return projector.finished(total)
 

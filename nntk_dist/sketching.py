@@ -35,8 +35,8 @@ from nntk_dist.philox import Stream, signs
 AUTO_COLUMNS = 1024
 _MOST_GROUPS = 32
 _FEWEST_GROUPS = 8
-# Complex columns: with one, intervals of nominal 95 % cover 0.89 where the sketch rules (measured); with four, 0.935. At
-# the worst, a network whose whole gradient is one outer product of long vectors, 0.90 with four, 0.93 with sixteen.
+# Complex columns: with one, intervals of nominal 95 % cover 0.89 where the sketch rules (measured); with four, 0.935.
+# At the worst, a whole gradient that is one outer product of long vectors, 0.90 with four, 0.93 with sixteen.
 _FEWEST_IN_A_GROUP = 4
 _ELEMENTS_AT_ONCE = 1 << 21  # 8 MiB of products in float32, to be multiplied while they are in the cache
 _KEPT_BYTES = 256 << 20
@@ -208,7 +208,9 @@ class Projector:
         """Add a parameter's gradient that is there already."""
         if gradient.ndim > 3:
             matrix = gradient.flatten(3)
-            self._add_matrix_(total, name, matrix.flatten(1, 2)[:, None] if self.sketch.joint else matrix, matrix.shape[2])
+            self._add_matrix_(
+                total, name, matrix.flatten(1, 2)[:, None] if self.sketch.joint else matrix, matrix.shape[2]
+            )
             return
         vectors = gradient.reshape(*gradient.shape[:2], -1)
         rows = vectors.flatten(1)[:, None] if self.sketch.joint else vectors
@@ -262,7 +264,12 @@ class Projector:
         return folded
 
     def _add_matrix_(
-        self, total: Complex[Tensor, "n e m"], name: str, matrix: Float[Tensor, "n e r i"], rows: int, bias: str | None = None
+        self,
+        total: Complex[Tensor, "n e m"],
+        name: str,
+        matrix: Float[Tensor, "n e r i"],
+        rows: int,
+        bias: str | None = None,
     ) -> None:
         """Add a gradient as a matrix, its longer side first; `rows` are those of the parameter, of one output."""
         n, e, r, i = matrix.shape

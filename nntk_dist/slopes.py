@@ -2,8 +2,8 @@
 
 So it is where the model's output is a Linear W of φ(a), φ a function of each unit by itself: then Σ_c ⟨δ_c, δ'_c⟩ is
 one product of the layer's width, not C of them. Whether the model is like that is read from the autograd graph, node
-by node, in every pass: nothing is guessed from numbers, and what is not on the list of functions does not count. Nothing
-is differentiated here.
+by node, in every pass: nothing is guessed from numbers, and what is not on the list of functions does not count.
+Nothing is differentiated here.
 
 Axes: n examples, c outputs, o units.
 """
@@ -68,8 +68,9 @@ def _name_of(node: Any, outs: Mapping[str, Tensor]) -> str | None:
 def shared_slopes(
     delta: Float[Tensor, "n c o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
-    """s and B with δ_c = B_c ⊙ s, from δ and the readout's W: s is δ of each unit's output of largest weight, B at most
-    1.
+    """Slopes s and shares B, at most 1, with δ_c = B_c ⊙ s, from δ and the readout's W.
+
+    A unit's slope is its δ for the output in which its weight is the largest.
     """
     weight = weight[list(columns)]
     largest = weight.abs().argmax(0, keepdim=True)

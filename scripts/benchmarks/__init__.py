@@ -3,13 +3,16 @@
 figures     what a benchmark answers: ratios within one run, each with what was asked of it
 perturb     perturbed passes against plain inference
 tile        Gram tiles against plain matrix products
+local       the ordinary tangent kernel, and what kernels of many gradients cost beside it
+peers       the ordinary tangent kernel against neural-tangents, in an environment of its own
 page        the page, from the JSON file alone
 """
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from scripts.benchmarks import local, peers
 from scripts.studies.cells import Cell
 
 # Sections of the page, in its order.
-SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({})
+SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({"local": local.cells, "peers": peers.cells})

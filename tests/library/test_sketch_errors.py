@@ -125,7 +125,7 @@ def test_what_is_filled_in_is_what_the_library_computes(outputs):
 
 @pytest.mark.parametrize("outputs", [ONE, THREE])
 def test_the_variance_of_one_outer_product_is_the_one_stated(outputs):
-    """2/k ((2 − Σa⁴)(2 − Σb⁴) − 1) of |G|⁴ for sides a and b of length 1, so up to 6/k; 2,000 sketches know it to 5 %."""
+    """2/k ((2 − Σa⁴)(2 − Σb⁴) − 1) of |G|⁴, sides a and b of length 1: up to 6/k; 2,000 sketches know it to 5 %."""
     gradient = gradients(outputs)[:1]
     values = [
         float(Sketch(seed, 64, 8, ("weight",), joint=True).of_gradient("weight", gradient).square().sum())

@@ -12,7 +12,7 @@ parameters or columns of the sketch.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -40,7 +40,7 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, moved_in_place
 from nntk_dist.features import ArraySpec, Rows, block_range
 from nntk_dist.sketched_layers import Pass, sketched_gradients
-from nntk_dist.sketching import Projector, Sketch
+from nntk_dist.sketching import KEPT_BYTES, Projector, Sketch
 from nntk_dist.slopes import find_slopes, shared_slopes
 from nntk_dist.stochastic import fixed_noise
 
@@ -92,6 +92,21 @@ class GradientFeatures:
     @property
     def num_sketch_groups(self) -> int:
         return 0 if self.sketch is None else self.sketch.num_groups
+
+    @property
+    def probe_bytes(self) -> int:
+        """What `compute` keeps of the sketch's probes, in the model's type."""
+        if self.sketch is None or self.sketched is None:
+            return 0
+        space, names = self.evaluator.space, self.sketched.names()
+        outputs = len(self.columns) if self.sketch.joint else 1
+        sides = [(outputs * math.prod(s[:1]), math.prod(s[1:])) for s in self._shapes(names).values()]
+        item = next(iter(space.values(self.evaluator.model).values())).element_size()
+        return min(KEPT_BYTES, item * self.sketch.num_columns * sum(map(sum, sides)))
+
+    def _shapes(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        space = self.evaluator.space
+        return {name: shape for name, shape in zip(space.names, space.shapes, strict=True) if name in names}
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -232,8 +247,8 @@ class GradientFeatures:
 
     def _named(self, dense: Float[Tensor, "n c k"]) -> dict[str, Float[Tensor, "n c ..."]]:
         """The formed gradients of one slot by parameter, as views."""
-        space, names = self.evaluator.space, self.plan.dense_names()
-        shapes = dict(zip(space.names, space.shapes, strict=True))
+        names = self.plan.dense_names()
+        shapes = self._shapes(names)
         parts = dense.split([math.prod(shapes[name]) for name in names], dim=2)
         named = zip(names, parts, strict=True)
         return {name: part.unflatten(2, shapes[name]) if shapes[name] else part[..., 0] for name, part in named}

@@ -39,7 +39,7 @@ _FEWEST_GROUPS = 8
 # At the worst, a whole gradient that is one outer product of long vectors, 0.90 with four, 0.93 with sixteen.
 _FEWEST_IN_A_GROUP = 4
 _ELEMENTS_AT_ONCE = 1 << 21  # 8 MiB of products in float32, to be multiplied while they are in the cache
-_KEPT_BYTES = 256 << 20
+KEPT_BYTES = 256 << 20  # of probes
 _SIGNS_OF_A_COUNTER = 128
 _OUT, _IN = 0, 1  # the two sides of a parameter
 
@@ -156,7 +156,7 @@ class Projector:
             outputs = torch.tensor(self.outputs, device=like.device)
             coordinates = (outputs[:, None] * length + coordinates).flatten()
         held = sum(array.numel() for array in self._kept.values())
-        if size * (held + len(coordinates) * self.sketch.num_columns) > _KEPT_BYTES:
+        if size * (held + len(coordinates) * self.sketch.num_columns) > KEPT_BYTES:
             return self.sketch.probes(name, side, coordinates, like.dtype, columns)
         self._kept[key] = self.sketch.probes(name, side, coordinates, like.dtype)
         return self._kept[key][:, columns]

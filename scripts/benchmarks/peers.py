@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import venv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -106,10 +106,12 @@ class Peer:
         """One kernel, from start to end. Raises: NNTKError where the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write("again\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):
+            self._process.stdin.write("again\n")
+            self._process.stdin.flush()
         if self._process.stdout.readline() != "done\n":
-            raise NNTKError(f"the peer has ended: {(self._folder / 'log').read_text()[-300:]}; remove {ENVIRONMENT}")
+            last = (self._folder / "log").read_text().strip()[-300:]
+            raise NNTKError(f"the peer has ended: {last}; remove {ENVIRONMENT} to have it made again")
 
     def kernel(self) -> Tensor:
         """The kernel that it computed first."""

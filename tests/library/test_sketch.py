@@ -6,6 +6,8 @@ the library's probes by loops over parameters and columns.
 Axes: S draws, R blocks, Q groups, n (n1, n2) examples, C outputs, P parameters, k columns.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from nntk_dist.models import build_model
 from nntk_dist.parameters import select_parameters
 from nntk_dist.sketching import Sketch, columns_of_sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
+from tests.library.projecting import sketch_of_gradients
 from tests.library.tools import (
     all_rows,
     assert_equal,
@@ -159,6 +162,19 @@ def test_draws_in_portions_have_the_same_bits_and_outputs_in_portions_the_same_p
             assert not torch.allclose(first, whole)
 
 
+@pytest.mark.parametrize("name", ["relu_mlp", "deep_relu_mlp"])
+def test_formed_gradients_give_the_same_sketch(name):
+    model, x = problem(name)
+    spec = spec_of()
+    formed, _ = prepared_features(model, x, replace(spec, contraction="means", sketch="auto"))
+    features, _ = prepared_features(model, x, spec)
+    assert isinstance(formed, GradientFeatures)
+    assert isinstance(features, GradientFeatures)
+    assert features.sketch is not None
+    expected = sketch_of_gradients(formed, all_rows(formed, x), features.sketch)
+    assert_equal(all_rows(features, x)["sketch"], expected["sketch"])
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_rows_in_batches_are_the_same_rows(batch):
     """Padded, so that a row's bits depend on its place in its batch alone."""
@@ -176,7 +192,7 @@ def test_probes_that_do_not_fit_are_made_anew_and_the_same(monkeypatch):
     model, x = problem("transformer")
     features, _ = prepared_features(model, x, spec_of(sketch=512))
     whole = all_rows(features, x)["sketch"]
-    monkeypatch.setattr(sketching, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(sketching, "KEPT_BYTES", 0)
     monkeypatch.setattr(sketching, "_ELEMENTS_AT_ONCE", 1)
     assert_equal(all_rows(features, x)["sketch"], whole, relative=1e-13)
 

@@ -20,9 +20,10 @@ from torch.func import vmap
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
-from nntk_dist.layers import positions, rule_for
+from nntk_dist.layers import linear_factors, positions, rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
-from nntk_dist.philox import Stream, normal
+from nntk_dist.philox import Stream, normal, signs
+from nntk_dist.slopes import Slopes, find_slopes
 
 _PROBE_EXAMPLES = 3
 _AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong formula
@@ -42,11 +43,15 @@ class Site:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How the gradient of every selected parameter is had; each parameter of the space in exactly one of the three."""
+    """How the gradient of every selected parameter is had; each parameter of the space in exactly one of the three.
+
+    `slopes` names the last two Linear layers, both among the sites, where the outputs share the gradient of the former.
+    """
 
     outer: tuple[Site, ...]
     dense: tuple[Site, ...]
     whole: tuple[str, ...]
+    slopes: Slopes | None = None
 
     def dense_names(self) -> tuple[str, ...]:
         """Parameters whose gradient is formed, in a fixed order."""
@@ -63,7 +68,8 @@ class SitePlan:
             pruned = [replace(s, parameters=tuple(p for p in s.parameters if p[1] in names)) for s in sites]
             return tuple(site for site in pruned if site.parameters)
 
-        return SitePlan(keep(self.outer), keep(self.dense), tuple(name for name in self.whole if name in names))
+        whole = tuple(name for name in self.whole if name in names)
+        return replace(self, outer=keep(self.outer), dense=keep(self.dense), whole=whole)
 
     def densified(self, modules: frozenset[str]) -> "SitePlan":
         """The same plan with the outer sites of these modules formed densely."""
@@ -80,12 +86,15 @@ class Call:
 
 
 class Recording:
-    """One differentiable forward pass at given parameters, with the calls of the sites' modules kept.
+    """One differentiable forward pass, with the calls of the sites' modules kept: at given parameters, or the model's
+    own.
 
-    Use: `Recording(model, sites, x, parameters)`, then `gradients(c)` for one output at a time.
+    Use: `Recording(model, sites, x, parameters)`, then `gradients(columns)`.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], x: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], x: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.calls: dict[str, list[Call]] = {site.module: [] for site in sites}
         handles = [
             model.get_submodule(name).register_forward_hook(self._keep(name), with_kwargs=True) for name in self.calls
@@ -109,28 +118,49 @@ class Recording:
         return hook
 
     def gradients(self, columns: Sequence[int]) -> dict[str, list[Float[Tensor, "n c ..."]]]:
-        """∂f_c/∂(module output) for every call of every site, one backward pass for each output column."""
+        """∂f_c/∂(module output) for every call of every site, all output columns in one backward pass.
+
+        They lie in memory column by column. Where the model holds what vmap cannot take back, a pass for each column.
+        """
         outs = [call.out for calls in self.calls.values() for call in calls]
-        if not outs or not self.outputs.requires_grad:
-            stacked = [torch.zeros_like(out)[:, None].expand(-1, len(columns), *out.shape[1:]) for out in outs]
-        else:
-            each = [
-                torch.autograd.grad(
-                    self.outputs[:, c].sum(), outs, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                for c in columns
-            ]
-            stacked = [torch.stack(parts, dim=1) for parts in zip(*each, strict=True)]
-        iterator = iter(stacked)
+        parts: Sequence[Tensor | None] = [None] * len(outs)
+        if outs and self.outputs.requires_grad:
+            one_hot = torch.eye(self.outputs.shape[1], dtype=self.outputs.dtype, device=self.outputs.device)
+            directions = one_hot[list(columns), None].expand(-1, len(self.outputs), -1)
+            parts = self._products(outs, directions)
+        zeros = (out.new_zeros(1).expand(len(columns), *out.shape) for out in outs)
+        filled = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
+        iterator = iter([part.transpose(0, 1) for part in filled])
         return {name: [next(iterator) for _ in calls] for name, calls in self.calls.items()}
 
+    def outs(self, modules: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of modules that are called once."""
+        return {name: self.calls[name][0].out for name in modules}
 
-def extended_input(site: Site, h: Tensor) -> Float[Tensor, "n j"]:
-    """h̃ of a Linear site: (h, 1) with weight and bias selected, h with the weight alone, 1 with the bias alone."""
-    ones = h.new_ones(len(h), 1)
-    h = h.reshape(len(h), -1)
-    parts = [h] if "weight" in site.attributes else []
-    return torch.cat([*parts, ones], dim=1) if "bias" in site.attributes else h
+    def _products(self, outs: Sequence[Tensor], directions: Float[Tensor, "c n o"]) -> Sequence[Tensor | None]:
+        """Gradients of the outputs along several directions, None for what they do not depend on."""
+
+        def along(direction: Tensor, *, batched: bool) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(
+                self.outputs, outs, direction, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+
+        try:
+            return along(directions, batched=True)
+        except RuntimeError:  # an autograd.Function without a rule for vmap, say
+            each = [along(direction, batched=False) for direction in directions]
+            return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]
+
+
+def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) -> None:
+    """h̃ of a Linear site's first examples: (h, 1) with weight and bias selected, h with the weight alone, 1 with the
+    bias alone.
+    """
+    h = h.reshape(len(h), -1)[: len(target)]
+    if "weight" in site.attributes:
+        target[:, : h.shape[1]] = h
+    if "bias" in site.attributes:
+        target[:, -1] = 1.0
 
 
 def dense_gradients(
@@ -145,22 +175,46 @@ def dense_gradients(
     """Per-example gradients of the dense and whole parameters, (n, c, *shape) by name; shared ones summed over their
     uses.
     """
-    result: dict[str, Tensor] = {}
+    result = {  # a module that this pass never called has no gradient
+        name: parameters[name].new_zeros(len(x), len(columns), *parameters[name].shape) for name in plan.dense_names()
+    }
+    add_dense_gradients_(result, model, plan, recording, deltas, x, parameters, columns)
+    return result
+
+
+def add_dense_gradients_(
+    sums: Mapping[str, Float[Tensor, "m c ..."]],
+    model: nn.Module,
+    plan: SitePlan,
+    recording: Recording,
+    deltas: Mapping[str, Sequence[Tensor]],
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    columns: Sequence[int],
+) -> None:
+    """Add those of the first m examples to sums by name, in place; an outer product is never made by itself."""
     for site in plan.dense:
-        module = model.get_submodule(site.module)
+        module, names = model.get_submodule(site.module), dict(site.parameters)
         rule = rule_for(module)
         assert rule is not None
         for call, delta in zip(recording.calls[site.module], deltas[site.module], strict=True):
-            parts = rule(module, parameters, call.h, delta)
-            for attribute, name in site.parameters:
-                result[name] = result[name] + parts[attribute] if name in result else parts[attribute]
-        for _, name in site.parameters:  # a module that this pass never called has no gradient
-            result.setdefault(
-                name, x.new_zeros(len(x), len(columns), *parameters[name].shape, dtype=parameters[name].dtype)
-            )
+            if isinstance(module, nn.Linear) and positions(tuple(call.h.shape)) == 1:
+                delta, h = linear_factors(module, call.h, delta)
+                for attribute, name in names.items():
+                    part, own = sums[name], delta[: len(sums[name]), :, 0]
+                    if attribute == "weight":
+                        part.addcmul_(own[..., None], h[: len(part), :, None])
+                    else:
+                        part += own
+                continue
+            gradients = rule(module, parameters, call.h, delta)
+            for attribute, name in names.items():
+                part = sums[name]
+                part += gradients[attribute][: len(part)]
     if plan.whole:
-        result |= whole_gradients(model, plan.whole, x, parameters, columns)
-    return result
+        for name, gradient in whole_gradients(model, plan.whole, x, parameters, columns).items():
+            part = sums[name]
+            part += gradient[: len(part)]
 
 
 def whole_gradients(
@@ -215,8 +269,9 @@ def _probe_parameters(model: nn.Module, space: ParameterSpace) -> dict[str, Tens
     """The parameters moved a little: at exact zeros (a freshly initialised scale or bias) a wrong rule could pass."""
     base = space.values(model)
     first = next(iter(base.values()))
-    noise = normal(0, Stream.PROBE, torch.zeros(1, dtype=torch.int64, device=first.device), 0, space.num_parameters)[0]
-    return space.moved(base, 1e-2 * noise)
+    count = torch.zeros(1, dtype=torch.int64, device=first.device)
+    sides = signs(0, Stream.PROBE, count, space.num_parameters, dtype=first.dtype)[0]
+    return space.moved(base, 1e-2 * sides)
 
 
 def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Mapping[str, Tensor]) -> SitePlan:
@@ -253,7 +308,8 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
         is_linear = isinstance(model.get_submodule(site.module), nn.Linear)
         once = len(calls) == 1 and calls[0].h.ndim >= 2 and positions(tuple(calls[0].h.shape)) == 1
         (outer if is_linear and once and not shared else dense).append(kept)
-    return SitePlan(tuple(outer), tuple(dense), tuple(name for name in space.names if name in whole))
+    slopes = find_slopes(recording.outputs, recording.outs([site.module for site in outer]))
+    return SitePlan(tuple(outer), tuple(dense), tuple(name for name in space.names if name in whole), slopes)
 
 
 def _weighted_gradients(
@@ -307,4 +363,4 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
 def _without(plan: SitePlan, names: frozenset[str]) -> SitePlan:
     """The plan with these parameters differentiated as a whole."""
     kept = plan.only(plan.names() - names)
-    return replace(kept, whole=plan.whole + tuple(sorted(names - set(plan.whole))))
+    return replace(kept, whole=plan.whole + tuple(sorted(names - set(plan.whole))), slopes=None)

@@ -2,7 +2,8 @@
 
 `layered`  a Linear on one vector an example: ⟨h̃,h̃'⟩⟨δ,δ'⟩ for S² pairs of draws (S where each meets only itself);
 `means`    block-mean gradients, formed: 3R·P_l multiply-adds an entry, R·P_l numbers a row and output;
-`sketch`   block-mean gradients in k numbers (`nntk_dist.sketching`), all sketched layers in the same k: 3R·k.
+`sketch`   block-mean gradients in k numbers (`nntk_dist.sketching`), all sketched layers, and all outputs that are
+           summed over, in the same k: 3R·k.
 The first two are exact. `auto` takes the cheaper of them, and sketches only where exactness cannot be afforded. It
 decides and says so; nothing is computed here.
 
@@ -20,7 +21,8 @@ from nntk_dist.sketching import columns_of_sketch
 from nntk_dist.spec import KernelSpec
 
 # `auto` sketches only where exact features of a row exceed this (in float32, one output at a time: a thousand rows
-# would take 8 GiB) and exact products take so many times the operations of the sketch's.
+# would take 8 GiB) and exact products take so many times the operations of a sketch of k numbers an output: a joint one
+# takes fewer, which makes exactness no dearer than it was.
 AFFORDABLE_BYTES = 8 << 20
 AFFORDABLE_OPERATIONS = 32
 _NAMES_SHOWN = 4
@@ -125,7 +127,8 @@ def _exact(
     formed, costs = set[str](), dict[tuple[str, ...], Cost]()
     for site in plan.outer:
         names = tuple(name for _, name in site.parameters)
-        means, layered = _means_cost(sum(sizes[name] for name in names), setting), _layered_cost(model, site, setting)
+        means = _means_cost(sum(sizes[name] for name in names), setting)
+        layered = _layered_cost(model, plan, site, setting)
         if contraction == "means" or (contraction != "layered" and means.operations < layered.operations):
             formed.add(site.module)
         costs[names] = means if site.module in formed else layered
@@ -140,12 +143,20 @@ def _means_cost(num_parameters: int, setting: Setting) -> Cost:
     )
 
 
-def _layered_cost(model: nn.Module, site: Site, setting: Setting) -> Cost:
+def _layered_cost(model: nn.Module, plan: SitePlan, site: Site, setting: Setting) -> Cost:
     inputs, units = linear_widths(model, site.module, site.attributes)
+    shared = shares_slopes(plan, site, pair_blocks=setting.pair_blocks, full=setting.full)
     return Cost(
-        setting.pairs * (inputs + setting.copies * units),
+        setting.pairs * (inputs + (1 if shared else setting.copies) * units),
         setting.num_draws * (inputs + setting.outputs_at_once * units),
     )
+
+
+def shares_slopes(plan: SitePlan, site: Site, *, pair_blocks: bool, full: bool) -> bool:
+    """Whether a layer's output gradients count once for all outputs (`nntk_dist.slopes`): where products are summed
+    over these, and each draw meets itself, so that both sides have the same readout.
+    """
+    return plan.slopes is not None and plan.slopes.module == site.module and not pair_blocks and not full
 
 
 def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:

@@ -64,14 +64,21 @@ def make_feature_map(
     if resolution.estimator == "activation":
         return _activation_features(evaluator, x, spec, resolution, columns)
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
-    chosen = contraction_of(
-        model, plan_sites(model, space, x), space, spec, num_draws=resolution.num_draws, num_outputs=len(columns)
-    )
+    sites = resolution.sites or plan_sites(model, space, x)
+    chosen = contraction_of(model, sites, space, spec, num_draws=resolution.num_draws, num_outputs=len(columns))
     sketch = None
     if chosen.sketched is not None:
-        sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(chosen.num_columns, spec.blocks), space.names)
+        groups = groups_of_columns(chosen.num_columns, spec.blocks)
+        sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names, joint=not spec.meeting.full)
     return GradientFeatures(
-        evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
+        evaluator,
+        chosen.exact,
+        drawing,
+        columns,
+        spec.pair_blocks,
+        sketch=sketch,
+        sketched=chosen.sketched,
+        sums_outputs=not spec.meeting.full,
     )
 
 

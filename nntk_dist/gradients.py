@@ -11,14 +11,16 @@ parameters or columns of the sketch.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nntk_dist.batches import in_batches
 from nntk_dist.block_sums import (
     BlockSums,
     Factored,
@@ -31,12 +33,15 @@ from nntk_dist.block_sums import (
     empty_sums,
     formed_gradients,
 )
-from nntk_dist.capture import Recording, SitePlan, dense_gradients, extended_input
-from nntk_dist.contraction import linear_widths
+from nntk_dist.capture import Recording, Site, SitePlan, add_dense_gradients_, write_extended_input
+from nntk_dist.contraction import linear_widths, shares_slopes
 from nntk_dist.drawing import Drawing
-from nntk_dist.evaluation import Evaluator, check_finite
-from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
-from nntk_dist.sketching import Sketch, sketched_gradients
+from nntk_dist.errors import NNTKError
+from nntk_dist.evaluation import Evaluator, check_finite, moved_in_place
+from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.sketched_layers import Pass, sketched_gradients
+from nntk_dist.sketching import KEPT_BYTES, Projector, Sketch
+from nntk_dist.slopes import find_slopes, shared_slopes
 from nntk_dist.stochastic import fixed_noise
 
 
@@ -45,6 +50,7 @@ class GradientFeatures:
     """Gradients under all draws, by layer; `drawing` None means the one gradient at θ itself.
 
     The parameters of `sketched`, a plan without outer sites, are in `sketch` alone: where blocks are paired only.
+    `sums_outputs` is for kernels that sum products over the outputs at hand: what outputs share is then kept once.
     """
 
     evaluator: Evaluator
@@ -55,6 +61,7 @@ class GradientFeatures:
     shows_unresolved: bool = False
     sketch: Sketch | None = None
     sketched: SitePlan | None = None
+    sums_outputs: bool = False
 
     @property
     def num_draws(self) -> int:
@@ -87,23 +94,42 @@ class GradientFeatures:
         return 0 if self.sketch is None else self.sketch.num_groups
 
     @property
+    def probe_bytes(self) -> int:
+        """What `compute` keeps of the sketch's probes, in the model's type."""
+        if self.sketch is None or self.sketched is None:
+            return 0
+        space, names = self.evaluator.space, self.sketched.names()
+        outputs = len(self.columns) if self.sketch.joint else 1
+        sides = [(outputs * math.prod(s[:1]), math.prod(s[1:])) for s in self._shapes(names).values()]
+        item = next(iter(space.values(self.evaluator.model).values())).element_size()
+        return min(KEPT_BYTES, item * self.sketch.num_columns * sum(map(sum, sides)))
+
+    def _shapes(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+        space = self.evaluator.space
+        return {name: shape for name, shape in zip(space.names, space.shapes, strict=True) if name in names}
+
+    @property
     def arrays(self) -> tuple[ArraySpec, ...]:
+        return self._arrays(len(self.columns))
+
+    def _arrays(self, num_outputs: int) -> tuple[ArraySpec, ...]:
         specs = []
         for index, site in enumerate(self.plan.outer):
             inputs, units = linear_widths(self.evaluator.model, site.module, site.attributes)
             specs.append(ArraySpec(f"input_{index}", ("draw", f"input_unit_{index}"), (self.num_draws, inputs)))
-            specs.append(
-                ArraySpec(
-                    f"gradient_{index}", ("draw", "output", f"unit_{index}"), (self.num_draws, len(self.columns), units)
-                )
-            )
+            axis, length = ("joint_output", 1) if self._is_sloped(site) else ("output", num_outputs)
+            shape = (self.num_draws, length, units)
+            specs.append(ArraySpec(f"gradient_{index}", ("draw", axis, f"unit_{index}"), shape))
         if self.num_dense:
             axis = "block" if self.pair_blocks else "draw"
-            shape = (self.num_draws // self.draws_per_slot, len(self.columns), self.num_dense)
+            shape = (self.num_draws // self.draws_per_slot, num_outputs, self.num_dense)
             specs.append(ArraySpec("dense", (axis, "output", "parameter"), shape))
         if self.sketch is not None:
-            shape = (self.num_blocks, len(self.columns), self.sketch.num_columns)
-            specs.append(ArraySpec("sketch", ("block", "output", "column"), shape))
+            blocks, numbers = self.num_blocks, self.sketch.num_columns
+            if self.sketch.joint:
+                specs.append(ArraySpec("sketch", ("block", "column"), (blocks, numbers)))
+            else:
+                specs.append(ArraySpec("sketch", ("block", "output", "column"), (blocks, num_outputs, numbers)))
         return tuple(specs)
 
     def make_metric(self) -> Float64[Tensor, "r r"]:
@@ -113,40 +139,54 @@ class GradientFeatures:
     def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
         return self.evaluator.expected(x, 0 if self.drawing is None else self.drawing.seed, batch)
 
-    def parameters_at(self, draws: range) -> Iterator[dict[str, Tensor]]:
-        """The selected parameters at θ + U^{1/P} z of each draw, or at θ."""
-        base = self.evaluator.space.values(self.evaluator.model)
-        if self.drawing is None:
-            yield base
-            return
-        first = next(iter(base.values()))
-        for z in self.drawing.shrunken(draws, device=first.device):
-            yield self.evaluator.space.moved(base, z.to(first.dtype))
-
     def compute(
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
     ) -> dict[str, Tensor]:
-        return join_batches(lambda rows, names: self._one_batch(rows, draws, columns), x, ids, batch)
-
-    def _one_batch(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Features of a batch."""
         block_range(draws, self.draws_per_block)
-        outer: list[dict[str, Tensor]] = []
-        slots: dict[str, list[Tensor]] = {}
-        for draw, parameters in zip(draws, self.parameters_at(draws), strict=True):
-            with self._noise_of(draw):
-                factors, formed = self._one_draw(x, parameters, columns)
-            outer.append(factors)
-            for name, values in formed.items():
-                if (draw - draws.start) % self.draws_per_slot:
-                    slots[name][-1] += values
-                else:
-                    slots.setdefault(name, []).append(values)
-        result = {name: torch.stack([factors[name] for factors in outer], dim=1) for name in outer[0]}
-        result |= {name: torch.stack(parts, dim=1).div_(self.draws_per_slot) for name, parts in slots.items()}
-        for array in result.values():
+        result = self._empty(x, draws, columns)
+        projector = None if self.sketch is None else Projector(self.sketch, columns)
+        batches = list(in_batches(x, batch))
+        with self._parameters_of(draws) as moved:
+            for draw in moved:
+                if projector is not None:
+                    projector.forget_weights()
+                with self._noise_of(draw):
+                    for inputs, rows in batches:
+                        own = {name: array[rows] for name, array in result.items()}
+                        self._add_pass_(own, draw - draws.start, inputs, columns, projector)
+        for name, array in result.items():
+            if name in ("dense", "sketch"):
+                array /= self.draws_per_slot
             check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
         return result
+
+    def _empty(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Where the features of these rows go; what is averaged begins at zero."""
+        like = next(iter(self.evaluator.space.values(self.evaluator.model).values()))
+        result = {}
+        for spec in self._arrays(len(columns)):
+            shape = (len(x), spec.shape[0] * len(draws) // self.num_draws, *spec.shape[1:])
+            make = like.new_zeros if spec.name in ("dense", "sketch") else like.new_empty
+            result[spec.name] = make(shape)
+        return result
+
+    @contextmanager
+    def _parameters_of(self, draws: range) -> Iterator[Iterator[int]]:
+        """The draws, while the model's parameters are θ + U^{1/P} z of each, or θ; θ again at the end."""
+        if self.drawing is None:
+            yield iter(draws)
+            return
+        model, space = self.evaluator.model, self.evaluator.space
+        device = next(iter(space.values(model).values())).device
+        displacements = self.drawing.shrunken(draws, device=device)
+        with moved_in_place(model, space) as move:
+
+            def one_by_one() -> Iterator[int]:
+                for draw, z in zip(draws, displacements, strict=True):
+                    move(z)
+                    yield draw
+
+            yield one_by_one()
 
     def _noise_of(self, draw: int) -> AbstractContextManager[None]:
         """The random function that a model with noise is under this draw."""
@@ -154,28 +194,62 @@ class GradientFeatures:
             return nullcontext()
         return fixed_noise(self.evaluator.model, self.drawing.seed, draw // self.drawing.group_size)
 
-    def _one_draw(
-        self, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Under one draw, by array name: the factors of outer layers, and what is averaged over a slot's draws."""
-        model = self.evaluator.model
-        sketched = () if self.sketched is None else self.sketched.dense
-        recording = Recording(model, (*self.plan.outer, *self.plan.dense, *sketched), x, parameters)
-        deltas = recording.gradients(columns)
-        factors = {}
+    def _add_pass_(
+        self, rows: dict[str, Tensor], place: int, x: Tensor, columns: Sequence[int], projector: Projector | None
+    ) -> None:
+        """One pass over a batch, under the parameters of draw number `place`, of which the first rows count."""
+        model, slot = self.evaluator.model, place // self.draws_per_slot
+        recording = Recording(model, self._sites, x)
+        passed = self._passed(x, recording, columns)
         for index, site in enumerate(self.plan.outer):
-            (call,), (delta,) = recording.calls[site.module], deltas[site.module]
-            factors[f"input_{index}"] = extended_input(site, call.h)
-            factors[f"gradient_{index}"] = delta.flatten(2)
-        formed: dict[str, Tensor] = {}
-        if names := self.plan.dense_names():
-            dense = dense_gradients(model, self.plan, recording, deltas, x, parameters, columns)
-            formed["dense"] = torch.cat([dense[name].reshape(len(x), len(columns), -1) for name in names], dim=2)
-        if self.sketch is not None and self.sketched is not None:
-            formed["sketch"] = sketched_gradients(
-                model, self.sketched, self.sketch, recording, deltas, x, parameters, columns
+            (call,), (delta,) = recording.calls[site.module], passed.deltas[site.module]
+            write_extended_input(site, call.h, rows[f"input_{index}"][:, place])
+            gradients = rows[f"gradient_{index}"][:, place]
+            if self._is_sloped(site):
+                assert passed.slopes is not None
+                assert passed.shares is not None
+                torch.mul(passed.slopes[: len(gradients)], passed.shares.norm(dim=0), out=gradients[:, 0])
+            else:
+                gradients.copy_(delta.flatten(2)[: len(gradients)])
+        if "dense" in rows:
+            sums = self._named(rows["dense"][:, slot])
+            add_dense_gradients_(sums, model, self.plan, recording, passed.deltas, x, passed.parameters, columns)
+        if projector is not None and self.sketched is not None:
+            sketch = rows["sketch"][:, slot]
+            sketch += sketched_gradients(model, self.sketched, projector, passed)[: len(sketch)]
+
+    @property
+    def _sites(self) -> tuple[Site, ...]:
+        return (*self.plan.outer, *self.plan.dense, *(() if self.sketched is None else self.sketched.dense))
+
+    def _is_sloped(self, site: Site) -> bool:
+        """Whether a layered site's gradients are kept as one number a unit, for all outputs."""
+        return shares_slopes(self.plan, site, pair_blocks=self.pair_blocks, full=not self.sums_outputs)
+
+    def _passed(self, x: Tensor, recording: Recording, columns: Sequence[int]) -> Pass:
+        """What one pass gives, with the slopes of the layer before the readout."""
+        deltas, parameters = recording.gradients(columns), self.evaluator.space.values(self.evaluator.model)
+        plain, pair = Pass(x, recording, deltas, parameters, columns), self.plan.slopes
+        if pair is None or not self.sums_outputs:
+            return plain
+        if find_slopes(recording.outputs, recording.outs([pair.module, pair.readout])) != pair:
+            raise NNTKError(
+                f"the model goes another way from layer '{pair.module}' to its output for these examples than for "
+                "those that it was tried on; use estimator: weight"
             )
-        return factors, formed
+        (delta,) = deltas[pair.module]
+        weight = self.evaluator.model.get_submodule(pair.readout).weight
+        assert isinstance(weight, Tensor)
+        slopes, shares = shared_slopes(delta.flatten(2), weight, columns)
+        return replace(plain, sloped=pair.module, slopes=slopes, shares=shares)
+
+    def _named(self, dense: Float[Tensor, "n c k"]) -> dict[str, Float[Tensor, "n c ..."]]:
+        """The formed gradients of one slot by parameter, as views."""
+        names = self.plan.dense_names()
+        shapes = self._shapes(names)
+        parts = dense.split([math.prod(shapes[name]) for name in names], dim=2)
+        named = zip(names, parts, strict=True)
+        return {name: part.unflatten(2, shapes[name]) if shapes[name] else part[..., 0] for name, part in named}
 
     def _layered(self, rows: Rows) -> Layered | None:
         indices = range(len(self.plan.outer))
@@ -208,12 +282,18 @@ class GradientFeatures:
         if "dense" in rows:
             add_factored_(sums, self._factored(rows), self._factored(others), meeting)
         if "sketch" in rows:
-            left_columns, right_columns = formed_gradients(rows["sketch"]), formed_gradients(others["sketch"])
+            left_columns, right_columns = (formed_gradients(self._sketches(part)) for part in (rows, others))
             add_sketched_(sums, left_columns, right_columns, meeting, self.num_sketch_groups)
         return sums
 
+    def _sketches(self, rows: Rows) -> Float[Tensor, "n r e k"]:
+        """Sketches with an axis of outputs, one where they are joint."""
+        assert self.sketch is not None
+        return rows["sketch"][:, :, None] if self.sketch.joint else rows["sketch"]
+
     def _num_outputs(self, rows: Rows) -> int:
-        return next(rows[name].shape[2] for name in ("dense", "sketch", "gradient_0") if name in rows)
+        """How many outputs there are to keep apart."""
+        return max((array.shape[2] for array in rows.values() if array.ndim == 4), default=1)
 
     def _block_of(self, draw: int) -> int:
         return draw // self.draws_per_block
@@ -245,7 +325,7 @@ class GradientFeatures:
             slots = [(r, q)] if self.pair_blocks else own
             terms += [meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in slots]
         if "sketch" in rows:
-            terms.append(meeting.outputs(rows["sketch"][:, r], others["sketch"][:, q]))
+            terms.append(meeting.outputs(self._sketches(rows)[:, r], self._sketches(others)[:, q]))
         return torch.stack(terms).sum(0)
 
 

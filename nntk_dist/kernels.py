@@ -37,6 +37,7 @@ from nntk_dist.tiles import calibrate_sample, symmetrised, tile_estimates
 from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 _TILE_ROWS = 1024
+_LOCAL_TILES, _LEAST_LOCAL_ROWS = 4, 128  # tiles a side: ten of the sixteen of a symmetric kernel are made
 _BATCH = 256
 
 
@@ -114,8 +115,9 @@ def nonlocal_kernel(
     `unbiased` is right on average and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare
     entries with `unbiased`.
     `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
-    `sketch` of k numbers an output and block, whose own error, √(2/k) to √(6/k) of an entry of the diagonal, stderr
-    counts; auto is exact wherever that can be afforded, and `reason` says.
+    `sketch` of k numbers a block (of each output where outputs is full or the estimator `activation`), whose own error,
+    √(2/k) to √(6/k) of an entry of the diagonal, stderr counts; auto is exact wherever that can be afforded, and
+    `reason` says.
     `weighting` (`weight` alone) lets draws count by the softmax of a score, ĝ = P Σ_s α_s Δ_s z_s/|z_s|²: parameter,
     output, loss, a function, or a mapping of name, temperature, per_example, dimension, reference and targets
     (`nntk_dist.weighting.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for which
@@ -290,7 +292,7 @@ def _compute(
         features.compute(x, names, everything, features.columns, batch=batch)
         for x, names in zip(inputs, ids, strict=True)
     ]
-    estimates, calibration = _statistics(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
+    estimates, calibration = whole_kernel(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
     result = _result(estimates, calibration, features, spec, resolution, dtype)
     if look is None or spec.rtol is None:
         return result
@@ -310,10 +312,12 @@ def _check_inputs(x: object, name: str) -> Tensor:
     return x
 
 
-def _statistics(
+def whole_kernel(
     features: FeatureMap, rows: Rows, others: Rows | None, spec: KernelSpec
 ) -> tuple[Estimates, Calibration | None]:
-    """The whole kernel, a tile at a time; the upper triangle and its mirror image where both row sets are one."""
+    """The whole kernel from features of all rows, tile by tile; the upper triangle and its mirror image where both row
+    sets are one.
+    """
     symmetric, right = others is None, rows if others is None else others
     n1, n2 = len(next(iter(rows.values()))), len(next(iter(right.values())))
     width = len(features.columns) if spec.meeting.full else 1
@@ -322,11 +326,14 @@ def _statistics(
         sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
         sampled = slice_rows(rows, sample), slice_rows(right, other_sample)
         calibration = calibrate_sample(features, [sampled], spec.meeting)
+    edge = _TILE_ROWS
+    if symmetric and spec.kind == "local":
+        edge = min(edge, max(_LEAST_LOCAL_ROWS, -(-n1 // _LOCAL_TILES)))
     parts: dict[str, Tensor] = {}
-    for i in range(0, n1, _TILE_ROWS):
-        left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
-        for j in range(i if symmetric else 0, n2, _TILE_ROWS):
-            right_tile = slice_rows(right, slice(j, j + _TILE_ROWS))
+    for i in range(0, n1, edge):
+        left_tile = slice_rows(rows, slice(i, i + edge))
+        for j in range(i if symmetric else 0, n2, edge):
+            right_tile = slice_rows(right, slice(j, j + edge))
             tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
             for name, values in tile.items():
                 whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))

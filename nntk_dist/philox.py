@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.func import debug_unwrap
+from torch.nn import functional
 
 from nntk_dist.philox_cpu import philox_words, split_words
 
@@ -156,9 +157,23 @@ def normals_at(
 
 
 def signs(
-    seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0, dtype: torch.dtype
+    seed: int,
+    stream: Stream,
+    groups: Int64[Tensor, " g"],
+    count: int,
+    *,
+    draw: int = 0,
+    start: int = 0,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "g {count}"]:
-    """Random signs ±1, `count` for each group: one bit each, 128 from a counter."""
-    words = torch.stack(_words(seed, stream, groups, draw, 0, -(-count // 128)), dim=-1)
-    bits = (words[..., None] >> torch.arange(32, device=groups.device)).bitwise_and_(1)
-    return bits.flatten(1)[:, :count].to(dtype).mul_(-2.0).add_(1.0)
+    """Random signs ±1, `count` for each group from index `start` on: one bit each, 128 from a counter.
+
+    `start` is a multiple of 128. Eight signs at a time are looked up by their byte: eightfold faster than shifting bits
+    out one by one.
+    """
+    if start % 128:
+        raise ValueError(f"index {start} lies within a counter")
+    words = torch.stack(_words(seed, stream, groups, draw, start // 128, -(-(start + count) // 128)), dim=-1)
+    octets = words.to(torch.int32).view(torch.uint8).flatten(1)  # the least significant first
+    bits = (torch.arange(256, device=groups.device)[:, None] >> torch.arange(8, device=groups.device)).bitwise_and_(1)
+    return functional.embedding(octets.int(), bits.to(dtype).mul_(-2.0).add_(1.0)).flatten(1)[:, :count]

@@ -213,7 +213,7 @@ class StoredKernel:
 
         Stored by the estimator `weight` and by the covariance kernel: Φ are output differences, (n, S·C) with column
         `s·C + c` and `M ⊗ I_C`, or (n·C, S) and M in form `full`. Stored by kernels that are sketched as a whole: Φ are
-        the sketches of the gradients summed over blocks, (n, C·k) or (n·C, k) in form `full`, and M a multiple of the
+        the sketches of the gradients summed over blocks, (n, k) or (n·C, k) in form `full`, and M a multiple of the
         identity, which is what M of the blocks comes to, all its entries being equal. Memory: n·F + F² float64 values.
 
         Raises:
@@ -231,7 +231,7 @@ class StoredKernel:
                 f"the kernel at '{self.location}' was stored with 'statistic: unbiased' alone, which the factor "
                 "does not give; run it with 'statistic: both' or 'plugin'"
             )
-        if features.ndim == 4:
+        if "column" in (getattr(features.metadata, "dimension_names", None) or ()):
             return self._sketched_factor(features)
         values = self._read("train/features", features, ...)
         metric = self._read("metric", self.array("metric"), ...)
@@ -242,7 +242,7 @@ class StoredKernel:
 
     def _sketched_factor(self, features: zarr.Array) -> tuple[np.ndarray, np.ndarray]:
         """Block by block, so that one block's sketches are in memory at a time."""
-        num_rows, num_blocks, _, num_columns = features.shape
+        num_rows, num_blocks, *_, num_columns = features.shape
         total = sum(
             self._read("train/features", features, (slice(None), slice(r, r + 1)))[:, 0] for r in range(num_blocks)
         )

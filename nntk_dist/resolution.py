@@ -7,13 +7,13 @@ Axes: n examples, c outputs.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from nntk_dist.black_box import holds_black_box
-from nntk_dist.capture import plan_sites
+from nntk_dist.capture import SitePlan, plan_sites
 from nntk_dist.contraction import contraction_of
 from nntk_dist.distributions import LowRank
 from nntk_dist.errors import NNTKError
@@ -44,11 +44,12 @@ class Resolution:
     num_parameters: int
     num_outputs: int
     stacked: bool
-    num_columns: int = 0  # numbers of the sketch for an output and block, 0 without one
+    num_columns: int = 0  # numbers of a sketch for a block, 0 without one
     num_sketched: int = 0  # parameters that are in the sketch
     contraction: str = ""
     stacking: str = ""  # how perturbed models are evaluated and why, where there are such
     probes: ModelProbes | None = None  # what the model was found to be like; None where nobody looked
+    sites: SitePlan | None = field(default=None, repr=False, compare=False)  # of `autodiff`, where known already
 
     @property
     def explanation(self) -> str:
@@ -73,6 +74,14 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
         )
     jumps = _probe_jumps(model, space, spec, x)
     estimator, reason = _choose(model, space, spec, x, jumps)
+    sites = None
+    if estimator == "autodiff":
+        try:
+            sites = plan_sites(model, space, x)
+        except NNTKError as error:
+            if spec.kind != "nonlocal" or spec.estimator != "auto":
+                raise
+            estimator, reason = _without_gradients(model, space, spec, x, f"autodiff is not to be had: {error}")
     reason += noise_text(model)
     if not spec.weighting.is_fixed:
         reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
@@ -92,6 +101,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
         stacked,
         stacking="" if trial is None else trial.text,
         probes=probes,
+        sites=sites,
     )
     return with_draws(model, x, spec, resolution, draws)
 
@@ -120,7 +130,7 @@ def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolu
             num_sketched=sum(sizes),
         )
     if resolution.estimator == "autodiff":
-        plan = plan_sites(model, space, x)
+        plan = resolution.sites or plan_sites(model, space, x)
         chosen = contraction_of(model, plan, space, spec, num_draws=num_draws, num_outputs=kept)
         return replace(
             resolution, contraction=chosen.text, num_columns=chosen.num_columns, num_sketched=chosen.num_sketched
@@ -187,11 +197,6 @@ def _choose(
         return _without_gradients(model, space, spec, x, rough)
     assert probe is not None
     if probe.differentiable:
-        if spec.estimator == "auto":
-            try:
-                plan_sites(model, space, x)
-            except NNTKError as error:
-                return _without_gradients(model, space, spec, x, f"autodiff is not to be had: {error}")
         return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
     if spec.estimator == "autodiff":
         raise NNTKError(

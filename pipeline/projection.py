@@ -19,6 +19,7 @@ from nntk_dist.block_sums import PRODUCT_ELEMENTS
 from nntk_dist.designs import group_size
 from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
+from nntk_dist.gradients import GradientFeatures
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from nntk_dist.stochastic import is_random
@@ -184,6 +185,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
     metric = 4 * 8 * sizes.num_draws**2 if holds_differences(job) and job.spec.pair_blocks else 0
     held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job) + weighting_bytes(job, x)
+    held += features.probe_bytes if isinstance(features, GradientFeatures) else 0
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
     feature_task = 3 * chunk if layout.store_features else 0
     width = kernel_width(job)

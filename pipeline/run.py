@@ -184,7 +184,7 @@ def _manifest(prepared: Prepared) -> Manifest:
         git_commit=git_commit() if stored is None else stored.git_commit,
         layout=as_plain(plan.job.layout),
         sizes=as_plain(plan.job.sizes),
-        resolution=as_plain(plan.job.resolution),
+        resolution=as_plain(replace(plan.job.resolution, sites=None)),  # which follow from the model
         projection=as_plain(plan.projection),
         stages=stages,
     )

@@ -2,8 +2,10 @@
 
     figures     what a benchmark answers: ratios within one run, each with what was asked of it
     perturb     perturbed passes against plain inference
+    local       the ordinary tangent kernel, and what kernels of many gradients cost beside it
     end_to_end  whole runs of MNIST, from configuration to report
     memory      measured peaks against projected ones
+    peers       the ordinary tangent kernel against neural-tangents, in an environment of its own
     runs        runs in a process of their own, watched from outside
     page        the page, from the JSON file alone
 
@@ -13,15 +15,17 @@ Cells and answers are those of `scripts.studies`.
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from scripts.benchmarks import end_to_end, memory, perturb
+from scripts.benchmarks import end_to_end, local, memory, peers, perturb
 from scripts.studies.cells import Cell
 
 # Sections of the page, in its order.
 SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
     {
         "perturb": perturb.cells,
+        "local": local.cells,
         "end-to-end": end_to_end.cells,
         "memory": memory.cells,
+        "peers": peers.cells,
     }
 )
 NEEDS_DATA = ("end-to-end",)

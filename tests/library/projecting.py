@@ -39,10 +39,23 @@ def sketch_of_gradients(features: GradientFeatures, rows: Rows, sketch: Sketch) 
     shapes = dict(zip(space.names, space.shapes, strict=True))
     names = features.plan.dense_names()
     parts = dense.split([int(np.prod(shapes[name], dtype=int)) for name in names], dim=3)
-    total = torch.stack(
-        [
-            sketch.of_gradient(name, part.flatten(1, 2).reshape(len(dense), -1, *shapes[name]))
-            for name, part in zip(names, parts, strict=True)
-        ]
-    ).sum(0)
-    return {"sketch": total.unflatten(1, dense.shape[1:3])}
+    weights = {f"{name.removesuffix('weight')}bias": name for name in names if len(shapes[name]) > 1}
+    total = torch.zeros(dense.shape[0] * dense.shape[1], sketch.num_columns, dtype=dense.dtype)
+    for name, part in zip(names, parts, strict=True):
+        gradient = part.flatten(0, 1).reshape(-1, part.shape[2], *shapes[name])
+        if name in weights:
+            total += _sketch_of_bias(sketch, weights[name], name, gradient)
+        else:
+            total += sketch.of_gradient(name, gradient)
+    return {"sketch": total.unflatten(0, dense.shape[:2])}
+
+
+def _sketch_of_bias(sketch: Sketch, weight: str, bias: str, gradient: Tensor) -> Tensor:
+    """A joint sketch of a bias as one more input of its weight: rows have the weight's probes, the input its own."""
+    assert sketch.joint
+    flat = gradient.flatten(1)
+    u, v = (
+        torch.view_as_complex(sketch.probes(name, side, torch.arange(length), flat.dtype).unflatten(1, (-1, 2)))
+        for name, side, length in ((weight, 0, flat.shape[1]), (bias, 1, 1))
+    )
+    return torch.view_as_real((flat.to(u.dtype) @ u) * v).flatten(1) * (2 * sketch.num_columns) ** -0.5

@@ -228,7 +228,7 @@ def test_the_metric_may_be_given_instead_of_made():
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("kind", "estimator"), KINDS)
 def test_sums_are_sums_of_products(kind, estimator, full, paired):
-    _, features = small(kind, estimator)
+    _, features = small(kind, estimator, "full" if full else "trace")
     rows, others = two_row_sets(features)
     meeting = Meeting(full=full, paired=paired)
     others = rows if paired else others

@@ -1,0 +1,218 @@
+"""The ordinary tangent kernel, and what a kernel made of many gradients costs beside it.
+
+The network is an MLP 784-512-512-10, its ten outputs traced. `prepared` is the repeat of what was set up once (features
+and all their products; the counterpart of a compiled function), `whole call` the public function, which probes the
+model and checks its layers' rules every time. The recipe of torch.func is that of its documentation, Jacobians of all
+examples and their product, with one Jacobian where both row sets are one.
+
+Axes: n examples, S draws, R blocks, C outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from nntk_dist import local_kernel, nonlocal_kernel
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
+from nntk_dist.features import FeatureMap
+from nntk_dist.kernels import whole_kernel
+from nntk_dist.models import build_model
+from nntk_dist.resolution import resolve
+from nntk_dist.sketching import AUTO_COLUMNS
+from nntk_dist.spec import KernelSpec
+from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.studies.cells import Answer, Cell, with_threads
+
+BLOCKS = 8
+LOCAL = KernelSpec(kind="local", statistic="plugin")
+NONLOCAL = KernelSpec(gamma=0.05, draws=BLOCKS, blocks=BLOCKS, statistic="plugin")
+_JACOBIANS_AT_ONCE = 3  # one Jacobian, what it is made of, and the copy that the product takes
+_SHARE_OF_MEMORY = 0.5
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Sizes: widths of the network, n for each question, rounds that take turns, and draws of the crossover."""
+
+    widths: tuple[int, ...]
+    num_inputs: int
+    num_examples: int
+    num_nonlocal: int
+    rounds: int
+    crossing_widths: tuple[int, ...]
+    crossing_draws: tuple[int, ...]
+    sketch_rows: int
+
+
+FULL = Effort((512, 512), 784, 512, 256, 5, (32, 32), (8, 16, 32, 64, 128), 1024)
+QUICK = Effort((16, 16), 20, 32, 16, 2, (8, 8), (8, 32), 32)
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """Each question on one thread and on two; on one where it has to be quick."""
+    effort = QUICK if quick else FULL
+    questions: dict[str, Callable[[Effort], Answer]] = {
+        "local": _local,
+        "nonlocal": _nonlocal,
+        "crossover": _crossover,
+        "sketch": _sketch,
+    }
+    result = []
+    for threads in (1,) if quick else (1, 2):
+        for name, question in questions.items():
+            settings = {"threads": threads, "effort": vars(effort), "blocks": BLOCKS}
+            result.append(Cell(f"{name}, {threads} threads", settings, _on(threads, question, effort)))
+    return result
+
+
+def _on(threads: int, question: Callable[[Effort], Answer], effort: Effort) -> Callable[[], Answer]:
+    def compute() -> Answer:
+        with with_threads(threads):
+            return question(effort)
+
+    return compute
+
+
+def problem(effort: Effort, n: int, widths: tuple[int, ...] | None = None) -> tuple[nn.Module, Tensor]:
+    """The network, prepared, and examples."""
+    arguments = {"widths": list(effort.widths if widths is None else widths), "activation": "relu"}
+    model = build_model("mlp", arguments, input_shape=(effort.num_inputs,), num_outputs=10, seed=0)
+    x = torch.randn(n, effort.num_inputs, generator=torch.Generator().manual_seed(1))
+    return prepare_model(model, dtype=torch.float32, device="cpu"), x
+
+
+def prepared(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Callable[[], Tensor]]:
+    """The features of a kernel, and a function that computes them and the whole kernel anew."""
+    features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+    ids, draws = torch.arange(len(x)), range(features.num_draws)
+
+    def compute() -> Tensor:
+        rows = features.compute(x, ids, draws, features.columns)
+        return whole_kernel(features, rows, None, spec)[0].plugin
+
+    return features, compute
+
+
+def recipe(model: nn.Module, x: Tensor) -> Tensor:
+    """Σ_c ⟨∇f_c, ∇f'_c⟩ from the Jacobians of all examples, by torch.func."""
+    parameters = dict(model.named_parameters())
+
+    def one(values: Mapping[str, Tensor], example: Tensor) -> Tensor:
+        return functional_call(model, dict(values), (example[None],))[0]
+
+    jacobians = vmap(jacrev(one), (None, 0))(parameters, x)
+    products = [torch.einsum("Naf,Maf->NM", each.flatten(2), each.flatten(2)) for each in jacobians.values()]
+    return torch.stack(products).sum(0)
+
+
+def num_fitting(model: nn.Module, most: int) -> int:
+    """Examples whose Jacobians fit into half of the memory that is free: a power of two times less than asked."""
+    numbers = 10 * sum(parameter.numel() for parameter in model.parameters())
+    room = _SHARE_OF_MEMORY * psutil.virtual_memory().available / (4 * _JACOBIANS_AT_ONCE * numbers)
+    fitting = most
+    while fitting > 1 and fitting > room:
+        fitting //= 2
+    return fitting
+
+
+def _local(effort: Effort) -> Answer:
+    """Against the recipe, at the largest n at which that fits into memory."""
+    model, x = problem(effort, effort.num_examples)
+    n = num_fitting(model, len(x))
+    _, few = prepared(model, x[:n], LOCAL)
+    _, all_of_them = prepared(model, x, LOCAL)
+    actions = {
+        "recipe": lambda: recipe(model, x[:n]),
+        "prepared": few,
+        "whole call": lambda: local_kernel(model, x[:n]),
+        "prepared, all": all_of_them,
+        "whole call, all": lambda: local_kernel(model, x),
+    }
+    distance = float((few() - recipe(model, x[:n])).norm() / few().norm())
+    seconds = best_seconds(actions, rounds=effort.rounds)
+    details: dict[str, Any] = {"n of the recipe": n, "n of all": len(x), "relative difference": distance}
+    details |= {f"seconds {name}": value for name, value in seconds.items()}
+    return answer(
+        Figure("torch.func's Jacobian recipe / local kernel, prepared", seconds["recipe"] / seconds["prepared"], 50.0,
+               details=details),
+        Figure("torch.func's Jacobian recipe / local kernel, whole call", seconds["recipe"] / seconds["whole call"]),
+    )  # fmt: skip
+
+
+def _nonlocal(effort: Effort) -> Answer:
+    """One draw a block: R times the features, and products of all pairs of blocks."""
+    model, x = problem(effort, effort.num_nonlocal)
+    _, local = prepared(model, x, LOCAL)
+    features, nonlocal_ = prepared(model, x, NONLOCAL)
+    calls = {
+        "local": local,
+        "nonlocal": nonlocal_,
+        "local, whole call": lambda: local_kernel(model, x),
+        "nonlocal, whole call": lambda: nonlocal_kernel(
+            model, x, gamma=0.05, draws=BLOCKS, blocks=BLOCKS, statistic="plugin", estimator="autodiff"
+        ),
+    }
+    seconds = best_seconds(calls, rounds=max(1, effort.rounds // 2))
+    details = {"n": len(x), "R": BLOCKS, "draws": features.num_draws}
+    details |= {f"seconds {name}": value for name, value in seconds.items()}
+    whole = seconds["nonlocal, whole call"] / seconds["local, whole call"]
+    return answer(
+        Figure("nonlocal kernel with standard errors / local kernel, prepared",
+               seconds["nonlocal"] / seconds["local"], most=float(BLOCKS**2), details=details),
+        Figure("nonlocal kernel with standard errors / local kernel, whole calls", whole, most=float(BLOCKS**2)),
+    )  # fmt: skip
+
+
+def _crossover(effort: Effort) -> Answer:
+    """Products from layers and from means over a ladder of draws, and which of them `auto` takes."""
+    model, x = problem(effort, effort.num_nonlocal, effort.crossing_widths)
+    figures = []
+    for draws in effort.crossing_draws:
+        ids, actions, sites = torch.arange(len(x)), {}, 0
+        for contraction in ("layered", "means", "auto"):
+            spec = replace(NONLOCAL, draws=draws, contraction=contraction)
+            features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+            rows = features.compute(x, ids, range(draws), features.columns)
+            actions[contraction] = _products(features, rows, spec)
+            sites = sum(name.startswith("input_") for name in rows)
+        seconds = best_seconds(actions, rounds=max(1, effort.rounds // 2))
+        best = min(seconds["layered"], seconds["means"])
+        details = {"n": len(x), "layers that auto leaves in factors": sites}
+        details |= {f"seconds {name}": value for name, value in seconds.items()}
+        figures.append(Figure(f"products by auto / the better of layers and means, S = {draws}",
+                              seconds["auto"] / best, most=1.2, details=details))  # fmt: skip
+    return answer(*figures)
+
+
+def _products(features: FeatureMap, rows: Mapping[str, Tensor], spec: KernelSpec) -> Callable[[], object]:
+    return lambda: whole_kernel(features, rows, None, spec)
+
+
+def _sketch(effort: Effort) -> Answer:
+    """The rate of sketching against a plain matrix product of the same operations, both sides of every layer."""
+    widths = tuple(width // 2 for width in effort.widths)
+    model, x = problem(effort, effort.sketch_rows, widths)
+    spec = KernelSpec(gamma=0.05, draws=4, blocks=4, contraction="sketch", sketch=2 * AUTO_COLUMNS)
+    features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+    ids, batch = torch.arange(len(x)), min(512, len(x))
+    sizes = [(p.shape[1], p.shape[0]) for p in model.parameters() if p.ndim == 2]
+    # the layer before the readout is sketched from one number a unit
+    inner = sum(i + (o if index == len(sizes) - 2 else 10 * o) for index, (i, o) in enumerate(sizes))
+    left, right = torch.randn(len(x), inner), torch.randn(inner, 2 * AUTO_COLUMNS)
+    seconds = best_seconds(
+        {
+            "product": lambda: left @ right,
+            "features": lambda: features.compute(x, ids, range(4), features.columns, batch=batch),
+        },
+        rounds=max(1, effort.rounds // 2),
+    )
+    details = {"rows": len(x), "draws": 4, "k": 2 * AUTO_COLUMNS, "rows a second": len(x) / seconds["features"]}
+    details |= {f"seconds {name}": value for name, value in seconds.items()}
+    what = "four matrix products of the sketch's operations / features, passes and draws included"
+    return answer(Figure(what, 4 * seconds["product"] / seconds["features"], details=details))

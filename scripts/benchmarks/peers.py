@@ -1,0 +1,136 @@
+"""The local kernel against neural-tangents, in turns, on the same network, inputs and threads.
+
+Peers live in an environment of their own, build/peers, which is made when a measurement first asks for it: their
+versions of jax and numpy don't go with ours. They run in a process of their own, which answers one line for each
+kernel that it computed. Compiling is over before anything is measured. A quick run has no peers.
+
+Axes: n examples.
+"""
+
+import subprocess
+import tempfile
+import venv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist import local_kernel
+from nntk_dist.errors import NNTKError
+from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.benchmarks.local import FULL, LOCAL, Effort, prepared, problem
+from scripts.studies.cells import Answer, Cell, with_threads
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENVIRONMENT = ROOT / "build" / "peers"
+REQUIREMENTS = ("neural-tangents==0.6.5", "jax==0.4.23", "jaxlib==0.4.23", "numpy==1.26.4", "scipy==1.12.0",
+                "ml_dtypes==0.5.4")  # fmt: skip
+EXAMPLES = (64, 256, 512)
+_PROGRAM = Path(__file__).with_name("neural_tangents_peer.py")
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """Kernels of several sizes on one thread and on two; none where it has to be quick."""
+    if quick:
+        return []
+    return [
+        Cell(f"n = {n}, {threads} threads", {"n": n, "threads": threads, "effort": vars(FULL)}, _question(n, threads))
+        for threads in (1, 2)
+        for n in EXAMPLES
+    ]
+
+
+def _question(n: int, threads: int):  # type: ignore[no-untyped-def]
+    def compute() -> Answer:
+        with with_threads(threads):
+            return compare(FULL, n, threads, (str(peer_python()), str(_PROGRAM)))
+
+    return compute
+
+
+def peer_python() -> Path:
+    """The interpreter of the peers' environment, made where there is none.
+
+    Raises: NNTKError where it cannot be made.
+    """
+    python = ENVIRONMENT / "bin" / "python"
+    done = ENVIRONMENT / "complete"
+    if done.exists():
+        return python
+    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    result = subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise NNTKError(
+            f"the peers ({REQUIREMENTS[0]}, {REQUIREMENTS[1]}) cannot be installed into {ENVIRONMENT} "
+            f"({(result.stderr.strip().splitlines() or ['no reason given'])[-1]}); see to the network, or measure the "
+            "other sections by --only"
+        )
+    done.touch()
+    return python
+
+
+def compare(effort: Effort, n: int, threads: int, command: Sequence[str]) -> Answer:
+    """Seconds of the peer's kernel over ours, prepared and as a whole call; both kernels must agree."""
+    model, x = problem(effort, n)
+    _, ours = prepared(model, x, LOCAL)
+    with tempfile.TemporaryDirectory() as folder, running(command, model, x, threads, Path(folder)) as peer:
+        peer.ask()
+        distance = float((ours() - peer.kernel()).norm() / ours().norm())
+        if distance > 1e-4:
+            raise NNTKError(f"the peer's kernel differs from ours by {distance:.2g}; allowed: 1e-4, or it is another")
+        actions = {"neural-tangents": peer.ask, "prepared": ours, "whole call": lambda: local_kernel(model, x)}
+        seconds = best_seconds(actions, rounds=2 * effort.rounds)
+    details = {"relative difference": distance} | {f"seconds {name}": value for name, value in seconds.items()}
+    theirs, where = seconds["neural-tangents"], f"n = {n}, {threads} threads"
+    least = 1.0 if n == max(EXAMPLES) else None
+    return answer(
+        Figure(f"neural-tangents, structured derivatives, compiled / prepared, {where}", theirs / seconds["prepared"],
+               least, details=details),
+        Figure(f"neural-tangents, structured derivatives, compiled / whole call, {where}",
+               theirs / seconds["whole call"]),
+    )  # fmt: skip
+
+
+class Peer:
+    """A process that computes the kernel once for every line that it is sent."""
+
+    def __init__(self, process: subprocess.Popen, folder: Path) -> None:  # type: ignore[type-arg]
+        self._process, self._folder = process, folder
+
+    def ask(self) -> None:
+        """One kernel, from start to end. Raises: NNTKError where the process has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write("again\n")
+            self._process.stdin.flush()
+        if self._process.stdout.readline() != "done\n":
+            last = (self._folder / "log").read_text().strip()[-300:]
+            raise NNTKError(f"the peer has ended: {last}; remove {ENVIRONMENT} to have it made again")
+
+    def kernel(self) -> Tensor:
+        """The kernel that it computed first."""
+        return torch.from_numpy(np.load(self._folder / "kernel.npy")).double()
+
+
+@contextmanager
+def running(command: Sequence[str], model: nn.Module, x: Tensor, threads: int, folder: Path) -> Iterator[Peer]:
+    """The peer on this network and these inputs, handed over in a file; it ends with the block."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    arrays = {f"weight_{index}": layer.weight.numpy() for index, layer in enumerate(layers)}
+    arrays |= {f"bias_{index}": layer.bias.numpy() for index, layer in enumerate(layers)}
+    np.savez(folder / "problem.npz", x=x.numpy(), **arrays)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, str(folder), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        try:
+            yield Peer(process, folder)
+        finally:
+            process.kill()
+            process.communicate()

@@ -10,6 +10,7 @@ Axes: n examples, s draws, c outputs, P parameters.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -71,6 +71,10 @@ class TileSet(MutableSet[str]):
             if not self._pages[page]:
                 del self._pages[page]
 
+    def clear(self) -> None:
+        """Take all names out."""
+        self._pages, self._others, self._count = {}, set(), 0
+
 
 def _place(name: str) -> tuple[_Page, int] | None:
     """Page and bit of a name; None for one that its numbers do not give back, such as "tile/007" or "metric"."""

@@ -159,7 +159,9 @@ def test_a_kill_at_any_moment_of_a_rewrite_loses_and_doubles_nothing(tmp_path, o
     ledger = write_parts(storage, rows(2), rows(1, "features"), [newest, *rows(1, "metric")])
     storage.operations_left = operations
     # gone are a file that holds nothing else, or a row that has others beside it
-    stage, steps = ("features", 2) if operations % 2 else ("metric", 3)  # a file with what is left, an index, a deletion
+    stage, steps = (
+        ("features", 2) if operations % 2 else ("metric", 3)
+    )  # a file with what is left, an index, a deletion
     rewrite, steps = (lambda: ledger.forget(stage), steps) if forget else (ledger.compact, 5)
     if operations < steps:
         with pytest.raises(KilledError):

@@ -16,7 +16,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +64,7 @@ def cells(*, quick: bool) -> list[Cell]:
     ]
 
 
-_WORK = {"train": 6144, "tile": 1024, "draws": 1024, "rounds": 3}
+_WORK = {"train": 4096, "tile": 512, "draws": 1024, "rounds": 3}
 
 
 def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
@@ -76,7 +75,7 @@ def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
             {
                 "name": "scaling",
                 "run_dir": f"{folder}/run",
-                "data": {"source": "synthetic:blobs", "train": train, "test": 64},
+                "data": {"source": "synthetic:sine", "train": train, "test": 64},
                 "model": {"builder": "mlp", "args": {"widths": [256, 256]}},
                 "kernel": {"estimator": "weight", "draws": draws},
                 "compute": {"tile": tile, "workers": 1},
@@ -130,7 +129,9 @@ def _overhead(name: str, seconds: float, num_tiles: int) -> Answer:
         executor.close()
     most = 0.03 if seconds >= 1 else None
     details = {"tiles": num_tiles, "wall seconds": wall, "seconds in tiles": spent, "load": load}
-    return answer(Figure(f"scheduling overhead, tiles of {name}, two workers", 1 - spent / (2 * wall), None, most, details))
+    return answer(
+        Figure(f"scheduling overhead, tiles of {name}, two workers", 1 - spent / (2 * wall), None, most, details)
+    )
 
 
 def _cluster(*, num_nodes: int, num_tiles: int) -> Answer:
@@ -224,8 +225,8 @@ def _simulated_cluster(num_nodes: int) -> Iterator[str]:
     small: Mapping[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
     try:
-        with ThreadPoolExecutor(4) as pool:  # a node spends most of its start with waiting
-            list(pool.map(lambda _: cluster.add_node(num_cpus=1, **small), range(num_nodes)))
+        for _ in range(num_nodes):
+            cluster.add_node(num_cpus=1, **small)
         yield cluster.address
     finally:
         ray.shutdown()

@@ -28,7 +28,7 @@ from pipeline.tile_set import TileSet
 __all__ = ["FOLDER", "Ledger", "LedgerRow", "StageTotals"]
 
 PARTS_BEFORE_MERGING = 64  # reading so many small files back is quick, also from an object store
-MOST_WAITING = 8_192  # rows that are flushed without regard to the clock: about 10 MB as Python objects
+MOST_WAITING = FULL_ROWS  # are flushed without regard to the clock: about 10 MB as Python objects
 READ_ATTEMPTS = 5
 
 
@@ -122,20 +122,18 @@ class Ledger:
     def flush(self) -> None:
         """Put all waiting rows on storage now, in one new file. They keep waiting if that fails.
 
-        Costs a write of these rows; at every 64th flush also a rewrite of those since the last rewrite, and of earlier
-        ones as long as that at least doubles the file that they are in: a row is rewritten log2(flushes / 64) times,
-        until it is in a file of 32,768.
+        Costs a write of these rows; after 64 flushes of less than 8,192 rows also a rewrite of all since the last
+        rewrite, and of earlier ones as long as that at least doubles the file that they are in, up to 8,192: so a row
+        is rewritten a few times at most, however many there are.
         """
         if not self._pending:
             return
         self._flushed_at = self._clock()
         self._parts.append(self._files.write_flush(_table_of(self._pending)))
         self._pending = []
-        small = 0
-        while small < len(self._parts) and self._parts[-1 - small].flushed:
-            small += 1
-        if small > PARTS_BEFORE_MERGING:
-            self._merge(_start_of_merging(self._parts, small))
+        small = [index for index, part in enumerate(self._parts) if part.flushed and part.rows < FULL_ROWS]
+        if len(small) > PARTS_BEFORE_MERGING:
+            self._merge(_start_of_merging(self._parts, small[0]))
 
     def done(self, stage: str) -> Set[str]:
         """The tiles of this stage that have a row, waiting ones included. It shows what is appended later, too."""
@@ -295,11 +293,10 @@ class Ledger:
         self._files.clean_up(parts)
 
 
-def _start_of_merging(parts: list[Part], small: int) -> int:
-    """Where a merge of the newest `small` files begins: it takes earlier ones in while they are no larger than what it
+def _start_of_merging(parts: list[Part], start: int) -> int:
+    """Where a merge of the files from `start` on begins: it takes earlier ones in while they are no larger than what it
     has, and not full.
     """
-    start = len(parts) - small
     rows = sum(part.rows for part in parts[start:])
     while start and parts[start - 1].rows <= min(rows, FULL_ROWS - 1):
         start -= 1

@@ -30,7 +30,7 @@ from nntk_dist.errors import NNTKError
 from pipeline.storage import RunStorage
 
 FOLDER = "ledger"
-FULL_ROWS = 32_768  # a rewritten file with so many is left alone: about 5 MB, and 30 files for a million rows
+FULL_ROWS = 8_192  # a file with so many is left alone: under a megabyte, and 122 files for a million rows
 PORTION_ROWS = 8_192  # read at a time
 
 _FILE_NAME = re.compile(r"/_?(\d{8})(|-merged|-all)\.(parquet|json)$")

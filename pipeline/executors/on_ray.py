@@ -10,6 +10,7 @@ repeated: tasks are deterministic.
 import logging
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from pipeline.task import Outcome, Task
 _CALLS_PER_WORKER = 2  # one running, one waiting: a worker never idles between calls
 _ATTEMPTS = 4
 _POLL_SECONDS = 1.0
+REGROW_SECONDS = 10.0  # a lost node is replaced in minutes
 # What Ray reports for the tasks of a dead actor, also where its node's memory ran out or the node itself is gone.
 _LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
 
@@ -113,6 +115,7 @@ class _Stage:
     room: "deque[_Worker]"
     lost: "deque[tuple[Task, int]]" = field(default_factory=deque)
     running: dict[Any, _Call] = field(default_factory=dict)
+    retired: set[_Worker] = field(default_factory=set)
 
 
 def _finished(running: list[Any]) -> list[Any]:
@@ -149,8 +152,9 @@ class RayExecutor:
         self._connected = connect(address, num_workers * num_cpus)
         node_cpus = None if address else available_cpus()
         self._arguments = (make_worker, node_cpus, *(ray.put(argument) for argument in arguments))
+        self._num_cpus, self._workers_per_gpu = num_cpus, workers_per_gpu
         self._options = actor_options(num_cpus, workers_per_gpu)
-        places = places_on(ray.nodes(), num_cpus, workers_per_gpu)
+        places = self._places()
         if places < (1 if grow else num_workers):
             raise NNTKError(
                 f"Ray has room for {places} worker(s) of {num_cpus} CPU(s) and "
@@ -158,11 +162,16 @@ class RayExecutor:
                 "the cluster more nodes"
             )
         self._workers = [_Worker() for _ in range(places if grow and address else num_workers)]
+        self._wanted = len(self._workers)
+        self._looked_at = time.monotonic()
 
     def run(self, tasks: Iterable[Task]) -> Iterator[list[Outcome]]:
         """Outcomes as calls finish, none where a second passes without one."""
         stage = _Stage(Runs(tasks), Pace(len(self._workers)), deque(self._workers))
+        for worker in self._workers:
+            worker.calls, worker.alone = 0, False  # nobody waits for what an interrupted stage has left under way
         while True:
+            self._regrow(stage)
             self._fill(stage)
             if not stage.running:
                 return
@@ -193,7 +202,7 @@ class RayExecutor:
         """Give calls to all workers that have room, one to each before any has two."""
         while stage.room:
             worker = stage.room.popleft()
-            if worker.alone or worker.calls >= _CALLS_PER_WORKER:
+            if worker.alone or worker.calls >= _CALLS_PER_WORKER or worker in stage.retired:
                 continue
             if stage.lost:
                 if worker.calls == 0:  # otherwise it waits until it has nothing else
@@ -215,6 +224,10 @@ class RayExecutor:
         """Let the tasks of a call whose actor has died be done again, each alone; an error after the last attempt."""
         if call.worker.actor is call.actor:  # every call that an actor had reports the same death
             call.worker.actor = None
+            if len(self._workers) > 1 and self._places() < len(self._workers):
+                # Its node is gone, and there is no other: a new actor would wait for a place, and tasks for the actor.
+                self._workers.remove(call.worker)
+                stage.retired.add(call.worker)
         if call.attempt >= _ATTEMPTS:
             failure = NNTKError(
                 f"task {call.tasks[0].stage} {call.tasks[0].tile} lost its worker {call.attempt} times, most likely "
@@ -225,6 +238,17 @@ class RayExecutor:
         stage.lost.extend((task, call.attempt + 1) for task in call.tasks)
         stage.room.extend(worker for worker in self._workers if worker.calls == 0)
         return None
+
+    def _places(self) -> int:
+        return places_on(ray.nodes(), self._num_cpus, self._workers_per_gpu)
+
+    def _regrow(self, stage: _Stage) -> None:
+        """New workers for those that had lost their places, once there are places again; looked for now and then."""
+        if len(self._workers) < self._wanted and time.monotonic() - self._looked_at >= REGROW_SECONDS:
+            self._looked_at = time.monotonic()
+            new = [_Worker() for _ in range(min(self._places(), self._wanted) - len(self._workers))]
+            self._workers += new
+            stage.room.extend(new)
 
     def stop_workers(self) -> None:
         """Stop the actors."""

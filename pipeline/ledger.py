@@ -28,7 +28,7 @@ from pipeline.tile_set import TileSet
 __all__ = ["FOLDER", "Ledger", "LedgerRow", "StageTotals"]
 
 PARTS_BEFORE_MERGING = 64  # reading so many small files back is quick, also from an object store
-MOST_WAITING = FULL_ROWS  # are flushed without regard to the clock: about 10 MB as Python objects
+MOST_WAITING = FULL_ROWS  # are flushed without regard to the clock: about 5 MB as Python objects
 READ_ATTEMPTS = 5
 
 
@@ -122,8 +122,8 @@ class Ledger:
     def flush(self) -> None:
         """Put all waiting rows on storage now, in one new file. They keep waiting if that fails.
 
-        Costs a write of these rows; after 64 flushes of less than 8,192 rows also a rewrite of all since the last
-        rewrite, and of earlier ones as long as that at least doubles the file that they are in, up to 8,192: so a row
+        Costs a write of these rows; after 64 flushes of less than 4,096 rows also a rewrite of all since the last
+        rewrite, and of earlier ones as long as that at least doubles the file that they are in, up to 4,096: so a row
         is rewritten a few times at most, however many there are.
         """
         if not self._pending:

@@ -30,8 +30,8 @@ from nntk_dist.errors import NNTKError
 from pipeline.storage import RunStorage
 
 FOLDER = "ledger"
-FULL_ROWS = 8_192  # a file with so many is left alone: under a megabyte, and 122 files for a million rows
-PORTION_ROWS = 8_192  # read at a time
+FULL_ROWS = 4_096  # a file with so many is left alone: some 200 KB, and 245 files for a million rows
+PORTION_ROWS = 4_096  # read at a time
 
 _FILE_NAME = re.compile(r"/_?(\d{8})(|-merged|-all)\.(parquet|json)$")
 

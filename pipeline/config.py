@@ -68,6 +68,7 @@ class ComputeConfig(Section):
     executor: Literal["ray", "serial"] = "ray"
     workers: CountOrAuto = "auto"
     threads: CountOrAuto = "auto"
+    workers_per_gpu: Count = 1
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda, cuda:N")] = (
         "auto"
     )

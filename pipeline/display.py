@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.job import Job
-from pipeline.ledger import Ledger
+from pipeline.ledger import Ledger, StageTotals
 from pipeline.lock import Heartbeat
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
@@ -68,7 +68,7 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
     )
     out.print(
         f"layout: tile {layout.tile}, batch {layout.batch}, features {features}, {layout.threads} thread(s) a worker, "
-        f"{layout.dtype} on {layout.device}",
+        f"{layout.dtype} on {layout.device}{_sharing(plan.job)}",
         soft_wrap=True,
     )
     if plan.job.resolution.probes is None:
@@ -77,6 +77,12 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
     for fact in probe_facts(plan.job.resolution.probes):
         line = f"probe {fact.label[:1].lower()}{fact.label[1:]}: {fact.value}; {fact.verdict}"
         out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _sharing(job: Job) -> str:
+    """What is to be said of a GPU that several workers share; nothing where each has one, or none."""
+    share = job.config.compute.workers_per_gpu
+    return f", {share} workers on each GPU" if share > 1 else ""
 
 
 def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> None:
@@ -110,12 +116,12 @@ def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, hea
         state = "stopped; nntk run … --resume continues it"
     out.print(f"{manifest.config['name']}: {state}", markup=False, highlight=False, soft_wrap=True)
     table = Table("stage", "done", "tasks", "time in tasks", "written", box=None, pad_edge=False)
+    totals = ledger.totals()
     for stage in (pilot, *ORDER):
-        rows = list(ledger.rows(stage.NAME))
-        total = sum(1 for _ in stage.tasks(job)) or len(rows)
+        so_far = totals.get(stage.NAME, StageTotals())
+        total = sum(1 for _ in stage.tasks(job)) or so_far.tasks
         if total:
-            busy = duration(sum(row.seconds for row in rows))
-            table.add_row(stage.NAME, count(len(rows)), count(total), busy, size(sum(row.bytes for row in rows)))
+            table.add_row(stage.NAME, count(so_far.tasks), count(total), duration(so_far.seconds), size(so_far.bytes))
     out.print(table)
 
 

@@ -1,4 +1,4 @@
-"""The values that a run is made of: layout, job, task, outcome. All frozen, picklable and written into the manifest.
+"""The values that a run is made of: layout, sizes, job. All frozen, picklable and written into the manifest.
 
 A task is a pure, idempotent function of (job, stage, tile): whoever runs it, however often, writes the same bits to
 the same place. Nothing here computes.
@@ -6,13 +6,15 @@ the same place. Nothing here computes.
 Units: `_bytes`, `_seconds`. Rows are counted in examples, also where a `full` kernel holds C rows for each.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nntk_dist.resolution import Resolution
 from nntk_dist.spec import KernelSpec
 from pipeline.config import Config
+from pipeline.task import Outcome, Task
+
+__all__ = ["SPLITS", "Job", "Layout", "Outcome", "Sizes", "Task", "as_plain", "intervals"]
 
 SPLITS = ("train", "test")
 
@@ -61,30 +63,6 @@ class Job:
     resolution: Resolution
     layout: Layout
     sizes: Sizes
-
-
-@dataclass(frozen=True)
-class Task:
-    """One unit of work of a stage; `tile` names it in the ledger, `arguments` are what earlier stages found out."""
-
-    stage: str
-    tile: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished task returns: small numbers only, the results themselves are in the store."""
-
-    stage: str
-    tile: str
-    worker: str
-    started: float
-    seconds: float
-    written_bytes: int
-    checksum: int
-    peak_bytes: int
-    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 def intervals(total: int, step: int) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@ From a configuration, the data and the model it makes the job (what workers need
 resume) and the projection (what it will take). It writes nothing and starts nothing.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from nntk_dist.resolution import Resolution, resolve, with_draws
 from pipeline.arrays import StoredArray, all_arrays
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.config import Config
+from pipeline.cpus import available_cpus
 from pipeline.data import Dataset
 from pipeline.job import SPLITS, Job, Layout, Sizes
 from pipeline.layout import choose_batch, make_layout
@@ -58,7 +58,7 @@ def make_plan(
     Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
     """
     device = resolve_device(config) if stored is None else stored[0].device
-    check_device(device)
+    check_device(device, config.compute.workers_per_gpu)
     dtype = DTYPES[config.compute.dtype]
     prepared = prepare_model(model, dtype=dtype, device=device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
@@ -173,13 +173,8 @@ def wanted_workers(config: Config, layout: Layout) -> int:
     if config.compute.workers != "auto":
         return config.compute.workers
     if layout.device.startswith("cuda"):
-        return max(1, torch.cuda.device_count())
+        return max(1, torch.cuda.device_count()) * config.compute.workers_per_gpu
     return max(1, available_cpus() // layout.threads)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_disk(storage: RunStorage, wanted: int) -> None:
@@ -200,8 +195,13 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_device(device: str) -> None:
-    """Raise an NNTKError where the asked device is not there."""
+def check_device(device: str, workers_per_gpu: int) -> None:
+    """Raise an NNTKError where the asked device is not there, or where workers are to share a GPU and there is none."""
+    if workers_per_gpu > 1 and not device.startswith("cuda"):
+        raise NNTKError(
+            f"compute.workers_per_gpu is {workers_per_gpu}, but the run is on {device}; set compute.device=cuda, or "
+            "leave compute.workers_per_gpu at 1"
+        )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise NNTKError(f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu")
 

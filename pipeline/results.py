@@ -5,12 +5,12 @@ It reads rows and computes nothing that a task could have computed.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from nntk_dist.accuracy import verdict
 from pipeline.job import Job
-from pipeline.ledger import Ledger, LedgerRow
+from pipeline.ledger import Ledger
 from pipeline.search import looks_of
 
 
@@ -40,7 +40,10 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
             "train_relative_error_bound": last.bound,
         }
     for stage, prefix in (("gram", "train/gram"), ("test", "test/gram")):
-        results |= _tile_results(ledger.rows(stage), prefix, stage if stage == "test" else "train")
+        sums = ledger.sums(stage, f"{prefix}:")
+        results |= _tile_results(
+            {name.split(":")[1]: total for name, total in sums.items()}, stage if stage == "test" else "train"
+        )
     for row in ledger.rows("spectrum"):
         results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in row.numbers.items()}
     for row in ledger.rows("regression"):
@@ -48,14 +51,8 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
     return {key: _plain(value) for key, value in results.items()}
 
 
-def _tile_results(rows: Iterable[LedgerRow], prefix: str, split: str) -> dict[str, float]:
-    """Frobenius norms over all tiles of one array, and the bias that they show."""
-    sums: dict[str, float] = {}
-    for row in rows:
-        for key, value in row.numbers.items():
-            if key.startswith(f"{prefix}:"):
-                name = key.split(":")[1]
-                sums[name] = sums.get(name, 0.0) + value
+def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
+    """The bias that Frobenius norms over all tiles of one array show, and its unresolved entries."""
     results = {}
     if sums.get("squared_unbiased", 0.0) > 0:
         results[f"{split}_relative_bias"] = math.sqrt(sums["squared_difference"] / sums["squared_unbiased"])

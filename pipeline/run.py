@@ -40,9 +40,10 @@ from pipeline.reference import weighting_attributes
 from pipeline.report_stage import write_report
 from pipeline.results import collect_results
 from pipeline.search import search_draws
-from pipeline.stage_run import StageRunner, pending
+from pipeline.stage_run import StageRunner, is_finished
 from pipeline.stages import ORDER, pilot
 from pipeline.storage import KERNEL_STORE, RunStorage
+from pipeline.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
         ledger = Ledger(storage)
         prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock, resources)
         plan = prepared.plan
-        left = [module for module in ORDER if module.NAME in prepared.rerun or pending(module, plan.job, ledger)]
+        left = [each for each in ORDER if each.NAME in prepared.rerun or not is_finished(each, plan.job, ledger)]
         executor = _make_executor(prepared, address) if left else None
         if executor is not None:
             resources.callback(executor.close)
@@ -163,9 +164,17 @@ def _make_executor(prepared: Prepared, address: str | None) -> Executor:
         return SerialExecutor(job, prepared.dataset, state)
     from pipeline.executors.on_ray import RayExecutor  # seconds of imports that a serial run does without
 
-    automatic = prepared.config.compute.workers == "auto"
+    compute = prepared.config.compute
     return RayExecutor(
-        job, prepared.dataset, state, num_workers=prepared.plan.num_workers, grow=automatic, address=address
+        Worker,
+        job,
+        prepared.dataset,
+        state,
+        num_workers=prepared.plan.num_workers,
+        num_cpus=job.layout.threads,
+        workers_per_gpu=compute.workers_per_gpu if job.layout.device.startswith("cuda") else 0,
+        grow=compute.workers == "auto",
+        address=address,
     )
 
 

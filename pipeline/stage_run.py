@@ -6,17 +6,19 @@ Units: seconds, bytes.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import ModuleType
 
 from pipeline.executors import Executor
-from pipeline.job import Job, Outcome, Task
-from pipeline.ledger import Ledger, LedgerRow
+from pipeline.job import Job
+from pipeline.ledger import Ledger, LedgerRow, StageTotals
 from pipeline.lock import RunLock
 from pipeline.manifest import StageRecord
 from pipeline.progress import Progress
+from pipeline.task import Outcome, Task
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class StageRunner:
 
     def run(self, stage: ModuleType, job: Job, earlier: StageRecord | None) -> StageRecord:
         """Carry out a stage's remaining tasks; the record of it, `earlier` attempts included."""
-        total = sum(1 for _ in stage.tasks(job))
-        done = total - pending(stage, job, self.ledger)
-        return self.carry_out(stage.NAME, _tasks_left(stage, job, self.ledger), total, done, earlier)
+        done = self.ledger.done(stage.NAME)
+        counts = Counter(task.tile in done for task in stage.tasks(job))
+        tasks = _tasks_left(stage, job, self.ledger)
+        return self.carry_out(stage.NAME, tasks, counts.total(), counts[True], earlier)
 
     def carry_out(
         self,
@@ -47,38 +50,33 @@ class StageRunner:
         """Carry out tasks of the stage called `name`, `done` of `total` being finished; `title` is what is shown."""
         started, clock = datetime.now(UTC), time.perf_counter()
         with self.progress.stage(title or name, total, done) as bar:
-            for outcome in self.executor.run(tasks):
+            for outcomes in self.executor.run(tasks):
                 self.ledger.tick()
-                if outcome is not None:
+                for outcome in outcomes:
                     self.ledger.append(_row(outcome))
-                    done += 1
-                    bar.advance()
+                if outcomes:
+                    done += len(outcomes)
+                    bar.advance(len(outcomes))
                     self.lock.update(name, done, total)
         self.ledger.flush()
-        rows = list(self.ledger.rows(name))
         return StageRecord(
             started=started if earlier is None else earlier.started,
             finished=datetime.now(UTC),
             seconds=time.perf_counter() - clock + (0.0 if earlier is None else earlier.seconds),
-            results={
-                "tasks": len(rows),
-                "seconds": sum(row.seconds for row in rows),
-                "bytes": sum(row.bytes for row in rows),
-                "peak_bytes": max(row.peak_bytes for row in rows),
-            },
+            results=asdict(self.ledger.totals().get(name, StageTotals())),
         )
 
 
-def pending(stage: ModuleType, job: Job, ledger: Ledger) -> int:
-    """How many tasks of a stage are left."""
+def is_finished(stage: ModuleType, job: Job, ledger: Ledger) -> bool:
+    """Whether all tasks of a stage are in the ledger."""
     done = ledger.done(stage.NAME)
-    return sum(1 for task in stage.tasks(job) if task.tile not in done)
+    return all(task.tile in done for task in stage.tasks(job))
 
 
 def _tasks_left(stage: ModuleType, job: Job, ledger: Ledger) -> Iterator[Task]:
     """The tasks that are not in the ledger, with the calibration that theirs need."""
     levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
-    done = set(ledger.done(stage.NAME))
+    done = ledger.done(stage.NAME)
     for task in stage.tasks(job):
         if task.tile not in done:
             level = levels.get(task.tile.split("/")[0])

@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -86,15 +87,15 @@ def forget(storage: RunStorage, damaged: Iterable[tuple[str, str]]) -> None:
 
 
 def _completeness(job: Job, ledger: Ledger) -> Finding:
-    missing = [
-        f"{stage.NAME} {task.tile}"
-        for stage in ORDER
-        for task in stage.tasks(job)
-        if task.tile not in ledger.done(stage.NAME)
-    ]
-    total = sum(1 for stage in ORDER for _ in stage.tasks(job))
-    detail = f"{total - len(missing)} of {total} tasks are in the ledger"
-    return Finding("completeness", not missing, detail + (f"; the first missing: {missing[0]}" if missing else ""))
+    total, missing, first = 0, 0, ""
+    for stage in ORDER:
+        done = ledger.done(stage.NAME)
+        for task in stage.tasks(job):
+            total += 1
+            if task.tile not in done:
+                missing += 1
+                first = first or f"; the first missing: {stage.NAME} {task.tile}"
+    return Finding("completeness", not missing, f"{total - missing} of {total} tasks are in the ledger{first}")
 
 
 def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
@@ -173,14 +174,17 @@ def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
     """Some tiles, chosen by a fixed seed, computed again from the features and compared: same bits, or rounding
     elsewhere.
     """
-    rows = [row for stage in ("gram", "test") for row in ledger.rows(stage)]
-    keys = uniform(0, Stream.SAMPLE, torch.tensor([2]), len(rows))[0] if rows else torch.empty(0)
+    stages = ("gram", "test")
+    num_rows = sum(len(ledger.done(stage)) for stage in stages)
+    keys = uniform(0, Stream.SAMPLE, torch.tensor([2]), num_rows)[0] if num_rows else torch.empty(0)
+    chosen = keys.argsort()[:count].tolist()
+    wanted, every = set(chosen), chain.from_iterable(map(ledger.rows, stages))
+    rows = {index: row for index, row in enumerate(every) if index in wanted}
     levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
     comparison = _Comparison(context)
     shadow = replace(context, sink=comparison)
     distances = {}
-    for index in keys.argsort()[:count].tolist():
-        row = rows[index]
+    for row in map(rows.__getitem__, chosen):
         level = levels.get(row.tile.split("/")[0])
         comparison.distance = 0.0
         STAGES[row.stage].execute(shadow, Task(row.stage, row.tile, {} if level is None else {"level": level}))

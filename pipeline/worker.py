@@ -10,27 +10,32 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from pipeline.context import Context
+from pipeline.cpus import Threads
 from pipeline.data import Dataset
-from pipeline.job import Job, Outcome, Task
+from pipeline.job import Job
 from pipeline.stages import STAGES
+from pipeline.task import Outcome, Task
 
 
 @dataclass
 class Worker:
-    """Executes tasks of one job; see `Context` for the arguments."""
+    """Executes tasks of one job with so many threads; see `Context` for the other arguments."""
 
     job: Job
     dataset: Dataset
     state: Mapping[str, Tensor]
+    threads: Threads
     context: Context = field(init=False)
+    _pools: tuple[str, ThreadpoolController] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.context = Context(self.job, self.dataset, self.state)
@@ -38,14 +43,9 @@ class Worker:
     def execute(self, task: Task) -> Outcome:
         """Carry out a task with the threads that its stage may use, and say what it took."""
         stage = STAGES[task.stage]
-        threads = (os.cpu_count() or 1) if stage.USES_ALL_THREADS else self.job.layout.threads
-        started, clock, before = time.time(), time.perf_counter(), torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            with threadpool_limits(threads, user_api="blas"):
-                written = stage.execute(self.context, task)
-        finally:
-            torch.set_num_threads(before)
+        started, clock = time.time(), time.perf_counter()
+        with self._limited(task.stage, self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own):
+            written = stage.execute(self.context, task)
         return Outcome(
             stage=task.stage,
             tile=task.tile,
@@ -57,6 +57,20 @@ class Worker:
             peak_bytes=peak_bytes(),
             numbers=written.numbers | {f"crc:{path}": float(value) for path, value in written.checksums.items()},
         )
+
+    @contextmanager
+    def _limited(self, stage: str, num_threads: int) -> Iterator[None]:
+        """So many threads for torch, BLAS and OpenMP, and what there were before when it is over."""
+        if self._pools is None or self._pools[0] != stage:
+            # Looking for loaded libraries takes milliseconds: once for a stage, since one may load another.
+            self._pools = stage, ThreadpoolController()
+        before = torch.get_num_threads()
+        with self._pools[1].limit(limits=num_threads):
+            torch.set_num_threads(num_threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
 
 
 def peak_bytes() -> int:

@@ -70,8 +70,9 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
                 "contraction": "auto", "sketch": "auto",
         },
         "compute": {
-            "executor": "ray", "workers": "auto", "threads": "auto", "device": "auto", "dtype": "float32",
-            "tile": 1024, "batch": "auto", "memory_per_worker": "auto", "write_tiles": "auto", "stderr": "entry",
+            "executor": "ray", "workers": "auto", "threads": "auto", "workers_per_gpu": 1, "device": "auto",
+            "dtype": "float32", "tile": 1024, "batch": "auto", "memory_per_worker": "auto", "write_tiles": "auto",
+            "stderr": "entry",
         },
         "spectrum": {"method": "auto", "top_k": 50},
         "regression": {

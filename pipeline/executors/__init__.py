@@ -3,17 +3,19 @@
 An executor is thin: it knows tasks and outcomes, neither stages nor the ledger.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from pipeline.job import Outcome, Task
+from pipeline.task import Outcome, Task
 
 
 class Executor(Protocol):
     """Carries out independent tasks and yields their outcomes in the order in which they finish."""
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
-        """Outcomes as they come; None at least once a second, so that the caller can flush its ledger."""
+    def run(self, tasks: Iterable[Task]) -> Iterator[Sequence[Outcome]]:
+        """Outcomes as they come, several where they come together; none at least once a second, so that the caller can
+        flush its ledger.
+        """
         ...
 
     def stop_workers(self) -> None:

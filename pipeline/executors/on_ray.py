@@ -1,34 +1,39 @@
-"""The Ray executor: model-holding actors, a bounded number of tasks in flight, lost actors replaced.
+"""The Ray executor: model-holding actors, a bounded number of calls in flight, lost actors replaced.
 
-Data and model state are put into the object store once. A task is lost only with its actor: it is then given to
-another, up to a limit, because a task that kills its worker (out of memory) would do so for ever. An error inside a
-task is not repeated: tasks are deterministic.
+What workers are made of (data, model state) is put into the object store once. Short tasks go in one call
+(`pipeline.executors.calls`), neighbours to the same worker (`pipeline.executors.runs`). A task is lost only with its
+actor: it is then given to another, up to a limit, because a task that kills its worker (out of memory) would do so for
+ever; and alone, with nothing beside it or behind it, so that no other is blamed. An error inside a task is not
+repeated: tasks are deterministic.
 """
 
 import logging
 import signal
 import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import ray.exceptions
-from torch import Tensor
 
 from nntk_dist.errors import NNTKError
-from pipeline.data import Dataset
-from pipeline.job import Job, Outcome, Task
-from pipeline.worker import Worker
+from pipeline.cpus import available_cpus
+from pipeline.executors.calls import Pace
+from pipeline.executors.runs import Runs
+from pipeline.executors.worker_actor import WorkerActor
+from pipeline.task import Outcome, Task
 
-_TASKS_PER_ACTOR = 2  # one running, one waiting: an actor never idles between tasks
+_CALLS_PER_WORKER = 2  # one running, one waiting: a worker never idles between calls
 _ATTEMPTS = 4
 _POLL_SECONDS = 1.0
+REGROW_SECONDS = 10.0  # a lost node is replaced in minutes
 # What Ray reports for the tasks of a dead actor, also where its node's memory ran out or the node itself is gone.
 _LOST = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
 
-WorkerActor = ray.remote(Worker)
+_RemoteWorker = ray.remote(WorkerActor)
 
 
 def connect(address: str | None, num_cpus: int) -> bool:
@@ -57,13 +62,60 @@ def connect(address: str | None, num_cpus: int) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Running:
-    """A task in flight."""
+def actor_options(num_cpus: int, workers_per_gpu: int) -> dict[str, Any]:
+    """What Ray is told of a worker; `workers_per_gpu` 0 asks for no GPU."""
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": 1 / workers_per_gpu if workers_per_gpu else 0,
+        "max_restarts": 0,
+        "enable_task_events": False,  # the ledger is the record, and a flood of calls would fill Ray's
+    }
 
-    task: Task
+
+def places_on(nodes: Iterable[Mapping[str, Any]], num_cpus: int, workers_per_gpu: int) -> int:
+    """Workers that the living ones of these nodes have room for, each wholly on one node."""
+    places = 0
+    for node in nodes:
+        if node["Alive"]:
+            room = int(node["Resources"].get("CPU", 0) // num_cpus)
+            if workers_per_gpu:  # by multiplication: 1 // 0.1 is 9
+                room = min(room, int(node["Resources"].get("GPU", 0)) * workers_per_gpu)
+            places += room
+    return places
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A place for an actor, which is started for its first call; how many calls it has."""
+
+    actor: Any = None
+    calls: int = 0
+    alone: bool = False  # it has a task that may have killed another
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call in flight. `actor` is that which it was given to, `worker` the place where another may be by now."""
+
+    tasks: list[Task]
     attempt: int
+    worker: _Worker
     actor: Any
+
+
+@dataclass
+class _Stage:
+    """What is under way of the tasks of one `run`.
+
+    `room` holds every worker that has room for a call; some may be in it twice, or have none by now.
+    """
+
+    runs: Runs
+    pace: Pace
+    room: "deque[_Worker]"
+    lost: "deque[tuple[Task, int]]" = field(default_factory=deque)
+    running: dict[Any, _Call] = field(default_factory=dict)
+    retired: set[_Worker] = field(default_factory=set)
 
 
 def _finished(running: list[Any]) -> list[Any]:
@@ -79,108 +131,131 @@ def _finished(running: list[Any]) -> list[Any]:
 
 
 class RayExecutor:
-    """`num_workers` actors of `threads` CPUs each, and a share of a GPU where the job's device is one."""
+    """`num_workers` actors of `num_cpus` CPUs each and, with `workers_per_gpu`, of that share of a GPU."""
 
     def __init__(
         self,
-        job: Job,
-        dataset: Dataset,
-        state: Mapping[str, Tensor],
-        *,
+        make_worker: Callable[..., Any],
+        *arguments: object,
         num_workers: int,
+        num_cpus: int = 1,
+        workers_per_gpu: int = 0,
         grow: bool = False,
         address: str | None = None,
     ) -> None:
-        """`grow`: on a cluster, take as many workers as it has places for, instead of `num_workers`."""
-        self._connected = connect(address, num_workers * job.layout.threads)
-        self._arguments = (ray.put(job), ray.put(dataset), ray.put(dict(state)))
-        self._options: dict[str, Any] = {
-            "num_cpus": job.layout.threads,
-            "num_gpus": 1 if job.layout.device.startswith("cuda") else 0,
-            "max_restarts": 0,
-        }
+        """Workers are `make_worker(*arguments, threads)`, each in its own process, where the arguments arrive as one
+        copy for a node.
+
+        `workers_per_gpu` 0 asks for no GPU. `grow`: on a cluster, take as many workers as it has places for, instead of
+        `num_workers`.
+        """
+        self._connected = connect(address, num_workers * num_cpus)
+        node_cpus = None if address else available_cpus()
+        self._arguments = (make_worker, node_cpus, *(ray.put(argument) for argument in arguments))
+        self._num_cpus, self._workers_per_gpu = num_cpus, workers_per_gpu
+        self._options = actor_options(num_cpus, workers_per_gpu)
         places = self._places()
         if places < (1 if grow else num_workers):
             raise NNTKError(
-                f"Ray has room for {places} worker(s) of {self._options['num_cpus']} CPU(s) and "
-                f"{self._options['num_gpus']} GPU(s), {num_workers} are asked for; set compute.workers=auto, or give "
+                f"Ray has room for {places} worker(s) of {num_cpus} CPU(s) and "
+                f"{self._options['num_gpus']:g} GPU(s), {num_workers} are asked for; set compute.workers=auto, or give "
                 "the cluster more nodes"
             )
-        self._num_workers = places if grow and address else num_workers
-        self._actors: list[Any] = []
+        self._workers = [_Worker() for _ in range(places if grow and address else num_workers)]
+        self._wanted = len(self._workers)
+        self._looked_at = time.monotonic()
 
-    def _start(self) -> Any:
-        return WorkerActor.options(**self._options).remote(*self._arguments)
+    def run(self, tasks: Iterable[Task]) -> Iterator[list[Outcome]]:
+        """Outcomes as calls finish, none where a second passes without one."""
+        stage = _Stage(Runs(tasks), Pace(len(self._workers)), deque(self._workers))
+        for worker in self._workers:
+            worker.calls, worker.alone = 0, False  # nobody waits for what an interrupted stage has left under way
+        while True:
+            self._regrow(stage)
+            self._fill(stage)
+            if not stage.running:
+                return
+            outcomes: list[Outcome] = []
+            failure: Exception | None = None
+            for reference in _finished(list(stage.running)):
+                call = stage.running.pop(reference)
+                call.worker.calls -= 1
+                call.worker.alone = False
+                stage.room.append(call.worker)
+                try:
+                    finished = ray.get(reference)
+                except _LOST as error:
+                    failure = self._lose(stage, call, error) or failure
+                except ray.exceptions.RayTaskError as error:
+                    failure = error.cause if isinstance(error.cause, NNTKError) else error
+                else:
+                    outcomes += finished
+                    stage.pace.note(finished)
+                    if len(finished) < len(call.tasks):
+                        stage.runs.give_back(call.worker, call.tasks[len(finished) :])
+                        stage.room.extend(worker for worker in self._workers if worker.calls == 0)
+            yield outcomes
+            if failure is not None:
+                raise failure
+
+    def _fill(self, stage: _Stage) -> None:
+        """Give calls to all workers that have room, one to each before any has two."""
+        while stage.room:
+            worker = stage.room.popleft()
+            if worker.alone or worker.calls >= _CALLS_PER_WORKER or worker in stage.retired:
+                continue
+            if stage.lost:
+                if worker.calls == 0:  # otherwise it waits until it has nothing else
+                    task, attempt = stage.lost.popleft()
+                    worker.alone = True
+                    self._submit(stage, worker, [task], attempt)
+            elif tasks := stage.runs.take(worker, stage.pace.num_tasks()):
+                self._submit(stage, worker, tasks, 1)
+                stage.room.append(worker)
+
+    def _submit(self, stage: _Stage, worker: _Worker, tasks: list[Task], attempt: int) -> None:
+        if worker.actor is None:
+            worker.actor = _RemoteWorker.options(**self._options).remote(*self._arguments)
+        reference = worker.actor.carry_out.remote(tasks, stage.pace.limit_seconds)
+        stage.running[reference] = _Call(tasks, attempt, worker, worker.actor)
+        worker.calls += 1
+
+    def _lose(self, stage: _Stage, call: _Call, error: Exception) -> NNTKError | None:
+        """Let the tasks of a call whose actor has died be done again, each alone; an error after the last attempt."""
+        if call.worker.actor is call.actor:  # every call that an actor had reports the same death
+            call.worker.actor = None
+            if len(self._workers) > 1 and self._places() < len(self._workers):
+                # Its node is gone, and there is no other: a new actor would wait for a place, and tasks for the actor.
+                self._workers.remove(call.worker)
+                stage.retired.add(call.worker)
+        if call.attempt >= _ATTEMPTS:
+            failure = NNTKError(
+                f"task {call.tasks[0].stage} {call.tasks[0].tile} lost its worker {call.attempt} times, most likely "
+                "for want of memory; make compute.tile or compute.workers smaller"
+            )
+            failure.__cause__ = error
+            return failure
+        stage.lost.extend((task, call.attempt + 1) for task in call.tasks)
+        stage.room.extend(worker for worker in self._workers if worker.calls == 0)
+        return None
 
     def _places(self) -> int:
-        """Workers that the cluster's living nodes have room for, each wholly on one node."""
-        needed = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
-        return sum(
-            min(int(node["Resources"].get(name, 0) // count) for name, count in needed.items() if count)
-            for node in ray.nodes()
-            if node["Alive"]
-        )
+        return places_on(ray.nodes(), self._num_cpus, self._workers_per_gpu)
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
-        """Outcomes as tasks finish, None where a second passes without one."""
-        waiting = iter(tasks)
-        lost: deque[tuple[Task, int]] = deque()
-        running: dict[Any, _Running] = {}
-        while True:
-            self._submit(waiting, lost, running)
-            if not running:
-                return
-            done = _finished(list(running))
-            if not done:
-                yield None
-            for reference in done:
-                entry = running.pop(reference)
-                try:
-                    outcome = ray.get(reference)
-                except _LOST as error:
-                    self._replace(entry.actor)
-                    lost.append((entry.task, self._next_attempt(entry, error)))
-                except ray.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, NNTKError) else error) from None
-                else:
-                    yield outcome
-
-    def _submit(self, waiting: Iterator[Task], lost: "deque[tuple[Task, int]]", running: "dict[Any, _Running]") -> None:
-        """Fill every actor's queue, lost tasks first; actors are started as they are needed."""
-        while True:
-            loads = Counter(entry.actor for entry in running.values())
-            actor = min(self._actors, key=lambda each: loads[each], default=None)
-            grow = len(self._actors) < self._num_workers and (actor is None or loads[actor] > 0)
-            if not grow and loads[actor] >= _TASKS_PER_ACTOR:
-                return
-            task, attempt = lost.popleft() if lost else (next(waiting, None), 1)
-            if task is None:
-                return
-            if grow:
-                actor = self._start()
-                self._actors.append(actor)
-            assert actor is not None
-            running[actor.execute.remote(task)] = _Running(task, attempt, actor)
-
-    def _next_attempt(self, entry: "_Running", error: Exception) -> int:
-        """The number of the next attempt, or an error where there have been enough."""
-        if entry.attempt >= _ATTEMPTS:
-            raise NNTKError(
-                f"task {entry.task.stage} {entry.task.tile} lost its worker {entry.attempt} times, most likely for "
-                "want of memory; make compute.tile or compute.workers smaller"
-            ) from error
-        return entry.attempt + 1
-
-    def _replace(self, dead: Any) -> None:
-        """A new actor for a dead one, once: every task that it held reports the same death."""
-        if dead in self._actors:
-            self._actors[self._actors.index(dead)] = self._start()
+    def _regrow(self, stage: _Stage) -> None:
+        """New workers for those that had lost their places, once there are places again; looked for now and then."""
+        if len(self._workers) < self._wanted and time.monotonic() - self._looked_at >= REGROW_SECONDS:
+            self._looked_at = time.monotonic()
+            new = [_Worker() for _ in range(min(self._places(), self._wanted) - len(self._workers))]
+            self._workers += new
+            stage.room.extend(new)
 
     def stop_workers(self) -> None:
         """Stop the actors."""
-        for actor in self._actors:
-            ray.kill(actor, no_restart=True)
-        self._actors = []
+        for worker in self._workers:
+            if worker.actor is not None:
+                ray.kill(worker.actor, no_restart=True)
+        self._workers = [_Worker() for _ in self._workers]
 
     def close(self) -> None:
         """Stop the actors, and Ray where this executor has started or joined it."""

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from pipeline.cpus import Threads, available_cpus
 from pipeline.data import Dataset
-from pipeline.job import Job, Outcome, Task
+from pipeline.job import Job
+from pipeline.task import Outcome, Task
 from pipeline.worker import Worker
 
 
@@ -13,12 +15,12 @@ class SerialExecutor:
     """Runs every task here."""
 
     def __init__(self, job: Job, dataset: Dataset, state: Mapping[str, Tensor]) -> None:
-        self.worker = Worker(job, dataset, state)
+        self.worker = Worker(job, dataset, state, Threads(job.layout.threads, available_cpus()))
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[Outcome | None]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[list[Outcome]]:
         """Outcomes in the order of the tasks."""
         for task in tasks:
-            yield self.worker.execute(task)
+            yield [self.worker.execute(task)]
 
     def stop_workers(self) -> None:
         """Nothing to give back."""

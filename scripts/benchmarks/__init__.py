@@ -2,8 +2,11 @@
 
     figures     what a benchmark answers: ratios within one run, each with what was asked of it
     perturb     perturbed passes against plain inference
+    tile        Gram tiles against plain matrix products
     local       the ordinary tangent kernel, and what kernels of many gradients cost beside it
+    solvers     spectra and regressions against the products that they are made of
     end_to_end  whole runs of MNIST, from configuration to report
+    scaling     two workers against one, scheduling, a simulated cluster
     memory      measured peaks against projected ones
     peers       the ordinary tangent kernel against neural-tangents, in an environment of its own
     runs        runs in a process of their own, watched from outside
@@ -15,15 +18,18 @@ Cells and answers are those of `scripts.studies`.
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from scripts.benchmarks import end_to_end, local, memory, peers, perturb
+from scripts.benchmarks import end_to_end, local, memory, peers, perturb, scaling, solvers, tile
 from scripts.studies.cells import Cell
 
 # Sections of the page, in its order.
 SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
     {
         "perturb": perturb.cells,
+        "tile": tile.cells,
         "local": local.cells,
+        "solvers": solvers.cells,
         "end-to-end": end_to_end.cells,
+        "scaling": scaling.cells,
         "memory": memory.cells,
         "peers": peers.cells,
     }

@@ -27,6 +27,9 @@ class Ledger(pipeline.run.Ledger):
 
 pipeline.run.Ledger = functools.partial(Ledger, flush_seconds={FLUSH_SECONDS})
 """
+# Calls of three tiles at most, and of two: so that what a call may cost is counted out.
+CALLS_OF_THREE = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 3"
+CALLS_OF_TWO = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 2"
 SLACK_SECONDS = 1.5  # a poll of the driver, and a busy machine
 SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
 TILE_ROWS = 23
@@ -105,7 +108,7 @@ def named_agent(process):
 @pytest.mark.parametrize("executor", ["serial", "ray"])
 def test_a_killed_driver_costs_what_was_in_flight(executor, undisturbed, tmp_path):
     run_dir, sets = tmp_path / "run", (*SETS, f"compute.executor={executor}")
-    driver = start(*arguments("run", run_dir, *sets), prelude=held_before(8) + SLOW_AND_OFTEN_FLUSHED)
+    driver = start(*arguments("run", run_dir, *sets), prelude=CALLS_OF_THREE + held_before(8) + SLOW_AND_OFTEN_FLUSHED)
     wait_until(lambda: len(gram_tiles(run_dir)) == tiles_before(8), driver)
     descendants = children_of(driver)
     driver.kill()
@@ -168,7 +171,7 @@ def test_a_stopped_serial_run_says_how_to_go_on(stop, to_group, undisturbed, tmp
 
 def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     run_dir, sets = tmp_path / "run", (*SETS, "compute.executor=ray")
-    driver = start(*arguments("run", run_dir, *sets), prelude=held_before(4))
+    driver = start(*arguments("run", run_dir, *sets), prelude=CALLS_OF_TWO + held_before(4))
     wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
     descendants = children_of(driver)
     os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: everyone in the group
@@ -178,7 +181,7 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     assert "Traceback" not in err
     assert_gone(descendants)
     stopped_at = gram_rows(run_dir)
-    assert len(gram_tiles(run_dir)) - len(stopped_at) <= 4  # two workers with two tiles each
+    assert len(gram_tiles(run_dir)) - len(stopped_at) <= 4  # two workers with calls of two tiles each
 
     gate = tmp_path / "gate"
     driver = start(*arguments("run", run_dir, *sets, resume=True), prelude=held_before(10, gate))

@@ -122,6 +122,8 @@ WRONG = {
     "too little memory": (("compute.memory_per_worker=100MiB",), "needs .* GiB at its peak and may take 0.10 GiB"),
     "an unknown device": (("compute.device=tpu",), "auto, cpu, cuda"),
     "no GPU": (("compute.device=cuda",), "torch sees no GPU"),
+    "no GPU to share": (("compute.workers_per_gpu=2", "compute.device=cpu"), "workers_per_gpu is 2, but the run is on"),
+    "no worker on a GPU": (("compute.workers_per_gpu=0",), "workers_per_gpu is 0; allowed: a whole number, 1 or more"),
     "a run_dir that is a file": (("run_dir=file",), "'.*file' is a file, not a folder"),
     "a run_dir below a file": (("run_dir=file/run",), "is a file, not a folder"),
     "an unwritable run_dir": (("run_dir=/proc/run",), "cannot be written"),

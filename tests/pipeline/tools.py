@@ -5,6 +5,7 @@ It asserts nothing and knows nothing of stages.
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -108,9 +109,10 @@ def arrays(run_dir: Path) -> dict[str, np.ndarray]:
 def ledger(run_dir: Path) -> dict[tuple[str, str], dict]:
     """The ledger's rows by (stage, tile), the last one where there are several; read without the pipeline's reader."""
     folder = run_dir / "ledger"
-    files = sorted(folder.glob("*.parquet"), key=lambda path: path.name.removesuffix("-all.parquet"))
-    whole = [index for index, path in enumerate(files) if path.name.endswith("-all.parquet")]
-    files = files[whole[-1] :] if whole else files
+    files = sorted(folder.glob("[0-9]*[0-9].parquet"))
+    if indices := sorted(folder.glob("_*.json")):
+        listed = [run_dir / path for path in json.loads(indices[-1].read_text())["files"]]
+        files = [*listed, *(path for path in files if path.stem > indices[-1].stem[1:])]
     tables = [pa.dataset.dataset(path).to_table() for path in files]
     return {(row["stage"], row["tile"]): row for table in tables for row in table.to_pylist()}
 

@@ -1,0 +1,146 @@
+"""The Ray executor with workers of its own kind: killed workers and nodes, failing tasks, what Ray is asked for.
+
+Legend: a task's tile is a number; `folder` holds a line in a file for every attempt at a tile.
+"""
+
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from nntk_dist.errors import NNTKError
+from pipeline.executors import on_ray
+from pipeline.executors.calls import MOST_TASKS
+from pipeline.executors.on_ray import RayExecutor, actor_options, places_on
+from pipeline.task import Outcome, Task
+
+DEADLY, FAILING = "250", "270"
+
+
+class Worker:
+    """Notes every attempt at a tile; one tile kills it, or fails, as often as it is told."""
+
+    def __init__(self, folder, deaths, failures, seconds, threads):
+        self.folder, self.deaths, self.failures, self.seconds = folder, deaths, failures, seconds
+        self.threads = threads
+
+    def execute(self, task):
+        with (self.folder / task.tile).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if task.tile == DEADLY and attempts(self.folder)[DEADLY] <= self.deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.tile == FAILING and self.failures:
+            raise NNTKError("tile 270 cannot be had; leave it out")
+        time.sleep(self.seconds)
+        numbers = {"own": self.threads.own, "whole_node": self.threads.whole_node}
+        return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, self.seconds, 0, 0, 0, numbers)
+
+
+def attempts(folder):
+    return {path.name: len(path.read_text().splitlines()) for path in folder.iterdir()}
+
+
+def tasks(count):
+    return (Task("numbers", str(number)) for number in range(count))
+
+
+@pytest.fixture
+def executor(tmp_path):
+    """Makes an executor of two workers, and closes it."""
+    made = []
+
+    def make(deaths=0, failures=0, seconds=0.0, **options):
+        made.append(RayExecutor(Worker, tmp_path, deaths, failures, seconds, **{"num_workers": 2} | options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_a_task_that_kills_its_workers_is_found_and_its_companions_are_done(executor, tmp_path):
+    """Tasks are so short that calls hold many; three workers die of one of them, and the fourth does it."""
+    sizes, found = [], []
+    for outcomes in executor(deaths=3, num_cpus=1).run(tasks(400)):
+        sizes.append(len(outcomes))
+        found += [outcome.tile for outcome in outcomes]
+    assert max(sizes) > 8  # they did go together
+    assert Counter(found) == Counter(str(number) for number in range(400))
+    tried = attempts(tmp_path)
+    assert tried.pop(DEADLY) == 4
+    assert max(tried.values()) == 2  # a companion was blamed once at most: when nobody could know better
+    assert sum(count - 1 for count in tried.values()) <= 2 * MOST_TASKS
+
+
+def test_a_task_that_kills_every_worker_ends_the_run(executor, tmp_path):
+    with pytest.raises(NNTKError, match=f"task numbers {DEADLY} lost its worker 4 times, most likely for want of memo"):
+        list(executor(deaths=99).run(tasks(400)))
+    assert attempts(tmp_path)[DEADLY] == 4
+
+
+def test_a_task_that_fails_costs_none_of_those_before_it(executor, tmp_path):
+    found = []
+    with pytest.raises(NNTKError, match="tile 270 cannot be had; leave it out"):  # noqa: PT012 (what came before counts)
+        for outcomes in executor(failures=1).run(tasks(400)):
+            found += [outcome.tile for outcome in outcomes]
+    assert len(found) == len(set(found))
+    # all that came before it on its worker, and was done once
+    mine = (tmp_path / FAILING).read_text().split()[0]
+    before = {tile for tile, count in attempts(tmp_path).items() if mine in (tmp_path / tile).read_text().split()}
+    before = {tile for tile in before if int(tile) < int(FAILING)}
+    assert len(before) > 16
+    assert before <= set(found)
+
+
+@pytest.fixture
+def cluster():
+    """A head without CPUs, and two nodes of one."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        made.add_node(num_cpus=1, object_store_memory=80 << 20)
+    yield made
+    made.shutdown()
+
+
+def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monkeypatch):
+    """Without another in its place the one that is left goes on alone; once there is another, the two of them."""
+    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.5)
+    found, numbers, alone = [], {}, []
+    steps = {100: lambda: cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)}
+    steps |= {300: lambda: cluster.add_node(num_cpus=1, object_store_memory=80 << 20)}
+    for outcomes in executor(seconds=0.02, address=cluster.address).run(tasks(900)):
+        found += [outcome.tile for outcome in outcomes]
+        numbers |= {outcome.worker: outcome.numbers for outcome in outcomes}
+        if 240 < len(found) < 300:
+            alone += [outcome.worker for outcome in outcomes]
+        for count in [count for count in steps if count < len(found)]:
+            steps.pop(count)()
+    assert not steps
+    assert len(set(alone)) == 1
+    assert Counter(found) == Counter(str(number) for number in range(900))
+    assert len(numbers) == 3  # two, and the one on the new node
+    assert all(each == {"own": 1, "whole_node": 1} for each in numbers.values())
+    assert max(attempts(tmp_path).values()) <= 2
+
+
+def test_what_ray_is_told_of_a_worker():
+    assert actor_options(3, 0) == {"num_cpus": 3, "num_gpus": 0, "max_restarts": 0, "enable_task_events": False}
+    assert actor_options(1, 1)["num_gpus"] == 1
+    assert actor_options(1, 4)["num_gpus"] == 0.25
+
+
+def test_places_are_counted_on_living_nodes_by_cpus_and_shares_of_gpus():
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 5.0}},
+        {"Alive": False, "Resources": {"CPU": 100.0, "GPU": 8.0}},
+    ]
+    assert places_on(nodes, 1, 0) == 13
+    assert places_on(nodes, 3, 0) == 3
+    assert places_on(nodes, 1, 1) == 2
+    assert places_on(nodes, 1, 3) == 6
+    assert places_on(nodes, 2, 3) == 4
+    assert places_on([{"Alive": True, "Resources": {"CPU": 64.0, "GPU": 1.0}}], 1, 10) == 10

@@ -1,0 +1,28 @@
+"""The benchmarks at their smallest: every section measures, and says what was asked of it."""
+
+import math
+
+import pytest
+
+from scripts.benchmarks import SECTIONS
+
+
+def test_scaling():
+    answers = {cell.key: cell.compute()["figures"] for cell in SECTIONS["scaling"](quick=True)}
+    figures = {figure["what"]: figure for found in answers.values() for figure in found}
+    assert list(answers) == ["workers", "overhead, tiles of a second", "overhead, tiles of 10 ms", "cluster"]
+    assert all(math.isfinite(figure["value"]) for figure in figures.values())
+    asked = {what: (figure["least"], figure["most"]) for what, figure in figures.items()}
+    assert asked == {
+        "two workers of one thread over twice one, features": (0.9, None),
+        "two workers of one thread over twice one, gram": (0.9, None),
+        "scheduling overhead, tiles of a second, two workers": (None, 0.03),
+        "scheduling overhead, tiles of 10 ms, two workers": (None, None),
+        "tiles a second, dispatched, done and in the ledger": (500, None),
+        "the driver's own memory (USS) at the end over that at a tenth": (None, 1.1),
+    }
+    overhead = figures["scheduling overhead, tiles of a second, two workers"]["details"]
+    assert overhead["seconds in tiles"] == pytest.approx(4.0, abs=0.2)
+    assert overhead["wall seconds"] >= 2.0
+    memory = figures["the driver's own memory (USS) at the end over that at a tenth"]["details"]
+    assert list(memory) == [f"{kind} at {share}, MB" for share in ("10%", "50%", "100%") for kind in ("USS", "RSS")]

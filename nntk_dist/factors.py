@@ -47,6 +47,10 @@ class FactorForm:
         """F where the metric has full rank; the rank of M is at most the number of draws, or 1 for sketches."""
         return math.prod(self.shape[1:] if self.is_sketch else self.shape) // self.rows_per_example
 
+    def num_columns_with(self, root: Float[np.ndarray, "s s2"]) -> int:
+        """F with a root of the metric, of as many columns as M has rank."""
+        return self.num_columns if self.is_sketch else self.num_columns // len(root) * root.shape[1]
+
     def columns(self, features: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "rows F"]:
         """Φ of some examples: differences draw by draw, with the draw last, or sketches summed over blocks."""
         if self.is_sketch:
@@ -85,6 +89,15 @@ class FactorRows:
         """All rows, some examples at a time; the next are read meanwhile."""
         for _, block in read_ahead(self.intervals, self.read):
             yield block
+
+    def product(self, vectors: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "n v"]:
+        """`W Wᵀ·vectors` in two passes over the rows, 4·n·F operations a vector."""
+        vectors = np.asarray(vectors, dtype=np.float64)
+        inner, start = np.zeros((self.num_columns, vectors.shape[1])), 0
+        for block in self.blocks():
+            inner += block.T @ vectors[start : start + len(block)]
+            start += len(block)
+        return np.concatenate([block @ inner for block in self.blocks()])
 
 
 def unbiased_metric(metric: Float[np.ndarray, "s s"], num_blocks: int) -> Float[np.ndarray, "s s"]:

@@ -22,7 +22,7 @@ class RidgeRow:
     squared unit of the targets; accuracies are shares of examples in [0, 1], None where targets are not labels.
 
     Of an iterative solution only: `loo_stderr` is the standard error of `loo_error`, which is an estimate there, and
-    `residual` the largest `‖y − (K + μI) a‖ / ‖y‖` of a target column, in float64.
+    `solve_residual` the largest `‖y − (K + μI) a‖ / ‖y‖` of a target column, in float64.
     """
 
     ridge: float
@@ -34,11 +34,11 @@ class RidgeRow:
     test_accuracy: float | None
     selected: bool
     loo_stderr: float | None = None
-    residual: float | None = None
+    solve_residual: float | None = None
 
     def numbers(self) -> dict[str, float | bool | None]:
         """The fields by name, one table row; without those of another way to solve."""
-        optional = ("loo_stderr", "residual")
+        optional = ("loo_stderr", "solve_residual")
         return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
 
@@ -112,7 +112,7 @@ class RidgeProblem:
                 test_accuracy=_accuracy(own, self.test_targets) if self.is_labels else None,
                 selected=index == chosen,
                 loo_stderr=None if loo_stderr is None else loo_stderr[index],
-                residual=None if solve_residuals is None else solve_residuals[index],
+                solve_residual=None if solve_residuals is None else solve_residuals[index],
             )
             for index, own in enumerate(scores)
         )

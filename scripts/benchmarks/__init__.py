@@ -3,13 +3,15 @@
 figures     what a benchmark answers: ratios within one run, each with what was asked of it
 perturb     perturbed passes against plain inference
 tile        Gram tiles against plain matrix products
+solvers     passes over stored tiles, and products of a factor's columns, against reading and plain products
 page        the page, from the JSON file alone
 """
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from scripts.benchmarks import solvers
 from scripts.studies.cells import Cell
 
 # Sections of the page, in its order.
-SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({})
+SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({"solvers": solvers.cells})

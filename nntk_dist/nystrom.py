@@ -54,7 +54,7 @@ def low_rank_part(
     """At most `rank` pivots, fewer where what is left of the trace falls below `least`.
 
     Assumes a positive semidefinite kernel; of another one it is some matrix of low rank, and the solver finds out.
-    Cost: at most one pass over the whole square (two of the upper triangle), 4·n·r² operations, 3 n·r numbers.
+    Cost: at most one pass over the whole square (two of the upper triangle), 4·n·r² operations, 4 n·r numbers.
     """
     num_rows, stripes = kernel.num_rows, kernel.stripes
     rank = min(rank, num_rows)

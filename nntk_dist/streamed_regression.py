@@ -59,7 +59,7 @@ def streamed_regression(
     `A⁻¹ e_i` of about `num_sampled/d` examples are solved with them (of at least eight examples; d columns for each).
 
     Cost: passes of n²/2 entries and 2n²·L·(t + s·d) operations, tens of them where eigenvalues decay; 6·n·L·(t + s·d)
-    and 3·n·rank numbers of memory.
+    and 4·n·rank numbers of memory.
 
     Raises:
         NNTKError: kernel and targets do not fit; an entry is not finite; the trace or a ridge is not positive; `K + μI`

@@ -85,14 +85,16 @@ def solver_bytes(job: Job, stage: str, solver: Solver) -> int:
     ridges = len(job.config.regression.ridge)
     if solver.columns is not None:
         block = min(job.layout.shard_rows, job.sizes.num_train) * kernel_width(job)
-        held = 8 * rows * (job.config.spectrum.top_k if stage == "spectrum" else 3 * ridges * right)
-        return _DENSE_COPIES * 8 * solver.columns**2 + 8 * block * (_PIECES + 3) * solver.columns + held
+        spectrum = stage == "spectrum"
+        held = 8 * rows * (job.config.spectrum.top_k if spectrum else 3 * ridges * right)
+        copies = _DENSE_COPIES - 1 if spectrum else _DENSE_COPIES  # a few vectors, or all of them
+        return copies * 8 * solver.columns**2 + 8 * block * (_PIECES + 3) * solver.columns + held
     edge = min(job.layout.tile, job.sizes.num_train) * kernel_width(job)
     if stage == "spectrum":
         width = job.config.spectrum.top_k
         numbers = _BASIS_BLOCKS * (width + max(8, width // 4))
     else:
-        numbers = 7 * ridges * (right + NUM_SAMPLED) + 3 * min(RANK, rows)
+        numbers = 7 * ridges * (right + NUM_SAMPLED) + 4 * min(RANK, rows)
     return 8 * (rows * numbers + (_PIECES + 2) * edge**2)
 
 

@@ -24,6 +24,8 @@ from scipy.sparse.linalg import LinearOperator
 from zarr.storage import ObjectStore
 
 from nntk_dist.errors import NNTKError, nearest_name
+from nntk_dist.factors import SKETCHES, FactorForm, FactorRows
+from nntk_dist.tiled import TiledKernel
 
 if TYPE_CHECKING:  # both come with the extra `analysis`
     import dask.array
@@ -34,6 +36,7 @@ VERSION = 1
 STORE_NAME = "kernel.zarr"
 MANIFEST_NAME = "manifest.json"
 _KERNEL_STAGES = ("gram", "test")
+_FACTOR_STAGES = ("features", "metric", "test")  # of a run that writes no tiles
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,19 @@ class StoredKernel:
 
     @property
     def complete(self) -> bool:
-        """Whether the run finished the stages that fill the kernel, train and test, by its manifest.
+        """Whether the run finished the stages that fill the kernel, train and test, by its manifest; of a run without
+        tiles, those that fill its factor.
 
         False too where there is no manifest: nothing then vouches for the entries.
         """
         stages = self.manifest.get("stages", {})
-        return all((stages.get(name) or {}).get("finished") for name in _KERNEL_STAGES)
+        needed = _KERNEL_STAGES if self.has_tiles else _FACTOR_STAGES
+        return all((stages.get(name) or {}).get("finished") for name in needed)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether Gram matrices are stored, as they are unless the run was told `compute.write_tiles: false`."""
+        return bool(self.group.attrs.get("tiles", True))
 
     def array(self, path: str) -> zarr.Array:
         """The array at `path` inside the store, such as `train/gram`.
@@ -141,6 +151,11 @@ class StoredKernel:
         found = self.group.get(path)
         if not isinstance(found, zarr.Array):
             held = self._array_paths()
+            if not self.has_tiles and path.partition("/")[2].startswith("gram"):
+                raise NNTKError(
+                    f"the kernel at '{self.location}' holds no '{path}': it was run with 'compute.write_tiles: false'; "
+                    "factor() gives Φ and M of it, linear_operator() its products with vectors"
+                )
             raise NNTKError(
                 f"the kernel at '{self.location}' holds no array '{path}'{nearest_name(path, held)}; it holds: "
                 f"{', '.join(held)}; 'kernel.statistic: both' and 'compute.stderr: entry' store every companion"
@@ -186,27 +201,29 @@ class StoredKernel:
         return xarray.Dataset(variables, coordinates, attrs=dict(self.group.attrs))
 
     def linear_operator(self, path: str = "train/gram") -> LinearOperator:
-        """A symmetric kernel as a scipy operator that streams over the store: float64 products, one shard in memory.
+        """A symmetric kernel as a scipy operator that streams over the store: float64 products, a few shards in memory.
 
         Each product reads the shards on and above the diagonal once, so give `matmat` all vectors together: ten cost
-        one pass, as one does. Cost: n²/2 entries read, 2n² operations a vector.
+        one pass, as one does. Cost: n²/2 entries read, 2n² operations a vector. The gram of a run without tiles is
+        multiplied by its factor: two passes over the features, 4·n·F operations a vector.
 
         Raises:
             NNTKError: no such array, or not a square one; and from a product: a shard that cannot be read or holds NaN.
         """
+        rows = self._factor_rows() if path == "train/gram" and not self.has_tiles else self._tiles(path)
+
+        def multiply_one(vector: np.ndarray) -> np.ndarray:
+            return rows.product(vector.reshape(-1, 1)).reshape(vector.shape)
+
+        shape, both = (rows.num_rows, rows.num_rows), {"matmat": rows.product, "rmatmat": rows.product}
+        return LinearOperator(shape, matvec=multiply_one, rmatvec=multiply_one, dtype=np.float64, **both)
+
+    def _tiles(self, path: str) -> TiledKernel:
+        """A square array as tiles that are its shards; an NNTKError where it is not square."""
         array = self.array(path)
         if array.ndim != 2 or array.shape[0] != array.shape[1]:
             raise NNTKError(f"'{path}' has shape {array.shape}; a linear operator needs a square kernel: train/gram…")
-
-        def multiply(vectors: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
-            return self._symmetric_product(path, array, vectors)
-
-        def multiply_one(vector: np.ndarray) -> np.ndarray:
-            return multiply(vector.reshape(-1, 1)).reshape(vector.shape)
-
-        return LinearOperator(
-            array.shape, matvec=multiply_one, rmatvec=multiply_one, matmat=multiply, rmatmat=multiply, dtype=np.float64
-        )
+        return TiledKernel(array.shape[0], max(_unit(array)), lambda *place: self._read(path, array, place))
 
     def factor(self) -> tuple[Float[np.ndarray, "rows F"], Float[np.ndarray, "F F"]]:
         """`(Φ, M)` in float64 with `gram = Φ M Φᵀ` up to the rounding of the stored dtype.
@@ -219,6 +236,18 @@ class StoredKernel:
         Raises:
             NNTKError: the kernel has no stored factor, its `gram` is not `plugin`, or the factor is not all written.
         """
+        features = self._features()
+        if _axes(features)[1] == SKETCHES:
+            return self._sketched_factor(features)
+        values = self._read("train/features", features, ...)
+        metric = self._read("metric", self.array("metric"), ...)
+        num_rows, num_draws, num_outputs = values.shape
+        if self.group.attrs.get("outputs") == "full":
+            return values.transpose(0, 2, 1).reshape(num_rows * num_outputs, num_draws), metric
+        return values.reshape(num_rows, num_draws * num_outputs), np.kron(metric, np.eye(num_outputs))
+
+    def _features(self) -> zarr.Array:
+        """The features of the train examples that are a factor of `gram`; an NNTKError where there are none."""
         features = self.group.get("train/features")
         if not isinstance(features, zarr.Array) or "metric" not in self.group:
             raise NNTKError(
@@ -231,14 +260,20 @@ class StoredKernel:
                 f"the kernel at '{self.location}' was stored with 'statistic: unbiased' alone, which the factor "
                 "does not give; run it with 'statistic: both' or 'plugin'"
             )
-        if "column" in (getattr(features.metadata, "dimension_names", None) or ()):
-            return self._sketched_factor(features)
-        values = self._read("train/features", features, ...)
-        metric = self._read("metric", self.array("metric"), ...)
-        num_rows, num_draws, num_outputs = values.shape
-        if attributes.get("outputs") == "full":
-            return values.transpose(0, 2, 1).reshape(num_rows * num_outputs, num_draws), metric
-        return values.reshape(num_rows, num_draws * num_outputs), np.kron(metric, np.eye(num_outputs))
+        return features
+
+    def _factor_rows(self) -> FactorRows:
+        """The train rows of W, `gram = W Wᵀ`, a row of shards at a time."""
+        features = self._features()
+        form = FactorForm(_axes(features)[1:], features.shape[1:], self.group.attrs.get("outputs") == "full")
+        root = form.root(self._read("metric", self.array("metric"), ...))
+        shard, num_rows = _unit(features)[0], features.shape[0]
+
+        def read(interval: tuple[int, int]) -> Float[np.ndarray, "rows F"]:
+            return form.rows(self._read("train/features", features, (slice(*interval),)), root)
+
+        intervals = tuple((start, min(start + shard, num_rows)) for start in range(0, num_rows, shard))
+        return FactorRows(num_rows * form.rows_per_example, form.num_columns_with(root), intervals, read)
 
     def _sketched_factor(self, features: zarr.Array) -> tuple[np.ndarray, np.ndarray]:
         """Block by block, so that one block's sketches are in memory at a time."""
@@ -250,19 +285,6 @@ class StoredKernel:
         full = self.group.attrs.get("outputs") == "full"
         columns = np.reshape(total, (-1, num_columns) if full else (num_rows, -1))
         return columns, metric * np.eye(columns.shape[1])
-
-    def _symmetric_product(self, path: str, array: zarr.Array, vectors: np.ndarray) -> np.ndarray:
-        vectors = np.asarray(vectors, dtype=np.float64)
-        product = np.zeros((array.shape[0], vectors.shape[1]))
-        edge = max(_unit(array))
-        stripes = [slice(start, min(start + edge, array.shape[0])) for start in range(0, array.shape[0], edge)]
-        for i, rows in enumerate(stripes):
-            for columns in stripes[i:]:
-                block = self._read(path, array, (rows, columns))
-                product[rows] += block @ vectors[columns]
-                if columns != rows:
-                    product[columns] += block.T @ vectors[rows]
-        return product
 
     def _read(self, path: str, array: zarr.Array, selection: Any) -> np.ndarray:
         """Entries as float64; refuses what cannot be read and what holds NaN."""
@@ -359,6 +381,10 @@ def _read_manifest(store: Any, root: str) -> Mapping[str, Any]:
     if not isinstance(manifest, dict):
         raise NNTKError(f"{MANIFEST_NAME} in '{root}' is not a JSON object; restore it or run again")
     return manifest
+
+
+def _axes(array: zarr.Array) -> tuple[str, ...]:
+    return tuple(cast(Any, array.metadata).dimension_names)
 
 
 def _unit(array: zarr.Array) -> tuple[int, ...]:

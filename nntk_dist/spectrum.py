@@ -22,11 +22,13 @@ _ROWS_PER_CHECK = 1024  # the checks below go by row stripes: their temporaries 
 class Spectrum:
     """Eigenvalues `λ_1 ≥ … ≥ λ_n` of a symmetric kernel and its leading eigenvectors, in the kernel's own units.
 
-    The derived numbers hold for indefinite kernels too (the unbiased statistic is one); each says what it means then.
+    `num_zeros` further eigenvalues are 0, and not listed: of a kernel that is known to have a lower rank. The derived
+    numbers hold for indefinite kernels too (the unbiased statistic is one); each says what it means then.
     """
 
     eigenvalues: Float[np.ndarray, " n"]
     eigenvectors: Float[np.ndarray, "n k"]
+    num_zeros: int = 0
 
     @property
     def trace(self) -> float:
@@ -50,7 +52,7 @@ class Spectrum:
     def condition_number(self) -> float:
         """`max|λ| / min|λ|`, infinite where an eigenvalue is 0; beyond 1e16/n the kernel is singular to rounding."""
         magnitudes = np.abs(self.eigenvalues)
-        smallest = float(magnitudes.min())
+        smallest = 0.0 if self.num_zeros else float(magnitudes.min())
         return float(magnitudes.max()) / smallest if smallest > 0 else float("inf")
 
     @property
@@ -66,7 +68,7 @@ class Spectrum:
         return {
             "trace": self.trace,
             "largest_eigenvalue": float(self.eigenvalues[0]),
-            "smallest_eigenvalue": float(self.eigenvalues[-1]),
+            "smallest_eigenvalue": min(float(self.eigenvalues[-1]), 0.0 if self.num_zeros else np.inf),
             "participation_ratio": self.participation_ratio,
             "effective_rank": self.effective_rank,
             "condition_number": self.condition_number,

@@ -33,7 +33,8 @@ class Calibration:
     """What a sample of entries says of the whole kernel's error.
 
     `level` multiplies the jackknife variance; `relative_error` = √(ΣV/Σ(U²−V)), infinite where noise is all there is;
-    `bound` is what the error made stays below in 95 % of all cases. Of ΣV, `sketch_share` comes from the sketch, and of
+    `bound` is what the error made stays below in 95 % of all cases; `bias` is ‖plugin − unbiased‖ / ‖unbiased‖ over the
+    sample, 0 where blocks are not paired. Of ΣV, `sketch_share` comes from the sketch, and of
     the rest `pair_share` from pairs of draws, which falls like 1/S²; what single draws do falls like 1/S.
     """
 
@@ -43,6 +44,7 @@ class Calibration:
     bound: float = math.nan
     pair_share: float = 0.0
     sketch_share: float = 0.0
+    bias: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,11 @@ def calibrate(
     level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased,
     level 1.
     """
-    blocks, sketch = len(products), 0.0
+    blocks, sketch, bias = len(products), 0.0, 0.0
     if pair_blocks:
         value, variance, influences = unbiased_variance(products)
+        inflated = float((products.mean((0, 1)) - value).square().sum())
+        bias = _ratio(math.sqrt(inflated), math.sqrt(float(value.square().sum())))
         shape = jackknife_variance(influences)
         total, lowest = float(shape.sum()), (blocks - 2) / (2 * (blocks - 1))
         ratio = float(variance.sum()) / total if total > 0 else 1.0
@@ -115,6 +119,7 @@ def calibrate(
         bound=_ratio(error, math.sqrt(size) - error),
         pair_share=pair_share,
         sketch_share=sketch / noise if noise > 0 else 0.0,
+        bias=bias,
     )
 
 

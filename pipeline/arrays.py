@@ -49,7 +49,7 @@ def kernel_width(job: Job) -> int:
 
 
 def kernel_arrays(job: Job) -> list[StoredArray]:
-    """Train and test Gram matrices and the test diagonal, each with its companions."""
+    """Train and test Gram matrices, where tiles are written, and the test diagonal, each with its companions."""
     width, dtype = kernel_width(job), job.layout.dtype
     train, test = job.sizes.num_train * width, job.sizes.num_test * width
     names = ("row_output", "col_output") if job.spec.meeting.full else ("row", "col")
@@ -57,8 +57,9 @@ def kernel_arrays(job: Job) -> list[StoredArray]:
     for suffix in statistics_of(job):
         edge = min(job.layout.tile, job.sizes.num_train) * width
         height = min(job.layout.tile, job.sizes.num_test) * width
-        arrays.append(StoredArray(f"train/gram{suffix}", (train, train), (edge, edge), names, dtype))
-        arrays.append(StoredArray(f"test/gram{suffix}", (test, train), (height, edge), names, dtype))
+        if job.layout.write_tiles:
+            arrays.append(StoredArray(f"train/gram{suffix}", (train, train), (edge, edge), names, dtype))
+            arrays.append(StoredArray(f"test/gram{suffix}", (test, train), (height, edge), names, dtype))
         shape: tuple[int, ...] = (job.sizes.num_test,)
         axes: tuple[str, ...] = ("row",)
         if job.spec.meeting.full:
@@ -83,6 +84,12 @@ def holds_metric(job: Job) -> bool:
     if holds_sketch(job):
         return True
     return holds_differences(job) and (job.spec.pair_blocks or job.sizes.num_draws <= METRIC_DRAWS)
+
+
+def holds_factor(job: Job) -> bool:
+    """Whether the store keeps features and M of which `gram` is Φ M Φᵀ: not where `gram` is `unbiased`."""
+    is_plugin = not job.spec.pair_blocks or job.spec.statistic != "unbiased"
+    return job.layout.store_features and holds_metric(job) and is_plugin
 
 
 def feature_path(job: Job, split: str, name: str) -> str:

@@ -77,22 +77,23 @@ class ComputeConfig(Section):
     batch: CountOrAuto = "auto"
     memory_per_worker: MemoryOrAuto = "auto"
     write_tiles: Annotated[
-        Literal["auto", True], Field(description="auto or true (the later stages read the tiles)")
+        Literal["auto"] | Annotated[bool, Strict()],
+        Field(description="auto, true, or false (of kernels with a factor, from which the later stages work then)"),
     ] = "auto"
     stderr: Literal["entry", "sample", "none"] = "entry"
 
 
 class SpectrumConfig(Section):
-    """The eigenvalues, and how many eigenvectors to keep."""
+    """The eigenvalues, and how many eigenvectors to keep; an iterative method finds `top_k` eigenvalues alone."""
 
-    method: Literal["auto", "dense"] = "auto"
+    method: Literal["auto", "dense", "factored", "iterative"] = "auto"
     top_k: Count = 50
 
 
 class RegressionConfig(Section):
     """Kernel ridge regression; a ridge is relative: K + ridge * (tr K / n) * I."""
 
-    method: Literal["auto", "dense"] = "auto"
+    method: Literal["auto", "dense", "factored", "iterative"] = "auto"
     ridge: Annotated[
         tuple[PositiveNumber, ...],
         Strict(False),

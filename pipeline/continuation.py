@@ -80,9 +80,10 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
         "batch": compute.batch,
         "threads": compute.threads,
         "device": compute.device,
+        "write_tiles": compute.write_tiles,
     }
     for key, value in asked.items():
-        kept = manifest.layout[key]
+        kept = manifest.layout.get(key, True) if key == "write_tiles" else manifest.layout[key]
         too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
         same = value in ("auto", kept) or too_few
         if not same:

@@ -1,6 +1,7 @@
 """What the command line prints: plans, results, status, findings, as short tables. It computes nothing."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from pipeline.report.formatting import count, duration, number, size
 from pipeline.report.probe_facts import probe_facts
 from pipeline.stages import ORDER, pilot
 from pipeline.verify import Finding
+
+_TABLES = MappingProxyType({"spectrum": "eigenvalues", "regression": "regression"})
 
 
 def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
@@ -63,6 +66,12 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         f"spectrum and regression {size(projection.solve_bytes)}",
         soft_wrap=True,
     )
+    for name, solver in plan.solvers.items():
+        out.print(f"{name}: {solver.text}", soft_wrap=True, markup=False, highlight=False)
+    if not layout.write_tiles:
+        asked = plan.job.config.compute.write_tiles is False
+        reason = "as asked" if asked else "the disk has no room for them"
+        out.print(f"tiles: none are written, {reason}; later stages work from the factor", soft_wrap=True)
     features = (
         "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
     )
@@ -99,6 +108,9 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
         lines.append(f"estimated relative error of the {which}: {results['train_relative_error']:.3g}")
     if results.get("rtol_verdict") is not None:
         lines.append(results["rtol_verdict"])
+    for stage in ("spectrum", "regression"):
+        if results.get(f"{stage}_converged") is False:
+            lines.append(f"{stage} did not converge to its tolerance; tables/{_TABLES[stage]}.parquet says how far")
     if results.get("train_relative_bias") is not None:
         lines.append(f"estimated bias of plugin, ‖plugin − unbiased‖/‖unbiased‖: {results['train_relative_bias']:.3g}")
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")

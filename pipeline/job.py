@@ -33,6 +33,7 @@ class Layout:
     stderr: str
     store_features: bool
     outputs_at_once: int
+    write_tiles: bool = True
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ def make_layout(
 ) -> Layout:
     """The layout for a kernel's features; differences are always stored, gradients where that costs little disk.
 
-    Features are stored where they take at most 1 GiB, or no more than the kernel itself; else every tile recomputes
-    its rows.
+    Features are stored where they take at most 1 GiB, or no more than the kernel itself, and where they are to stand
+    for tiles; else every tile recomputes its rows.
     """
     compute = config.compute
     row_bytes = row_feature_bytes(features, compute.dtype)
@@ -96,7 +96,8 @@ def make_layout(
     width = sizes.num_kernel_outputs if spec.outputs == "full" else 1
     kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
     total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
-    stored = features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
+    tiles = compute.write_tiles is not False
+    stored = not tiles or features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
     # Only arrays that carry outputs grow smaller by taking fewer at once.
     carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
     tile_bytes = carrying * min(compute.tile, sizes.num_train)
@@ -114,4 +115,5 @@ def make_layout(
         stderr="none" if sizes.num_blocks < MINIMUM_BLOCKS else compute.stderr,
         store_features=stored,
         outputs_at_once=at_once,
+        write_tiles=tiles,
     )

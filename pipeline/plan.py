@@ -5,7 +5,8 @@ resume) and the projection (what it will take). It writes nothing and starts not
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import ArraySpec, FeatureMap
 from nntk_dist.resolution import Resolution, resolve, with_draws
-from pipeline.arrays import StoredArray, all_arrays
+from pipeline.arrays import StoredArray, all_arrays, holds_factor
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.config import Config
 from pipeline.cpus import available_cpus
@@ -27,6 +28,7 @@ from pipeline.layout import choose_batch, make_layout
 from pipeline.manifest import fingerprint
 from pipeline.projection import Projection, project
 from pipeline.reference import reference_batch
+from pipeline.solvers import SOLVED, Solver, choose_solver, factor_form
 from pipeline.storage import RunStorage
 
 _PROBE_EXAMPLES = 32
@@ -35,13 +37,14 @@ _USABLE_SHARE = 0.9  # of the memory that is free now
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run. `parts` are the nameable inputs of the kernel's fingerprint."""
+    """What would run. `parts` are the nameable inputs of the kernel's fingerprint, `solvers` how later stages solve."""
 
     job: Job
     arrays: tuple[StoredArray, ...]
     parts: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     projection: Projection
+    solvers: Mapping[str, Solver]
     num_workers: int
     memory_per_worker: int
 
@@ -86,6 +89,8 @@ def make_plan(
     prints = stage_fingerprints(config, parts)
     job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, resolution, layout, sizes)
     arrays = describe_arrays(job, features.arrays, dataset)
+    if kept is None:
+        job, arrays = _with_or_without_tiles(job, arrays, features.arrays, dataset)
     plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
     if kept is None:
         check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
@@ -103,6 +108,28 @@ def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
             f"the model has {sizes.num_outputs} outputs and the data {expected} targets; regression with "
             "kernel.outputs 'full' or regression.center_outputs needs as many outputs as targets"
         )
+
+
+def _with_or_without_tiles(
+    job: Job, arrays: tuple[StoredArray, ...], specs: tuple[ArraySpec, ...], dataset: Dataset
+) -> tuple[Job, tuple[StoredArray, ...]]:
+    """Without tiles where they are more than the disk has room for and a factor says the same.
+
+    Raises: NNTKError where no tiles are asked for and there is no factor.
+    """
+    asked = job.config.compute.write_tiles
+    if asked is False and not holds_factor(job):
+        raise NNTKError(
+            "compute.write_tiles is false, and this kernel has no factor to work from instead; kernels of 'estimator: "
+            "weight', of 'kind: covariance' and those sketched as a whole ('contraction: sketch') have one, unless "
+            "'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true"
+        )
+    free = free_disk(RunStorage(job.run_dir))
+    wanted = sum(array.num_bytes for array in arrays)
+    if asked != "auto" or not holds_factor(job) or free is None or wanted <= free[0]:
+        return job, arrays
+    job = replace(job, layout=replace(job.layout, write_tiles=False))
+    return job, describe_arrays(job, specs, dataset)
 
 
 def describe_arrays(job: Job, specs: tuple[ArraySpec, ...], dataset: Dataset) -> tuple[StoredArray, ...]:
@@ -134,7 +161,11 @@ def _fit(
 ) -> Plan:
     """The number of workers that fit, and the refusal where none does."""
     wanted = wanted_workers(config, job.layout)
-    projection = project(job, features, list(arrays), model, x, num_workers=wanted)
+    stored = next((array for array in arrays if array.path == "train/features"), None)
+    factor = None if stored is None or not holds_factor(job) else factor_form(job, stored)
+    solvers = {stage: choose_solver(job, stage, factor) for stage in SOLVED}
+    cpus = available_cpus()
+    projection = project(job, features, list(arrays), model, x, num_workers=wanted, solvers=solvers, num_cpus=cpus)
     usable = int(_USABLE_SHARE * available_memory())
     workers = wanted
     if config.compute.memory_per_worker == "auto":
@@ -153,11 +184,12 @@ def _fit(
     if projection.solve_bytes > usable:
         raise NNTKError(
             f"spectrum and regression of {job.sizes.num_train} train rows need {_gib(projection.solve_bytes)} in one "
-            f"process, {_gib(usable)} are usable; make data.train smaller or take a machine with more memory"
+            f"process, {_gib(usable)} are usable; set their method to factored or iterative where it is dense, make "
+            "data.train smaller or take a machine with more memory"
         )
     if workers != wanted:
-        projection = project(job, features, list(arrays), model, x, num_workers=workers)
-    return Plan(job, arrays, parts, prints, projection, workers, each)
+        projection = project(job, features, list(arrays), model, x, num_workers=workers, solvers=solvers, num_cpus=cpus)
+    return Plan(job, arrays, parts, prints, projection, solvers, workers, each)
 
 
 def _other_contraction(job: Job) -> str:
@@ -179,15 +211,20 @@ def wanted_workers(config: Config, layout: Layout) -> int:
 
 def check_disk(storage: RunStorage, wanted: int) -> None:
     """Raise an NNTKError where a local run directory's disk has less room than the arrays take before compression."""
-    if storage.local_path is None:
-        return
-    nearest = next(folder for folder in (storage.local_path, *storage.local_path.parents) if folder.exists())
-    free = psutil.disk_usage(str(nearest)).free
-    if wanted > free:
+    free = free_disk(storage)
+    if free is not None and wanted > free[0]:
         raise NNTKError(
-            f"the arrays take {_gib(wanted)} on disk and {_gib(free)} are free at {nearest}; choose another "
+            f"the arrays take {_gib(wanted)} on disk and {_gib(free[0])} are free at {free[1]}; choose another "
             "run_dir, set compute.stderr to sample, or make data.train smaller"
         )
+
+
+def free_disk(storage: RunStorage) -> tuple[int, Path] | None:
+    """Bytes that are free where a local run directory lies or would lie, and where that is; None in object stores."""
+    if storage.local_path is None:
+        return None
+    nearest = next(folder for folder in (storage.local_path, *storage.local_path.parents) if folder.exists())
+    return psutil.disk_usage(str(nearest)).free, nearest
 
 
 def available_memory() -> int:

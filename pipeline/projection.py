@@ -28,6 +28,7 @@ from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
 from pipeline.layout import FEATURE_CACHE_BYTES
 from pipeline.reference import num_reference
+from pipeline.solvers import SOLVED, Solver, solver_bytes, solver_operations, solver_reads
 from pipeline.stages import ORDER
 
 # Resident size of a process that has imported torch, zarr, ray and this package and computed a little (measured, CPU
@@ -37,8 +38,7 @@ _RATE_EDGE = 768
 # Share of a plain matrix product's rate that passes and tiles reach as a whole: elementwise work, calls, reading,
 # writing.
 _EFFICIENCY = 0.4
-_EIGH_OPERATIONS = 9.0
-_SOLVE_COPIES = 4  # kernel in float64, its copy in LAPACK, eigenvectors, workspace
+_READ_BYTES_PER_SECOND = 1e9  # of a local disk or its cache, checksums verified
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,28 @@ class Projection:
 
 
 def project(
-    job: Job, features: FeatureMap, arrays: list[StoredArray], model: nn.Module, x: Tensor, *, num_workers: int
+    job: Job,
+    features: FeatureMap,
+    arrays: list[StoredArray],
+    model: nn.Module,
+    x: Tensor,
+    *,
+    num_workers: int,
+    solvers: Mapping[str, Solver],
+    num_cpus: int,
 ) -> Projection:
-    """The projection of a job on `num_workers` workers of this machine."""
-    operations = _operations(job, features, model, x)
+    """The projection of a job on `num_workers` workers of this machine, whose `num_cpus` the solvers share."""
+    operations = _operations(job, features, model, x, solvers)
     operations["features"] += num_workers * weighting_operations(job, model, x)
     rate = _rate(job.layout.dtype, job.layout.device) * _EFFICIENCY
     parallel = {stage.NAME: 1 if stage.USES_ALL_THREADS else num_workers for stage in ORDER}
     tasks = {stage.NAME: sum(1 for _ in stage.tasks(job)) for stage in ORDER}
     seconds = {name: count / (rate * max(1, min(parallel[name], tasks[name]))) for name, count in operations.items()}
+    solving = _rate("float64", "cpu") * _EFFICIENCY * num_cpus
+    factor_bytes = sum(array.num_bytes for array in arrays if array.path == "train/features")
+    for name, solver in solvers.items():
+        reading = solver_reads(job, name, solver, factor_bytes) / _READ_BYTES_PER_SECOND
+        seconds[name] = operations[name] / solving + reading
     disk: dict[str, int] = {}
     for array in arrays:
         group = "features" if "features" in array.path else array.path.split("/")[-1]
@@ -79,7 +92,7 @@ def project(
         seconds=seconds,
         disk_bytes=disk,
         worker_bytes=worker_bytes(job, features, model, x),
-        solve_bytes=solve_bytes(job),
+        solve_bytes=solve_bytes(job, solvers),
     )
 
 
@@ -149,23 +162,26 @@ def entry_operations(job: Job, features: FeatureMap) -> float:
     return total
 
 
-def _operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> dict[str, float]:
+def _operations(
+    job: Job, features: FeatureMap, model: nn.Module, x: Tensor, solvers: Mapping[str, Solver]
+) -> dict[str, float]:
     sizes = job.sizes
     rows = sizes.num_train + sizes.num_test
     one_pass, one_row = pass_operations(model, x), row_operations(job, features, model, x)
     per_entry = entry_operations(job, features)
     tile_rows = len(intervals(sizes.num_train, job.layout.tile)) * sizes.num_train + rows
     recomputed = 0.0 if job.layout.store_features else one_row
-    kernel_rows = sizes.num_train * kernel_width(job)
+    tiles = float(job.layout.write_tiles)
+    diagonal = per_entry * sizes.num_test
     makes_metric = holds_metric(job) and not holds_sketch(job)
     return {
         "features": rows * (one_row if job.layout.store_features else one_pass),
         "metric": 2.0 * sizes.num_draws**2 * sizes.num_parameters if makes_metric else 0.0,
         "calibration": 0.0 if job.layout.stderr == "none" else 192.0 * one_row + 8192.0 * per_entry,
-        "gram": per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows,
-        "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows,
-        "spectrum": 2.0 * _EIGH_OPERATIONS * kernel_rows**3 / 3,
-        "regression": _EIGH_OPERATIONS * float(kernel_rows) ** 3,
+        "gram": tiles
+        * (per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows),
+        "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows if tiles else diagonal,
+        **{name: solver_operations(job, name, solvers[name]) for name in SOLVED},
     }
 
 
@@ -210,9 +226,9 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     return int(held + max(feature_task, calibration_task, tile_task))
 
 
-def solve_bytes(job: Job) -> int:
-    """Peak of the spectrum and of the regression: dense decompositions of the train kernel in float64."""
-    return BASE_BYTES + _SOLVE_COPIES * 8 * (job.sizes.num_train * kernel_width(job)) ** 2
+def solve_bytes(job: Job, solvers: Mapping[str, Solver]) -> int:
+    """Peak of the spectrum and of the regression, by their methods."""
+    return BASE_BYTES + max(solver_bytes(job, name, solver) for name, solver in solvers.items())
 
 
 def _rate(dtype: str, device: str) -> float:

@@ -1,13 +1,15 @@
 """Collects what the report page shows, from store, tables, ledger and manifest, and writes `report/index.html`.
 
-Reads at most a 512 × 512 sample of the kernel. The page itself is made by `pipeline.report`.
+Reads at most a 512 × 512 sample of the kernel, or makes it of features where no tiles are written. The page itself is
+made by `pipeline.report`.
 
 Axes: n train rows, k rows of the thumbnail.
 """
 
+import math
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -15,7 +17,8 @@ import yaml
 from nntk_dist.distributions import OPTIONS
 from nntk_dist.regression import RidgeRow
 from nntk_dist.weighting import Weighting
-from pipeline.continuation import stored_probes
+from pipeline.continuation import stored_job, stored_probes
+from pipeline.factor import factor_rows, stored_factor
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.manifest import Manifest
 from pipeline.report import (
@@ -23,6 +26,7 @@ from pipeline.report import (
     Provenance,
     RegressionFacts,
     ReportInputs,
+    SolverFacts,
     StageTiming,
     StandardErrors,
     Thumbnail,
@@ -33,6 +37,7 @@ from pipeline.tables import read_table
 
 REPORT_PATH = "report/index.html"
 _THUMBNAIL_ROWS = 512
+_THUMBNAIL_PIECES = 8
 
 
 def write_report(storage: RunStorage, manifest: Manifest) -> None:
@@ -44,17 +49,18 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
     """Everything on the page, as plain values."""
     config, results = manifest.config, manifest.results
     store = KernelArrays(storage)
-    kernel = config["kernel"]
+    kernel, tiles = config["kernel"], manifest.layout.get("write_tiles", True)
+    eigenvalues = _eigenvalues(storage, manifest)
     return ReportInputs(
         title=config["name"],
         data=config["data"]["source"],
         model=_model_text(config["model"]),
         kernel=_kernel_facts(manifest),
         provenance=_provenance(manifest),
-        gram=_thumbnail(store, full=kernel["outputs"] == "full"),
-        eigenvalues=_eigenvalues(storage, manifest),
+        gram=_thumbnail(store, manifest, full=kernel["outputs"] == "full"),
+        eigenvalues=eigenvalues,
         regression=_regression(storage, manifest),
-        standard_errors=_standard_errors(store, results) if manifest.layout["stderr"] == "entry" else None,
+        standard_errors=_standard_errors(store, results) if tiles and manifest.layout["stderr"] == "entry" else None,
         stages=[
             StageTiming(
                 stage=name,
@@ -69,6 +75,9 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
         ],
         plots=config["report"]["plots"],
         probes=stored_probes(manifest),
+        spectrum_numbers=_spectrum_numbers(eigenvalues, results),
+        spectrum_solver=_solver("spectrum", results),
+        regression_solver=_solver("regression", results),
     )
 
 
@@ -138,17 +147,19 @@ def _provenance(manifest: Manifest) -> Provenance:
     )
 
 
-def _thumbnail(store: KernelArrays, *, full: bool) -> Thumbnail | None:
-    """At most 512 evenly chosen rows of the kernel, in the order of their labels (or of a single target)."""
+def _thumbnail(store: KernelArrays, manifest: Manifest, *, full: bool) -> Thumbnail | None:
+    """At most 512 rows of the kernel, chosen evenly (without tiles: eight runs of rows, evenly), in the order of their
+    labels (or of a single target).
+    """
     targets = store.read("train/targets")
-    chosen = np.unique(np.linspace(0, len(targets) - 1, min(_THUMBNAIL_ROWS, len(targets))).astype(int))
+    tiles = manifest.layout.get("write_tiles", True)
+    chosen = _evenly(len(targets), _THUMBNAIL_ROWS) if tiles else _runs(len(targets))
     kept = targets[chosen]
     classes = np.issubdtype(targets.dtype, np.integer)
     order = np.argsort(kept if classes else kept.reshape(len(kept), -1)[:, 0], kind="stable")
-    gram = store.array("train/gram")
-    width = gram.shape[0] // len(targets) if full else 1
-    kept_rows = chosen * width  # of a full kernel, the first output
-    sample = np.asarray(gram.oindex[kept_rows, kept_rows])
+    sample = (
+        _stored_entries(store, chosen, len(targets), full=full) if tiles else _made_entries(store, manifest, chosen)
+    )
     values = sample[np.ix_(order, order)]
     if not classes:
         return Thumbnail(values, "ordered by target")
@@ -156,12 +167,69 @@ def _thumbnail(store: KernelArrays, *, full: bool) -> Thumbnail | None:
     return Thumbnail(values, "ordered by class", starts[1:].tolist(), [str(label) for label in labels])
 
 
+def _evenly(total: int, count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int))
+
+
+def _runs(total: int) -> np.ndarray:
+    """Eight runs of 64 rows that begin at evenly chosen ones: rows of features are read a shard at a time."""
+    length = _THUMBNAIL_ROWS // _THUMBNAIL_PIECES
+    starts = _evenly(max(1, total - length + 1), _THUMBNAIL_PIECES)
+    return np.unique(np.minimum(starts[:, None] + np.arange(length), total - 1))
+
+
+def _stored_entries(store: KernelArrays, chosen: np.ndarray, num_examples: int, *, full: bool) -> np.ndarray:
+    """Entries of the chosen examples with each other; of a full kernel, of the first output."""
+    gram = store.array("train/gram")
+    rows = chosen * (gram.shape[0] // num_examples if full else 1)
+    return np.asarray(gram.oindex[rows, rows])
+
+
+def _made_entries(store: KernelArrays, manifest: Manifest, chosen: np.ndarray) -> np.ndarray:
+    """The same entries from the factor, of a run without tiles."""
+    factor = stored_factor(store, stored_job(manifest))
+    assert factor is not None
+    read = factor_rows(store, factor, "train").read
+    breaks = np.flatnonzero(np.diff(chosen) > 1) + 1
+    pieces = [read((int(run[0]), int(run[-1]) + 1)) for run in np.split(chosen, breaks)]
+    rows = np.concatenate(pieces)[:: factor.rows_per_example]
+    return rows @ rows.T
+
+
+def _spectrum_numbers(
+    eigenvalues: Mapping[str, np.ndarray], results: Mapping[str, Any]
+) -> dict[str, Mapping[str, float]]:
+    """What the stage found of spectra that are not all in its table; JSON keeps infinity as null."""
+    if "spectrum_method" not in results:
+        return {}
+    found: dict[str, Mapping[str, float]] = {}
+    for name in eigenvalues:
+        prefix = f"spectrum_{name}_" if f"spectrum_{name}_trace" in results else "spectrum_plugin_"
+        own = {key.removeprefix(prefix): value for key, value in results.items() if key.startswith(prefix)}
+        found[name] = {key: math.inf if value is None else float(value) for key, value in own.items()}
+    return found
+
+
+def _solver(stage: Literal["spectrum", "regression"], results: Mapping[str, Any]) -> SolverFacts | None:
+    method = results.get(f"{stage}_method")
+    if method is None:
+        return None
+    columns, passes = results.get(f"{stage}_columns"), results.get(f"{stage}_passes")
+    return SolverFacts(
+        method=method,
+        columns=None if columns is None else int(columns),
+        passes=None if passes is None else int(passes),
+        converged=results.get(f"{stage}_converged"),
+    )
+
+
 def _eigenvalues(storage: RunStorage, manifest: Manifest) -> dict[str, np.ndarray]:
     table = read_table(storage, "eigenvalues") or {}
     kernel = manifest.config["kernel"]
     first = {"both": "plugin"}.get(kernel["statistic"], kernel["statistic"])
     names = {"eigenvalue": first if kernel["kind"] == "nonlocal" else kernel["kind"], "eigenvalue_unbiased": "unbiased"}
-    return {names[column]: np.asarray(values) for column, values in table.items() if column in names}
+    found = {names[column]: np.asarray(values) for column, values in table.items() if column in names}
+    return {name: values[np.isfinite(values)] for name, values in found.items()}  # shorter ones end in NaN
 
 
 def _regression(storage: RunStorage, manifest: Manifest) -> RegressionFacts | None:

@@ -28,6 +28,8 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         results[f"{row.tile}_relative_error_bound"] = row.numbers["bound"]
         results[f"{row.tile}_relative_error"] = row.numbers["relative_error"]
         results[f"{row.tile}_stderr_level"] = row.numbers["level"]
+        if "bias" in row.numbers and row.tile != "diagonal":
+            results[f"{row.tile}_relative_bias"] = row.numbers["bias"]
     if looks := looks_of(ledger):
         assert job.spec.rtol is not None
         last, rtol = looks[-1], job.spec.rtol
@@ -45,9 +47,13 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
             {name.split(":")[1]: total for name, total in sums.items()}, stage if stage == "test" else "train"
         )
     for row in ledger.rows("spectrum"):
-        results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in row.numbers.items()}
+        numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
+        results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in numbers.items()}
+        results |= _solver_results("spectrum", row.numbers)
     for row in ledger.rows("regression"):
-        results |= {key: value for key, value in row.numbers.items() if key != "selected"}
+        numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
+        results |= {key: value for key, value in numbers.items() if key != "selected"}
+        results |= _solver_results("regression", row.numbers)
     return {key: _plain(value) for key, value in results.items()}
 
 
@@ -59,6 +65,18 @@ def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
     if "squared_stderr" in sums:
         results[f"{split}_unresolved_entries"] = sums["unresolved"]
     return results
+
+
+def _solver_results(stage: str, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """How a stage was solved, where not densely; `converged` is about everything that it iterated for."""
+    own = {key.removeprefix("solver:"): value for key, value in numbers.items() if key.startswith("solver:")}
+    converged = [value for key, value in numbers.items() if key.endswith(":converged")]
+    if not own:
+        return {}
+    method = "factored" if "columns" in own else "iterative"
+    results: dict[str, Any] = {f"{stage}_{key}": value for key, value in own.items() if key != "converged"}
+    results[f"{stage}_method"] = method
+    return results | ({f"{stage}_converged": all(converged)} if converged else {})
 
 
 def _plain(value: Any) -> Any:

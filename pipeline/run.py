@@ -219,6 +219,7 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "draws": job.sizes.num_draws,
         "blocks": job.sizes.num_blocks,
         "parameters": job.sizes.num_parameters,
+        **({} if job.layout.write_tiles else {"tiles": False}),
     }
 
 

@@ -17,7 +17,7 @@ import torch
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.philox import Stream, uniform
-from pipeline.arrays import kernel_arrays, kernel_width
+from pipeline.arrays import StoredArray, feature_arrays, kernel_arrays, kernel_width
 from pipeline.build import build_dataset, build_model, identity
 from pipeline.context import Context
 from pipeline.continuation import check_kernel, stored_job
@@ -150,14 +150,19 @@ def _symmetry(context: Context) -> Finding:
     return Finding(
         "symmetry",
         not wrong,
-        f"differs: {wrong[0]}" if wrong else "every train array equals its transpose, bit for bit",
+        f"differs: {wrong[0]}" if wrong else _symmetric_text(context.job),
     )
+
+
+def _symmetric_text(job: Job) -> str:
+    tiles = "every train array equals its transpose, bit for bit"
+    return tiles if job.layout.write_tiles else "no tiles are stored; Φ M Φᵀ is symmetric by itself"
 
 
 def _finiteness(context: Context) -> Finding:
     """No NaN or infinity; NaN in a standard error marks an unresolved entry and is counted apart."""
     bad, unresolved = 0, 0
-    for array in kernel_arrays(context.job):
+    for array in _kernel_or_factor(context):
         for start, stop in intervals(array.shape[0], array.shards[0]):
             values = context.store.read(array.path, slice(start, stop))
             count = int(np.count_nonzero(~np.isfinite(values)))
@@ -170,11 +175,17 @@ def _finiteness(context: Context) -> Finding:
     )
 
 
+def _kernel_or_factor(context: Context) -> list[StoredArray]:
+    """The arrays that hold the kernel: tiles, or where there are none the features that stand for them."""
+    tiles = context.job.layout.write_tiles
+    return kernel_arrays(context.job) + ([] if tiles else feature_arrays(context.job, context.features.arrays))
+
+
 def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
     """Some tiles, chosen by a fixed seed, computed again from the features and compared: same bits, or rounding
-    elsewhere.
+    elsewhere. Where there are no tiles, features are computed again from the model.
     """
-    stages = ("gram", "test")
+    stages = ("gram", "test") if context.job.layout.write_tiles else ("features", "metric", "test")
     num_rows = sum(len(ledger.done(stage)) for stage in stages)
     keys = uniform(0, Stream.SAMPLE, torch.tensor([2]), num_rows)[0] if num_rows else torch.empty(0)
     chosen = keys.argsort()[:count].tolist()

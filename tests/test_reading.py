@@ -180,6 +180,56 @@ def test_the_linear_operator_multiplies_by_the_stored_gram_from_its_upper_shards
     assert operator.dtype == np.float64
 
 
+@pytest.mark.parametrize("form", ["trace", "full"])
+def test_a_store_without_tiles_multiplies_by_its_factor(tmp_path, form):
+    grams = make_run(tmp_path, {**MANIFEST, "stages": {**MANIFEST["stages"], "metric": FINISHED}}, form=form)
+    group = zarr.open_group(tmp_path / "kernel.zarr")
+    for path in ("train/gram", "test/gram", "train/gram_unbiased"):
+        del group[path]
+    group.attrs["tiles"] = False
+    kernel = open_kernel(tmp_path)
+    assert kernel.complete
+    assert not kernel.has_tiles
+    vectors = np.random.default_rng(1).standard_normal((len(grams["train"]), 4))
+    operator = kernel.linear_operator()
+    np.testing.assert_allclose(operator @ vectors, grams["train"] @ vectors, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(operator @ vectors[:, 0], grams["train"] @ vectors[:, 0], rtol=1e-11, atol=1e-11)
+    with pytest.raises(NNTKError, match=r"holds no 'train/gram': it was run with 'compute.write_tiles: false'; factor"):
+        _ = kernel.gram
+    with pytest.raises(NNTKError, match=r"holds no 'test/gram'"):
+        _ = kernel.test_gram
+    with pytest.raises(NNTKError, match=r"holds no 'train/gram_unbiased'"):
+        kernel.linear_operator("train/gram_unbiased")
+    with pytest.raises(NNTKError, match=r"no array 'train/features2'"):
+        kernel.array("train/features2")
+
+
+def test_without_tiles_the_factor_has_to_be_finished(tmp_path):
+    make_run(tmp_path)
+    zarr.open_group(tmp_path / "kernel.zarr").attrs["tiles"] = False
+    assert not open_kernel(tmp_path).complete  # the manifest knows of no metric
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a sketch an output", "one sketch"])
+def test_the_factor_of_sketches_is_their_sum_over_blocks(tmp_path, shared):
+    make_run(tmp_path, factor=False)
+    generator = np.random.default_rng(0)
+    group = zarr.open_group(tmp_path / "kernel.zarr")
+    del group["train/features"]
+    shape, axes = ((4, 5), ("block", "column")) if shared else ((4, NUM_OUTPUTS, 5), ("block", "output", "column"))
+    sketches = generator.standard_normal((NUM_TRAIN, *shape))
+    write(group, "train/features", sketches, ("row", *axes), shards=(TILE, 2, *shape[1:]))
+    write(group, "metric", np.full((4, 4), 1 / 16), ("block", "block_col"))
+    means = sketches.mean(axis=1).reshape(NUM_TRAIN, -1)
+    kernel = open_kernel(tmp_path)
+    features, metric = kernel.factor()
+    np.testing.assert_allclose(features @ metric @ features.T, means @ means.T, rtol=1e-12, atol=1e-12)
+    group.attrs["tiles"] = False
+    vectors = generator.standard_normal((NUM_TRAIN, 2))
+    found = open_kernel(tmp_path).linear_operator() @ vectors
+    np.testing.assert_allclose(found, means @ (means.T @ vectors), rtol=1e-11, atol=1e-11)
+
+
 def test_dask_chunks_are_shards_and_survive_pickling(tmp_path):
     grams = make_run(tmp_path)
     lazy = open_kernel(tmp_path).to_dask()

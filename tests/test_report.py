@@ -14,6 +14,7 @@ from pipeline.report import (
     Provenance,
     RegressionFacts,
     ReportInputs,
+    SolverFacts,
     StageTiming,
     StandardErrors,
     Thumbnail,
@@ -198,6 +199,45 @@ def test_spectrum_numbers_are_those_of_the_eigenvalues(digits):
     assert "Trace Sum of the eigenvalues, in the kernel's unit. 4 Participation ratio" in page.text
     assert "would spread the trace as widely. 1.6 Effective rank" in page.text
     assert "a ridge makes the solve stable. ∞ Negative mass" in page.text
+
+
+def test_an_exact_spectrum_from_a_factor_shows_the_numbers_that_were_found(digits):
+    known = {"trace": 4.0, "participation_ratio": 1.6, "effective_rank": 1.75, "condition_number": np.inf}
+    exact = replace(
+        digits,
+        eigenvalues={"plugin": np.array([3.0, 1.0])},
+        spectrum_numbers={"plugin": known | {"negative_mass": 0.0}},
+        spectrum_solver=SolverFacts("factored", columns=2048),
+        regression_solver=SolverFacts("factored", columns=2048),
+    )
+    text = Page(render_report(exact)).text
+    assert "Spectrum: exact, from the kernel's factor of 2,048 columns; eigenvalues beyond its rank are zero." in text
+    assert "Regression: exact, from the kernel's factor of 2,048 columns" in text
+    assert "a ridge makes the solve stable. ∞ Negative mass" in text
+    assert "from all others, exactly, and alone selects the ridge" in text
+
+
+def test_leading_eigenvalues_and_estimates_say_what_they_are(digits):
+    rows = [replace(row, loo_stderr=0.0012, solve_residual=3e-4) for row in ridge_rows(selected=1e-2)]
+    leading = replace(
+        digits,
+        regression=RegressionFacts("classification", rows, 10),
+        eigenvalues={"plugin": np.array([3.0, 1.0])},
+        spectrum_numbers={"plugin": {"trace": 9.0, "participation_ratio": 2.5}},
+        spectrum_solver=SolverFacts("iterative", passes=17, converged=True),
+        regression_solver=SolverFacts("iterative", passes=43, converged=False),
+    )
+    text = Page(render_report(leading)).text
+    assert "Spectrum: by iteration in 17 passes over the stored kernel, to the residuals that its table states." in text
+    assert "in the kernel's unit. 9 Participation ratio" in text
+    assert "out of 2. needs them all Condition number" in text
+    assert "The leading eigenvalues." in text
+    assert "as an estimate with its standard error, exact for a sample of them, and alone selects the ridge" in text
+    assert "0.03 ± 0.0012" in text
+    assert "Chosen by the least estimated leave-one-out error on the training examples" in text
+    assert "The iteration for the regression ended short of its tolerance: its table states the residuals." in text
+    assert "The iteration for the spectrum" not in text
+    assert "the spectrum ended short" not in Page(render_report(digits)).text
 
 
 def test_timings_carry_units_and_a_total(digits):

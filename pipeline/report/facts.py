@@ -6,7 +6,7 @@ Axes: n eigenvalues. Kernel values, eigenvalues and standard errors are in the k
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from nntk_dist.spectrum import Spectrum
 from pipeline.report.formatting import count, number, percent
-from pipeline.report.inputs import KernelFacts, RegressionFacts, ReportInputs
+from pipeline.report.inputs import KernelFacts, RegressionFacts, ReportInputs, SolverFacts
 
 _KINDS = MappingProxyType(
     {
@@ -67,7 +67,11 @@ def headline(inputs: ReportInputs) -> list[Fact]:
 
 def cautions(inputs: ReportInputs) -> list[str]:
     """What a reader of this run could get wrong, one sentence or two each; empty where nothing stands out."""
-    return [*_kernel_cautions(inputs), *(_ridge_cautions(inputs.regression) if inputs.regression else ())]
+    return [
+        *_kernel_cautions(inputs),
+        *_solver_cautions(inputs),
+        *(_ridge_cautions(inputs.regression) if inputs.regression else ()),
+    ]
 
 
 def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
@@ -101,35 +105,51 @@ def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
         )
 
 
-def spectrum_facts(eigenvalues: Mapping[str, Float[np.ndarray, " n"]]) -> list[SpectrumFact]:
-    """The derived numbers of each spectrum; see `nntk_dist.spectrum.Spectrum`."""
-    spectra = [_spectrum(values) for values in eigenvalues.values()]
+def spectrum_facts(
+    eigenvalues: Mapping[str, Float[np.ndarray, " n"]], known: Mapping[str, Mapping[str, float]]
+) -> list[SpectrumFact]:
+    """The derived numbers of each spectrum (see `nntk_dist.spectrum.Spectrum`), from `known` where it has them."""
+    spectra = [known.get(name) or _spectrum(values).numbers() for name, values in eigenvalues.items()]
     sizes = ", ".join(sorted({count(len(values)) for values in eigenvalues.values()}))
+
+    def shown(key: str, text: Callable[[float], str] = number) -> list[str]:
+        return [text(each[key]) if key in each else "needs them all" for each in spectra]
+
     return [
-        SpectrumFact(
-            "Trace", [number(each.trace) for each in spectra], "Sum of the eigenvalues, in the kernel's unit."
-        ),
+        SpectrumFact("Trace", shown("trace"), "Sum of the eigenvalues, in the kernel's unit."),
         SpectrumFact(
             "Participation ratio",
-            [number(each.participation_ratio) for each in spectra],
+            shown("participation_ratio"),
             "(Σλ)² / Σλ²: how many equal eigenvalues would spread the trace as widely.",
         ),
         SpectrumFact(
             "Effective rank",
-            [number(each.effective_rank) for each in spectra],
+            shown("effective_rank"),
             f"Exponential of the spectrum's entropy, out of {sizes}.",
         ),
         SpectrumFact(
             "Condition number",
-            [number(each.condition_number) for each in spectra],
+            shown("condition_number"),
             "Largest over smallest eigenvalue magnitude; a ridge makes the solve stable.",
         ),
         SpectrumFact(
             "Negative mass",
-            [percent(each.negative_mass) for each in spectra],
+            shown("negative_mass", percent),
             "Share of Σ|λ| that is negative: rounding for a positive semidefinite kernel, noise otherwise.",
         ),
     ]
+
+
+def solver_note(what: str, solver: SolverFacts | None) -> str:
+    """A sentence on how something was solved, empty where by one dense decomposition of the kernel."""
+    if solver is None:
+        return ""
+    if solver.method == "factored":
+        columns = "" if solver.columns is None else f" of {count(solver.columns)} columns"
+        return f"{what}: exact, from the kernel's factor{columns}; eigenvalues beyond its rank are zero."
+    passes = "" if solver.passes is None else f" in {count(solver.passes)} passes over the stored kernel"
+    short = " It did not reach its tolerance: see the residuals in its table." if solver.converged is False else ""
+    return f"{what}: by iteration{passes}, to the residuals that its table states.{short}"
 
 
 def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
@@ -156,7 +176,8 @@ def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
         "Selected ridge",
         number(row.ridge),
         f"Relative to the kernel's mean diagonal; {number(row.absolute_ridge)} in the kernel's unit. Chosen by the "
-        "least leave-one-out error on the training examples; the test examples had no say.",
+        f"least {'leave-one-out error' if row.loo_stderr is None else 'estimated leave-one-out error'} on the training "
+        "examples; the test examples had no say.",
     )
 
 
@@ -214,6 +235,15 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
             f"{percent(mass)} of the unbiased spectrum's mass is negative, which is noise: eigenvalues no larger in "
             f"magnitude than the most negative one, {number(unbiased[-1])}, say little."
         )
+
+
+def _solver_cautions(inputs: ReportInputs) -> Iterator[str]:
+    for what, solver in (("spectrum", inputs.spectrum_solver), ("regression", inputs.regression_solver)):
+        if solver is not None and solver.converged is False:
+            yield (
+                f"The iteration for the {what} ended short of its tolerance: its table states the residuals. A larger "
+                "ridge, or fewer eigenvalues, would converge sooner."
+            )
 
 
 def _ridge_cautions(regression: RegressionFacts) -> Iterator[str]:

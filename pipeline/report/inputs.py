@@ -75,6 +75,16 @@ class RegressionFacts:
 
 
 @dataclass(frozen=True)
+class SolverFacts:
+    """How the spectrum or the regression was solved, where not by one dense decomposition."""
+
+    method: Literal["factored", "iterative"]
+    columns: int | None = None  # of the factor
+    passes: int | None = None  # over the stored kernel
+    converged: bool | None = None  # whether an iteration reached its tolerance
+
+
+@dataclass(frozen=True)
 class StageTiming:
     """One stage, from manifest and ledger: wall-clock time, and the sum over its tasks."""
 
@@ -101,7 +111,9 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything on the page. `eigenvalues` goes by statistic ("plugin", "unbiased", "local", …), each descending."""
+    """Everything on the page. `eigenvalues` goes by statistic ("plugin", "unbiased", "local", …), each descending, and
+    so does `spectrum_numbers`: what is known of spectra whose eigenvalues are not all listed.
+    """
 
     title: str
     data: str  # such as "sklearn:digits"
@@ -115,3 +127,6 @@ class ReportInputs:
     stages: Sequence[StageTiming] = ()
     plots: bool = True
     probes: ModelProbes | None = None
+    spectrum_numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    spectrum_solver: SolverFacts | None = None
+    regression_solver: SolverFacts | None = None

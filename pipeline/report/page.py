@@ -48,7 +48,10 @@ def render_report(inputs: ReportInputs) -> str:
         cautions=facts.cautions(inputs),
         kernel_facts=list(facts.kernel_facts(inputs)),
         probe_facts=[] if inputs.probes is None else probe_facts(inputs.probes),
-        spectrum_facts=facts.spectrum_facts(inputs.eigenvalues),
+        spectrum_facts=facts.spectrum_facts(inputs.eigenvalues, inputs.spectrum_numbers),
+        spectrum_note=facts.solver_note("Spectrum", inputs.spectrum_solver),
+        regression_note=facts.solver_note("Regression", inputs.regression_solver),
+        loo_estimated=inputs.regression is not None and inputs.regression.selected.loo_stderr is not None,
         leading={name: values[:_TABLE_EIGENVALUES] for name, values in inputs.eigenvalues.items()},
         gram_figures=_gram_figures(inputs),
         spectrum_figures=_spectrum_figures(inputs),
@@ -70,7 +73,8 @@ def _gram_figures(inputs: ReportInputs) -> list[Figure]:
 def _spectrum_figures(inputs: ReportInputs) -> list[Figure]:
     if not inputs.plots or not inputs.eigenvalues:
         return []
-    caption = "Eigenvalues by magnitude."
+    leading = inputs.spectrum_solver is not None and inputs.spectrum_solver.method == "iterative"
+    caption = "The leading eigenvalues." if leading else "Eigenvalues by magnitude."
     if any((values < 0).any() for values in inputs.eigenvalues.values()):
         caption += " Crosses are negative ones, by magnitude: where they begin, noise or rounding takes over."
     return [Figure(Markup(plots.spectrum_figure(inputs.eigenvalues)), caption)]

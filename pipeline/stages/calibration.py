@@ -31,4 +31,6 @@ def execute(context: Context, task: Task) -> Written:
         "bound": result.bound,
         "num_entries": float(result.num_entries),
     }
+    if not context.job.layout.write_tiles and context.job.spec.statistic == "both":
+        numbers["bias"] = result.bias  # of tiles, which are all entries, where there are tiles
     return Written(numbers=numbers)

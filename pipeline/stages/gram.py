@@ -18,7 +18,9 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """The upper triangle of tiles."""
+    """The upper triangle of tiles; none where no tiles are written."""
+    if not job.layout.write_tiles:
+        return
     count = len(intervals(job.sizes.num_train, job.layout.tile))
     for i in range(count):
         for j in range(i, count):

@@ -1,6 +1,6 @@
 """Stage `test`: the kernel of test rows with train columns, and of every test row with itself.
 
-Tiles test/i/j and diagonal/i; each is written once.
+Tiles test/i/j, where tiles are written, and diagonal/i; each is written once.
 
 Axes: i tile rows (test), j tile columns (train).
 """
@@ -18,7 +18,7 @@ USES_ALL_THREADS = False
 def tasks(job: Job) -> Iterator[Task]:
     """All tiles of the rectangle, then the pieces of the diagonal."""
     rows = len(intervals(job.sizes.num_test, job.layout.tile))
-    for i in range(rows):
+    for i in range(rows if job.layout.write_tiles else 0):
         for j in range(len(intervals(job.sizes.num_train, job.layout.tile))):
             yield Task(NAME, f"test/{i}/{j}")
     for i in range(rows):

@@ -23,6 +23,7 @@ from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import plan_noise
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
+from nntk_dist.shared_inputs import shared_inputs
 from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting import Reference
@@ -69,8 +70,16 @@ def make_feature_map(
     sketch = None
     if chosen.sketched is not None:
         sketch = Sketch(spec.seed, chosen.num_columns, groups_of_columns(chosen.num_columns, spec.blocks), space.names)
+    shared = shared_inputs(model, chosen.exact, x) if spec.pair_blocks and chosen.exact.outer else frozenset[int]()
     return GradientFeatures(
-        evaluator, chosen.exact, drawing, columns, spec.pair_blocks, sketch=sketch, sketched=chosen.sketched
+        evaluator,
+        chosen.exact,
+        drawing,
+        columns,
+        spec.pair_blocks,
+        sketch=sketch,
+        sketched=chosen.sketched,
+        shared=shared,
     )
 
 

@@ -34,7 +34,7 @@ from nntk_dist.statistics import (
     sample_limit,
     t_quantile,
 )
-from nntk_dist.tiles import calibrate_sample, symmetrised, tile_estimates
+from nntk_dist.tiles import calibrate_sample, tile_estimates
 from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 _TILE_ROWS = 1024
@@ -325,14 +325,12 @@ def _statistics(
         calibration = calibrate_sample(features, [sampled], spec.meeting)
     parts: dict[str, Tensor] = {}
     for i in range(0, n1, _TILE_ROWS):
-        left_tile = slice_rows(rows, slice(i, i + _TILE_ROWS))
+        left_tile = features.prepare(slice_rows(rows, slice(i, i + _TILE_ROWS)), by_block=calibration is not None)
         for j in range(i if symmetric else 0, n2, _TILE_ROWS):
-            right_tile = slice_rows(right, slice(j, j + _TILE_ROWS))
+            right_tile = left_tile if symmetric and i == j else slice_rows(right, slice(j, j + _TILE_ROWS))
             tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
             for name, values in tile.items():
                 whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))
-                if symmetric and i == j:
-                    values = symmetrised(values)
                 _place(whole, values, i * width, j * width)
                 if symmetric and i != j:
                     _place(whole, values.T, j * width, i * width)

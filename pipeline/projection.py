@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nntk_dist.block_sums import PRODUCT_ELEMENTS
 from nntk_dist.designs import group_size
 from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
+from nntk_dist.layered_products import PRODUCT_ELEMENTS
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from nntk_dist.stochastic import is_random

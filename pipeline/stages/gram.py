@@ -8,7 +8,6 @@ Axes: i, j tile rows and columns.
 
 from collections.abc import Iterator
 
-from nntk_dist.tiles import symmetrised
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task, intervals
 from pipeline.tile_task import compute_tile, write_tile
@@ -30,8 +29,6 @@ def execute(context: Context, task: Task) -> Written:
     i, j = map(int, task.tile.split("/")[1:])
     bounds = intervals(context.job.sizes.num_train, context.job.layout.tile)
     values = compute_tile(context, task, ("train", *bounds[i]), ("train", *bounds[j]))
-    if i == j:
-        values = {name: symmetrised(tile) for name, tile in values.items()}
     written = Written()
     write_tile(context, written, "train/gram", (bounds[i][0], bounds[j][0]), values)
     if i != j:

@@ -23,7 +23,7 @@ from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
-from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products
+from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
 from nntk_dist.layer_noise import NoiseSite
 from nntk_dist.metric_products import Mixed, add_metric_, metric_products, mixed_by_metric
 from nntk_dist.noise_contraction import NoiseContraction
@@ -183,9 +183,10 @@ class ActivationFeatures:
 
     def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
         prepared = dict(rows)
-        for name in ("dense", "sketch"):
-            if name in prepared:
-                prepared[f"{name}_columns"] = combined(prepared.pop(name), by_block=by_block)
+        if "dense" in prepared:
+            prepared["dense_columns"] = combined(prepared.pop("dense"), by_block=by_block)
+        if "sketch" in prepared:
+            prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, by_block=by_block)
         if "readout" in prepared:
             prepared["readout_columns"] = combined(prepared.pop("readout")[:, :, None], by_block=by_block)
         if self._has_metric and "right" not in prepared:
@@ -207,8 +208,8 @@ class ActivationFeatures:
             add_metric_(sums, Mixed.of(rows), Mixed.of(others), meeting)
         if (name := "dense_columns") in rows:
             add_formed_(sums, rows[name], others[name], meeting)
-        if (name := "sketch_columns") in rows:
-            add_sketched_(sums, rows[name], others[name], meeting, groups)
+        if "sketch_columns" in rows:
+            add_sketched_(sums, rows, others, meeting)
         if (name := "readout_columns") in rows:
             _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
         if self.plan.noisy or self.plan.weight_space:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 # So many terms of an inner product are summed in the features' dtype; further ones join them in float64.
-INNER_TERMS = 2048
+INNER_TERMS = 4096
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ class Meeting:
             return
         left, right = self._matrix(a), self._matrix(b)
         product = left.new_empty(total.shape)
-        for terms in torch.arange(left.shape[1]).split(INNER_TERMS):
-            some = slice(int(terms[0]), int(terms[-1]) + 1)
-            torch.mm(left[:, some], right[:, some].T, out=product)
+        for some, others in zip(left.split(INNER_TERMS, 1), right.split(INNER_TERMS, 1), strict=True):
+            torch.mm(some, others.T, out=product)
             total.add_(product, alpha=factor)
 
     def _matrix(self, features: Float[Tensor, "n w c k"]) -> Float[Tensor, "rows inner"]:

@@ -10,7 +10,7 @@ Axes: n rows, r/R blocks, w combinations of blocks, c outputs, k feature columns
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Float64
@@ -53,44 +53,46 @@ def add_formed_(
     `within` is against `between`, is known to the rounding of `within`.
     """
     assert sums.between is not None
-    blocks = sums.num_blocks
-    first = torch.zeros_like(sums.within)
+    first, other = torch.zeros_like(sums.within), torch.zeros_like(sums.within)
     meeting.add_outputs_(first, rows[:, :1], columns[:, :1])
-    if sums.by_block is None:
-        other = torch.zeros_like(sums.within)
-        meeting.add_outputs_(other, rows[:, 1:], columns[:, 1:])
-        sums.within.add_(first).add_(other)
-        sums.between.add_(first, alpha=blocks - 1.0).sub_(other)
-        return
-    quarter, apart = 0.25 * first, torch.empty_like(first)
     sums.within.add_(first)
-    for r in range(blocks):
+    if sums.by_block is None:
+        meeting.add_outputs_(other, rows[:, 1:], columns[:, 1:])
+        sums.within.add_(other)
+        sums.between.add_(first, alpha=sums.num_blocks - 1.0).sub_(other)
+        return
+    apart, quarter = torch.empty_like(first), first.mul_(0.25)
+    for r in range(sums.num_blocks):
         apart.copy_(quarter)
         meeting.add_outputs_(apart, rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2], -1.0)
         sums.by_block[r].add_(apart)
-        sums.between.add_(apart)
-        sums.within.sub_(apart)
+        other.add_(apart)
+    sums.within.sub_(other)
+    sums.between.add_(other)
 
 
-def add_sketched_(
-    sums: BlockSums,
-    rows: Float[Tensor, "n1 w c k"],
-    columns: Float[Tensor, "n2 w c k"],
-    meeting: Meeting,
-    num_groups: int,
-) -> None:
-    """Add the block products of `combined` sketches, group by group where the standard error wants them."""
-    if sums.by_group is None or sums.between is None:
-        add_formed_(sums, rows, columns, meeting)
+def prepared_sketch(
+    sketch: Float[Tensor, "n r c k"], num_groups: int, *, by_block: bool
+) -> dict[str, Float[Tensor, "n ..."]]:
+    """What `add_sketched_` takes: the combinations, and with sums by block the contrasts again, group by group."""
+    prepared = {"sketch_columns": combined(sketch, by_block=by_block)}
+    if by_block:
+        contrasts = combined(sketch, by_block=False).unflatten(3, (num_groups, -1))
+        prepared["sketch_groups"] = contrasts.permute(0, 3, 1, 2, 4).contiguous()
+    return prepared
+
+
+def add_sketched_(sums: BlockSums, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], meeting: Meeting) -> None:
+    """Add the block products of sketches; where the standard error wants them, those of every group once more, in one
+    further product of the whole length: R·Q products of blocks and groups would be too short to be fast.
+    """
+    add_formed_(sums, rows["sketch_columns"], columns["sketch_columns"], meeting)
+    if sums.by_group is None:
         return
-    width = rows.shape[-1] // num_groups
-    for group in range(num_groups):
-        own = slice(group * width, (group + 1) * width)
-        part = replace(sums, between=torch.zeros_like(sums.between))
-        add_formed_(part, rows[..., own], columns[..., own], meeting)
-        assert part.between is not None
-        sums.between += part.between
-        sums.by_group[group] += part.between
+    left, right = rows["sketch_groups"], columns["sketch_groups"]
+    for group, total in enumerate(sums.by_group):
+        meeting.add_outputs_(total, left[:, group, :1], right[:, group, :1], sums.num_blocks - 1.0)
+        meeting.add_outputs_(total, left[:, group, 1:], right[:, group, 1:], -1.0)
 
 
 def add_alone_(

@@ -31,6 +31,7 @@ from nntk_dist.formed_products import (
     alone_products,
     combined,
     formed_products,
+    prepared_sketch,
 )
 from nntk_dist.layered_products import Layered, add_layered_, layered_products
 from nntk_dist.sketching import Sketch, sketched_gradients
@@ -173,9 +174,10 @@ class GradientFeatures:
 
     def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
         prepared = dict(rows)
-        for name in ("dense", "sketch"):
-            if name in prepared:
-                prepared[f"{name}_columns"] = self._columns(prepared.pop(name), by_block=by_block)
+        if "dense" in prepared:
+            prepared["dense_columns"] = self._columns(prepared.pop("dense"), by_block=by_block)
+        if "sketch" in prepared:
+            prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, by_block=by_block)
         for index in self.shared if self.pair_blocks else ():
             if f"gradient_{index}" in prepared:
                 gradients = prepared.pop(f"gradient_{index}").unflatten(1, (self.num_blocks, -1)).mean(2)
@@ -201,15 +203,13 @@ class GradientFeatures:
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
-        num_outputs = self._num_outputs(rows)
+        num_outputs = _num_outputs(rows)
         first = next(iter(rows.values()))
         shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
 
         def nothing(num_groups: int = 0) -> BlockSums:
             pair, blocks, device = self.pair_blocks, self.num_blocks, first.device
-            return empty_sums(
-                shape, blocks, pair_blocks=pair, by_block=by_block, device=device, num_groups=num_groups
-            )
+            return empty_sums(shape, blocks, pair_blocks=pair, by_block=by_block, device=device, num_groups=num_groups)
 
         sums = nothing(self.num_sketch_groups)
         left, right = self._layered(rows), self._layered(others)
@@ -223,13 +223,9 @@ class GradientFeatures:
         if (name := "dense_columns") in rows:
             add = add_formed_ if self.pair_blocks else add_alone_
             add(sums, rows[name], others[name], meeting)
-        if (name := "sketch_columns") in rows:
-            add_sketched_(sums, rows[name], others[name], meeting, self.num_sketch_groups)
+        if "sketch_columns" in rows:
+            add_sketched_(sums, rows, others, meeting)
         return sums
-
-    def _num_outputs(self, rows: Rows) -> int:
-        kinds = ("dense_columns", "sketch_columns", "gradient_")
-        return next(array.shape[2] for name, array in rows.items() if name.startswith(kinds))
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         terms = []
@@ -245,6 +241,14 @@ class GradientFeatures:
         if "sketch" in rows:
             terms.append(formed_products(rows["sketch"], others["sketch"], meeting))
         return torch.stack(terms).sum(0)
+
+
+def _num_outputs(rows: Rows) -> int:
+    """C of prepared rows."""
+    for name, array in rows.items():
+        if name.startswith(("gradient_", "dense_", "sketch_")):
+            return array.shape[-2]
+    raise ValueError("rows without gradients")
 
 
 def feature_bytes(arrays: Mapping[str, Tensor]) -> int:

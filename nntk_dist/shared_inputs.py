@@ -31,9 +31,7 @@ def shared_inputs(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[int]
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(look_at(name), with_kwargs=True) for name in seen
-    ]
+    handles = [model.get_submodule(name).register_forward_pre_hook(look_at(name), with_kwargs=True) for name in seen]
     try:
         with torch.no_grad():
             outputs(model, x)

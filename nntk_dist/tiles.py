@@ -87,9 +87,7 @@ def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> t
     return meeting.shape(counts[0], counts[1], len(features.columns))
 
 
-def _windows(
-    features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting, *, symmetric: bool
-) -> Iterator[Window]:
+def _windows(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting, *, symmetric: bool) -> Iterator[Window]:
     """The windows of a tile; of a symmetric one those that reach the diagonal or lie above it."""
     num_rows, num_columns = (len(next(iter(rows.values()))) for rows in part)
     width = len(features.columns) if meeting.full else 1
@@ -108,9 +106,7 @@ def _windows(
             yield Window(rows, columns, entries)
 
 
-def _estimates(
-    features: FeatureMap, sums: BlockSums, calibration: Calibration | None, scale: str
-) -> dict[str, Tensor]:
+def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration | None, scale: str) -> dict[str, Tensor]:
     """The statistics of a window that exist, float64; no standard error where it is not known."""
     result = estimate(sums, calibration)
     factor = scale_factor(scale, features.num_parameters)

@@ -104,8 +104,8 @@ class DifferenceMeans:
 
 
 def _resolved(rows: Float[Tensor, "n1 r c"], columns: Float[Tensor, "n2 r c"], meeting: Meeting) -> Tensor:
-    """Where an output changed in one block and the other's in another: elsewhere products of different blocks are 0, and
-    their sums, made of products that cancel, are rounding at best.
+    """Where one example's output changed in one block and the other's in another: elsewhere products of different
+    blocks are 0, and their sums, made of products that cancel, are rounding at best.
     """
     total, own = meeting.outputs(rows.sum(1)[..., None], columns.sum(1)[..., None]), None
     for r in range(rows.shape[1]):

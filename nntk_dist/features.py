@@ -86,9 +86,9 @@ class FeatureMap(Protocol):
         ...
 
     def prepare(self, rows: Rows, *, by_block: bool) -> Rows:
-        """What products need of a row set and can be made of it alone, once for all of its tiles; made already, the same.
+        """What products need of a row set and can be made of it alone, once for all of its tiles.
 
-        Arrays keep their leading row axis, and no others than `block_sums` takes them.
+        Arrays keep their leading row axis. Rows that are prepared already are returned as they are.
         """
         ...
 

@@ -3,7 +3,7 @@
 Blocks are combined before rows meet columns, so that a tile takes one product of the features' whole length:
 `contrasts`  ĝ = Q g over the blocks, Q orthogonal, its first row 1/√R: Σ_rr' H_rr' = R⟨ĝ_0, ĝ'_0⟩ and
              Σ_r H_rr = Σ_w ⟨ĝ_w, ĝ'_w⟩; what the blocks agree in is in ĝ_0 alone, and nothing of it cancels;
-`halves`     with sums by block: G = Σ_r g_r and c_r = g_r − G/2, of which T_r = ¼⟨G, G'⟩ − ⟨c_r, c'_r⟩; 1 + 1/R products.
+`halves`     with sums by block: G = Σ_r g_r and c_r = g_r − G/2: T_r = ¼⟨G, G'⟩ − ⟨c_r, c'_r⟩, 1 + 1/R products.
 Combinations belong to one row set and are made once for all tiles. No models, no randomness.
 
 Axes: n rows, r/R blocks, w combinations of blocks, c outputs, k feature columns of one output, q groups of columns.
@@ -31,7 +31,7 @@ def combined(gradients: Float[Tensor, "n r c k"], *, by_block: bool) -> Float[Te
         return torch.cat([total, gradients - 0.5 * total], dim=1)
     blocks = gradients.shape[1]
     mixing = _contrasts(blocks).to(gradients)
-    return torch.einsum("wr,nrck->nwck", mixing, gradients)
+    return (mixing @ gradients.flatten(2)).reshape(gradients.shape)
 
 
 def _contrasts(blocks: int) -> Float64[Tensor, "w r"]:

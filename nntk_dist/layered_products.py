@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting
 
-# Numbers of the products of one draw with several (2 MiB in float32: a core's cache), of which three are held at a time.
+# Numbers of the products of one draw with several (2 MiB in float32, about a core's cache); three are held at a time.
 PRODUCT_ELEMENTS = 1 << 19
 
 Partner = tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]
@@ -110,8 +110,9 @@ def _products_with(rows: Layered, s: int, partners: Sequence[Partner], meeting: 
 def layered_products(
     rows: Layered, columns: Layered, meeting: Meeting, num_blocks: int, *, pair_blocks: bool
 ) -> Float64[Tensor, "r ..."]:
-    """H_rr' of layered features for all pairs of blocks, (R, R, *tile), or (R, *tile) of each draw with itself: float64,
-    one draw of the rows at a time, for few entries.
+    """H_rr' of layered features for all pairs of blocks, (R, R, *tile), or (R, *tile) of each draw with itself.
+
+    Float64, one draw of the rows at a time: for few entries.
     """
     size, everything = rows.num_draws // num_blocks, range(rows.num_draws)
     columns = Layered(*(tuple(part.double() for part in parts) for parts in (columns.inputs, columns.gradients)))

@@ -8,7 +8,7 @@ Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from nntk_dist.block_sums import BlockSums, Meeting
 from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.statistics import Calibration, calibrate, estimate
 
-# Kernel rows and columns of a window: large enough for a matrix product's full rate, small enough for its sums (2 MiB
+# Kernel rows and columns of a window: large enough for a matrix product's full rate, small enough for its sums (1 MiB
 # each in float64) to stay near.
 WINDOW_ROWS = 256
-WINDOW_COLUMNS = 1024
+WINDOW_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def mirror_(values: Tensor) -> None:
     Bitwise symmetric then, as products of a row set with itself need not be.
     """
     edges = [*range(0, len(values), WINDOW_ROWS), len(values)]
-    for top, bottom in zip(edges, edges[1:], strict=False):
+    for top, bottom in pairwise(edges):
         square = values[top:bottom, top:bottom]
         square.copy_(square.triu() + square.triu(1).T)
-        for left, right in zip(edges, edges[1:], strict=False):
+        for left, right in pairwise(edges):
             if left >= bottom:
                 values[left:right, top:bottom] = values[top:bottom, left:right].T

@@ -236,8 +236,8 @@ class GradientFeatures:
             if self.pair_blocks:
                 terms.append(formed_products(rows["dense"], others["dense"], meeting))
             else:
-                columns = (self._columns(part["dense"], by_block=True) for part in (rows, others))
-                terms.append(alone_products(*columns, meeting))
+                own, other = (self._columns(part["dense"], by_block=True) for part in (rows, others))
+                terms.append(alone_products(own, other, meeting))
         if "sketch" in rows:
             terms.append(formed_products(rows["sketch"], others["sketch"], meeting))
         return torch.stack(terms).sum(0)

@@ -79,6 +79,7 @@ class ComputeConfig(Section):
         Literal["auto", True], Field(description="auto or true (the later stages read the tiles)")
     ] = "auto"
     stderr: Literal["entry", "sample", "none"] = "entry"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
 
 class SpectrumConfig(Section):

@@ -12,7 +12,7 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.model_probes import ModelProbes
 from nntk_dist.resolution import Resolution
 from pipeline.build import build_spec
-from pipeline.config import Config, config_from_dict
+from pipeline.config import ComputeConfig, Config, config_from_dict
 from pipeline.job import Job, Layout, Sizes
 from pipeline.manifest import Manifest, describe_difference
 from pipeline.storage import RunStorage
@@ -80,9 +80,10 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
         "batch": compute.batch,
         "threads": compute.threads,
         "device": compute.device,
+        "matmul_precision": compute.matmul_precision,
     }
     for key, value in asked.items():
-        kept = manifest.layout[key]
+        kept = manifest.layout.get(key, ComputeConfig.model_fields[key].default)  # a run of before the key was there
         too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
         same = value in ("auto", kept) or too_few
         if not same:

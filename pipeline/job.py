@@ -31,6 +31,8 @@ class Layout:
     stderr: str
     store_features: bool
     outputs_at_once: int
+    matmul_precision: str = "highest"
+    tile_group: int = 1  # columns of tiles whose features a worker keeps
 
 
 @dataclass(frozen=True)

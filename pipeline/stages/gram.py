@@ -1,7 +1,7 @@
 """Stage `gram`: the train kernel, tile by tile; tile train/i/j with i ≤ j is computed once and written twice.
 
-The mirror image makes the stored matrix bitwise symmetric. Tiles run row by row, so that a worker's row features are
-reused.
+The mirror image makes the stored matrix bitwise symmetric. Tiles run in groups of columns whose features a worker
+keeps.
 
 Axes: i, j tile rows and columns.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task, intervals
-from pipeline.tile_task import compute_tile, write_tile
+from pipeline.tile_task import compute_tile, tile_order, write_tile
 
 NAME = "gram"
 USES_ALL_THREADS = False
@@ -19,9 +19,8 @@ USES_ALL_THREADS = False
 def tasks(job: Job) -> Iterator[Task]:
     """The upper triangle of tiles."""
     count = len(intervals(job.sizes.num_train, job.layout.tile))
-    for i in range(count):
-        for j in range(i, count):
-            yield Task(NAME, f"train/{i}/{j}")
+    for i, j in tile_order(count, count, job.layout.tile_group, upper=True):
+        yield Task(NAME, f"train/{i}/{j}")
 
 
 def execute(context: Context, task: Task) -> Written:
@@ -30,8 +29,5 @@ def execute(context: Context, task: Task) -> Written:
     bounds = intervals(context.job.sizes.num_train, context.job.layout.tile)
     values = compute_tile(context, task, ("train", *bounds[i]), ("train", *bounds[j]))
     written = Written()
-    write_tile(context, written, "train/gram", (bounds[i][0], bounds[j][0]), values)
-    if i != j:
-        mirrored = {name: tile.T for name, tile in values.items()}
-        write_tile(context, written, "train/gram", (bounds[j][0], bounds[i][0]), mirrored)
+    write_tile(context, written, "train/gram", (bounds[i][0], bounds[j][0]), values, mirrored=i != j)
     return written

@@ -51,8 +51,10 @@ class Meeting:
         At most `INNER_TERMS` terms are summed in the features' dtype, the rest in float64.
         """
         if self.paired:
-            for slot in range(a.shape[1]):
-                total.add_(self.outputs(a[:, slot], b[:, slot]), alpha=factor)
+            left, right = (part.transpose(1, 2).flatten(2) for part in (a, b))
+            for some, others in zip(left.split(INNER_TERMS, 2), right.split(INNER_TERMS, 2), strict=True):
+                product = self.outputs(some, others) if self.full else (some * others).sum((1, 2), dtype=total.dtype)
+                total.add_(product, alpha=factor)
             return
         left, right = self._matrix(a), self._matrix(b)
         product = left.new_empty(total.shape)

@@ -93,7 +93,6 @@ def _windows(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting, *,
     width = len(features.columns) if meeting.full else 1
     height, length = (max(1, edge // width) for edge in (WINDOW_ROWS, WINDOW_COLUMNS))
     if meeting.paired:
-        height = max(1, WINDOW_ROWS * WINDOW_COLUMNS // width**2)
         for start in range(0, num_rows, height):
             rows = slice(start, min(start + height, num_rows))
             yield Window(rows, rows, (rows,))

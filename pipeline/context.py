@@ -140,7 +140,7 @@ class Context:
             yield self._rows(row, part), self._rows(column, part)
 
     def _rows(self, interval: tuple[str, int, int], columns: tuple[int, ...]) -> Rows:
-        """Features of one interval, prepared for products; remembered while they fit, since neighbouring tiles share them."""
+        """Features of one interval, prepared for products; remembered while they fit, since neighbours share them."""
         key = (interval, columns)
         if key not in self._cache:
             split, start, stop = interval

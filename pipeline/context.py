@@ -10,7 +10,6 @@ Axes: n rows, s draws, c outputs.
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -169,19 +168,16 @@ class Context:
 
         All are on storage when this returns; the first error is raised then.
         """
-        if len(pieces) == 1 or self.sink is not None:
-            results = [self._write_piece(piece) for piece in pieces]
+        arrays = [(path, start, _as_array(values)) for path, start, values in pieces]
+        if self.sink is not None:
+            results = [self.sink.write(*piece) for piece in arrays]
         else:
-            for path, _, _ in pieces:
-                self.store.array(path)  # opened here: the table of open arrays is not for several threads
-            with ThreadPoolExecutor(self.job.layout.threads + 1) as pool:
-                results = list(pool.map(self._write_piece, pieces))
-        for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
+            results = self.store.write_all(arrays, threads=self.job.layout.threads + 1)
+        for (path, start, _), (num_bytes, checksum) in zip(arrays, results, strict=True):
             written.num_bytes += num_bytes
             written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
 
-    def _write_piece(self, piece: tuple[str, Sequence[int], Tensor | np.ndarray]) -> tuple[int, int]:
-        path, start, values = piece
-        # Contiguous by torch: a transposed tile is then copied in blocks, several times faster than numpy does it.
-        array = values.detach().to("cpu").contiguous().numpy() if isinstance(values, Tensor) else values
-        return (self.sink or self.store).write(path, start, array)
+
+def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
+    """In main memory and contiguous: torch copies a transposed tile in blocks, several times faster than numpy does."""
+    return values.detach().to("cpu").contiguous().numpy() if isinstance(values, Tensor) else values

@@ -9,7 +9,8 @@ page        the page, from the JSON file alone
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from scripts.benchmarks import tile
 from scripts.studies.cells import Cell
 
 # Sections of the page, in its order.
-SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({})
+SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType({"tile": tile.cells})

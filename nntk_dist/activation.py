@@ -19,21 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from nntk_dist.block_sums import (
-    BlockSums,
-    Meeting,
-    add_factored_,
-    add_sketched_,
-    empty_sums,
-    factored_by_metric,
-    formed_gradients,
-    formed_products,
-    metric_products,
-)
+from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
+from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
 from nntk_dist.layer_noise import NoiseSite
+from nntk_dist.metric_products import Mixed, add_metric_, metric_products, mixed_by_metric
 from nntk_dist.noise_contraction import NoiseContraction
 from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.noisy_draws import NoisyDraws, NoisyPass
@@ -195,7 +187,21 @@ class ActivationFeatures:
                     total += sketch.of_gradient(names["bias"], biases)
         return total
 
+    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+        prepared = dict(rows)
+        if "dense" in prepared:
+            prepared["dense_columns"] = combined(prepared.pop("dense"), by_block=by_block)
+        if "sketch" in prepared:
+            prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, by_block=by_block)
+        if "readout" in prepared:
+            prepared["readout_columns"] = combined(prepared.pop("readout")[:, :, None], by_block=by_block)
+        if self._has_metric and "right" not in prepared:
+            differences = rows["differences"].transpose(1, 2)
+            prepared |= mixed_by_metric(differences, self.draws.weight_metric, self.num_blocks).arrays
+        return prepared
+
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
         first, second = rows["differences"], others["differences"]
         shape = meeting.shape(len(first), len(second), first.shape[2])
         groups = self.num_sketch_groups
@@ -205,23 +211,22 @@ class ActivationFeatures:
         if self._factors:
             add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
         if self._has_metric:
-            metric, blocks = self.draws.weight_metric, self.num_blocks
-            left, right = (factored_by_metric(part.transpose(1, 2), metric, blocks) for part in (first, second))
-            add_factored_(sums, left, right, meeting)
-        if self._num_formed:
-            add_factored_(sums, formed_gradients(rows["dense"]), formed_gradients(others["dense"]), meeting)
-        if self.sketch is not None:
-            sketches = formed_gradients(rows["sketch"]), formed_gradients(others["sketch"])
-            add_sketched_(sums, *sketches, meeting, groups)
-        if self.plan.readout is not None:
-            _add_readout_(sums, rows["readout"], others["readout"], meeting, first.shape[2])
+            add_metric_(sums, Mixed.of(rows), Mixed.of(others), meeting)
+        if (name := "dense_columns") in rows:
+            add_formed_(sums, rows[name], others[name], meeting)
+        if "sketch_columns" in rows:
+            add_sketched_(sums, rows, others, meeting)
+        if (name := "readout_columns") in rows:
+            _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
         if self.plan.noisy or self.plan.weight_space:
             sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
         return sums
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
-        left = {name: array.double() for name, array in rows.items()}
-        right = {name: array.double() for name, array in others.items()}
+        left, right = (
+            {name: array if name in ("dense", "sketch") else array.double() for name, array in part.items()}
+            for part in (rows, others)
+        )
         exact = self._exact_products(left, right, meeting)
         if self.sketch is None:
             return exact
@@ -259,7 +264,7 @@ def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meetin
     plain, has_blocks = Meeting(paired=meeting.paired), sums.by_block is not None
     shape = plain.shape(len(rows), len(others), 1)
     shared = empty_sums(shape, sums.num_blocks, pair_blocks=True, by_block=has_blocks, device=rows.device)
-    add_factored_(shared, formed_gradients(rows[:, :, None]), formed_gradients(others[:, :, None]), plain)
+    add_formed_(shared, rows, others, plain)
     spread = [
         None if part is None else meeting.same_output(part, num_outputs)
         for part in (shared.within, shared.between, shared.by_block)

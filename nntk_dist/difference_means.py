@@ -17,10 +17,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.attention import Attention, RunningSoftmax
-from nntk_dist.block_sums import BlockSums, Meeting, add_factored_, empty_sums, formed_gradients, formed_products
+from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.formed_products import add_formed_, combined, formed_products
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,32 @@ class DifferenceMeans:
                 total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(own))
         return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
 
+    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+        if "dense" not in rows:
+            return dict(rows)
+        changed = (rows["dense"] != 0).any(3)
+        return {"columns": combined(rows["dense"], by_block=by_block), "changed": changed.to(rows["dense"].dtype)}
+
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        left, right = rows["dense"], others["dense"]
+        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+        left, right = rows["columns"], others["columns"]
         shape = meeting.shape(len(left), len(right), left.shape[2])
         sums = empty_sums(shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=left.device)
-        add_factored_(sums, formed_gradients(left), formed_gradients(right), meeting)
+        add_formed_(sums, left, right, meeting)
+        sums.resolved = _resolved(rows["changed"], others["changed"], meeting)
         return sums
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
-        return formed_products(rows["dense"].double(), others["dense"].double(), meeting)
+        return formed_products(rows["dense"], others["dense"], meeting)
+
+
+def _resolved(rows: Float[Tensor, "n1 r c"], columns: Float[Tensor, "n2 r c"], meeting: Meeting) -> Tensor:
+    """Where one example's output changed in one block and the other's in another: elsewhere products of different
+    blocks are 0, and their sums, made of products that cancel, are rounding at best.
+    """
+    total, own = meeting.outputs(rows.sum(1)[..., None], columns.sum(1)[..., None]), None
+    for r in range(rows.shape[1]):
+        both = meeting.outputs(rows[:, r, :, None], columns[:, r, :, None])
+        own = both if own is None else own.add_(both)
+    assert own is not None
+    return total > own

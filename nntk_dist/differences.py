@@ -18,18 +18,12 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.attention import Attention
-from nntk_dist.block_sums import (
-    BlockSums,
-    Factored,
-    Meeting,
-    add_factored_,
-    empty_sums,
-    factored_by_metric,
-    metric_products,
-)
+from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows
+from nntk_dist.formed_products import add_alone_
+from nntk_dist.metric_products import Mixed, add_metric_, metric_products, mixed_by_metric
 from nntk_dist.shared_product import SharedProduct
 
 
@@ -37,7 +31,7 @@ from nntk_dist.shared_product import SharedProduct
 class DifferenceFeatures:
     """Output differences under all draws; `pair_blocks` False gives the covariance kernel.
 
-    `shared` evaluates low-rank draws without their weights, where the model allows it and scores do not need them.
+    `product` evaluates low-rank draws without their weights, where the model allows it and scores do not need them.
 
     `metric`, (S, S) float64, is M scaled so that the mean over all pairs of blocks is Φ M Φᵀ; it is made from the
     draws where not given. It is the same for all rows, so a pipeline makes it once.
@@ -51,7 +45,7 @@ class DifferenceFeatures:
     shows_unresolved: bool = True
     num_sketch_groups: int = 0
     attention: Attention | None = None
-    shared: SharedProduct | None = None
+    product: SharedProduct | None = None
 
     @property
     def num_draws(self) -> int:
@@ -96,9 +90,9 @@ class DifferenceFeatures:
     ) -> Iterator[tuple[range, Float[Tensor, "s P"] | None, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
         """(draws, z, f(x; θ), f(x; θ+z)), some draws at a time; z None where it is not made."""
         group = self.drawing.group_size
-        if self.shared is not None:
-            for part in draw_chunks(draws, max(self.shared.numbers_of_a_draw, base.numel()), group):
-                yield part, None, base, self.shared.perturbed(x, part, batch)
+        if self.product is not None:
+            for part in draw_chunks(draws, max(self.product.numbers_of_a_draw, base.numel()), group):
+                yield part, None, base, self.product.perturbed(x, part, batch)
             return
         for part in draw_chunks(draws, self.num_parameters, group):
             z = self.drawing.perturbations(part, dtype=base.dtype, device=base.device)
@@ -130,24 +124,30 @@ class DifferenceFeatures:
     def _by_block(self, features: Float[Tensor, "n c s"]) -> Float[Tensor, "n r c b"]:
         return features.unflatten(2, (self.num_blocks, -1)).transpose(1, 2)
 
-    def _factored(self, rows: Rows) -> Factored:
+    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+        if "differences" not in rows:
+            return dict(rows)
         features = rows["differences"].transpose(1, 2)
-        if not self.pair_blocks:
-            weights = (self._weights * self.num_blocks).to(features.dtype)
-            return Factored(self._by_block(features), together=self._by_block(features * weights), apart=None)
-        return factored_by_metric(features, self._block_metric, self.num_blocks)
+        if self.pair_blocks:
+            return mixed_by_metric(features, self._block_metric, self.num_blocks).arrays
+        weights = (self._weights * self.num_blocks).sqrt().to(features.dtype)
+        return {"weighted": self._by_block(features * weights)}
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        first = rows["differences"]
-        shape = meeting.shape(len(first), len(others["differences"]), first.shape[2])
+        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+        first, second = (next(iter(part.values())) for part in (rows, others))
+        shape = meeting.shape(len(first), len(second), first.shape[2])
         sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
-        add_factored_(sums, self._factored(rows), self._factored(others), meeting)
+        if self.pair_blocks:
+            add_metric_(sums, Mixed.of(rows), Mixed.of(others), meeting)
+        else:
+            add_alone_(sums, rows["weighted"], others["weighted"], meeting)
         return sums
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
-        left = rows["differences"].transpose(1, 2).double()
-        right = others["differences"].transpose(1, 2).double()
+        left, right = (part["differences"].transpose(1, 2) for part in (rows, others))
         if self.pair_blocks:
             return metric_products(left, right, self._block_metric, self.num_blocks, meeting)
-        weighted, columns = self._by_block(left * (self._weights * self.num_blocks)), self._by_block(right)
+        weighted = self._by_block(left.double() * (self._weights * self.num_blocks))
+        columns = self._by_block(right.double())
         return torch.stack([meeting.outputs(weighted[:, r], columns[:, r]) for r in range(self.num_blocks)])

@@ -23,6 +23,7 @@ from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import plan_noise
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
+from nntk_dist.shared_inputs import shared_inputs
 from nntk_dist.shared_product import shared_product
 from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
@@ -70,6 +71,7 @@ def make_feature_map(
     if chosen.sketched is not None:
         groups = groups_of_columns(chosen.num_columns, spec.blocks)
         sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names, joint=not spec.meeting.full)
+    shared = shared_inputs(model, chosen.exact, x) if spec.pair_blocks and chosen.exact.outer else frozenset[int]()
     return GradientFeatures(
         evaluator,
         chosen.exact,
@@ -79,6 +81,7 @@ def make_feature_map(
         sketch=sketch,
         sketched=chosen.sketched,
         sums_outputs=not spec.meeting.full,
+        shared=shared,
     )
 
 
@@ -100,8 +103,10 @@ def _difference_features(
         attention.try_on(x)
     if forms_means(spec, resolution):
         return DifferenceMeans(evaluator, drawing, columns, attention=attention)
-    shared = shared_product(evaluator, drawing, x) if attention is None else None
-    return DifferenceFeatures(evaluator, drawing, columns, spec.pair_blocks, metric, attention=attention, shared=shared)
+    product = shared_product(evaluator, drawing, x) if attention is None else None
+    return DifferenceFeatures(
+        evaluator, drawing, columns, spec.pair_blocks, metric, attention=attention, product=product
+    )
 
 
 def _activation_features(

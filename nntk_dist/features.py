@@ -89,8 +89,17 @@ class FeatureMap(Protocol):
         """f(x; θ), (n, C), all outputs."""
         ...
 
+    def prepare(self, rows: Rows, *, by_block: bool) -> Rows:
+        """What products need of a row set and can be made of it alone, once for all of its tiles.
+
+        Arrays keep their leading row axis. Rows that are prepared already are returned as they are.
+        """
+        ...
+
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        """The sums of one tile; with a paired meeting, of its diagonal."""
+        """The sums of one tile; with a paired meeting, of its diagonal. Rows as computed, or prepared with the same
+        `by_block`.
+        """
         ...
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Tensor:

@@ -10,7 +10,6 @@ Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only
 parameters or columns of the sketch.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,24 +20,23 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.batches import in_batches
-from nntk_dist.block_sums import (
-    BlockSums,
-    Factored,
-    Layered,
-    Meeting,
-    add_factored_,
-    add_layered_,
-    add_sketched_,
-    draw_products,
-    empty_sums,
-    formed_gradients,
-)
+from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.capture import Recording, Site, SitePlan, add_dense_gradients_, write_extended_input
 from nntk_dist.contraction import linear_widths, shares_slopes
 from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, moved_in_place
 from nntk_dist.features import ArraySpec, Rows, block_range
+from nntk_dist.formed_products import (
+    add_alone_,
+    add_formed_,
+    add_sketched_,
+    alone_products,
+    combined,
+    formed_products,
+    prepared_sketch,
+)
+from nntk_dist.layered_products import Layered, add_layered_, layered_products
 from nntk_dist.sketched_layers import Pass, sketched_gradients
 from nntk_dist.sketching import KEPT_BYTES, Projector, Sketch
 from nntk_dist.slopes import find_slopes, shared_slopes
@@ -51,6 +49,8 @@ class GradientFeatures:
 
     The parameters of `sketched`, a plan without outer sites, are in `sketch` alone: where blocks are paired only.
     `sums_outputs` is for kernels that sum products over the outputs at hand: what outputs share is then kept once.
+    `shared` numbers the outer sites whose h̃ no draw changes (`nntk_dist.shared_inputs`): where blocks are paired, these
+    meet as mean output gradients, R products of δ instead of S².
     """
 
     evaluator: Evaluator
@@ -62,6 +62,7 @@ class GradientFeatures:
     sketch: Sketch | None = None
     sketched: SitePlan | None = None
     sums_outputs: bool = False
+    shared: frozenset[int] = frozenset()
 
     @property
     def num_draws(self) -> int:
@@ -251,82 +252,86 @@ class GradientFeatures:
         named = zip(names, parts, strict=True)
         return {name: part.unflatten(2, shapes[name]) if shapes[name] else part[..., 0] for name, part in named}
 
-    def _layered(self, rows: Rows) -> Layered | None:
-        indices = range(len(self.plan.outer))
-        if not indices:
-            return None
-        return Layered(tuple(rows[f"input_{i}"] for i in indices), tuple(rows[f"gradient_{i}"] for i in indices))
-
-    def _factored(self, rows: Rows) -> Factored:
-        dense = rows["dense"]
-        if self.pair_blocks:
-            return formed_gradients(dense)
-        by_block = dense.unflatten(1, (self.num_blocks, -1)).transpose(2, 3).flatten(3)
-        return Factored(right=by_block, together=by_block / self.draws_per_block, apart=None)
-
-    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        first = next(iter(rows.values()))
-        num_outputs = self._num_outputs(rows)
-        shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
-        sums = empty_sums(
-            shape,
-            self.num_blocks,
-            pair_blocks=self.pair_blocks,
-            by_block=by_block,
-            device=first.device,
-            num_groups=self.num_sketch_groups,
-        )
-        left, right = self._layered(rows), self._layered(others)
-        if left is not None and right is not None:
-            add_layered_(sums, left, right, meeting, self._block_of, self.num_blocks)
-        if "dense" in rows:
-            add_factored_(sums, self._factored(rows), self._factored(others), meeting)
-        if "sketch" in rows:
-            left_columns, right_columns = (formed_gradients(self._sketches(part)) for part in (rows, others))
-            add_sketched_(sums, left_columns, right_columns, meeting, self.num_sketch_groups)
-        return sums
+    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+        prepared = dict(rows)
+        if "dense" in prepared:
+            prepared["dense_columns"] = self._columns(prepared.pop("dense"), by_block=by_block)
+        if "sketch" in prepared:
+            prepared.pop("sketch")
+            prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, by_block=by_block)
+        for index in self.shared if self.pair_blocks else ():
+            if f"gradient_{index}" in prepared:
+                gradients = prepared.pop(f"gradient_{index}").unflatten(1, (self.num_blocks, -1)).mean(2)
+                prepared[f"gradient_columns_{index}"] = combined(gradients, by_block=by_block)
+                prepared[f"shared_input_{index}"] = prepared.pop(f"input_{index}")[:, 0]
+        return prepared
 
     def _sketches(self, rows: Rows) -> Float[Tensor, "n r e k"]:
         """Sketches with an axis of outputs, one where they are joint."""
         assert self.sketch is not None
         return rows["sketch"][:, :, None] if self.sketch.joint else rows["sketch"]
 
-    def _num_outputs(self, rows: Rows) -> int:
-        """How many outputs there are to keep apart."""
-        return max((array.shape[2] for array in rows.values() if array.ndim == 4), default=1)
+    def _columns(self, gradients: Float[Tensor, "n q c k"], *, by_block: bool) -> Float[Tensor, "n w c _"]:
+        """Formed gradients as products take them: of a slot for each draw, the draws of a block beside each other."""
+        if self.pair_blocks:
+            return combined(gradients, by_block=by_block)
+        if self.draws_per_block == 1:
+            return gradients
+        by_draw = gradients.unflatten(1, (self.num_blocks, -1)).transpose(2, 3).flatten(3)
+        return by_draw / self.draws_per_block**0.5
 
-    def _block_of(self, draw: int) -> int:
-        return draw // self.draws_per_block
+    def _layered(self, rows: Rows) -> Layered | None:
+        """The layers whose pairs of draws are taken one by one, if any."""
+        indices = [i for i in range(len(self.plan.outer)) if f"input_{i}" in rows]
+        if not indices:
+            return None
+        return Layered(tuple(rows[f"input_{i}"] for i in indices), tuple(rows[f"gradient_{i}"] for i in indices))
+
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+        num_outputs = _num_outputs(rows)
+        first = next(iter(rows.values()))
+        shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
+
+        def nothing(num_groups: int = 0) -> BlockSums:
+            pair, blocks, device = self.pair_blocks, self.num_blocks, first.device
+            return empty_sums(shape, blocks, pair_blocks=pair, by_block=by_block, device=device, num_groups=num_groups)
+
+        sums = nothing(self.num_sketch_groups)
+        left, right = self._layered(rows), self._layered(others)
+        if left is not None and right is not None:
+            add_layered_(sums, left, right, meeting)
+        for index in self.shared if self.pair_blocks else ():
+            name, layer = f"gradient_columns_{index}", nothing()
+            add_formed_(layer, rows[name], others[name], meeting)
+            name = f"shared_input_{index}"
+            sums.add_(layer.scaled_(meeting.shared(rows[name], others[name], num_outputs)))
+        if (name := "dense_columns") in rows:
+            add = add_formed_ if self.pair_blocks else add_alone_
+            add(sums, rows[name], others[name], meeting)
+        if "sketch_columns" in rows:
+            add_sketched_(sums, rows, others, meeting)
+        return sums
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
-        left = {name: array.double() for name, array in rows.items()}
-        right = {name: array.double() for name, array in others.items()}
-        products = [
-            torch.stack([self._block_product(left, right, r, q, meeting) for q in self._partners(r)])
-            for r in range(self.num_blocks)
-        ]
-        stacked = torch.stack(products)
-        return stacked if self.pair_blocks else stacked[:, 0]
-
-    def _partners(self, block: int) -> Sequence[int]:
-        return range(self.num_blocks) if self.pair_blocks else (block,)
-
-    def _block_product(self, rows: Rows, others: Rows, r: int, q: int, meeting: Meeting) -> Tensor:
-        """H_rq by its definition, draw by draw: the slow form, for few entries."""
-        size = self.draws_per_block
-        draws = range(r * size, (r + 1) * size)
-        own = [(s, s) for s in draws]
         terms = []
         left, right = self._layered(rows), self._layered(others)
         if left is not None and right is not None:
-            pairs = list(itertools.product(draws, range(q * size, (q + 1) * size))) if self.pair_blocks else own
-            terms += [draw_products(left, right, s, t, meeting) / len(pairs) for s, t in pairs]
+            terms.append(layered_products(left, right, meeting, self.num_blocks, pair_blocks=self.pair_blocks))
         if "dense" in rows:
-            slots = [(r, q)] if self.pair_blocks else own
-            terms += [meeting.outputs(rows["dense"][:, a], others["dense"][:, b]) / len(slots) for a, b in slots]
+            if self.pair_blocks:
+                terms.append(formed_products(rows["dense"], others["dense"], meeting))
+            else:
+                own, other = (self._columns(part["dense"], by_block=True) for part in (rows, others))
+                terms.append(alone_products(own, other, meeting))
         if "sketch" in rows:
-            terms.append(meeting.outputs(self._sketches(rows)[:, r], self._sketches(others)[:, q]))
+            terms.append(formed_products(self._sketches(rows), self._sketches(others), meeting))
         return torch.stack(terms).sum(0)
+
+
+def _num_outputs(rows: Rows) -> int:
+    """How many outputs prepared rows keep apart."""
+    return max(array.shape[-2] for name, array in rows.items() if name.startswith(("gradient_", "dense_", "sketch_")))
 
 
 def feature_bytes(arrays: Mapping[str, Tensor]) -> int:

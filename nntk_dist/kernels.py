@@ -33,7 +33,7 @@ from nntk_dist.statistics import (
     sample_limit,
     t_quantile,
 )
-from nntk_dist.tiles import calibrate_sample, symmetrised, tile_estimates
+from nntk_dist.tiles import calibrate_sample, tile_estimates
 from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 _TILE_ROWS = 1024
@@ -331,14 +331,12 @@ def whole_kernel(
         edge = min(edge, max(_LEAST_LOCAL_ROWS, -(-n1 // _LOCAL_TILES)))
     parts: dict[str, Tensor] = {}
     for i in range(0, n1, edge):
-        left_tile = slice_rows(rows, slice(i, i + edge))
+        left_tile = features.prepare(slice_rows(rows, slice(i, i + edge)), by_block=calibration is not None)
         for j in range(i if symmetric else 0, n2, edge):
-            right_tile = slice_rows(right, slice(j, j + edge))
+            right_tile = left_tile if symmetric and i == j else slice_rows(right, slice(j, j + edge))
             tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
             for name, values in tile.items():
                 whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))
-                if symmetric and i == j:
-                    values = symmetrised(values)
                 _place(whole, values, i * width, j * width)
                 if symmetric and i != j:
                     _place(whole, values.T, j * width, i * width)

@@ -28,7 +28,7 @@ from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.regression import fit_ridge_path
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
-from nntk_dist.tiles import symmetrised, tile_estimates
+from nntk_dist.tiles import tile_estimates
 from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
 
 Array = np.ndarray
@@ -51,7 +51,7 @@ class TrainedKernel:
 
     def gram(self) -> Float64[Array, "n n"]:
         """Train by train, (n·C)² for `full`; bitwise symmetric."""
-        return symmetrised(self._meet(self.rows)).cpu().numpy()
+        return self._meet(self.rows).cpu().numpy()
 
     def cross(self, inputs: Array) -> Float64[Array, "m n"]:
         """New examples by train."""

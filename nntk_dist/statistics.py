@@ -59,7 +59,20 @@ class Estimates:
 def jackknife_variance(by_block: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
     """Delete-one-block variance of U from T_r: 4 Σ(T_r − T̄)² / (R(R−1)(R−2)²)."""
     blocks = len(by_block)
-    return by_block.var(0, unbiased=False) * (4.0 / ((blocks - 1) * (blocks - 2) ** 2))
+    return _squared_deviations(by_block).mul_(4.0 / (blocks * (blocks - 1) * (blocks - 2) ** 2))
+
+
+def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
+    """Σ_r (v_r − v̄)², from differences to the first: 0 exactly where all are the same.
+
+    Many times faster than `var` over the leading axis, whose steps are a tile long.
+    """
+    total, squares, difference = (torch.zeros_like(values[0]) for _ in range(3))
+    for part in values[1:]:
+        torch.sub(part, values[0], out=difference)
+        total.add_(difference)
+        squares.addcmul_(difference, difference)
+    return squares.addcmul_(total, total, value=-1.0 / len(values))
 
 
 def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +91,8 @@ def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, T
 
 def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Float64[Tensor, "*tile"]:
     """Variance of U over sketches, from what each of Q independent groups adds to Σ_{r≠r'} h_rr': Q·Var_q/(R(R−1))²."""
-    return by_group.var(0) * (len(by_group) / (num_blocks * (num_blocks - 1)) ** 2)
+    groups = len(by_group)
+    return _squared_deviations(by_group).mul_(groups / (groups - 1) / (num_blocks * (num_blocks - 1)) ** 2)
 
 
 def calibrate(
@@ -133,7 +147,7 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
     blocks, by_block, stderr = sums.num_blocks, sums.by_block, None
     if sums.between is None:
         if by_block is not None and calibration is not None:
-            stderr = (by_block.var(0) / blocks).sqrt()
+            stderr = (_squared_deviations(by_block) / (blocks * (blocks - 1))).sqrt()
         return Estimates(plugin=sums.within / blocks, unbiased=None, stderr=stderr)
     if by_block is not None and calibration is not None:
         variance = calibration.level * jackknife_variance(by_block)

@@ -1,18 +1,35 @@
 """One tile of a kernel from the features of its rows and columns: the step that memory and a cluster share.
 
-It computes and returns; where rows come from and where tiles go is the caller's business.
+A tile is made in windows of rows and columns that stay in a core's cache, sums in float64 and all; only results are as
+large as the tile. It computes and returns; where rows come from and where tiles go is the caller's business.
 
 Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting` says.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting
-from nntk_dist.features import FeatureMap, Rows
+from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.statistics import Calibration, calibrate, estimate
+
+# Kernel rows and columns of a window: large enough for a matrix product's full rate, small enough for its sums (1 MiB
+# each in float64) to stay near.
+WINDOW_ROWS = 256
+WINDOW_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a tile: examples of its rows and columns, and where their entries lie."""
+
+    rows: slice
+    columns: slice
+    entries: tuple[slice, ...]
 
 
 def tile_estimates(
@@ -21,29 +38,96 @@ def tile_estimates(
     meeting: Meeting,
     calibration: Calibration | None,
     scale: str,
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in float64 and in the kernel's scale.
+    """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in the kernel's scale; sums are of float64, and
+    results rounded to `dtype`.
 
-    `parts` are the features of rows and columns, all outputs at once or (for `trace`) a few outputs at a time. Without
-    a calibration no standard error is made, which spares a third of the products. The standard error of an
-    entry is NaN where differences gave every block the same value, as where no draw changed the output of its row or
-    column: such an entry is not known to be zero, it is not known.
+    `parts` are the features of rows and columns (computed, or prepared by the feature map with by_block where there is
+    a calibration), all outputs at once or (for `trace`) a few outputs at a time; several parts keep the sums of the
+    whole tile. Rows and columns that are one object give a tile that is bitwise symmetric, of which only what lies on
+    and above the diagonal is computed. Without a calibration no standard error is made, which spares operations. The
+    standard error of an entry is NaN where differences gave every block the same value, as where no draw changed the
+    output of its row or column: such an entry is not known to be zero, it is not known.
     """
-    total: BlockSums | None = None
-    for rows, others in parts:
-        sums = features.block_sums(rows, others, meeting, by_block=calibration is not None)
-        total = sums if total is None else total.add_(sums)
-    if total is None:
+    by_block, iterator = calibration is not None, iter(parts)
+    first, second = next(iterator, None), next(iterator, None)
+    if first is None:
         raise ValueError("a tile needs at least one part")
-    result = estimate(total, calibration)
+    symmetric = first[0] is first[1] and not meeting.paired
+    shape = _shape(features, first, meeting)
+    windows = list(_windows(features, first, meeting, symmetric=symmetric))
+    whole = second is not None
+    totals: list[BlockSums | None] = [None] * len(windows)
+    result: dict[str, Tensor] = {}
+    for part in chain([first], [] if second is None else [second], iterator):
+        rows = features.prepare(part[0], by_block=by_block)
+        others = rows if part[0] is part[1] else features.prepare(part[1], by_block=by_block)
+        for index, window in enumerate(windows):
+            chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
+            sums = features.block_sums(*chosen, meeting, by_block=by_block)
+            total = totals[index]
+            if whole:
+                totals[index] = sums if total is None else total.add_(sums)
+            else:
+                _place_(result, window, _estimates(features, sums, calibration, scale), shape, dtype)
+    for window, total in zip(windows, totals, strict=True):
+        if total is not None:
+            _place_(result, window, _estimates(features, total, calibration, scale), shape, dtype)
+    if symmetric:
+        for values in result.values():
+            mirror_(values)
+    return result
+
+
+def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> tuple[int, ...]:
+    """The tile's."""
+    counts = [len(next(iter(rows.values()))) for rows in part]
+    return meeting.shape(counts[0], counts[1], len(features.columns))
+
+
+def _windows(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting, *, symmetric: bool) -> Iterator[Window]:
+    """The windows of a tile; of a symmetric one those that reach the diagonal or lie above it."""
+    num_rows, num_columns = (len(next(iter(rows.values()))) for rows in part)
+    width = len(features.columns) if meeting.full else 1
+    height, length = (max(1, edge // width) for edge in (WINDOW_ROWS, WINDOW_COLUMNS))
+    if meeting.paired:
+        for start in range(0, num_rows, height):
+            rows = slice(start, min(start + height, num_rows))
+            yield Window(rows, rows, (rows,))
+        return
+    for top in range(0, num_rows, height):
+        rows = slice(top, min(top + height, num_rows))
+        for left in range(top if symmetric else 0, num_columns, length):
+            columns = slice(left, min(left + length, num_columns))
+            entries = tuple(slice(part.start * width, part.stop * width) for part in (rows, columns))
+            yield Window(rows, columns, entries)
+
+
+def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration | None, scale: str) -> dict[str, Tensor]:
+    """The statistics of a window that exist, float64; no standard error where it is not known."""
+    result = estimate(sums, calibration)
     factor = scale_factor(scale, features.num_parameters)
     values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
-    present = {name: value * factor for name, value in values.items() if value is not None}
+    present = {name: value for name, value in values.items() if value is not None}
+    if factor != 1.0:
+        present = {name: value * factor for name, value in present.items()}
     if "stderr" in present and features.shows_unresolved:
         present["stderr"] = present["stderr"].masked_fill(present["stderr"] == 0, torch.nan)
-    if "stderr" in present and total.resolved is not None:
-        present["stderr"] = present["stderr"].masked_fill(~total.resolved, torch.nan)
+    if "stderr" in present and sums.resolved is not None:
+        present["stderr"] = present["stderr"].masked_fill(~sums.resolved, torch.nan)
     return present
+
+
+def _place_(
+    result: dict[str, Tensor], window: Window, values: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Write the statistics of a window to their place, which is made where there is none."""
+    for name, value in values.items():
+        if name not in result:
+            result[name] = torch.empty(shape, dtype=dtype, device=value.device)
+        result[name][window.entries] = value
 
 
 def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], meeting: Meeting) -> Calibration:
@@ -52,7 +136,7 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
     by_group: Tensor | None = None
     for rows, others in parts:
         product = features.block_products(rows, others, meeting)
-        products = product if products is None else products + product
+        products = product if products is None else products.add_(product)
         if features.num_sketch_groups:
             grouped = features.block_sums(rows, others, meeting, by_block=True).by_group
             by_group = grouped if by_group is None or grouped is None else by_group + grouped
@@ -66,6 +150,15 @@ def scale_factor(scale: str, num_parameters: int) -> float:
     return num_parameters**-2 if scale == "raw" else 1.0
 
 
-def symmetrised(values: Tensor) -> Tensor:
-    """The upper triangle and its mirror image: bitwise symmetric, as products of a row set with itself need not be."""
-    return values.triu() + values.triu(1).T
+def mirror_(values: Tensor) -> None:
+    """Copy the upper triangle of a square matrix onto the lower, in place and in pieces that stay in the cache.
+
+    Bitwise symmetric then, as products of a row set with itself need not be.
+    """
+    edges = [*range(0, len(values), WINDOW_ROWS), len(values)]
+    for top, bottom in pairwise(edges):
+        square = values[top:bottom, top:bottom]
+        square.copy_(square.triu() + square.triu(1).T)
+        for left, right in pairwise(edges):
+            if left >= bottom:
+                values[left:right, top:bottom] = values[top:bottom, left:right].T

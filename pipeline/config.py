@@ -81,6 +81,7 @@ class ComputeConfig(Section):
         Field(description="auto, true, or false (of kernels with a factor, from which the later stages work then)"),
     ] = "auto"
     stderr: Literal["entry", "sample", "none"] = "entry"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
 
 class SpectrumConfig(Section):

@@ -138,7 +138,7 @@ class Context:
             yield self._rows(row, part), self._rows(column, part)
 
     def _rows(self, interval: tuple[str, int, int], columns: tuple[int, ...]) -> Rows:
-        """Features of one interval, remembered while they fit, since neighbouring tiles share rows."""
+        """Features of one interval, prepared for products; remembered while they fit, since neighbours share them."""
         key = (interval, columns)
         if key not in self._cache:
             split, start, stop = interval
@@ -151,7 +151,8 @@ class Context:
                 }
             else:
                 rows = self.compute(split, slice(start, stop), columns)
-            self._cache[key] = rows
+            by_block = self.job.layout.stderr == "entry"
+            self._cache[key] = self.features_with_metric.prepare(rows, by_block=by_block)
         self._cache.move_to_end(key)
         while len(self._cache) > 2 and sum(map(feature_bytes, self._cache.values())) > FEATURE_CACHE_BYTES:
             self._cache.popitem(last=False)
@@ -159,7 +160,23 @@ class Context:
 
     def write(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
         """Write whole shards of an array, beginning at the given index, and note bytes and checksum."""
-        array = values.detach().to("cpu").numpy() if isinstance(values, Tensor) else values
-        num_bytes, checksum = (self.sink or self.store).write(path, start, array)
-        written.num_bytes += num_bytes
-        written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
+        self.write_all(written, [(path, start, values)])
+
+    def write_all(self, written: Written, pieces: Sequence[tuple[str, Sequence[int], Tensor | np.ndarray]]) -> None:
+        """Write several pieces as `write` does, beside each other: compression and checksums let other threads run.
+
+        All are on storage when this returns; the first error is raised then.
+        """
+        arrays = [(path, start, _as_array(values)) for path, start, values in pieces]
+        if self.sink is not None:
+            results = [self.sink.write(*piece) for piece in arrays]
+        else:
+            results = self.store.write_all(arrays, threads=self.job.layout.threads + 1)
+        for (path, start, _), (num_bytes, checksum) in zip(arrays, results, strict=True):
+            written.num_bytes += num_bytes
+            written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
+
+
+def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
+    """In main memory and contiguous: torch copies a transposed tile in blocks, several times faster than numpy does."""
+    return values.detach().to("cpu").contiguous().numpy() if isinstance(values, Tensor) else values

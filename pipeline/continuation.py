@@ -19,6 +19,7 @@ from pipeline.storage import RunStorage
 
 Section = TypeVar("Section")
 LATER_STAGES = ("spectrum", "regression")
+_BEFORE = {"write_tiles": True, "matmul_precision": "highest"}  # what runs had before these keys were kept
 
 
 def stored_job(manifest: Manifest) -> Job:
@@ -81,9 +82,10 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
         "threads": compute.threads,
         "device": compute.device,
         "write_tiles": compute.write_tiles,
+        "matmul_precision": compute.matmul_precision,
     }
     for key, value in asked.items():
-        kept = manifest.layout.get(key, True) if key == "write_tiles" else manifest.layout[key]
+        kept = manifest.layout.get(key, _BEFORE.get(key))
         too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
         same = value in ("auto", kept) or too_few
         if not same:

@@ -75,9 +75,11 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
     features = (
         "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
     )
+    precision = layout.matmul_precision
+    rounded = "" if precision == "highest" else f", products of tiles at matmul_precision {precision}"
     out.print(
         f"layout: tile {layout.tile}, batch {layout.batch}, features {features}, {layout.threads} thread(s) a worker, "
-        f"{layout.dtype} on {layout.device}{_sharing(plan.job)}",
+        f"{layout.dtype} on {layout.device}{_sharing(plan.job)}{rounded}",
         soft_wrap=True,
     )
     if plan.job.resolution.probes is None:

@@ -34,6 +34,8 @@ class Layout:
     store_features: bool
     outputs_at_once: int
     write_tiles: bool = True
+    matmul_precision: str = "highest"
+    tile_group: int = 1  # columns of tiles whose features a worker keeps
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A thin layer for workers and driver over the policy in `pipeline.kernel_store`; 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,3 +72,18 @@ class KernelArrays:
                 f"{path} in run_dir '{self.storage.url}' cannot be written ({error.strerror or error}); make room or "
                 "see to the storage, then continue with --resume"
             ) from error
+
+    def write_all(
+        self, pieces: Sequence[tuple[str, Sequence[int], np.ndarray]], *, threads: int
+    ) -> list[tuple[int, int]]:
+        """Write several pieces (path, start, values) as `write` does, so many at a time; all are on storage then.
+
+        Compression, checksums and the storage itself let other threads of Python run. Raises as `write`, for the first
+        piece that fails.
+        """
+        for path, _, _ in pieces:
+            self.array(path)  # opened here: the table of open arrays is not for several threads
+        if len(pieces) == 1:
+            return [self.write(*piece) for piece in pieces]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(lambda piece: self.write(*piece), pieces))

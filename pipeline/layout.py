@@ -116,4 +116,6 @@ def make_layout(
         store_features=stored,
         outputs_at_once=at_once,
         write_tiles=tiles,
+        matmul_precision=compute.matmul_precision,
+        tile_group=max(1, FEATURE_CACHE_BYTES // max(1, 2 * row_bytes * min(compute.tile, sizes.num_train)) - 1),
     )

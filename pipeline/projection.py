@@ -15,15 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nntk_dist.block_sums import PRODUCT_ELEMENTS
 from nntk_dist.designs import group_size
 from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
 from nntk_dist.gradients import GradientFeatures
+from nntk_dist.layered_products import PRODUCT_ELEMENTS
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from nntk_dist.stochastic import is_random
-from pipeline.arrays import StoredArray, holds_differences, holds_metric, holds_sketch, kernel_width
+from nntk_dist.tiles import WINDOW_COLUMNS, WINDOW_ROWS
+from pipeline.arrays import (
+    StoredArray,
+    holds_differences,
+    holds_metric,
+    holds_sketch,
+    kernel_width,
+    statistics_of,
+)
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
 from pipeline.layout import FEATURE_CACHE_BYTES
@@ -39,6 +47,10 @@ _RATE_EDGE = 768
 # writing.
 _EFFICIENCY = 0.4
 _READ_BYTES_PER_SECOND = 1e9  # of a local disk or its cache, checksums verified
+# Features of layers in factors, which are held as they are computed.
+_FACTORS = ("input_", "gradient_", "direction_", "noise_")
+_WINDOW_SUMS = 10  # of a window, in float64, beside the sums by block: of pairs, their parts, products, statistics
+_WRITTEN_COPIES = 3  # of a piece that is written: contiguous, its chunks compressed, its shard
 
 
 @dataclass(frozen=True)
@@ -146,19 +158,26 @@ def weighting_bytes(job: Job, x: Tensor) -> int:
 def entry_operations(job: Job, features: FeatureMap) -> float:
     """Operations of one entry of the kernel (summed over outputs), standard errors included."""
     sizes, paired = job.sizes, job.spec.pair_blocks
-    copies = kernel_width(job)
-    products = (3 if job.layout.stderr == "entry" else 2) if paired else 1
+    copies, errors = kernel_width(job), job.layout.stderr == "entry"
+    shared = features.shared if isinstance(features, GradientFeatures) else frozenset[int]()
+    formed = (1.0 + 1.0 / sizes.num_blocks if errors else 1.0) if paired else 1.0
+    metric = (3.0 if errors else 2.0) if paired else 1.0
     total = 0.0
     for spec in features.arrays:
-        width = math.prod(spec.shape[1:])
-        if spec.name.startswith("input_"):
-            total += 2.0 * width * (sizes.num_draws**2 if paired else sizes.num_draws)
+        width, place = math.prod(spec.shape[1:]), spec.name.rpartition("_")[2]
+        if spec.name.startswith(("input_", "gradient_")):
+            each = 1 if spec.name.startswith("input_") else copies
+            pairs = float(sizes.num_draws**2 if paired else sizes.num_draws)
+            if place.isdigit() and int(place) in shared:  # one product of h̃, mean output gradients as formed ones
+                pairs = 1.0 if spec.name.startswith("input_") else formed * sizes.num_blocks
+            total += 2.0 * width * each * pairs
         elif spec.name.startswith(("direction_", "noise_")):  # two Gram matrices for every pair of draws
             total += 2.0 * math.prod(spec.shape) * spec.shape[0] * spec.shape[1]
-        elif spec.name.startswith("gradient_"):
-            total += 2.0 * width * copies * (sizes.num_draws**2 if paired else sizes.num_draws)
+        elif spec.name == "differences":
+            total += 2.0 * metric * spec.shape[0] * width * copies
         else:
-            total += 2.0 * products * spec.shape[0] * width * copies
+            groups = 1.0 if errors and spec.name == "sketch" else 0.0
+            total += 2.0 * (formed + groups) * spec.shape[0] * width * copies
     return total
 
 
@@ -204,23 +223,10 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     held += features.probe_bytes if isinstance(features, GradientFeatures) else 0
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
     feature_task = 3 * chunk if layout.store_features else 0
-    width = kernel_width(job)
-    tile = min(layout.tile, sizes.num_train)
-    entries = (tile * width) ** 2
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
-    everything = (sizes.num_train + sizes.num_test) * row_bytes * share
-    rows = int(max(2 * tile * row_bytes * share, min(FEATURE_CACHE_BYTES, everything)))
-    in_factors = ("input_", "gradient_", "direction_", "noise_")
-    factored = any(not spec.name.startswith(in_factors) for spec in features.arrays)
-    pairs = 0
-    if any(spec.name.startswith("noise_") for spec in features.arrays):
-        pairs = 4 * item * CHUNK_ELEMENTS
-    elif any(spec.name.startswith("input_") for spec in features.arrays):
-        pairs = 3 * item * min(PRODUCT_ELEMENTS, sizes.num_draws * entries)
-    by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
-    sums = entries * 8 * (by_block + 2) + entries * (8 * 6 + 3 * item)
-    tile_task = rows * (3 if factored else 1) + sums + pairs
-    sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + 8 / item)
+    tile_task = _tile_bytes(job, features, int(row_bytes * share))
+    in_factors = any(spec.name.startswith(_FACTORS) for spec in features.arrays)
+    sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + (8 / item if in_factors else 0))
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products
     return int(held + max(feature_task, calibration_task, tile_task))
@@ -229,6 +235,45 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
 def solve_bytes(job: Job, solvers: Mapping[str, Solver]) -> int:
     """Peak of the spectrum and of the regression, by their methods."""
     return BASE_BYTES + max(solver_bytes(job, name, solver) for name, solver in solvers.items())
+
+
+def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
+    """Of a tile task: features that are kept, and the more of them that is made in preparing one row set; the sums of a
+    window; the results, and what compressing and writing them takes.
+    """
+    layout, sizes, width = job.layout, job.sizes, kernel_width(job)
+    item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
+    tile = min(layout.tile, sizes.num_train)
+    entries = (tile * width) ** 2
+    window = min(entries, WINDOW_ROWS * WINDOW_COLUMNS)
+    by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
+    prepared = row_bytes * _prepared_share(job, features)
+    everything = int((sizes.num_train + sizes.num_test) * prepared)
+    parts = 1 if layout.store_features else -(-sizes.num_kernel_outputs // layout.outputs_at_once)
+    kept = max(2 * tile * prepared, min(FEATURE_CACHE_BYTES, everything * parts))
+    names = [spec.name for spec in features.arrays]
+    pairs = 0
+    if any(name.startswith("noise_") for name in names):
+        pairs = 4 * item * CHUNK_ELEMENTS
+    elif any(name.startswith("input_") for name in names):
+        pairs = 3 * item * min(PRODUCT_ELEMENTS, sizes.num_draws * window)
+    sums = window * 8 * (2 * by_block + _WINDOW_SUMS) + (entries * 8 * (by_block + 2) if parts > 1 else 0)
+    arrays = len(statistics_of(job))
+    computing = 2 * tile * row_bytes + sums + pairs
+    writing = min(2 * arrays, layout.threads + 1) * _WRITTEN_COPIES * item * entries
+    results = max(2 if job.spec.pair_blocks else 1, arrays) * item * entries
+    return int(kept + results + max(computing, writing))
+
+
+def _prepared_share(job: Job, features: FeatureMap) -> float:
+    """What prepared features take, over features as they are computed."""
+    if job.spec.pair_blocks and holds_differences(job):
+        return 3.0
+    if all(spec.name.startswith(_FACTORS) for spec in features.arrays) or not job.spec.pair_blocks:
+        return 1.0
+    if job.layout.stderr != "entry":
+        return 1.0
+    return 1.0 + 1.0 / job.sizes.num_blocks + (1.0 if features.num_sketch_groups else 0.0)
 
 
 def _rate(dtype: str, device: str) -> float:

@@ -3,6 +3,9 @@
 Axes: rows and columns of one tile, in kernel rows (C for an example of a `full` kernel).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -15,36 +18,89 @@ from pipeline.job import Task
 
 Interval = tuple[str, int, int]
 
+_STRIPE_ROWS = 128
+
 
 def compute_tile(
     context: Context, task: Task, row: Interval, column: Interval, *, paired: bool = False
 ) -> dict[str, Tensor]:
-    """plugin, unbiased and stderr (those that exist) of the rows and columns in two intervals, float64."""
+    """plugin, unbiased and stderr (those that exist) of the rows and columns in two intervals, in the stored dtype."""
     job = context.job
     calibration = None
     if job.layout.stderr == "entry":
         calibration = Calibration(level=float(task.arguments["level"]), relative_error=float("nan"), num_entries=0)
     meeting = Meeting(full=job.spec.meeting.full, paired=paired)
     parts = context.feature_parts(row, column)
-    return tile_estimates(context.features_with_metric, parts, meeting, calibration, job.spec.scale)
+    features, dtype = context.features_with_metric, context.dtype
+    with multiplying(job.layout.matmul_precision):
+        return tile_estimates(features, parts, meeting, calibration, job.spec.scale, dtype=dtype)
+
+
+@contextmanager
+def multiplying(precision: str) -> Iterator[None]:
+    """Float32 products at a precision of `torch.set_float32_matmul_precision`: those of tiles, and nothing else."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:
+    """The tiles (i, j) of a matrix, those with i ≤ j where `upper`, in an order that needs few features at a time.
+
+    Columns go in groups whose features a worker can keep: within a group row after row, so that a row's features are
+    needed once for each group, and a column's stay.
+    """
+    for first in range(0, num_columns, group):
+        columns = range(first, min(first + group, num_columns))
+        for i in range(min(num_rows, columns.stop) if upper else num_rows):
+            for j in columns:
+                if not upper or i <= j:
+                    yield i, j
 
 
 def write_tile(
-    context: Context, written: Written, prefix: str, start: tuple[int, ...], values: dict[str, Tensor]
+    context: Context,
+    written: Written,
+    prefix: str,
+    start: tuple[int, ...],
+    values: dict[str, Tensor],
+    *,
+    mirrored: bool = False,
 ) -> None:
-    """Write the arrays of one tile and add up what the driver wants to know of it; `start` counts examples."""
+    """Write the arrays of one tile, with `mirrored` their transposed too, and add up what the driver wants to know of
+    it; `start` counts examples.
+
+    Arrays are compressed and written beside each other, as many at a time as the task has threads and one more.
+    """
     width = kernel_width(context.job)
-    scaled = tuple(position * width for position in start) if len(start) == 2 else start
+    places = [start, start[::-1]] if mirrored else [start]
+    pieces = []
     for suffix, name in statistics_of(context.job).items():
-        context.write(written, f"{prefix}{suffix}", scaled, values[name].to(context.dtype))
-    sums: dict[str, Tensor] = {}
-    if "unbiased" in values:
-        sums["squared_unbiased"] = values["unbiased"].square().sum()
-        sums["squared_difference"] = (values["plugin"] - values["unbiased"]).square().sum()
-    if "stderr" in values:
-        finite = values["stderr"].nan_to_num(0.0)
-        sums["squared_stderr"] = finite.square().sum()
-        sums["unresolved"] = torch.isnan(values["stderr"]).sum()
-    for name, total in sums.items():
+        for index, place in enumerate(places):
+            scaled = tuple(position * width for position in place) if len(place) == 2 else place
+            pieces.append((f"{prefix}{suffix}", scaled, values[name].T if index else values[name]))
+    context.write_all(written, pieces)
+    for name, total in _totals(values).items():
         key = f"{prefix}:{name}"
-        written.numbers[key] = written.numbers.get(key, 0.0) + float(total)
+        written.numbers[key] = written.numbers.get(key, 0.0) + total * len(places)
+
+
+def _totals(values: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over a tile, in float64, a stripe at a time."""
+    sums: dict[str, float] = {}
+
+    def add(name: str, total: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + float(total)
+
+    for rows in torch.arange(len(values["plugin"])).split(_STRIPE_ROWS):
+        stripe = {name: tile[int(rows[0]) : int(rows[-1]) + 1].double() for name, tile in values.items()}
+        if "unbiased" in stripe:
+            add("squared_unbiased", stripe["unbiased"].square().sum())
+            add("squared_difference", (stripe["plugin"] - stripe["unbiased"]).square_().sum())
+        if "stderr" in stripe:
+            add("squared_stderr", stripe["stderr"].nan_to_num(0.0).square_().sum())
+            add("unresolved", torch.isnan(stripe["stderr"]).sum())
+    return sums

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from pipeline.context import Context, Written
 from pipeline.job import Job, Task, intervals
-from pipeline.tile_task import compute_tile, write_tile
+from pipeline.tile_task import compute_tile, tile_order, write_tile
 
 NAME = "test"
 USES_ALL_THREADS = False
@@ -18,9 +18,9 @@ USES_ALL_THREADS = False
 def tasks(job: Job) -> Iterator[Task]:
     """All tiles of the rectangle, then the pieces of the diagonal."""
     rows = len(intervals(job.sizes.num_test, job.layout.tile))
-    for i in range(rows if job.layout.write_tiles else 0):
-        for j in range(len(intervals(job.sizes.num_train, job.layout.tile))):
-            yield Task(NAME, f"test/{i}/{j}")
+    columns = len(intervals(job.sizes.num_train, job.layout.tile))
+    for i, j in tile_order(rows, columns, job.layout.tile_group) if job.layout.write_tiles else ():
+        yield Task(NAME, f"test/{i}/{j}")
     for i in range(rows):
         yield Task(NAME, f"diagonal/{i}")
 

@@ -25,7 +25,7 @@ from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration
-from nntk_dist.tiles import symmetrised, tile_estimates
+from nntk_dist.tiles import mirror_, tile_estimates
 from tests.library.tools import all_rows, assert_equal, by_definition, estimates_of, prepared_features
 from tests.oracles.cases import case
 
@@ -310,9 +310,12 @@ def test_a_tile_of_nothing_is_refused():
         tile_estimates(features, [], spec.meeting, None, spec.scale)
 
 
-def test_symmetrised_mirrors_the_upper_triangle():
-    values = torch.arange(9.0).reshape(3, 3)
-    assert torch.equal(symmetrised(values), torch.tensor([[0.0, 1, 2], [1, 4, 5], [2, 5, 8]]))
+def test_the_upper_triangle_is_mirrored():
+    for size in (3, 600):
+        values = torch.arange(float(size**2)).reshape(size, size)
+        expected = values.triu() + values.triu(1).T
+        mirror_(values)
+        assert torch.equal(values, expected)
 
 
 # Unresolved entries ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""Block products of gradients that are formed: features are columns, and sums are plain matrix products.
+
+Blocks are combined before rows meet columns, so that a tile takes one product of the features' whole length:
+`contrasts`  ĝ = Q g over the blocks, Q orthogonal, its first row 1/√R: Σ_rr' H_rr' = R⟨ĝ_0, ĝ'_0⟩ and
+             Σ_r H_rr = Σ_w ⟨ĝ_w, ĝ'_w⟩; what the blocks agree in is in ĝ_0 alone, and nothing of it cancels;
+`halves`     with sums by block: G = Σ_r g_r and c_r = g_r − G/2: T_r = ¼⟨G, G'⟩ − ⟨c_r, c'_r⟩, 1 + 1/R products.
+Combinations belong to one row set and are made once for all tiles. No models, no randomness.
+
+Axes: n rows, r/R blocks, w combinations of blocks, c outputs, k feature columns of one output, q groups of columns.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from nntk_dist.block_sums import BlockSums, Meeting
+
+# Numbers of a portion of features that is taken to float64 for products of all pairs of blocks (32 MiB).
+_PORTION_ELEMENTS = 1 << 22
+
+
+def combined(gradients: Float[Tensor, "n r c k"], *, by_block: bool) -> Float[Tensor, "n w c k"]:
+    """The combinations of block means that `add_formed_` takes: R contrasts, or G and R halves where sums by block are
+    wanted.
+    """
+    total = gradients.sum(1, keepdim=True)
+    if by_block:
+        return torch.cat([total, gradients - 0.5 * total], dim=1)
+    blocks = gradients.shape[1]
+    mixing = _contrasts(blocks).to(gradients)
+    return (mixing @ gradients.flatten(2)).reshape(gradients.shape)
+
+
+def _contrasts(blocks: int) -> Float64[Tensor, "w r"]:
+    """Helmert's orthogonal matrix: 1/√R, then each block against the mean of those before it."""
+    rows = torch.arange(blocks, dtype=torch.float64)
+    matrix = torch.ones(blocks, blocks, dtype=torch.float64).tril(-1)
+    matrix -= torch.diag(rows)
+    matrix /= (rows * (rows + 1)).sqrt().clamp(min=1.0)[:, None]
+    matrix[0] = 1.0 / math.sqrt(blocks)
+    return matrix
+
+
+def add_formed_(
+    sums: BlockSums, rows: Float[Tensor, "n1 w c k"], columns: Float[Tensor, "n2 w c k"], meeting: Meeting
+) -> None:
+    """Add the block products of `combined` features, all pairs of blocks.
+
+    Float32 products of up to `INNER_TERMS` terms, summed in float64: what cancels between them, the more the larger
+    `within` is against `between`, is known to the rounding of `within`.
+    """
+    assert sums.between is not None
+    first, other = torch.zeros_like(sums.within), torch.zeros_like(sums.within)
+    meeting.add_outputs_(first, rows[:, :1], columns[:, :1])
+    sums.within.add_(first)
+    if sums.by_block is None:
+        meeting.add_outputs_(other, rows[:, 1:], columns[:, 1:])
+        sums.within.add_(other)
+        sums.between.add_(first, alpha=sums.num_blocks - 1.0).sub_(other)
+        return
+    apart, quarter = torch.empty_like(first), first.mul_(0.25)
+    for r in range(sums.num_blocks):
+        apart.copy_(quarter)
+        meeting.add_outputs_(apart, rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2], -1.0)
+        sums.by_block[r].add_(apart)
+        other.add_(apart)
+    sums.within.sub_(other)
+    sums.between.add_(other)
+
+
+def prepared_sketch(
+    sketch: Float[Tensor, "n r c k"], num_groups: int, *, by_block: bool
+) -> dict[str, Float[Tensor, "n ..."]]:
+    """What `add_sketched_` takes: the combinations, and with sums by block the contrasts again, group by group."""
+    prepared = {"sketch_columns": combined(sketch, by_block=by_block)}
+    if by_block:
+        contrasts = combined(sketch, by_block=False).unflatten(3, (num_groups, -1))
+        prepared["sketch_groups"] = contrasts.permute(0, 3, 1, 2, 4).contiguous()
+    return prepared
+
+
+def add_sketched_(sums: BlockSums, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], meeting: Meeting) -> None:
+    """Add the block products of sketches; where the standard error wants them, those of every group once more, in one
+    further product of the whole length: R·Q products of blocks and groups would be too short to be fast.
+    """
+    add_formed_(sums, rows["sketch_columns"], columns["sketch_columns"], meeting)
+    if sums.by_group is None:
+        return
+    left, right = rows["sketch_groups"], columns["sketch_groups"]
+    for group, total in enumerate(sums.by_group):
+        meeting.add_outputs_(total, left[:, group, :1], right[:, group, :1], sums.num_blocks - 1.0)
+        meeting.add_outputs_(total, left[:, group, 1:], right[:, group, 1:], -1.0)
+
+
+def add_alone_(
+    sums: BlockSums, rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
+) -> None:
+    """Add the products of every block with itself, for kernels that pair no blocks; one product in all."""
+    if sums.by_block is None:
+        meeting.add_outputs_(sums.within, rows, columns)
+        return
+    for r in range(sums.num_blocks):
+        product = torch.zeros_like(sums.within)
+        meeting.add_outputs_(product, rows[:, r : r + 1], columns[:, r : r + 1])
+        sums.within += product
+        sums.by_block[r] += product
+
+
+def formed_products(
+    rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
+) -> Float64[Tensor, "r r *tile"]:
+    """H_rr' of block-mean gradients for all pairs of blocks, by definition and in float64: for few entries.
+
+    A portion of the columns at a time: no features are copied to float64 as a whole.
+    """
+    total: Tensor | None = None
+    step = max(1, _PORTION_ELEMENTS // (rows[..., 0].numel() + columns[..., 0].numel()))
+    for left, right in zip(rows.split(step, -1), columns.split(step, -1), strict=True):
+        product = _all_pairs(left.double(), right.double(), meeting)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _all_pairs(rows: Tensor, columns: Tensor, meeting: Meeting) -> Tensor:
+    """H_rr' of a portion, in one product where rows meet all."""
+    num_blocks = rows.shape[1]
+    if meeting.paired:
+        blocks = range(num_blocks)
+        return torch.stack([torch.stack([meeting.outputs(rows[:, r], columns[:, q]) for q in blocks]) for r in blocks])
+    product = meeting.outputs(rows.transpose(0, 1).flatten(0, 1), columns.transpose(0, 1).flatten(0, 1))
+    return product.unflatten(1, (num_blocks, -1)).unflatten(0, (num_blocks, -1)).transpose(1, 2)
+
+
+def alone_products(
+    rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
+) -> Float64[Tensor, "r *tile"]:
+    """H_rr of every block with itself, in float64: for few entries."""
+    blocks = range(rows.shape[1])
+    return torch.stack([meeting.outputs(rows[:, r].double(), columns[:, r].double()) for r in blocks])

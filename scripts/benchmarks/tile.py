@@ -1,0 +1,173 @@
+"""Gram tiles against plain matrix products: whole tiles, all their statistics included, of features made beforehand.
+
+A tile is compared with one `torch.matmul` of its rows, its columns and the features' length. Where a formula needs
+other products, as layers and metrics do, the plain product's time is scaled to their length: a ratio of rates then.
+Features are random numbers of the shapes that a kernel's have; their preparation is left out, since a worker does it
+once for all tiles of a row. What writes, writes a train tile and its mirror image to a local store.
+
+Axes: n rows and columns of a tile, k numbers of a row (all blocks or draws together), R blocks, S draws, C outputs.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.block_sums import Meeting
+from nntk_dist.evaluation import prepare_model
+from nntk_dist.feature_maps import make_feature_map
+from nntk_dist.features import FeatureMap
+from nntk_dist.gradients import GradientFeatures
+from nntk_dist.models import build_model
+from nntk_dist.resolution import resolve
+from nntk_dist.spec import KernelSpec
+from nntk_dist.statistics import Calibration
+from nntk_dist.tiles import tile_estimates
+from pipeline.arrays import StoredArray
+from pipeline.kernel_arrays import KernelArrays
+from pipeline.storage import RunStorage
+from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.studies.cells import Answer, Cell, with_threads
+
+_BLOCKS = 8
+_ARRAYS = {"plugin": "train/gram", "unbiased": "train/gram_unbiased", "stderr": "train/gram_stderr"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One tile: what its features are, how large it is, and what is asked of it; `least` is the ratio wanted."""
+
+    features: str
+    stderr: str
+    size: int
+    length: int
+    threads: int
+    rounds: int
+    writes: bool = False
+    least: float | None = None
+
+
+def cells(*, quick: bool) -> list[Cell]:
+    """Factored tiles of one and two threads, with and without writing; then features of other kinds."""
+    size, rounds, layered = (256, 1, 128) if quick else (4096, 4, 1024)
+    settings = []
+    for threads in (1, 2):
+        for stderr, least in (("sample", 0.85), ("entry", 0.42)):
+            settings.append(Setting("means", stderr, size, size, threads, rounds, least=least))
+        settings.append(Setting("means", "sample", size, size, threads, rounds, writes=True, least=0.7))
+    for stderr in ("sample", "entry"):
+        settings.append(Setting("sketch", stderr, size, size, 1, rounds))
+        settings.append(Setting("weight", stderr, size, size, 1, rounds))
+        settings.append(Setting("layered", stderr, layered, size, 1, rounds))
+    return [Cell(_key(setting), vars(setting), partial(_measure, setting)) for setting in settings]
+
+
+def _key(setting: Setting) -> str:
+    written = ", written" if setting.writes else ""
+    return f"{setting.features}, {setting.stderr}, {setting.threads} threads{written}"
+
+
+def _measure(setting: Setting) -> Answer:
+    """The rate of a tile over that of a plain product, in turns."""
+    n, length = setting.size, setting.length
+    features = _features(setting)
+    calibration = Calibration(1.0, 0.1, 1) if setting.stderr == "entry" else None
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (_random_rows(features, n, generator) for _ in range(2))
+    needed = _length_of_products(features, setting)
+    prepared = [features.prepare(part, by_block=calibration is not None) for part in (rows, columns)]
+    left, right = (torch.randn(n, length, generator=generator) for _ in range(2))
+    product = torch.empty(n, n)
+
+    def tile() -> dict[str, Tensor]:
+        parts = [(prepared[0], prepared[1])]
+        return tile_estimates(features, parts, Meeting(), calibration, "localized", dtype=torch.float32)
+
+    with tempfile.TemporaryDirectory() as folder, with_threads(setting.threads):
+        writing = _writer(folder, setting, ("plugin", "unbiased"))
+        actions: dict[str, Callable[[], object]] = {
+            "product": lambda: torch.mm(left, right.T, out=product),
+            "tile": (lambda: writing(tile())) if setting.writes else tile,
+        }
+        seconds = best_seconds(actions, rounds=setting.rounds)
+    value = seconds["product"] * needed / length / seconds["tile"]
+    details: dict[str, Any] = {
+        "product": seconds["product"],
+        "tile": seconds["tile"],
+        "length": length,
+        "length of the formula": needed,
+    }
+    return answer(Figure(_words(setting), value, least=setting.least, details=details))
+
+
+def _words(setting: Setting) -> str:
+    kinds = {
+        "means": "block means",
+        "sketch": "sketches in 8 groups",
+        "weight": "differences and their metric",
+        "layered": "layers of 784-512-512-10, S = R = 8",
+    }
+    end = ", with its mirror image compressed and written" if setting.writes else ""
+    return f"{setting.size}² of {kinds[setting.features]}, stderr {setting.stderr}, {setting.threads} thread(s){end}"
+
+
+def _features(setting: Setting) -> FeatureMap:
+    """A feature map whose rows have the asked length."""
+    each = setting.length // _BLOCKS
+    model: nn.Module = nn.Linear(each - 1, 1)
+    options: dict[str, Any] = {"draws": _BLOCKS, "estimator": "autodiff", "contraction": setting.features}
+    if setting.features == "sketch":
+        options["sketch"] = each
+    elif setting.features == "weight":
+        options = {"draws": setting.length, "estimator": "weight"}
+    elif setting.features == "layered":
+        model = build_model("mlp", {"widths": [512, 512]}, input_shape=(784,), num_outputs=10, seed=0)
+    prepared = prepare_model(model, dtype=torch.float32, device="cpu")
+    x = torch.randn(4, each - 1 if setting.features != "layered" else 784, generator=torch.Generator().manual_seed(1))
+    spec = KernelSpec(gamma=0.1, blocks=_BLOCKS, **options)
+    return make_feature_map(prepared, x, spec, resolve(prepared, x, spec, batch=len(x)))
+
+
+def _random_rows(features: FeatureMap, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {spec.name: torch.randn(count, *spec.shape, generator=generator) for spec in features.arrays}
+
+
+def _length_of_products(features: FeatureMap, setting: Setting) -> float:
+    """Multiply-adds of an entry in the plain products that `sample` needs: what every tile is measured by.
+
+    Layers: ⟨h̃,h̃'⟩ and ⟨δ,δ'⟩ for every pair of draws, or mean output gradients where h̃ is the same for all.
+    """
+    if setting.features == "weight":
+        return 2.0 * setting.length  # of all pairs of blocks, and of different ones
+    if setting.features != "layered":
+        return float(setting.length)
+    assert isinstance(features, GradientFeatures)
+    total = 0.0
+    for spec in features.arrays:
+        kind, _, index = spec.name.rpartition("_")
+        numbers, pairs = math.prod(spec.shape[1:]), float(_BLOCKS**2)
+        if int(index) in features.shared:
+            pairs = 1.0 if kind == "input" else float(_BLOCKS)
+        total += pairs * numbers
+    return total
+
+
+def _writer(folder: str, setting: Setting, names: tuple[str, ...]) -> Callable[[dict[str, Tensor]], object]:
+    """What writes a tile and its mirror image, as the stage `gram` does."""
+    store, n = KernelArrays(RunStorage(folder)), setting.size
+    axes = ("row", "col")
+    store.create([StoredArray(_ARRAYS[name], (2 * n, 2 * n), (n, n), axes, "float32") for name in names], {})
+
+    def write(tile: dict[str, Tensor]) -> object:
+        pieces = []
+        for name in names:
+            pieces.append((_ARRAYS[name], (0, n), tile[name].numpy()))
+            pieces.append((_ARRAYS[name], (n, 0), tile[name].T.contiguous().numpy()))
+        return store.write_all(pieces, threads=setting.threads + 1)
+
+    return write

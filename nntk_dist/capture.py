@@ -147,6 +147,8 @@ class Recording:
 
         try:
             return along(directions, batched=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an autograd.Function without a rule for vmap, say
             each = [along(direction, batched=False) for direction in directions]
             return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]

@@ -4,7 +4,8 @@
 §1).
 `averaged`: E_z[NTK(θ + U^{1/P} z)], each draw with itself. `local`: one gradient, at θ.
 A Linear layer's gradient δ ⊗ h̃ stays in two factors, or is averaged over a block's draws where that needs fewer
-operations, or is sketched (`nntk_dist.sketching`); which, `nntk_dist.contraction` decides.
+operations, or is sketched (`nntk_dist.sketching`); which, `nntk_dist.contraction` decides. A draw moves the model's
+parameters in place, once for all rows; each batch takes one pass forward and one back, whatever the number of outputs.
 
 Axes: n rows, s draws, r blocks, q slots (blocks, or draws where each meets only itself), c outputs, k dense
 parameters or columns of the sketch.

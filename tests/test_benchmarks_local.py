@@ -3,6 +3,7 @@
 Axes: n examples.
 """
 
+import os
 import sys
 from dataclasses import replace
 
@@ -75,6 +76,13 @@ def test_a_peer_answers_for_the_same_kernel_and_another_is_refused():
         peers.compare(QUICK, 12, 1, (*command, "2"))
     with pytest.raises(NNTKError, match=r"the peer has ended: .*no peer; remove"):
         peers.compare(QUICK, 12, 1, (sys.executable, "-c", "import sys; sys.exit('no peer')"))
+
+
+def test_a_measurement_holds_its_processors_and_lets_them_go():
+    before = os.sched_getaffinity(0)
+    with peers.on_processors(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_peers_are_not_for_quick_runs_and_say_what_they_need(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ kernel that it computed. Compiling is over before anything is measured. A quick 
 Axes: n examples.
 """
 
+import os
 import subprocess
 import tempfile
 import venv
@@ -45,7 +46,7 @@ def cells(*, quick: bool) -> list[Cell]:
 
 def _question(n: int, threads: int):  # type: ignore[no-untyped-def]
     def compute() -> Answer:
-        with with_threads(threads):
+        with with_threads(threads), on_processors(threads):
             return compare(FULL, n, threads, (str(peer_python()), str(_PROGRAM)))
 
     return compute
@@ -94,6 +95,19 @@ def compare(effort: Effort, n: int, threads: int, command: Sequence[str]) -> Ans
         Figure(f"neural-tangents, structured derivatives, compiled / whole call, {where}",
                theirs / seconds["whole call"]),
     )  # fmt: skip
+
+
+@contextmanager
+def on_processors(count: int) -> Iterator[None]:
+    """This thread, and processes that it starts, on so many processors: the peer is bound to as many as it has threads,
+    and would otherwise be the only one that cannot flee from its neighbours.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class Peer:

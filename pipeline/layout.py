@@ -22,6 +22,7 @@ from pipeline.job import Layout, Sizes
 FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbouring tiles share rows
 _BATCH_RANGE = (8, 512)
 _BATCH_BYTES = 32 << 20  # activations of one batch: about the size of the last cache
+_PREPARED_COPIES = 3  # at most, of a row set that is ready for products
 _SHARD_ROWS = 1024
 _CHUNK_DRAWS = 16
 _CHUNK_BYTES = 64 << 20
@@ -89,7 +90,8 @@ def make_layout(
     stored = features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
     # Only arrays that carry outputs grow smaller by taking fewer at once.
     carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
-    tile_bytes = carrying * min(compute.tile, sizes.num_train)
+    tile_rows = min(compute.tile, sizes.num_train)
+    tile_bytes = carrying * tile_rows
     at_once = sizes.num_kernel_outputs
     if not stored and spec.outputs != "full":
         at_once = max(1, min(at_once, at_once * _OUTPUT_BYTES // max(1, tile_bytes)))
@@ -105,5 +107,5 @@ def make_layout(
         store_features=stored,
         outputs_at_once=at_once,
         matmul_precision=compute.matmul_precision,
-        tile_group=max(1, FEATURE_CACHE_BYTES // max(1, 2 * row_bytes * min(compute.tile, sizes.num_train)) - 1),
+        tile_group=max(1, FEATURE_CACHE_BYTES // (_PREPARED_COPIES * max(1, row_bytes) * tile_rows) - 2),
     )

@@ -145,7 +145,7 @@ def entry_operations(job: Job, features: FeatureMap) -> float:
     """Operations of one entry of the kernel (summed over outputs), standard errors included."""
     sizes, paired = job.sizes, job.spec.pair_blocks
     copies, errors = kernel_width(job), job.layout.stderr == "entry"
-    shared = getattr(features, "shared", frozenset())
+    shared: frozenset[int] = getattr(features, "shared", frozenset())
     formed = (1.0 + 1.0 / sizes.num_blocks if errors else 1.0) if paired else 1.0
     metric = (3.0 if errors else 2.0) if paired else 1.0
     total = 0.0
@@ -153,7 +153,7 @@ def entry_operations(job: Job, features: FeatureMap) -> float:
         width, place = math.prod(spec.shape[1:]), spec.name.rpartition("_")[2]
         if spec.name.startswith(("input_", "gradient_")):
             each = 1 if spec.name.startswith("input_") else copies
-            pairs = sizes.num_draws**2 if paired else sizes.num_draws
+            pairs = float(sizes.num_draws**2 if paired else sizes.num_draws)
             if place.isdigit() and int(place) in shared:  # one product of h̃, mean output gradients as formed ones
                 pairs = 1.0 if spec.name.startswith("input_") else formed * sizes.num_blocks
             total += 2.0 * width * each * pairs

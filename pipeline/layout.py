@@ -26,6 +26,7 @@ _BATCH_BYTES = 32 << 20  # activations of one batch: about the size of the last 
 # for several workers, also of a small data set.
 _SHARD_ROWS = (1024, 8192)
 _SHARDS = 8
+_PREPARED_COPIES = 3  # at most, of a row set that is ready for products
 _CHUNK_DRAWS = 16
 _CHUNK_BYTES = 64 << 20
 _STORED_FEATURE_BYTES = 1 << 30
@@ -100,7 +101,8 @@ def make_layout(
     stored = not tiles or features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
     # Only arrays that carry outputs grow smaller by taking fewer at once.
     carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
-    tile_bytes = carrying * min(compute.tile, sizes.num_train)
+    tile_rows = min(compute.tile, sizes.num_train)
+    tile_bytes = carrying * tile_rows
     at_once = sizes.num_kernel_outputs
     if not stored and spec.outputs != "full":
         at_once = max(1, min(at_once, at_once * _OUTPUT_BYTES // max(1, tile_bytes)))
@@ -117,5 +119,5 @@ def make_layout(
         outputs_at_once=at_once,
         write_tiles=tiles,
         matmul_precision=compute.matmul_precision,
-        tile_group=max(1, FEATURE_CACHE_BYTES // max(1, 2 * row_bytes * min(compute.tile, sizes.num_train)) - 1),
+        tile_group=max(1, FEATURE_CACHE_BYTES // (_PREPARED_COPIES * max(1, row_bytes) * tile_rows) - 2),
     )

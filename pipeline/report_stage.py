@@ -110,6 +110,7 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         accuracy=results.get("rtol_verdict"),
         accuracy_reached=results.get("rtol_reached"),
         relative_bias=results.get("train_relative_bias"),
+        matmul_precision=manifest.layout.get("matmul_precision", "highest"),
     )
 
 

@@ -50,8 +50,9 @@ def multiplying(precision: str) -> Iterator[None]:
 def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:
     """The tiles (i, j) of a matrix, those with i ≤ j where `upper`, in an order that needs few features at a time.
 
-    Columns go in groups whose features a worker can keep: within a group row after row, so that a row's features are
-    needed once for each group, and a column's stay.
+    Columns go in groups whose features a worker can keep beside those of two rows (the last one is the oldest only once
+    all columns were used after it): within a group row after row, so that a row is needed once for each group, and a
+    column once in all.
     """
     for first in range(0, num_columns, group):
         columns = range(first, min(first + group, num_columns))

@@ -217,6 +217,11 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
             f"Plugin is inflated by noise: bias {percent(kernel.relative_bias)}. Solve with gram, which is positive "
             "semidefinite; take entries and comparisons from gram_unbiased. More draws reduce the bias."
         )
+    if kernel.matmul_precision != "highest":
+        yield (
+            f"The products of the tiles were made at matmul_precision {kernel.matmul_precision}, coarser than float32 "
+            "where the hardware has it: the standard errors do not count that rounding."
+        )
     if kernel.accuracy_reached is False:
         yield f"The kernel is less accurate than was asked for: {kernel.accuracy}."
     if kernel.relative_error is not None and kernel.relative_error > _NOTABLE_ERROR:

@@ -37,6 +37,7 @@ class KernelFacts:
     accuracy: str | None = None  # how the search for an asked accuracy ended, in words
     accuracy_reached: bool | None = None
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
+    matmul_precision: str = "highest"  # of the products that tiles are made of
 
 
 @dataclass(frozen=True)

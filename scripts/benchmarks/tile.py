@@ -54,7 +54,7 @@ class Setting:
 
 def cells(*, quick: bool) -> list[Cell]:
     """Factored tiles of one and two threads, with and without writing; then features of other kinds."""
-    size, rounds, layered = (256, 1, 128) if quick else (4096, 4, 1024)
+    size, rounds, layered = (512, 1, 128) if quick else (4096, 4, 1024)
     settings = []
     for threads in (1, 2):
         for stderr, least in (("sample", 0.85), ("entry", 0.42)):

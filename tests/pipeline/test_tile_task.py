@@ -1,0 +1,101 @@
+"""Tiles as tasks: their order, how precisely they are multiplied, what of them is written side by side.
+
+Legend: i, j tile rows and columns.
+"""
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from nntk_dist.errors import NNTKError
+from pipeline.arrays import StoredArray
+from pipeline.kernel_arrays import KernelArrays
+from pipeline.kernel_store import checksum
+from pipeline.manifest import read_manifest
+from pipeline.storage import RunStorage
+from pipeline.tile_task import multiplying, tile_order
+from tests.pipeline.tools import arrays, config_file, finished, nntk
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 100])
+def test_every_tile_comes_once_and_a_group_s_columns_together(group):
+    upper = list(tile_order(7, 7, group, upper=True))
+    assert sorted(upper) == [(i, j) for i in range(7) for j in range(i, 7)]
+    whole = list(tile_order(3, 7, group))
+    assert sorted(whole) == [(i, j) for i in range(3) for j in range(7)]
+    for order in (upper, whole):
+        groups = [j // group for _, j in order]
+        assert groups == sorted(groups)
+
+
+def test_groups_of_columns_spare_most_of_the_loads():
+    """A cache of six row sets, whose oldest goes first: 20 × 20 tiles, row by row, and in groups of four columns, which
+    leave room for a row and the one before it. With room for one row alone, every new row would push out a column.
+    """
+
+    def loads(order: list[tuple[int, int]]) -> int:
+        kept: list[tuple[str, int]] = []
+        count = 0
+        for i, j in order:
+            for key in (("row", i), ("column", j)):
+                count += key not in kept
+                kept = [*[other for other in kept if other != key], key][-6:]
+        return count
+
+    assert loads(list(tile_order(20, 20, 20))) == 20 + 400
+    assert loads(list(tile_order(20, 20, 4))) == 5 * 20 + 20
+    assert loads(list(tile_order(20, 20, 5))) > 400
+
+
+def test_the_precision_of_products_is_set_for_tiles_alone():
+    before = torch.get_float32_matmul_precision()
+    with multiplying("medium"):
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+def test_precision_is_a_choice_that_a_run_keeps(tmp_path):
+    config = config_file(tmp_path / "run")
+    place = finished(tmp_path / "run", "compute.matmul_precision=medium")
+    manifest = read_manifest(RunStorage(str(place)))
+    assert manifest is not None
+    assert manifest.layout["matmul_precision"] == "medium"
+    assert np.isfinite(arrays(place)["train/gram"]).all()
+    assert "made at matmul_precision medium" in (place / "report" / "index.html").read_text()
+    planned = nntk("plan", config, "--set", f"run_dir={place}", "--set", "compute.matmul_precision=medium")
+    assert "products of tiles at matmul_precision medium" in " ".join(planned.out.split())
+    refused = nntk("run", config, "--set", f"run_dir={place}", "--resume")
+    assert refused.code == 2
+    assert "laid out with compute.matmul_precision medium, the configuration says highest" in " ".join(
+        refused.err.split()
+    )
+    wrong = nntk("plan", config, "--set", "compute.matmul_precision=tf32")
+    assert wrong.code == 2
+    assert "compute.matmul_precision is 'tf32'" in " ".join(wrong.err.split())
+
+
+def test_pieces_written_beside_each_other_are_all_there(tmp_path):
+    store = KernelArrays(RunStorage(tmp_path))
+    paths = [f"train/gram{suffix}" for suffix in ("", "_unbiased", "_stderr")]
+    store.create([StoredArray(path, (8, 8), (4, 4), ("row", "col"), "float32") for path in paths], {})
+    generator = np.random.default_rng(0)
+    blocks = {(path, start): generator.random((4, 4), dtype=np.float32) for path in paths for start in ((0, 4), (4, 0))}
+    results = store.write_all([(*key, block) for key, block in blocks.items()], threads=3)
+    assert results == [(64, checksum(block)) for block in blocks.values()]
+    root = zarr.open_group(tmp_path / "kernel.zarr", mode="r")
+    for (path, (row, column)), block in blocks.items():
+        assert np.array_equal(root[path][row : row + 4, column : column + 4], block)
+
+
+def test_a_piece_that_cannot_be_written_is_told_of(tmp_path, monkeypatch):
+    store = KernelArrays(RunStorage(tmp_path))
+    store.create([StoredArray("train/gram", (8, 4), (4, 4), ("row", "col"), "float32")], {})
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.kernel_arrays.write_block", full)
+    pieces = [("train/gram", (row, 0), np.zeros((4, 4), np.float32)) for row in (0, 4)]
+    with pytest.raises(NNTKError, match=r"train/gram in run_dir .* cannot be written \(No space left on device\)"):
+        store.write_all(pieces, threads=2)

@@ -1,0 +1,20 @@
+"""The benchmark of tiles: that its small sizes run, and what its figures are measured by."""
+
+from scripts.benchmarks import SECTIONS, tile
+
+
+def test_the_quick_benchmark_answers_every_cell_with_a_figure():
+    cells = SECTIONS["tile"](quick=True)
+    assert len({cell.key for cell in cells}) == len(cells) >= 12
+    for cell in cells:
+        (figure,) = cell.compute()["figures"]
+        assert figure["value"] > 0
+        assert figure["details"]["tile"] > 0
+        assert figure["least"] == cell.settings["least"]
+
+
+def test_layers_are_measured_by_the_products_that_their_formula_needs():
+    setting = tile.Setting("layered", "sample", 8, 256, 1, 1)
+    features = tile._features(setting)
+    first, others = 785 + 8 * 10 * 512, 64 * (513 + 10 * 512 + 513 + 10 * 10)
+    assert tile._length_of_products(features, setting) == first + others

@@ -64,7 +64,7 @@ def cells(*, quick: bool) -> list[Cell]:
     ]
 
 
-_WORK = {"train": 4096, "tile": 512, "draws": 1024, "rounds": 3}
+_WORK = {"train": 3072, "tile": 512, "draws": 512, "rounds": 2}
 
 
 def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:

@@ -2,6 +2,7 @@
 
 workers    features and Gram tiles of a real job, by one and by two workers of one thread, through the real executor,
            stage runner and ledger
+           ("plain processes" in the details is the same ratio without any of this: what the machine gives just then)
 overhead   tiles that keep a core busy for a known time: how much of the workers' time goes by between them
 cluster    nodes of one CPU, simulated on this machine (real Ray nodes, with a process for each part of each), and a
            stage of tiles that compute nothing and say as much as a real one: tiles a second, and the driver's memory
@@ -13,6 +14,8 @@ Units: seconds, MB. `load` is the machine's load average before a measurement: w
 
 import math
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +67,7 @@ def cells(*, quick: bool) -> list[Cell]:
     ]
 
 
-_WORK = {"train": 4096, "tile": 512, "draws": 1024, "rounds": 3}
+_WORK = {"train": 3072, "tile": 512, "draws": 512, "rounds": 2}
 
 
 def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
@@ -106,13 +109,37 @@ def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
                     f"two workers of one thread over twice one, {stage.NAME}",
                     best["one"] / (2 * best["two"]),
                     least=0.9,
-                    details={"tiles": len(ledger.done(stage.NAME)), "load": load}
+                    details={"tiles": len(ledger.done(stage.NAME)), "load": load, "plain processes": _plain_processes()}
                     | {f"{name} worker(s), seconds": seconds for name, seconds in best.items()},
                 )
             )
         for each in executors.values():
             each.close()
     return answer(*figures)
+
+
+def _plain_processes(seconds: float = 2.0) -> float:
+    """What this machine gives at the moment: the rate of two processes of one thread, multiplying matrices and without
+    Ray, over twice that of one.
+    """
+    program = f"""
+import time, torch
+torch.set_num_threads(1)
+a, done, began = torch.randn(700, 700), 0, time.perf_counter()
+while time.perf_counter() - began < {seconds}:
+    a @ a
+    done += 1
+print(done)
+"""
+
+    def products(count: int) -> int:
+        started = [
+            subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(count)
+        ]
+        return sum(int(process.communicate()[0]) for process in started)
+
+    one = products(1)
+    return products(2) / (2 * one)
 
 
 def _overhead(name: str, seconds: float, num_tiles: int) -> Answer:

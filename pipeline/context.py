@@ -27,6 +27,7 @@ from nntk_dist.tiles import scale_factor
 from pipeline.arrays import feature_path, holds_differences
 from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
+from pipeline.fitting import FittingBatch
 from pipeline.job import Job
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.layout import FEATURE_CACHE_BYTES
@@ -69,7 +70,11 @@ class Context:
     dataset: Dataset
     state: Mapping[str, Tensor]
     sink: Sink | None = None
+    fitting: FittingBatch = field(init=False)
     _cache: "OrderedDict[tuple[object, ...], Rows]" = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        self.fitting = FittingBatch(self.job.layout.batch)
 
     @cached_property
     def storage(self) -> RunStorage:
@@ -109,7 +114,10 @@ class Context:
     def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
         """Model inputs of some rows, at the job's dtype and device."""
         values = torch.from_numpy(np.ascontiguousarray(getattr(self.dataset, split).inputs[selection]))
-        return values.to(self.job.layout.device, self.dtype if values.is_floating_point() else values.dtype)
+        device, dtype = self.job.layout.device, self.dtype if values.is_floating_point() else values.dtype
+        if device.startswith("cuda"):  # from pinned memory a copy runs beside what the GPU does
+            values = values.pin_memory()
+        return values.to(device, dtype, non_blocking=True)
 
     def output_parts(self) -> list[tuple[int, ...]]:
         """The kernel's outputs in the portions in which features are held."""
@@ -118,8 +126,8 @@ class Context:
         return [columns[i : i + step] for i in range(0, len(columns), step)]
 
     def outputs(self, x: Tensor) -> Tensor:
-        """f(x; θ), in batches of the layout."""
-        return self.features.outputs(x, batch=self.job.layout.batch)
+        """f(x; θ), in batches of the layout, or in such as fit."""
+        return self.fitting.run(lambda batch: self.features.outputs(x, batch=batch))
 
     def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
         """What an example's own noise is a function of: its id, as a number from 0 to 2^32 − 1."""
@@ -128,9 +136,8 @@ class Context:
 
     def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
         """Features of some rows under all draws, from the model."""
-        x, draws = self.inputs(split, selection), range(self.job.sizes.num_draws)
-        batch = min(self.job.layout.batch, len(x))
-        return self.features.compute(x, self.keys(split, selection), draws, columns, batch=batch)
+        x, ids, draws = self.inputs(split, selection), self.keys(split, selection), range(self.job.sizes.num_draws)
+        return self.fitting.run(lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x))))
 
     def feature_parts(self, row: tuple[str, int, int], column: tuple[str, int, int]) -> Iterator[tuple[Rows, Rows]]:
         """Features of two row intervals (split, start, stop), some outputs at a time: from the store, or recomputed."""

@@ -23,6 +23,7 @@ from pipeline.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.config import Config
 from pipeline.cpus import available_cpus
 from pipeline.data import Dataset
+from pipeline.fitting import FittingBatch
 from pipeline.job import SPLITS, Job, Layout, Sizes
 from pipeline.layout import choose_batch, make_layout
 from pipeline.manifest import fingerprint
@@ -68,7 +69,12 @@ def make_plan(
     x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
     spec = build_spec(config.kernel)
     batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
-    resolution = resolve(prepared, x, spec, batch=batch) if stored is None else stored[1]
+    fitting = FittingBatch(batch)
+    if stored is None:
+        resolution = fitting.run(lambda fitted: resolve(prepared, x, spec, batch=fitted))
+        batch = fitting.size
+    else:
+        resolution = stored[1]
     if num_draws is not None:
         resolution = with_draws(prepared, x, spec, resolution, num_draws)
     features = make_feature_map(prepared, x, spec, resolution, reference=reference_batch(spec, dataset, dtype, device))

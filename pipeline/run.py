@@ -10,6 +10,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from pipeline.continuation import check_kernel, stages_to_rerun, stored_job
 from pipeline.data import Dataset
 from pipeline.executors import Executor
 from pipeline.executors.serial import SerialExecutor
+from pipeline.fitting import BATCHED, remembered_batch
 from pipeline.job import as_plain
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.ledger import FOLDER, Ledger
@@ -101,6 +103,7 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
             raise NNTKError(f"{prepared.config.run_dir} was written by another driver just now; give the command again")
         storage.remove_partial_files()
         ledger = Ledger(storage)
+        prepared = _with_fitting_batch(prepared, ledger)
         prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock, resources)
         plan = prepared.plan
         left = [each for each in ORDER if each.NAME in prepared.rerun or not is_finished(each, plan.job, ledger)]
@@ -127,6 +130,16 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
         write_report(storage, manifest)
         write_manifest(storage, manifest)
     return results
+
+
+def _with_fitting_batch(prepared: Prepared, ledger: Ledger) -> Prepared:
+    """The run with the smallest batch that its finished tasks came to, where memory ran out before."""
+    if prepared.stored is None:
+        return prepared
+    job = prepared.plan.job
+    rows = chain.from_iterable(ledger.rows(stage) for stage in BATCHED)
+    layout = replace(job.layout, batch=remembered_batch(rows, job.layout.batch))
+    return replace(prepared, plan=replace(prepared.plan, job=replace(job, layout=layout)))
 
 
 def _with_enough_draws(

@@ -55,7 +55,9 @@ class Worker:
             written_bytes=written.num_bytes,
             checksum=written.checksum,
             peak_bytes=peak_bytes(),
-            numbers=written.numbers | {f"crc:{path}": float(value) for path, value in written.checksums.items()},
+            numbers=written.numbers
+            | self.context.fitting.numbers()
+            | {f"crc:{path}": float(value) for path, value in written.checksums.items()},
         )
 
     @contextmanager

@@ -40,12 +40,10 @@ def execute(context: Context, task: Task) -> Written:
         context.write(written, f"{split}/outputs", (start,), context.outputs(x))
     if job.layout.store_features:
         first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
-        features = context.features.compute(
-            x,
-            context.keys(split, rows),
-            range(first, last),
-            context.features.columns,
-            batch=job.layout.batch,
+        features = context.fitting.run(
+            lambda batch: context.features.compute(
+                x, context.keys(split, rows), range(first, last), context.features.columns, batch=batch
+            )
         )
         for spec in context.features.arrays:
             position = (start, chunk * chunk_length(job, spec))

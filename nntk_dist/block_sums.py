@@ -41,26 +41,29 @@ class Meeting:
 
     def add_outputs_(
         self,
-        total: Float64[Tensor, "*tile"],
+        totals: Sequence[tuple[Float64[Tensor, "*tile"], float]],
         a: Float[Tensor, "n1 w c k"],
         b: Float[Tensor, "n2 w c k"],
-        factor: float = 1.0,
     ) -> None:
-        """Add `factor` times the products of features that carry outputs, summed over their slots.
+        """Add the products of features that carry outputs, summed over their slots, to each total so many times.
 
-        At most `INNER_TERMS` terms are summed in the features' dtype, the rest in float64.
+        At most `INNER_TERMS` terms are summed in the features' dtype, the rest in float64. A tile's time beyond its
+        products goes into passes over memory: so there is one for every total, and none to hold products in between.
         """
         if self.paired:
             left, right = (part.transpose(1, 2).flatten(2) for part in (a, b))
-            for some, others in zip(left.split(INNER_TERMS, 2), right.split(INNER_TERMS, 2), strict=True):
-                product = self.outputs(some, others) if self.full else (some * others).sum((1, 2), dtype=total.dtype)
+        else:
+            left, right = self._matrix(a), self._matrix(b)
+        portions = zip(left.split(INNER_TERMS, -1), right.split(INNER_TERMS, -1), strict=True)
+        for some, others in portions:
+            if not self.paired:
+                product = some @ others.T
+            elif self.full:
+                product = self.outputs(some, others)
+            else:
+                product = (some * others).sum((1, 2), dtype=torch.float64)
+            for total, factor in totals:
                 total.add_(product, alpha=factor)
-            return
-        left, right = self._matrix(a), self._matrix(b)
-        product = left.new_empty(total.shape)
-        for some, others in zip(left.split(INNER_TERMS, 1), right.split(INNER_TERMS, 1), strict=True):
-            torch.mm(some, others.T, out=product)
-            total.add_(product, alpha=factor)
 
     def _matrix(self, features: Float[Tensor, "n w c k"]) -> Float[Tensor, "rows inner"]:
         """One row for each of the kernel's; a view wherever the features lie so."""

@@ -53,22 +53,19 @@ def add_formed_(
     `within` is against `between`, is known to the rounding of `within`.
     """
     assert sums.between is not None
-    first, other = torch.zeros_like(sums.within), torch.zeros_like(sums.within)
-    meeting.add_outputs_(first, rows[:, :1], columns[:, :1])
-    sums.within.add_(first)
+    within, between = sums.within, sums.between
     if sums.by_block is None:
-        meeting.add_outputs_(other, rows[:, 1:], columns[:, 1:])
-        sums.within.add_(other)
-        sums.between.add_(first, alpha=sums.num_blocks - 1.0).sub_(other)
+        meeting.add_outputs_([(within, 1.0), (between, sums.num_blocks - 1.0)], rows[:, :1], columns[:, :1])
+        meeting.add_outputs_([(within, 1.0), (between, -1.0)], rows[:, 1:], columns[:, 1:])
         return
-    apart, quarter = torch.empty_like(first), first.mul_(0.25)
-    for r in range(sums.num_blocks):
-        apart.copy_(quarter)
-        meeting.add_outputs_(apart, rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2], -1.0)
-        sums.by_block[r].add_(apart)
-        other.add_(apart)
-    sums.within.sub_(other)
-    sums.between.add_(other)
+    whole, halves = torch.zeros_like(within), torch.zeros_like(within)
+    meeting.add_outputs_([(whole, 1.0)], rows[:, :1], columns[:, :1])
+    for r, total in enumerate(sums.by_block):
+        total.add_(whole, alpha=0.25)
+        meeting.add_outputs_([(total, -1.0), (halves, 1.0)], rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2])
+    quarters = 0.25 * sums.num_blocks
+    within.add_(whole, alpha=1.0 - quarters).add_(halves)
+    between.add_(whole, alpha=quarters).sub_(halves)
 
 
 def prepared_sketch(
@@ -91,8 +88,8 @@ def add_sketched_(sums: BlockSums, rows: Mapping[str, Tensor], columns: Mapping[
         return
     left, right = rows["sketch_groups"], columns["sketch_groups"]
     for group, total in enumerate(sums.by_group):
-        meeting.add_outputs_(total, left[:, group, :1], right[:, group, :1], sums.num_blocks - 1.0)
-        meeting.add_outputs_(total, left[:, group, 1:], right[:, group, 1:], -1.0)
+        meeting.add_outputs_([(total, sums.num_blocks - 1.0)], left[:, group, :1], right[:, group, :1])
+        meeting.add_outputs_([(total, -1.0)], left[:, group, 1:], right[:, group, 1:])
 
 
 def add_alone_(
@@ -100,13 +97,10 @@ def add_alone_(
 ) -> None:
     """Add the products of every block with itself, for kernels that pair no blocks; one product in all."""
     if sums.by_block is None:
-        meeting.add_outputs_(sums.within, rows, columns)
+        meeting.add_outputs_([(sums.within, 1.0)], rows, columns)
         return
-    for r in range(sums.num_blocks):
-        product = torch.zeros_like(sums.within)
-        meeting.add_outputs_(product, rows[:, r : r + 1], columns[:, r : r + 1])
-        sums.within += product
-        sums.by_block[r] += product
+    for r, total in enumerate(sums.by_block):
+        meeting.add_outputs_([(sums.within, 1.0), (total, 1.0)], rows[:, r : r + 1], columns[:, r : r + 1])
 
 
 def formed_products(

@@ -54,22 +54,15 @@ def mixed_by_metric(columns: Float[Tensor, "n c s"], metric: Float64[Tensor, "s 
 def add_metric_(sums: BlockSums, rows: Mixed, columns: Mixed, meeting: Meeting) -> None:
     """Add the block products of features with a metric between them, all pairs of blocks."""
     assert sums.between is not None
-    total = torch.zeros_like(sums.within)
-    meeting.add_outputs_(total, rows.total, columns.right)
-    apart = torch.zeros_like(sums.within)
+    within, between = sums.within, sums.between
+    meeting.add_outputs_([(within, 1.0)], rows.total, columns.right)
     if sums.by_block is None:
-        meeting.add_outputs_(apart, rows.apart, columns.right)
-    else:
-        part = torch.empty_like(apart)
-        for r in range(sums.num_blocks):
-            one = slice(r, r + 1)
-            part.zero_()
-            meeting.add_outputs_(part, rows.apart[:, one], columns.right[:, one], 0.5)
-            meeting.add_outputs_(part, rows.right[:, one], columns.apart[:, one], 0.5)
-            sums.by_block[r].add_(part)
-            apart.add_(part)
-    sums.between.add_(apart)
-    sums.within.add_(total).sub_(apart)
+        meeting.add_outputs_([(within, -1.0), (between, 1.0)], rows.apart, columns.right)
+        return
+    for r, total in enumerate(sums.by_block):
+        one = slice(r, r + 1)
+        for left, right in ((rows.apart, columns.right), (rows.right, columns.apart)):
+            meeting.add_outputs_([(within, -0.5), (between, 0.5), (total, 0.5)], left[:, one], right[:, one])
 
 
 def metric_products(

@@ -155,7 +155,7 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
             variance += sketch_variance(sums.by_group, blocks)
         stderr = variance.sqrt()
     return Estimates(
-        plugin=(sums.within + sums.between) / blocks**2,
+        plugin=(sums.within + sums.between).div_(blocks**2),
         unbiased=sums.between / (blocks * (blocks - 1)) if blocks > 1 else None,
         stderr=stderr,
     )

@@ -72,7 +72,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
         "compute": {
             "executor": "ray", "workers": "auto", "threads": "auto", "workers_per_gpu": 1, "device": "auto",
             "dtype": "float32", "tile": 1024, "batch": "auto", "memory_per_worker": "auto", "write_tiles": "auto",
-            "stderr": "entry",
+            "stderr": "entry", "matmul_precision": "highest",
         },
         "spectrum": {"method": "auto", "top_k": 50},
         "regression": {

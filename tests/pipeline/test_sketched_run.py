@@ -45,7 +45,7 @@ def test_the_projection_counts_the_sketch(tmp_path):
     assert projection["disk_bytes"]["features"] == sum(
         stored[f"{split}/features"].nbytes for split in ("train", "test")
     )
-    products, entries = 8 + 1 + 8, 31 * (31 + 16) / 2
+    products, entries = 8 + 1 + 8, 31 * (31 + 16) / 2  # blocks, their mean, groups; and tiles up to the diagonal
     assert projection["operations"]["gram"] == 2 * products * 64 * entries  # all outputs in the same numbers
     widths, draws = ((64, 32), (32, 32), (32, 10)), 8
     passes = 3 * sum(i * o for i, o in widths)  # forwards and backwards, at least

@@ -90,8 +90,9 @@ def _add_pairs_(
     """Add `factor` times the products of one draw with several, whose blocks ascend."""
     assert sums.between is not None
     for other in dict.fromkeys(others):
-        first = others.index(other)
-        total = products[first : first + others.count(other)].sum(0, dtype=torch.float64)
+        first, count = others.index(other), others.count(other)
+        # One product is added as it is, in float64 all the same: a sum would copy it twice.
+        total = products[first] if count == 1 else products[first : first + count].sum(0, dtype=torch.float64)
         if block == other:
             sums.within.add_(total, alpha=factor)
             continue

@@ -23,7 +23,7 @@ from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
 from nntk_dist.layers import linear_factors, positions, rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
 from nntk_dist.philox import Stream, normal, signs
-from nntk_dist.slopes import Slopes, find_slopes
+from nntk_dist.slopes import Slopes, find_readout, find_slopes
 
 _PROBE_EXAMPLES = 3
 _AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong formula
@@ -45,13 +45,15 @@ class Site:
 class SitePlan:
     """How the gradient of every selected parameter is had; each parameter of the space in exactly one of the three.
 
-    `slopes` names the last two Linear layers, both among the sites, where the outputs share the gradient of the former.
+    `slopes` names the last two Linear layers, both among the sites, where the outputs share the gradient of the former;
+    `readout` the last, where its output is the model's: its δ is then the identity.
     """
 
     outer: tuple[Site, ...]
     dense: tuple[Site, ...]
     whole: tuple[str, ...]
     slopes: Slopes | None = None
+    readout: str | None = None
 
     def dense_names(self) -> tuple[str, ...]:
         """Parameters whose gradient is formed, in a fixed order."""
@@ -310,8 +312,14 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
         is_linear = isinstance(model.get_submodule(site.module), nn.Linear)
         once = len(calls) == 1 and calls[0].h.ndim >= 2 and positions(tuple(calls[0].h.shape)) == 1
         (outer if is_linear and once and not shared else dense).append(kept)
-    slopes = find_slopes(recording.outputs, recording.outs([site.module for site in outer]))
-    return SitePlan(tuple(outer), tuple(dense), tuple(name for name in space.names if name in whole), slopes)
+    outs = recording.outs([site.module for site in outer])
+    return SitePlan(
+        tuple(outer),
+        tuple(dense),
+        tuple(name for name in space.names if name in whole),
+        find_slopes(recording.outputs, outs),
+        find_readout(recording.outputs, outs),
+    )
 
 
 def _weighted_gradients(
@@ -365,4 +373,4 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
 def _without(plan: SitePlan, names: frozenset[str]) -> SitePlan:
     """The plan with these parameters differentiated as a whole."""
     kept = plan.only(plan.names() - names)
-    return replace(kept, whole=plan.whole + tuple(sorted(names - set(plan.whole))), slopes=None)
+    return replace(kept, whole=plan.whole + tuple(sorted(names - set(plan.whole))), slopes=None, readout=None)

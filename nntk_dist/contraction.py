@@ -1,7 +1,8 @@
 """How products of gradient features are contracted, layer by layer: in layers, from means, or from a sketch.
 
 `layered`  a Linear on one vector an example: ⟨h̃,h̃'⟩⟨δ,δ'⟩ for S² pairs of draws (S where each meets only itself);
-`means`    block-mean gradients, formed: 3R·P_l multiply-adds an entry, R·P_l numbers a row and output;
+`means`    block-mean gradients, formed: 3R·P_l multiply-adds an entry, R·P_l numbers a row and output; of the readout,
+           whose δ is the identity, block means of h̃ alone where outputs are summed over: 3R·i;
 `sketch`   block-mean gradients in k numbers (`nntk_dist.sketching`), all sketched layers, and all outputs that are
            summed over, in the same k: 3R·k.
 The first two are exact. `auto` takes the cheaper of them, and sketches only where exactness cannot be afforded. It
@@ -11,7 +12,7 @@ Axes: S draws, R blocks, P_l parameters of a layer, i/o widths of h̃/δ, k numb
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -81,9 +82,12 @@ class Contraction:
     @property
     def text(self) -> str:
         """The choice in words, for plan and report."""
+        readout = self.exact.readout
+        layers = [site.module for site in self.exact.outer if site.module != readout]
+        means = [site.module for site in self.exact.outer if site.module == readout]
         kinds = {
-            "layered": [site.module or "the model itself" for site in self.exact.outer],
-            "means": list(self.exact.dense_names()),
+            "layered": [module or "the model itself" for module in layers],
+            "means": [module or "the model itself" for module in means] + list(self.exact.dense_names()),
             f"sketch (k = {self.num_columns})": [] if self.sketched is None else list(self.sketched.dense_names()),
         }
         return "contraction: " + "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
@@ -102,7 +106,12 @@ def contraction_of(
 def choose_contraction(
     model: nn.Module, plan: SitePlan, space: ParameterSpace, contraction: str, num_columns: int, setting: Setting
 ) -> Contraction:
-    """The contraction of every layer; `num_columns` is k, 0 where no sketch may be taken."""
+    """The contraction of every layer; `num_columns` is k, 0 where no sketch may be taken.
+
+    The exact plan keeps its `readout` where that layer's inputs stand for its gradients.
+    """
+    if not setting.pair_blocks or setting.full:
+        plan = replace(plan, readout=None)
     cheapest, costs = _exact(model, plan, space, contraction, setting)
     names = frozenset[str]()
     if contraction == "sketch":
@@ -145,18 +154,20 @@ def _means_cost(num_parameters: int, setting: Setting) -> Cost:
 
 def _layered_cost(model: nn.Module, plan: SitePlan, site: Site, setting: Setting) -> Cost:
     inputs, units = linear_widths(model, site.module, site.attributes)
-    shared = shares_slopes(plan, site, pair_blocks=setting.pair_blocks, full=setting.full)
+    if plan.readout == site.module:
+        return Cost(setting.products * inputs, setting.slots * inputs)
+    shared = shares_slopes(plan, site, full=setting.full)
     return Cost(
         setting.pairs * (inputs + (1 if shared else setting.copies) * units),
         setting.num_draws * (inputs + setting.outputs_at_once * units),
     )
 
 
-def shares_slopes(plan: SitePlan, site: Site, *, pair_blocks: bool, full: bool) -> bool:
+def shares_slopes(plan: SitePlan, site: Site, *, full: bool) -> bool:
     """Whether a layer's output gradients count once for all outputs (`nntk_dist.slopes`): where products are summed
-    over these, and each draw meets itself, so that both sides have the same readout.
+    over these.
     """
-    return plan.slopes is not None and plan.slopes.module == site.module and not pair_blocks and not full
+    return plan.slopes is not None and plan.slopes.module == site.module and not full
 
 
 def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:

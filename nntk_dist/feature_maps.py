@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nntk_dist.activation import ActivationFeatures
 from nntk_dist.attention import make_attention
-from nntk_dist.capture import plan_sites
-from nntk_dist.contraction import contraction_of
+from nntk_dist.capture import SitePlan, plan_sites
+from nntk_dist.contraction import contraction_of, shares_slopes
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import Evaluator
@@ -72,6 +72,7 @@ def make_feature_map(
         groups = groups_of_columns(chosen.num_columns, spec.blocks)
         sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names, joint=not spec.meeting.full)
     shared = shared_inputs(model, chosen.exact, x) if spec.pair_blocks and chosen.exact.outer else frozenset[int]()
+    sloped, readout = _ends(chosen.exact, spec, shared)
     return GradientFeatures(
         evaluator,
         chosen.exact,
@@ -82,7 +83,21 @@ def make_feature_map(
         sketched=chosen.sketched,
         sums_outputs=not spec.meeting.full,
         shared=shared,
+        sloped=sloped,
+        readout=readout,
     )
+
+
+def _ends(plan: SitePlan, spec: KernelSpec, shared: frozenset[int]) -> tuple[int | None, int | None]:
+    """Numbers of the layers that pairs of blocks take from slopes, and from inputs alone: not where inputs are shared,
+    which spares as much.
+    """
+    sloped, readout = None, None
+    for index, site in enumerate(plan.outer if spec.pair_blocks else ()):
+        if index not in shared:
+            sloped = index if shares_slopes(plan, site, full=spec.meeting.full) else sloped
+            readout = index if plan.readout == site.module else readout
+    return sloped, readout
 
 
 def _difference_features(

@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64
@@ -25,7 +26,6 @@ from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.capture import Recording, Site, SitePlan, add_dense_gradients_, write_extended_input
 from nntk_dist.contraction import linear_widths, shares_slopes
 from nntk_dist.drawing import Drawing
-from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, moved_in_place
 from nntk_dist.features import ArraySpec, Rows, block_range
 from nntk_dist.formed_products import (
@@ -37,11 +37,16 @@ from nntk_dist.formed_products import (
     formed_products,
     prepared_sketch,
 )
+from nntk_dist.last_layers import add_readout_, bare_slopes_of_pass, slopes_of_pass
 from nntk_dist.layered_products import Layered, add_layered_, layered_products
 from nntk_dist.sketched_layers import Pass, sketched_gradients
 from nntk_dist.sketching import KEPT_BYTES, Projector, Sketch
-from nntk_dist.slopes import find_slopes, shared_slopes
+from nntk_dist.slopes import pair_weights
 from nntk_dist.stochastic import fixed_noise
+
+_AVERAGED = ("dense", "sketch", "readout")  # over the draws of a slot
+# What prepared arrays with an axis of outputs begin with.
+_WITH_OUTPUTS = ("gradient_", "dense_", "sketch_", "readout_")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class GradientFeatures:
     The parameters of `sketched`, a plan without outer sites, are in `sketch` alone: where blocks are paired only.
     `sums_outputs` is for kernels that sum products over the outputs at hand: what outputs share is then kept once.
     `shared` numbers the outer sites whose h̃ no draw changes (`nntk_dist.shared_inputs`): where blocks are paired, these
-    meet as mean output gradients, R products of δ instead of S².
+    meet as mean output gradients, R products of δ instead of S². `sloped` and `readout` number those two of
+    `nntk_dist.slopes` where blocks are paired and outputs summed: the former keeps φ'(a), which all outputs share and
+    which come with the first of them; the latter block means of h̃.
     """
 
     evaluator: Evaluator
@@ -64,6 +71,8 @@ class GradientFeatures:
     sketched: SitePlan | None = None
     sums_outputs: bool = False
     shared: frozenset[int] = frozenset()
+    sloped: int | None = None
+    readout: int | None = None
 
     @property
     def num_draws(self) -> int:
@@ -112,14 +121,20 @@ class GradientFeatures:
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return self._arrays(len(self.columns))
+        return self._arrays(self.columns)
 
-    def _arrays(self, num_outputs: int) -> tuple[ArraySpec, ...]:
-        specs = []
+    def _arrays(self, columns: Sequence[int]) -> tuple[ArraySpec, ...]:
+        num_outputs, specs = len(columns), []
         for index, site in enumerate(self.plan.outer):
             inputs, units = linear_widths(self.evaluator.model, site.module, site.attributes)
+            if index == self.readout:
+                shape = (self.num_blocks, 1, inputs)
+                specs.append(ArraySpec("readout", ("block", "joint_output", "readout_unit"), shape))
+                continue
+            if index == self.sloped and self.columns[0] not in columns:
+                inputs = units = 0  # products of no length add nothing
             specs.append(ArraySpec(f"input_{index}", ("draw", f"input_unit_{index}"), (self.num_draws, inputs)))
-            axis, length = ("joint_output", 1) if self._is_sloped(site) else ("output", num_outputs)
+            axis, length = ("joint_output", 1) if self._is_sloped(index) else ("output", num_outputs)
             shape = (self.num_draws, length, units)
             specs.append(ArraySpec(f"gradient_{index}", ("draw", axis, f"unit_{index}"), shape))
         if self.num_dense:
@@ -157,7 +172,7 @@ class GradientFeatures:
                         own = {name: array[rows] for name, array in result.items()}
                         self._add_pass_(own, draw - draws.start, inputs, columns, projector)
         for name, array in result.items():
-            if name in ("dense", "sketch"):
+            if name in _AVERAGED:
                 array /= self.draws_per_slot
             check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
         return result
@@ -166,9 +181,9 @@ class GradientFeatures:
         """Where the features of these rows go; what is averaged begins at zero."""
         like = next(iter(self.evaluator.space.values(self.evaluator.model).values()))
         result = {}
-        for spec in self._arrays(len(columns)):
+        for spec in self._arrays(columns):
             shape = (len(x), spec.shape[0] * len(draws) // self.num_draws, *spec.shape[1:])
-            make = like.new_zeros if spec.name in ("dense", "sketch") else like.new_empty
+            make = like.new_zeros if spec.name in _AVERAGED else like.new_empty
             result[spec.name] = make(shape)
         return result
 
@@ -205,9 +220,16 @@ class GradientFeatures:
         passed = self._passed(x, recording, columns)
         for index, site in enumerate(self.plan.outer):
             (call,), (delta,) = recording.calls[site.module], passed.deltas[site.module]
-            write_extended_input(site, call.h, rows[f"input_{index}"][:, place])
+            if index == self.readout:
+                add_readout_(rows["readout"][:, slot, 0], site, recording, len(columns))
+                continue
             gradients = rows[f"gradient_{index}"][:, place]
-            if self._is_sloped(site):
+            if not gradients.numel():
+                continue
+            write_extended_input(site, call.h, rows[f"input_{index}"][:, place])
+            if index == self.sloped:
+                gradients[:, 0] = self._bare_slopes(recording, passed, delta)[: len(gradients)]
+            elif self._is_sloped(index):
                 assert passed.slopes is not None
                 assert passed.shares is not None
                 torch.mul(passed.slopes[: len(gradients)], passed.shares.norm(dim=0), out=gradients[:, 0])
@@ -224,9 +246,37 @@ class GradientFeatures:
     def _sites(self) -> tuple[Site, ...]:
         return (*self.plan.outer, *self.plan.dense, *(() if self.sketched is None else self.sketched.dense))
 
-    def _is_sloped(self, site: Site) -> bool:
+    def _is_sloped(self, index: int) -> bool:
         """Whether a layered site's gradients are kept as one number a unit, for all outputs."""
-        return shares_slopes(self.plan, site, pair_blocks=self.pair_blocks, full=not self.sums_outputs)
+        if self.pair_blocks:
+            return index == self.sloped
+        return shares_slopes(self.plan, self.plan.outer[index], full=not self.sums_outputs)
+
+    @cached_property
+    def _pair_weights(self) -> Float[Tensor, "s t o"]:
+        """What slopes of two draws are multiplied by."""
+        assert self.plan.slopes is not None
+        assert self.drawing is not None
+        model, space = self.evaluator.model, self.evaluator.space
+        weights = pair_weights(model, self.plan.slopes.readout, space, self.drawing, self.columns)
+        return weights.to(next(iter(space.values(model).values())).dtype)
+
+    @property
+    def pair_weight_bytes(self) -> int:
+        """What the weights of pairs of draws take, in float64 and in the model's type."""
+        if self.sloped is None:
+            return 0
+        model, site = self.evaluator.model, self.plan.outer[self.sloped]
+        item = next(iter(self.evaluator.space.values(model).values())).element_size()
+        return (8 + item) * self.num_draws**2 * linear_widths(model, site.module, site.attributes)[1]
+
+    def _bare_slopes(self, recording: Recording, passed: Pass, delta: Tensor) -> Float[Tensor, "n o"]:
+        """Slopes for pairs of draws: by all outputs, since those at hand need not take something of every unit."""
+        model, pair = self.evaluator.model, self.plan.slopes
+        assert pair is not None
+        if tuple(passed.columns) != self.columns:
+            (delta,) = recording.gradients(self.columns)[pair.module]
+        return bare_slopes_of_pass(model, pair, recording, delta, self.columns)
 
     def _passed(self, x: Tensor, recording: Recording, columns: Sequence[int]) -> Pass:
         """What one pass gives, with the slopes of the layer before the readout."""
@@ -234,15 +284,8 @@ class GradientFeatures:
         plain, pair = Pass(x, recording, deltas, parameters, columns), self.plan.slopes
         if pair is None or not self.sums_outputs:
             return plain
-        if find_slopes(recording.outputs, recording.outs([pair.module, pair.readout])) != pair:
-            raise NNTKError(
-                f"the model goes another way from layer '{pair.module}' to its output for these examples than for "
-                "those that it was tried on; use estimator: weight"
-            )
         (delta,) = deltas[pair.module]
-        weight = self.evaluator.model.get_submodule(pair.readout).weight
-        assert isinstance(weight, Tensor)
-        slopes, shares = shared_slopes(delta.flatten(2), weight, columns)
+        slopes, shares = slopes_of_pass(self.evaluator.model, pair, recording, delta, columns)
         return replace(plain, sloped=pair.module, slopes=slopes, shares=shares)
 
     def _named(self, dense: Float[Tensor, "n c k"]) -> dict[str, Float[Tensor, "n c ..."]]:
@@ -257,6 +300,8 @@ class GradientFeatures:
         prepared = dict(rows)
         if "dense" in prepared:
             prepared["dense_columns"] = self._columns(prepared.pop("dense"), by_block=by_block)
+        if "readout" in prepared:
+            prepared["readout_columns"] = combined(prepared.pop("readout"), by_block=by_block)
         if "sketch" in prepared:
             prepared.pop("sketch")
             prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, by_block=by_block)
@@ -283,10 +328,11 @@ class GradientFeatures:
 
     def _layered(self, rows: Rows) -> Layered | None:
         """The layers whose pairs of draws are taken one by one, if any."""
-        indices = [i for i in range(len(self.plan.outer)) if f"input_{i}" in rows]
+        indices = [i for i in range(len(self.plan.outer)) if f"input_{i}" in rows and rows[f"input_{i}"].shape[-1]]
         if not indices:
             return None
-        return Layered(tuple(rows[f"input_{i}"] for i in indices), tuple(rows[f"gradient_{i}"] for i in indices))
+        inputs, gradients = (tuple(rows[f"{kind}_{i}"] for i in indices) for kind in ("input", "gradient"))
+        return Layered(inputs, gradients, tuple(self._pair_weights if i == self.sloped else None for i in indices))
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
@@ -307,6 +353,8 @@ class GradientFeatures:
             add_formed_(layer, rows[name], others[name], meeting)
             name = f"shared_input_{index}"
             sums.add_(layer.scaled_(meeting.shared(rows[name], others[name], num_outputs)))
+        if (name := "readout_columns") in rows:
+            add_formed_(sums, rows[name], others[name], meeting)
         if (name := "dense_columns") in rows:
             add = add_formed_ if self.pair_blocks else add_alone_
             add(sums, rows[name], others[name], meeting)
@@ -319,6 +367,8 @@ class GradientFeatures:
         left, right = self._layered(rows), self._layered(others)
         if left is not None and right is not None:
             terms.append(layered_products(left, right, meeting, self.num_blocks, pair_blocks=self.pair_blocks))
+        if "readout" in rows:
+            terms.append(formed_products(rows["readout"], others["readout"], meeting))
         if "dense" in rows:
             if self.pair_blocks:
                 terms.append(formed_products(rows["dense"], others["dense"], meeting))
@@ -332,7 +382,7 @@ class GradientFeatures:
 
 def _num_outputs(rows: Rows) -> int:
     """How many outputs prepared rows keep apart."""
-    return max(array.shape[-2] for name, array in rows.items() if name.startswith(("gradient_", "dense_", "sketch_")))
+    return max(array.shape[-2] for name, array in rows.items() if name.startswith(_WITH_OUTPUTS))
 
 
 def feature_bytes(arrays: Mapping[str, Tensor]) -> int:

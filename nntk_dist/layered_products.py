@@ -23,10 +23,15 @@ Partner = tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]
 
 @dataclass(frozen=True)
 class Layered:
-    """Outer-product features of one row set: for every layer its inputs h̃ and its output gradients δ, draw by draw."""
+    """Outer-product features of one row set: for every layer its inputs h̃ and its output gradients δ, draw by draw.
+
+    Layers with `weights` hold slopes (`nntk_dist.slopes`): theirs is ⟨δ, w_st ⊙ δ'⟩ for a pair of draws, and only pairs
+    of draws have them.
+    """
 
     inputs: tuple[Float[Tensor, "n s _"], ...]
     gradients: tuple[Float[Tensor, "n s c _"], ...]
+    weights: tuple[Float[Tensor, "s t _"] | None, ...]
 
     @property
     def num_draws(self) -> int:
@@ -35,6 +40,10 @@ class Layered:
     @property
     def num_outputs(self) -> int:
         return self.gradients[0].shape[2]
+
+    def double(self) -> "Layered":
+        inputs, gradients = (tuple(part.double() for part in parts) for parts in (self.inputs, self.gradients))
+        return Layered(inputs, gradients, tuple(None if w is None else w.double() for w in self.weights))
 
     def partners(self, draws: range) -> list[Partner]:
         """Some draws of every layer, draws first."""
@@ -71,7 +80,7 @@ def add_layered_(sums: BlockSums, rows: Layered, columns: Layered, meeting: Meet
         draws = range(start, min(start + step, rows.num_draws))
         partners = columns.partners(draws)
         for s in range(rows.num_draws):
-            products = _products_with(rows, s, partners, meeting)
+            products = _products_with(rows, s, draws, partners, meeting)
             _add_pairs_(sums, products, s // size, [t // size for t in draws], 1.0 / size**2)
 
 
@@ -81,8 +90,9 @@ def _add_pairs_(
     """Add `factor` times the products of one draw with several, whose blocks ascend."""
     assert sums.between is not None
     for other in dict.fromkeys(others):
-        first = others.index(other)
-        total = products[first : first + others.count(other)].sum(0, dtype=torch.float64)
+        first, count = others.index(other), others.count(other)
+        # One product is added as it is, in float64 all the same: a sum would copy it twice.
+        total = products[first] if count == 1 else products[first : first + count].sum(0, dtype=torch.float64)
         if block == other:
             sums.within.add_(total, alpha=factor)
             continue
@@ -92,12 +102,16 @@ def _add_pairs_(
             sums.by_block[other].add_(total, alpha=0.5 * factor)
 
 
-def _products_with(rows: Layered, s: int, partners: Sequence[Partner], meeting: Meeting) -> Float[Tensor, "t *tile"]:
+def _products_with(
+    rows: Layered, s: int, draws: range, partners: Sequence[Partner], meeting: Meeting
+) -> Float[Tensor, "t *tile"]:
     """⟨g_s(x), g_t(x')⟩ of one draw with several: to the rows, partners are so many more columns."""
-    count = len(partners[0][0])
+    count = len(draws)
     total: Tensor | None = None
-    for h, delta, (h2, delta2) in zip(rows.inputs, rows.gradients, partners, strict=True):
+    for h, delta, weights, (h2, delta2) in zip(rows.inputs, rows.gradients, rows.weights, partners, strict=True):
         h, delta = h[:, s], delta[:, s]
+        if weights is not None:
+            delta2 = delta2 * weights[s, draws.start : draws.stop, None, None]
         if meeting.paired:
             h, delta = h.repeat(count, 1), delta.repeat(count, 1, 1)
         product = meeting.outputs(delta, delta2.flatten(0, 1))
@@ -115,15 +129,14 @@ def layered_products(
     Float64, one draw of the rows at a time: for few entries.
     """
     size, everything = rows.num_draws // num_blocks, range(rows.num_draws)
-    columns = Layered(*(tuple(part.double() for part in parts) for parts in (columns.inputs, columns.gradients)))
-    rows = Layered(*(tuple(part.double() for part in parts) for parts in (rows.inputs, rows.gradients)))
+    rows, columns = rows.double(), columns.double()
     if not pair_blocks:
         own = torch.stack([draw_products(rows, columns, s, s, meeting) for s in everything])
         return own.unflatten(0, (num_blocks, size)).mean(1)
     partners = columns.partners(everything)
     total: Tensor | None = None
     for s in everything:
-        products = _products_with(rows, s, partners, meeting).unflatten(0, (num_blocks, size)).mean(1)
+        products = _products_with(rows, s, everything, partners, meeting).unflatten(0, (num_blocks, size)).mean(1)
         if total is None:
             total = products.new_zeros(num_blocks, *products.shape)
         total[s // size].add_(products, alpha=1.0 / size)

@@ -220,7 +220,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     row_bytes = item * sum(math.prod(spec.shape) for spec in features.arrays)
     metric = 4 * 8 * sizes.num_draws**2 if holds_differences(job) and job.spec.pair_blocks else 0
     held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job) + weighting_bytes(job, x)
-    held += features.probe_bytes if isinstance(features, GradientFeatures) else 0
+    held += features.probe_bytes + features.pair_weight_bytes if isinstance(features, GradientFeatures) else 0
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
     feature_task = 3 * chunk if layout.store_features else 0
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0

@@ -53,18 +53,31 @@ def test_contractions_that_are_asked_for():
 
 def test_auto_is_exact_where_that_can_be_afforded():
     model, x = sequence(16)
+    model.extend([nn.Tanh(), nn.Linear(10, 10)])
     choice = chosen(model, x, "auto")
     assert (choice.sketched, choice.num_columns, choice.num_sketched) == (None, 0, 0)
-    assert choice.text == "contraction: layered: 3; means: 0.weight, 0.bias, 1.weight, 1.bias"
+    assert choice.text == "contraction: layered: 3; means: 5, 0.weight, 0.bias, 1.weight and 1 more"
     # 4,096 pairs of draws in layers cost more than 24 products of means
     assert chosen(model, x, "auto", draws=64).text.startswith("contraction: means: ")
+
+
+def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
+    """Blocks' means of them: no pairs of draws, whatever the contraction of the other layers; not where kept apart."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(2, 4)
+    model, space = model.requires_grad_(False), select_parameters(model)
+    plan = plan_sites(model, space, x)
+    texts = [
+        choose_contraction(model, plan, space, "layered", 0, Setting(8, 4, 3, pair_blocks=pair, full=full)).text
+        for pair, full in ((True, False), (True, True), (False, False))
+    ]
+    assert texts == ["contraction: layered: 0, 2; means: 4", *["contraction: layered: 0, 2, 4"] * 2]
 
 
 def test_auto_sketches_what_neither_means_nor_layers_can_afford_and_says_so():
     """A Linear of 640,800 parameters on tokens: means of a row and output take 20 MB; its bias stays exact."""
     model, x = nn.Sequential(nn.Linear(800, 801), nn.Tanh(), nn.Flatten(), nn.Linear(1602, 10)), torch.randn(2, 2, 800)
     choice = chosen(model, x, "auto")
-    assert choice.text == "contraction: layered: 3; means: 0.bias; sketch (k = 1024): 0.weight"
+    assert choice.text == "contraction: means: 3, 0.bias; sketch (k = 1024): 0.weight"
     assert choice.num_sketched == 800 * 801
     assert chosen(model, x, "auto", columns=0).sketched is None
     # 100 times the columns: then exact products are no longer 32 times as many

@@ -250,7 +250,7 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     prepared = row_bytes * _prepared_share(job, features)
     everything = int((sizes.num_train + sizes.num_test) * prepared)
     parts = 1 if layout.store_features else -(-sizes.num_kernel_outputs // layout.outputs_at_once)
-    kept = max(2 * tile * prepared, min(FEATURE_CACHE_BYTES, everything * parts))
+    kept = min(everything * parts, max(2 * tile * prepared, FEATURE_CACHE_BYTES))
     names = [spec.name for spec in features.arrays]
     pairs = 0
     if any(name.startswith("noise_") for name in names):

@@ -16,5 +16,5 @@ def test_the_quick_benchmark_answers_every_cell_with_a_figure():
 def test_layers_are_measured_by_the_products_that_their_formula_needs():
     setting = tile.Setting("layered", "sample", 8, 256, 1, 1)
     features = tile._features(setting)
-    first, others = 785 + 8 * 10 * 512, 64 * (513 + 10 * 512 + 513 + 10 * 10)
-    assert tile._length_of_products(features, setting) == first + others
+    first, hidden, readout = 785 + 8 * 10 * 512, 64 * (513 + 512), 8 * 513
+    assert tile._length_of_products(features, setting) == first + hidden + readout

@@ -40,7 +40,9 @@ _ARRAYS = {"plugin": "train/gram", "unbiased": "train/gram_unbiased", "stderr": 
 
 @dataclass(frozen=True)
 class Setting:
-    """One tile: what its features are, how large it is, and what is asked of it; `least` is the ratio wanted."""
+    """One tile: what its features are, how large it is, and what is asked of it; `least` is the ratio wanted, `width`
+    that of the network's two hidden layers, where features are layers.
+    """
 
     features: str
     stderr: str
@@ -50,11 +52,12 @@ class Setting:
     rounds: int
     writes: bool = False
     least: float | None = None
+    width: int = 512
 
 
 def cells(*, quick: bool) -> list[Cell]:
     """Factored tiles of one and two threads, with and without writing; then features of other kinds."""
-    size, rounds, layered = (512, 1, 128) if quick else (4096, 4, 1024)
+    size, rounds, layered, narrow = (512, 1, 128, 128) if quick else (4096, 4, 1024, 2048)
     settings = []
     for threads in (1, 2):
         for stderr, least in (("sample", 0.85), ("entry", 0.42)):
@@ -64,12 +67,15 @@ def cells(*, quick: bool) -> list[Cell]:
         settings.append(Setting("sketch", stderr, size, size, 1, rounds))
         settings.append(Setting("weight", stderr, size, size, 1, rounds))
         settings.append(Setting("layered", stderr, layered, size, 1, rounds))
+        least = 0.7 if stderr == "sample" else None
+        settings.append(Setting("layered", stderr, narrow, size, 1, rounds, least=least, width=256))
     return [Cell(_key(setting), vars(setting), partial(_measure, setting)) for setting in settings]
 
 
 def _key(setting: Setting) -> str:
     written = ", written" if setting.writes else ""
-    return f"{setting.features}, {setting.stderr}, {setting.threads} threads{written}"
+    layers = f" of {setting.width}" if setting.features == "layered" else ""
+    return f"{setting.features}{layers}, {setting.stderr}, {setting.threads} threads{written}"
 
 
 def _measure(setting: Setting) -> Answer:
@@ -110,7 +116,7 @@ def _words(setting: Setting) -> str:
         "means": "block means",
         "sketch": "sketches in 8 groups",
         "weight": "differences and their metric",
-        "layered": "layers of 784-512-512-10, S = R = 8",
+        "layered": f"layers of 784-{setting.width}-{setting.width}-10, S = R = 8",
     }
     end = ", with its mirror image compressed and written" if setting.writes else ""
     return f"{setting.size}² of {kinds[setting.features]}, stderr {setting.stderr}, {setting.threads} thread(s){end}"
@@ -126,7 +132,7 @@ def _features(setting: Setting) -> FeatureMap:
     elif setting.features == "weight":
         options = {"draws": setting.length, "estimator": "weight"}
     elif setting.features == "layered":
-        model = build_model("mlp", {"widths": [512, 512]}, input_shape=(784,), num_outputs=10, seed=0)
+        model = build_model("mlp", {"widths": [setting.width] * 2}, input_shape=(784,), num_outputs=10, seed=0)
     prepared = prepare_model(model, dtype=torch.float32, device="cpu")
     x = torch.randn(4, each - 1 if setting.features != "layered" else 784, generator=torch.Generator().manual_seed(1))
     spec = KernelSpec(gamma=0.1, blocks=_BLOCKS, **options)
@@ -140,7 +146,8 @@ def _random_rows(features: FeatureMap, count: int, generator: torch.Generator) -
 def _length_of_products(features: FeatureMap, setting: Setting) -> float:
     """Multiply-adds of an entry in the plain products that `sample` needs: what every tile is measured by.
 
-    Layers: ⟨h̃,h̃'⟩ and ⟨δ,δ'⟩ for every pair of draws, or mean output gradients where h̃ is the same for all.
+    Layers: ⟨h̃,h̃'⟩ and ⟨δ,δ'⟩ for every pair of draws, or mean output gradients where h̃ is the same for all, or mean h̃
+    of the readout.
     """
     if setting.features == "weight":
         return 2.0 * setting.length  # of all pairs of blocks, and of different ones
@@ -151,7 +158,9 @@ def _length_of_products(features: FeatureMap, setting: Setting) -> float:
     for spec in features.arrays:
         kind, _, index = spec.name.rpartition("_")
         numbers, pairs = math.prod(spec.shape[1:]), float(_BLOCKS**2)
-        if int(index) in features.shared:
+        if spec.name == "readout":
+            pairs = float(_BLOCKS)
+        elif int(index) in features.shared:
             pairs = 1.0 if kind == "input" else float(_BLOCKS)
         total += pairs * numbers
     return total

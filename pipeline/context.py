@@ -70,11 +70,12 @@ class Context:
     dataset: Dataset
     state: Mapping[str, Tensor]
     sink: Sink | None = None
-    fitting: FittingBatch = field(init=False)
     _cache: "OrderedDict[tuple[object, ...], Rows]" = field(default_factory=OrderedDict)
 
-    def __post_init__(self) -> None:
-        self.fitting = FittingBatch(self.job.layout.batch)
+    @cached_property
+    def fitting(self) -> FittingBatch:
+        """The batch of passes over the model, which falls where it does not fit."""
+        return FittingBatch(self.job.layout.batch)
 
     @cached_property
     def storage(self) -> RunStorage:

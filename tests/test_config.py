@@ -44,8 +44,9 @@ def test_shipped_configs_load_and_round_trip(path: Path) -> None:
     assert yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))) == config.model_dump(mode="json")
 
 
-def test_all_four_configs_are_shipped() -> None:
-    assert [path.stem for path in CONFIGS] == ["cifar10", "digits", "mnist", "sign1d"]
+def test_all_six_configs_are_shipped() -> None:
+    names = ["cifar10", "digits", "mnist", "mnist-factored", "mnist-full", "sign1d"]
+    assert sorted(path.stem for path in CONFIGS) == names
 
 
 def test_defaults_are_those_of_the_contract(minimal: Path) -> None:

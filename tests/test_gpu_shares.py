@@ -36,7 +36,15 @@ def test_as_many_workers_as_the_gpus_have_places_for(compute, expected, monkeypa
 def test_the_plan_says_that_they_share(share, expected, monkeypatch):
     monkeypatch.setattr(display, "print_choice", lambda *args, **kwargs: None)
     layout = SimpleNamespace(
-        tile=8, batch=8, store_features=True, outputs_at_once=1, threads=1, dtype="float32", device="cuda"
+        tile=8,
+        batch=8,
+        store_features=True,
+        outputs_at_once=1,
+        threads=1,
+        dtype="float32",
+        device="cuda",
+        write_tiles=True,
+        matmul_precision="highest",
     )
     job = SimpleNamespace(layout=layout, config=config(workers_per_gpu=share), resolution=SimpleNamespace(probes=None))
     tasks = {stage.NAME: 0 for stage in display.ORDER}
@@ -44,5 +52,6 @@ def test_the_plan_says_that_they_share(share, expected, monkeypatch):
         tasks=tasks, seconds={}, operations={}, disk_bytes={}, total_disk_bytes=0, worker_bytes=0, solve_bytes=0
     )
     out = Console(file=io.StringIO(), width=1000)
-    display.print_plan(out, SimpleNamespace(job=job, projection=projection, memory_per_worker=0), searching=False)
+    plan = SimpleNamespace(job=job, projection=projection, memory_per_worker=0, solvers={})
+    display.print_plan(out, plan, searching=False)
     assert expected in out.file.getvalue()

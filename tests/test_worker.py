@@ -32,7 +32,8 @@ def worker(monkeypatch):
 
     stages = {name: SimpleNamespace(USES_ALL_THREADS=name == "solve", execute=execute) for name in ("tiles", "solve")}
     monkeypatch.setattr(pipeline.worker, "STAGES", stages)
-    return Worker(None, None, None, Threads(own=2, whole_node=3))
+    job = SimpleNamespace(layout=SimpleNamespace(batch=8))
+    return Worker(job, None, None, Threads(own=2, whole_node=3))
 
 
 def test_tasks_have_the_threads_that_their_stage_may_use(worker):

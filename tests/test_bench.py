@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from scripts import bench
 from scripts.benchmarks import SECTIONS, end_to_end
 from scripts.benchmarks.figures import Figure, answer, best_seconds
-from scripts.benchmarks.page import page
+from scripts.benchmarks.page import SECTION_ORDER, page
 from scripts.benchmarks.runs import proportional_bytes
 from scripts.studies.cells import Answers
 
@@ -61,6 +61,13 @@ def test_actions_take_turns_and_the_best_time_counts():
     assert order == ["a", "b"] * 3
     assert best["a"] < 0.05  # not the first round's, nor the slower of the others
     assert 0.05 <= best["b"] < 0.2
+
+
+def test_every_section_has_its_place_on_the_page(tmp_path):
+    assert sorted(SECTION_ORDER) == sorted(SECTIONS)
+    one = kept(tmp_path, Figure("a figure", 1.0))
+    one.sections = dict.fromkeys(SECTIONS, one.sections["perturb"])
+    assert page(one).count("| a figure | 1 |") == len(SECTIONS)
 
 
 def test_the_page_is_rendered_from_its_figures():

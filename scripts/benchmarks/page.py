@@ -12,6 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.studies.cells import Answer, Answers
 
+SECTION_ORDER = ("perturb", "tile", "local", "peers", "solvers", "end-to-end", "scaling", "memory")
+
 
 def page(answers: Answers) -> str:
     """The text of the page; sections that were not measured are left out."""
@@ -21,7 +23,8 @@ def page(answers: Answers) -> str:
         autoescape=False,  # Markdown
         keep_trailing_newline=True,
     )
-    sections = {name: [_cell(cell) for cell in cells.values()] for name, cells in answers.sections.items() if cells}
+    kept = answers.sections
+    sections = {name: [_cell(cell) for cell in kept[name].values()] for name in SECTION_ORDER if kept.get(name)}
     text = environment.get_template("performance.md.j2").render(
         sections=sections,
         versions=", ".join(f"{name} {version}" for name, version in answers.versions.items()),

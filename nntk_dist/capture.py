@@ -23,6 +23,7 @@ from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
 from nntk_dist.layers import linear_factors, positions, rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
 from nntk_dist.philox import Stream, normal, signs
+from nntk_dist.shared_inputs import shared_inputs
 from nntk_dist.slopes import Slopes, find_readout, find_slopes
 
 _PROBE_EXAMPLES = 3
@@ -46,7 +47,8 @@ class SitePlan:
     """How the gradient of every selected parameter is had; each parameter of the space in exactly one of the three.
 
     `slopes` names the last two Linear layers, both among the sites, where the outputs share the gradient of the former;
-    `readout` the last, where its output is the model's: its δ is then the identity.
+    `readout` the last, where its output is the model's: its δ is then the identity. `shared` names the outer sites
+    whose h̃ no parameter changes: those fed with the model's input itself, or with a bias alone, whose h̃ is 1.
     """
 
     outer: tuple[Site, ...]
@@ -54,6 +56,7 @@ class SitePlan:
     whole: tuple[str, ...]
     slopes: Slopes | None = None
     readout: str | None = None
+    shared: frozenset[str] = frozenset()
 
     def dense_names(self) -> tuple[str, ...]:
         """Parameters whose gradient is formed, in a fixed order."""
@@ -266,7 +269,14 @@ def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
                 f"the gradient of parameter '{sorted(still)[0]}' does not separate by example: the model's output for "
                 "one example depends on its batch, or it leaves the autograd graph; use estimator: weight"
             )
-    return plan
+    return replace(plan, shared=_shared(exact, plan, trial))
+
+
+def _shared(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[str]:
+    if not plan.outer:
+        return frozenset()
+    biases = frozenset(site.module for site in plan.outer if site.attributes == ("bias",))
+    return biases | shared_inputs(model, [site.module for site in plan.outer], x)
 
 
 def _probe_parameters(model: nn.Module, space: ParameterSpace) -> dict[str, Tensor]:

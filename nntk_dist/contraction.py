@@ -1,12 +1,14 @@
 """How products of gradient features are contracted, layer by layer: in layers, from means, or from a sketch.
 
 `layered`  a Linear on one vector an example: ⟨h̃,h̃'⟩⟨δ,δ'⟩ for S² pairs of draws (S where each meets only itself);
-`means`    block-mean gradients, formed: 3R·P_l multiply-adds an entry, R·P_l numbers a row and output; of the readout,
-           whose δ is the identity, block means of h̃ alone where outputs are summed over: 3R·i;
+           where h̃ is the same under every draw, ⟨h̃,h̃'⟩ once, and R + 1 products of mean δ;
+`means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry, R·P_l numbers a row and output; of the
+           readout, whose δ is the identity, block means of h̃ alone where outputs are summed over: (R + 1)·i;
 `sketch`   block-mean gradients in k numbers (`nntk_dist.sketching`), all sketched layers, and all outputs that are
-           summed over, in the same k: 3R·k.
-The first two are exact. `auto` takes the cheaper of them, and sketches only where exactness cannot be afforded. It
-decides and says so; nothing is computed here.
+           summed over, in the same k: (R + 1)·k.
+A pair of draws also costs what its two products are multiplied and added up for. The first two are exact. `auto` takes
+the cheaper of them, and sketches only where exactness cannot be afforded. It decides and says so; nothing is computed
+here.
 
 Axes: S draws, R blocks, P_l parameters of a layer, i/o widths of h̃/δ, k numbers of the sketch.
 """
@@ -26,6 +28,9 @@ from nntk_dist.spec import KernelSpec
 # takes fewer, which makes exactness no dearer than it was.
 AFFORDABLE_BYTES = 8 << 20
 AFFORDABLE_OPERATIONS = 32
+# What multiplying and adding up an entry of a pair's products takes, in multiply-adds of a matrix product: measured on
+# one core and on two, sums by block included (`scripts/bench.py --only local`, the crossover).
+PAIR_OPERATIONS = 128
 _NAMES_SHOWN = 4
 
 
@@ -47,7 +52,7 @@ class Setting:
     @property
     def products(self) -> int:
         """Products of slots for an entry, of formed features; standard errors included."""
-        return 3 * self.num_blocks if self.pair_blocks else self.num_draws
+        return self.num_blocks + 1 if self.pair_blocks else self.num_draws
 
     @property
     def slots(self) -> int:
@@ -154,11 +159,14 @@ def _means_cost(num_parameters: int, setting: Setting) -> Cost:
 
 def _layered_cost(model: nn.Module, plan: SitePlan, site: Site, setting: Setting) -> Cost:
     inputs, units = linear_widths(model, site.module, site.attributes)
+    if setting.pair_blocks and site.module in plan.shared:
+        operations = inputs + setting.products * setting.copies * units
+        return Cost(operations, setting.num_draws * (inputs + setting.outputs_at_once * units))
     if plan.readout == site.module:
         return Cost(setting.products * inputs, setting.slots * inputs)
     shared = shares_slopes(plan, site, full=setting.full)
     return Cost(
-        setting.pairs * (inputs + (1 if shared else setting.copies) * units),
+        setting.pairs * (inputs + (1 if shared else setting.copies) * units + PAIR_OPERATIONS),
         setting.num_draws * (inputs + setting.outputs_at_once * units),
     )
 

@@ -23,7 +23,6 @@ from nntk_dist.noise_contraction import noise_contraction
 from nntk_dist.noise_plan import plan_noise
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
-from nntk_dist.shared_inputs import shared_inputs
 from nntk_dist.shared_product import shared_product
 from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
@@ -71,7 +70,8 @@ def make_feature_map(
     if chosen.sketched is not None:
         groups = groups_of_columns(chosen.num_columns, spec.blocks)
         sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names, joint=not spec.meeting.full)
-    shared = shared_inputs(model, chosen.exact, x) if spec.pair_blocks and chosen.exact.outer else frozenset[int]()
+    outer = chosen.exact.outer if spec.pair_blocks else ()
+    shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.shared)
     sloped, readout = _ends(chosen.exact, spec, shared)
     return GradientFeatures(
         evaluator,

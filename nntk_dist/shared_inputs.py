@@ -7,19 +7,17 @@ alone, is not recognised, and is then contracted as any other layer. Nothing is 
 Axes: n examples.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.capture import SitePlan
 from nntk_dist.evaluation import outputs
 
 
-def shared_inputs(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[int]:
-    """Numbers of the outer sites whose h̃ no parameter changes: fed with x, or with a bias alone, whose h̃ is 1.
-
-    One forward pass over `x`.
-    """
-    seen = dict.fromkeys((site.module for site in plan.outer), False)
+def shared_inputs(model: nn.Module, modules: Iterable[str], x: Tensor) -> frozenset[str]:
+    """Which of the modules are fed with x. One forward pass over `x`."""
+    seen = dict.fromkeys(modules, False)
     x = x.clone()  # what a model does to it in place is seen, and nobody else's business
     whole = x.clone()
 
@@ -38,4 +36,4 @@ def shared_inputs(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[int]
     finally:
         for handle in handles:
             handle.remove()
-    return frozenset(i for i, site in enumerate(plan.outer) if seen[site.module] or site.attributes == ("bias",))
+    return frozenset(name for name, is_shared in seen.items() if is_shared)

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from nntk_dist.errors import NNTKError, nearest_name
+from nntk_dist.streamed_regression import TOLERANCE
 from pipeline.config_types import (
     Count,
     CountOrAll,
@@ -92,9 +93,10 @@ class SpectrumConfig(Section):
 
 
 class RegressionConfig(Section):
-    """Kernel ridge regression; a ridge is relative: K + ridge * (tr K / n) * I."""
+    """Kernel ridge regression; a ridge is relative: K + ridge * (tr K / n) * I. `tolerance` is of iterative solves."""
 
     method: Literal["auto", "dense", "factored", "iterative"] = "auto"
+    tolerance: PositiveNumber = TOLERANCE
     ridge: Annotated[
         tuple[PositiveNumber, ...],
         Strict(False),

@@ -5,10 +5,10 @@ missing tile and a half-written tile show, and that lets plain zarr, xarray and 
 What it refuses to do: to write part of a shard (two such writers lose data silently), to know what the arrays mean, to
 write consolidated metadata (not in the Zarr v3 specification).
 
-The codec is zstd at the fast level −1 with a checksum in every inner chunk. Measured on one core with 64 MiB of a dense
-float32 kernel: 1.0 GiB/s written, 1.2 read; checksum without compression 1.4 and 1.3, level 1 0.65 and 0.8. Dense
-kernels shrink by 7 % at level 1 and not at all at −1, which is not worth the time; but −1 keeps the padding of ragged
-last shards out of the file (1437 rows in tiles of 1024: half as many bytes as without compression).
+Every inner chunk is Blosc's lz4 over shuffled bits, with a crc32c behind it (Blosc has none that is checked). Measured
+on one core with chunks of a dense float32 kernel of MNIST: 78 % of the bytes, 2.5 GB/s in and 3.7 out; zstd at −1 kept
+all of the bytes at 0.5 to 1.3 GB/s in, at 1 87 % at 0.6 in and 1.5 out. The padding of ragged last shards takes next to
+nothing.
 
 Axis legend: whatever `dimension_names` of the array says.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
 from zarr.storage import StorePath
@@ -115,7 +115,10 @@ def create_array(
             dtype=dtype,
             chunks=tuple(map(chunk_edge, shards)),
             shards=shards,
-            compressors=[ZstdCodec(level=-1, checksum=True)],
+            compressors=[
+                BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=dtype.itemsize),
+                Crc32cCodec(),
+            ],
             fill_value=np.nan if dtype.kind == "f" else None,
             dimension_names=list(dimension_names),
             attributes=dict(attributes or {}),

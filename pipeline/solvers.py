@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.factors import FactorForm
-from nntk_dist.streamed_regression import NUM_SAMPLED, RANK
+from nntk_dist.streamed_regression import NUM_SAMPLED, rank_of
 from pipeline.arrays import StoredArray, kernel_width, statistics_of
 from pipeline.job import Job
 
@@ -94,7 +94,7 @@ def solver_bytes(job: Job, stage: str, solver: Solver) -> int:
         width = job.config.spectrum.top_k
         numbers = _BASIS_BLOCKS * (width + max(8, width // 4))
     else:
-        numbers = 7 * ridges * (right + NUM_SAMPLED) + 4 * min(RANK, rows)
+        numbers = 7 * ridges * (right + NUM_SAMPLED) + rank_of(rows)
     return 8 * (rows * numbers + (_PIECES + 2) * edge**2)
 
 
@@ -110,7 +110,7 @@ def solver_operations(job: Job, stage: str, solver: Solver) -> float:
     if stage == "spectrum":
         return 2.0 * rows**2 * _SPECTRUM_PASSES * 1.25 * job.config.spectrum.top_k * _num_spectra(job)
     width = len(job.config.regression.ridge) * (_num_right(job) + NUM_SAMPLED)
-    return 2.0 * rows**2 * (_REGRESSION_PASSES / 2 * width + 2 * RANK / rows * RANK)
+    return 2.0 * rows**2 * _REGRESSION_PASSES / 2 * width + 6.0 * rows * rank_of(int(rows)) ** 2
 
 
 def solver_reads(job: Job, stage: str, solver: Solver, feature_bytes: int) -> float:

@@ -100,7 +100,11 @@ def test_the_policy_is_in_the_metadata(storage):
     assert sharding["configuration"]["chunk_shape"] == [1024, 1024]
     assert sharding["configuration"]["codecs"] == [
         {"name": "bytes", "configuration": {"endian": "little"}},
-        {"name": "zstd", "configuration": {"level": -1, "checksum": True}},
+        {
+            "name": "blosc",
+            "configuration": {"typesize": 4, "cname": "lz4", "clevel": 1, "shuffle": "bitshuffle", "blocksize": 0},
+        },
+        {"name": "crc32c"},
     ]
     for file in storage.local_path.rglob("zarr.json"):
         assert "consolidated_metadata" not in json.loads(file.read_text())

@@ -176,7 +176,7 @@ def test_regression_is_that_of_the_kernel(kind, width):
     ridges = (1e-3, 1e-2, 0.5)
     train, test, points = kernels(width)
     given = arguments(kind, points)
-    found = streamed(width, given, ridges, rank=60)
+    found = streamed(width, given, ridges, rank=60, tolerance=1e-6)
     expected = ridge_regression(train, given.pop("targets"), test, given.pop("test_targets"), ridges=ridges, **given)
     quantile = stats.t.isf(1e-4 / 48, 32 // width - 1)
     assert found.converged

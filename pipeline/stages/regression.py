@@ -84,8 +84,10 @@ def _factored(context: Context, factor: FactorForm) -> RidgeRegression:
 def _iterative(context: Context) -> tuple[RidgeRegression, Mapping[str, float]]:
     kernel = stored_tiles(context.store, "train/gram")
     test = stored_rectangle(context.store, "test/gram")
-    ridges = context.job.config.regression.ridge
-    found = streamed_regression(kernel, test, _problem(context), ridges, seed=context.job.spec.seed)
+    section = context.job.config.regression
+    found = streamed_regression(
+        kernel, test, _problem(context), section.ridge, seed=context.job.spec.seed, tolerance=section.tolerance
+    )
     numbers = {
         "solver:passes": float(found.passes),
         "solver:rank": float(found.rank),

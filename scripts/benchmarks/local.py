@@ -57,7 +57,7 @@ QUICK = Effort((16, 16), 20, 32, 16, 2, (8, 8), (8, 32), 32)
 def cells(*, quick: bool) -> list[Cell]:
     """Each question on one thread and on two; on one where it has to be quick."""
     effort = QUICK if quick else FULL
-    questions: dict[str, Callable[[Effort], Answer]] = {
+    questions: dict[str, Callable[[Effort], list[Figure]]] = {
         "local": _local,
         "nonlocal": _nonlocal,
         "crossover": _crossover,
@@ -71,10 +71,11 @@ def cells(*, quick: bool) -> list[Cell]:
     return result
 
 
-def _on(threads: int, question: Callable[[Effort], Answer], effort: Effort) -> Callable[[], Answer]:
+def _on(threads: int, question: Callable[[Effort], list[Figure]], effort: Effort) -> Callable[[], Answer]:
     def compute() -> Answer:
         with with_threads(threads):
-            return question(effort)
+            figures = question(effort)
+        return answer(*(replace(figure, what=f"{figure.what}; {threads} thread(s)") for figure in figures))
 
     return compute
 
@@ -121,7 +122,7 @@ def num_fitting(model: nn.Module, most: int) -> int:
     return fitting
 
 
-def _local(effort: Effort) -> Answer:
+def _local(effort: Effort) -> list[Figure]:
     """Against the recipe, at the largest n at which that fits into memory."""
     model, x = problem(effort, effort.num_examples)
     n = num_fitting(model, len(x))
@@ -138,14 +139,14 @@ def _local(effort: Effort) -> Answer:
     seconds = best_seconds(actions, rounds=effort.rounds)
     details: dict[str, Any] = {"n of the recipe": n, "n of all": len(x), "relative difference": distance}
     details |= {f"seconds {name}": value for name, value in seconds.items()}
-    return answer(
+    return [
         Figure("torch.func's Jacobian recipe / local kernel, prepared", seconds["recipe"] / seconds["prepared"], 50.0,
                details=details),
         Figure("torch.func's Jacobian recipe / local kernel, whole call", seconds["recipe"] / seconds["whole call"]),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
-def _nonlocal(effort: Effort) -> Answer:
+def _nonlocal(effort: Effort) -> list[Figure]:
     """One draw a block: R times the features, and products of all pairs of blocks."""
     model, x = problem(effort, effort.num_nonlocal)
     _, local = prepared(model, x, LOCAL)
@@ -162,14 +163,14 @@ def _nonlocal(effort: Effort) -> Answer:
     details = {"n": len(x), "R": BLOCKS, "draws": features.num_draws}
     details |= {f"seconds {name}": value for name, value in seconds.items()}
     whole = seconds["nonlocal, whole call"] / seconds["local, whole call"]
-    return answer(
+    return [
         Figure("nonlocal kernel with standard errors / local kernel, prepared",
                seconds["nonlocal"] / seconds["local"], most=float(BLOCKS**2), details=details),
         Figure("nonlocal kernel with standard errors / local kernel, whole calls", whole, most=float(BLOCKS**2)),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
-def _crossover(effort: Effort) -> Answer:
+def _crossover(effort: Effort) -> list[Figure]:
     """Products from layers and from means over a ladder of draws, and which of them `auto` takes."""
     model, x = problem(effort, effort.num_nonlocal, effort.crossing_widths)
     figures = []
@@ -187,14 +188,14 @@ def _crossover(effort: Effort) -> Answer:
         details |= {f"seconds {name}": value for name, value in seconds.items()}
         figures.append(Figure(f"products by auto / the better of layers and means, S = {draws}",
                               seconds["auto"] / best, most=1.2, details=details))  # fmt: skip
-    return answer(*figures)
+    return figures
 
 
 def _products(features: FeatureMap, rows: Mapping[str, Tensor], spec: KernelSpec) -> Callable[[], object]:
     return lambda: whole_kernel(features, rows, None, spec)
 
 
-def _sketch(effort: Effort) -> Answer:
+def _sketch(effort: Effort) -> list[Figure]:
     """The rate of sketching against a plain matrix product of the same operations, both sides of every layer."""
     widths = tuple(width // 2 for width in effort.widths)
     model, x = problem(effort, effort.sketch_rows, widths)
@@ -215,4 +216,4 @@ def _sketch(effort: Effort) -> Answer:
     details = {"rows": len(x), "draws": 4, "k": 2 * AUTO_COLUMNS, "rows a second": len(x) / seconds["features"]}
     details |= {f"seconds {name}": value for name, value in seconds.items()}
     what = "four matrix products of the sketch's operations / features, passes and draws included"
-    return answer(Figure(what, 4 * seconds["product"] / seconds["features"], details=details))
+    return [Figure(what, 4 * seconds["product"] / seconds["features"], details=details)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nntk_dist import tiles
 from nntk_dist.block_sums import INNER_TERMS, BlockSums, Meeting, empty_sums
-from nntk_dist.capture import Site, SitePlan, plan_sites
+from nntk_dist.capture import plan_sites
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
@@ -171,13 +171,12 @@ class InPlace(Scaled):
 def test_layers_fed_with_the_input_itself_are_told_by_its_memory():
     def shared(model: nn.Module, x: Tensor, patterns: tuple[str, ...] = ("*",)) -> list[str]:
         plan = plan_sites(model, select_parameters(model, patterns), x)
-        return [plan.outer[i].module for i in sorted(shared_inputs(model, plan, x))]
+        return sorted(plan.shared)
 
     x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Scaled()
     assert shared(model, x) == []
-    plan = SitePlan((Site("first", (("weight", "first.weight"), ("bias", "first.bias"))),), (), ())
-    assert shared_inputs(InPlace(), plan, x) == set()  # a layer with such inputs is planned for no model so far
+    assert shared_inputs(InPlace(), ["first"], x) == set()  # a layer with such inputs is planned for no model so far
     assert shared(nn.Sequential(model.first, nn.Tanh(), model.second), x) == ["0"]
     assert shared(nn.Sequential(nn.Flatten(), model.first, nn.Tanh(), model.second), x[:, :, None]) == ["1"]
     assert shared(nn.Sequential(model.first, nn.Tanh(), model.second), x, ("2.bias",)) == ["2"]

@@ -17,9 +17,9 @@ from nntk_dist.block_sums import BlockSums, Meeting
 from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.statistics import Calibration, calibrate, estimate
 
-# Kernel rows and columns of a window: large enough for a matrix product's full rate, small enough for its sums (1 MiB
-# each in float64) to stay near.
-WINDOW_ROWS = 256
+# Kernel rows and columns of a window: large enough for a matrix product's full rate on two threads, small enough for
+# its sums (2 MiB each in float64) to stay near.
+WINDOW_ROWS = 512
 WINDOW_COLUMNS = 512
 
 

@@ -149,6 +149,7 @@ class Context:
         """Features of one interval, prepared for products; remembered while they fit, since neighbours share them."""
         key = (interval, columns)
         if key not in self._cache:
+            self._make_room()
             split, start, stop = interval
             if self.job.layout.store_features:
                 rows: Rows = {
@@ -162,9 +163,16 @@ class Context:
             by_block = self.job.layout.stderr == "entry"
             self._cache[key] = self.features_with_metric.prepare(rows, by_block=by_block)
         self._cache.move_to_end(key)
-        while len(self._cache) > 2 and sum(map(feature_bytes, self._cache.values())) > FEATURE_CACHE_BYTES:
-            self._cache.popitem(last=False)
         return self._cache[key]
+
+    def _make_room(self) -> None:
+        """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs
+        two. Before the new one is made, not after: three would be held at once otherwise.
+        """
+        sizes = [feature_bytes(rows) for rows in self._cache.values()]
+        while len(sizes) > 1 and sum(sizes) + max(sizes) > FEATURE_CACHE_BYTES:
+            self._cache.popitem(last=False)
+            del sizes[0]
 
     def write(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
         """Write whole shards of an array, beginning at the given index, and note bytes and checksum."""

@@ -20,8 +20,12 @@ from pipeline.config import Config
 from pipeline.job import Layout, Sizes
 
 FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbouring tiles share rows
+# Activations of one batch: about the size of the last cache; but 32 examples, below which a pass loses more by its many
+# small operations, while they take eight times as much. Measured with the built-in models, which are all fastest at 32
+# or 64 (`scripts/bench.py --only perturb`).
 _BATCH_RANGE = (8, 1024)
-_BATCH_BYTES = 32 << 20  # activations of one batch: about the size of the last cache
+_BATCH_BYTES = 32 << 20
+_FEW, _FEW_BYTES = 32, 256 << 20
 # Perturbations are made once for a shard of rows: the more rows, the less they cost; but there are to be shards enough
 # for several workers, also of a small data set.
 _SHARD_ROWS = (1024, 8192)
@@ -60,11 +64,11 @@ def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: in
 
 
 def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str) -> int:
-    """The largest power of two whose activations stay within 32 MiB, from 8 to 1024, and no larger than it takes to
-    hold all rows (batches are padded, so more would be computed for nothing).
+    """The largest power of two whose activations stay within 32 MiB, or within 256 MiB up to 32 examples, from 8 to
+    1024, and no larger than it takes to hold all rows (batches are padded, so more would be computed for nothing).
     """
-    item = 8 if dtype == "float64" else 4
-    fitting = _BATCH_BYTES // (item * activation_elements(model, x))
+    each = (8 if dtype == "float64" else 4) * activation_elements(model, x)
+    fitting = max(_BATCH_BYTES // each, min(_FEW, _FEW_BYTES // each))
     low, high = _BATCH_RANGE
     holding_all = 2 ** math.ceil(math.log2(num_rows))
     return int(min(high, max(low, 2 ** int(math.log2(max(1, fitting)))), max(low, holding_all)))

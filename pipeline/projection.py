@@ -34,7 +34,7 @@ from pipeline.arrays import (
 )
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
-from pipeline.layout import FEATURE_CACHE_BYTES
+from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements
 from pipeline.reference import num_reference
 from pipeline.solvers import SOLVED, Solver, solver_bytes, solver_operations, solver_reads
 from pipeline.stages import ORDER
@@ -222,7 +222,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job) + weighting_bytes(job, x)
     held += features.probe_bytes + features.pair_weight_bytes if isinstance(features, GradientFeatures) else 0
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
-    feature_task = 3 * chunk if layout.store_features else 0
+    feature_task = (3 * chunk if layout.store_features else 0) + pass_bytes(job, features, model, x)
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
     tile_task = _tile_bytes(job, features, int(row_bytes * share))
     in_factors = any(spec.name.startswith(_FACTORS) for spec in features.arrays)
@@ -230,6 +230,13 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products
     return int(held + max(feature_task, calibration_task, tile_task))
+
+
+def pass_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> int:
+    """Activations of one batch, and their gradients for every output where they are kept to be differentiated."""
+    copies = 1 + len(features.columns) if isinstance(features, GradientFeatures) else 1
+    item = torch.empty(0, dtype=DTYPES[job.layout.dtype]).element_size()
+    return copies * item * job.layout.batch * activation_elements(model, x)
 
 
 def solve_bytes(job: Job, solvers: Mapping[str, Solver]) -> int:

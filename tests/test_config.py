@@ -77,7 +77,8 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
         },
         "spectrum": {"method": "auto", "top_k": 50},
         "regression": {
-            "method": "auto", "ridge": [1e-4, 1e-3, 1e-2, 1e-1, 1.0], "center_outputs": False, "select": "loo",
+            "method": "auto", "tolerance": 1e-4, "ridge": [1e-4, 1e-3, 1e-2, 1e-1, 1.0], "center_outputs": False,
+            "select": "loo",
         },
         "report": {"plots": True},
     }  # fmt: skip

@@ -237,6 +237,31 @@ def test_a_solve_that_is_cut_short_says_so():
     assert found.regression.selected.solve_residual > 1e-6
 
 
+def test_a_tolerance_is_met_and_not_worked_beyond():
+    given = arguments("labels", kernels()[2])
+    loose, tight = (streamed(1, given, (1e-3,), rank=20, tolerance=each) for each in (1e-2, 1e-6))
+    assert loose.converged
+    assert tight.converged
+    assert loose.passes < tight.passes
+    assert 1e-6 < loose.regression.selected.solve_residual <= 1e-2
+    assert tight.regression.selected.solve_residual <= 1e-6
+
+
+def test_the_low_rank_part_lies_below_the_kernel_in_orthonormal_directions(monkeypatch):
+    """U and Σ by stripes of seven rows; K − U Σ Uᵀ is positive semidefinite, and its trace what is said to be left."""
+    monkeypatch.setattr("nntk_dist.nystrom._ROWS_AT_ONCE", 7)
+    kernel = kernels()[0]
+    part = low_rank_part(tiled(kernel), np.diag(kernel), rank=30)
+    np.testing.assert_allclose(part.basis.T @ part.basis, np.eye(30), atol=1e-9)
+    low = (part.basis * part.eigenvalues) @ part.basis.T
+    assert np.linalg.eigvalsh(kernel - low).min() > -1e-8 * part.eigenvalues[0]  # the kernel is of float32
+    assert part.trace_left == pytest.approx(np.trace(kernel - low) / np.trace(kernel), rel=1e-6)
+    assert 0 < part.trace_left < 0.5
+    np.testing.assert_allclose(part.blocks(1)[:, 0, 0], np.diag(low), rtol=1e-9)
+    inverse = np.linalg.inv(low + 0.5 * np.eye(len(kernel)))
+    np.testing.assert_allclose(part.inverse_blocks(0.5, 1)[:, 0, 0], np.diag(inverse), rtol=1e-9)
+
+
 def test_refusals_of_the_regression():
     given = arguments("labels", kernels()[2])
     with pytest.raises(NNTKError, match=r"allowed: one or more positive numbers, relative to tr K / n"):

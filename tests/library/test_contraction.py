@@ -73,6 +73,18 @@ def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
     assert texts == ["contraction: layered: 0, 2; means: 4", *["contraction: layered: 0, 2, 4"] * 2]
 
 
+def test_a_layer_that_sees_the_same_under_every_draw_stays_in_layers_however_many_draws():
+    """⟨h̃, h̃'⟩ once and R + 1 products of mean δ; another layer as wide takes means, where pairs of draws are many."""
+    layers = [nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 10)]
+    model, x = nn.Sequential(*layers), torch.randn(2, 30)
+    assert chosen(model, x, "auto", draws=8).text == "contraction: layered: 0, 2; means: 4"
+    assert chosen(model, x, "auto", draws=512).text == "contraction: layered: 0; means: 4, 2.weight, 2.bias"
+    space = select_parameters(model)
+    plan = plan_sites(model, space, x)
+    alone = choose_contraction(model, plan, space, "auto", 0, Setting(512, 8, 10, pair_blocks=False))
+    assert alone.text == "contraction: layered: 0, 2, 4"  # each draw with itself: mean δ would not do
+
+
 def test_auto_sketches_what_neither_means_nor_layers_can_afford_and_says_so():
     """A Linear of 640,800 parameters on tokens: means of a row and output take 20 MB; its bias stays exact."""
     model, x = nn.Sequential(nn.Linear(800, 801), nn.Tanh(), nn.Flatten(), nn.Linear(1602, 10)), torch.randn(2, 2, 800)

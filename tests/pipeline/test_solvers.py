@@ -80,7 +80,7 @@ def compare_spectra(expected, found, name):
 
 def test_passes_over_tiles_give_the_numbers_of_the_dense_form(dense_run, tmp_path):
     dense, name, sets = dense_run
-    iterative = finished(tmp_path / "run", *sets, *methods("iterative"))
+    iterative = finished(tmp_path / "run", *sets, *methods("iterative"), "regression.tolerance=1e-6")
     expected, found = table(dense, "regression"), table(iterative, "regression")
     for key in ("train_error", "test_error", "test_accuracy", "absolute_ridge"):
         if expected[key].dtype.kind == "f":

@@ -28,11 +28,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A run: how many examples of how many numbers, and the sections of its configuration."""
+    """A run: how many examples of what shape, and the sections of its configuration."""
 
     name: str
     train: int
-    width: int
+    shape: tuple[int, ...]
     model: Mapping[str, Any]
     kernel: Mapping[str, Any]
     compute: Mapping[str, Any] = field(default_factory=dict)
@@ -42,26 +42,21 @@ def _mlp(*widths: int, activation: str = "relu") -> dict[str, Any]:
     return {"builder": "mlp", "args": {"widths": list(widths), "activation": activation}}
 
 
-_SKETCH = {"contraction": "sketch", "sketch": 8192, "blocks": 4}
-_QUICK = Case("layered, tile 256", 512, 64, _mlp(32), {"contraction": "layered"}, {"tile": 256})
+_IMAGES = (3, 32, 32)
+_QUICK = Case("layered, tile 256", 512, (64,), _mlp(32), {"contraction": "layered"}, {"tile": 256})
+_WIDE_SKETCH = {"contraction": "sketch", "sketch": 8192, "blocks": 4}
 _CASES = (
-    Case("weight, 4,096 draws", 4096, 64, _mlp(64), {"estimator": "weight", "draws": 4096}),
-    Case("weight, 8,192 draws", 4096, 64, _mlp(32), {"estimator": "weight", "draws": 8192}),
-    Case("layered, tile 2048", 4096, 784, _mlp(256, 256), {"contraction": "layered", "blocks": 4}, {"tile": 2048}),
-    Case("means, tile 1024", 2048, 256, _mlp(64), {"contraction": "means"}),
-    Case(
-        "sketch of 4,096, tile 2048",
-        4096,
-        784,
-        _mlp(256, 256),
-        {"contraction": "sketch", "sketch": 4096},
-        {"tile": 2048},
-    ),
-    Case("sketch of 8,192, tile 4096", 8192, 256, _mlp(128), _SKETCH, {"tile": 4096, "stderr": "sample"}),
-    Case("activation, tile 1024", 2048, 64, _mlp(32, activation="sign"), {"draws": 64}),
-    Case("outputs full, tile 256", 1024, 64, _mlp(64), {"outputs": "full"}, {"tile": 256}),
-    Case("averaged, tile 2048", 4096, 256, _mlp(64), {"kind": "averaged", "draws": 16}, {"tile": 2048}),
-    Case("local, tile 4096", 8192, 784, _mlp(512, 512), {"kind": "local", "statistic": "plugin"}, {"tile": 4096}),
+    Case("weight, 4,096 draws", 2048, (64,), _mlp(64), {"estimator": "weight", "draws": 4096}),
+    Case("weight, 512 draws, tile 4096", 6144, (64,), _mlp(64), {"estimator": "weight", "draws": 512}, {"tile": 4096}),
+    Case("weight, images", 1024, _IMAGES, {"builder": "resnet"}, {"estimator": "weight", "draws": 8}),
+    Case("layered, tile 2048", 4096, (784,), _mlp(256, 256), {"contraction": "layered", "blocks": 4}, {"tile": 2048}),
+    Case("means, tile 1024", 2048, (256,), _mlp(64), {"contraction": "means"}),
+    Case("sketch of 4,096, tile 1024", 2048, (784,), _mlp(256, 256), {"contraction": "sketch", "sketch": 4096}),
+    Case("sketch of 8,192, tile 2048", 4096, (256,), _mlp(128), _WIDE_SKETCH, {"tile": 2048, "stderr": "sample"}),
+    Case("activation, tile 1024", 2048, (64,), _mlp(32, activation="sign"), {"draws": 64}),
+    Case("outputs full, tile 256", 1024, (64,), _mlp(64), {"outputs": "full"}, {"tile": 256}),
+    Case("averaged, tile 2048", 4096, (256,), _mlp(64), {"kind": "averaged", "draws": 16}, {"tile": 2048}),
+    Case("local, tile 2048", 4096, (784,), _mlp(512, 512), {"kind": "local", "statistic": "plugin"}, {"tile": 2048}),
 )
 
 
@@ -87,7 +82,7 @@ def _configuration(case: Case, folder: Path) -> Path:
     """The configuration of a case, as a file beside its data."""
     rng = np.random.default_rng(0)
     rows = case.train + 256
-    arrays = {"x": rng.standard_normal((rows, case.width), dtype=np.float32), "y": rng.integers(0, 10, rows)}
+    arrays = {"x": rng.standard_normal((rows, *case.shape), dtype=np.float32), "y": rng.integers(0, 10, rows)}
     np.savez(folder / "data.npz", **arrays)
     config = {
         "name": "memory",

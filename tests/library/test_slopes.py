@@ -116,7 +116,7 @@ def test_kernels_that_share_slopes_are_those_that_do_not(name):
     """Against brute force, and the layer's gradients take one output's room."""
     model, x = case(name).build(), case(name).inputs(4)
     assert_equal(local_kernel(model, x), brute_force.local_kernel(model, x, x))
-    spec = KernelSpec(kind="averaged", statistic="plugin", gamma=0.6, draws=8, blocks=4)
+    spec = KernelSpec(kind="averaged", statistic="plugin", gamma=0.6, draws=8, blocks=4, contraction="layered")
     features, _ = prepared_features(model, x, spec)
     assert isinstance(features, GradientFeatures)
     assert features.plan.slopes is not None

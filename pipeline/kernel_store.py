@@ -9,7 +9,6 @@ Every inner chunk is Blosc's lz4 over shuffled bits, with a crc32c behind it (Bl
 on one core with chunks of a dense float32 kernel of MNIST: 78 % of the bytes, 2.5 GB/s in and 3.7 out; zstd at −1 kept
 all of the bytes at 0.5 to 1.3 GB/s in, at 1 87 % at 0.6 in and 1.5 out.
 
-
 Axis legend: whatever `dimension_names` of the array says.
 """
 

@@ -37,13 +37,20 @@ from pipeline.storage import RunStorage
 _CHECK_ROWS = 3
 
 
+Piece = tuple[str, Sequence[int], np.ndarray]
+
+
 @dataclass
 class Written:
-    """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up."""
+    """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up.
+
+    `pending` are pieces (path, start, values) that `Context.finish` has yet to write.
+    """
 
     num_bytes: int = 0
     checksums: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    pending: list[Piece] = field(default_factory=list)
 
     @property
     def checksum(self) -> int:
@@ -176,19 +183,24 @@ class Context:
 
     def write(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
         """Write whole shards of an array, beginning at the given index, and note bytes and checksum."""
-        self.write_all(written, [(path, start, values)])
+        self.write_later(written, path, start, values)
+        self.finish(written)
 
-    def write_all(self, written: Written, pieces: Sequence[tuple[str, Sequence[int], Tensor | np.ndarray]]) -> None:
-        """Write several pieces as `write` does, beside each other: compression and checksums let other threads run.
+    def write_later(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
+        """Let `finish` write this; it is in main memory from now on, so that the next task may have the device."""
+        written.pending.append((path, start, _as_array(values)))
 
-        All are on storage when this returns; the first error is raised then.
+    def finish(self, written: Written) -> None:
+        """Write what is pending, beside each other: compression and checksums let other threads run.
+
+        All is on storage when this returns; the first error is raised then. Another task may compute meanwhile.
         """
-        arrays = [(path, start, _as_array(values)) for path, start, values in pieces]
+        pieces, written.pending = written.pending, []
         if self.sink is not None:
-            results = [self.sink.write(*piece) for piece in arrays]
+            results = [self.sink.write(*piece) for piece in pieces]
         else:
-            results = self.store.write_all(arrays, threads=self.job.layout.threads + 1)
-        for (path, start, _), (num_bytes, checksum) in zip(arrays, results, strict=True):
+            results = self.store.write_all(pieces, threads=self.job.layout.threads + 1)
+        for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
             written.num_bytes += num_bytes
             written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
 

@@ -17,7 +17,8 @@ from nntk_dist.evaluation import outputs
 from nntk_dist.features import FeatureMap
 from nntk_dist.spec import KernelSpec
 from pipeline.config import Config
-from pipeline.job import Layout, Sizes
+from pipeline.job import Job, Layout, Sizes
+from pipeline.storage import RunStorage
 
 FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbouring tiles share rows
 # Activations of one batch: about the size of the last cache; but 32 examples, below which a pass loses more by its many
@@ -72,6 +73,14 @@ def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str
     low, high = _BATCH_RANGE
     holding_all = 2 ** math.ceil(math.log2(num_rows))
     return int(min(high, max(low, 2 ** int(math.log2(max(1, fitting)))), max(low, holding_all)))
+
+
+def overlaps_writing(job: Job) -> bool:
+    """Whether a worker computes one task while it writes another: where one of the two waits for a GPU or a network.
+
+    Where both need the worker's own cores, there is nothing to gain, and a second tile to hold.
+    """
+    return job.layout.device.startswith("cuda") or RunStorage(job.run_dir).local_path is None
 
 
 def row_feature_bytes(features: FeatureMap, dtype: str) -> int:

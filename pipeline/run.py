@@ -26,6 +26,7 @@ from pipeline.executors.serial import SerialExecutor
 from pipeline.fitting import BATCHED, remembered_batch
 from pipeline.job import as_plain
 from pipeline.kernel_arrays import KernelArrays
+from pipeline.layout import overlaps_writing
 from pipeline.ledger import FOLDER, Ledger
 from pipeline.lock import RunLock
 from pipeline.manifest import (
@@ -186,6 +187,7 @@ def _make_executor(prepared: Prepared, address: str | None) -> Executor:
         num_workers=prepared.plan.num_workers,
         num_cpus=job.layout.threads,
         workers_per_gpu=compute.workers_per_gpu if job.layout.device.startswith("cuda") else 0,
+        calls_at_once=2 if overlaps_writing(job) else 1,
         grow=compute.workers == "auto",
         address=address,
     )

@@ -71,19 +71,15 @@ def write_tile(
     *,
     mirrored: bool = False,
 ) -> None:
-    """Write the arrays of one tile, with `mirrored` their transposed too, and add up what the driver wants to know of
-    it; `start` counts examples.
-
-    Arrays are compressed and written beside each other, as many at a time as the task has threads and one more.
+    """Let the arrays of one tile be written, with `mirrored` their transposed too, and add up what the driver wants to
+    know of it; `start` counts examples.
     """
     width = kernel_width(context.job)
     places = [start, start[::-1]] if mirrored else [start]
-    pieces = []
     for suffix, name in statistics_of(context.job).items():
         for index, place in enumerate(places):
             scaled = tuple(position * width for position in place) if len(place) == 2 else place
-            pieces.append((f"{prefix}{suffix}", scaled, values[name].T if index else values[name]))
-    context.write_all(written, pieces)
+            context.write_later(written, f"{prefix}{suffix}", scaled, values[name].T if index else values[name])
     for name, total in _totals(values).items():
         key = f"{prefix}:{name}"
         written.numbers[key] = written.numbers.get(key, 0.0) + total * len(places)

@@ -198,7 +198,8 @@ def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
     for row in map(rows.__getitem__, chosen):
         level = levels.get(row.tile.split("/")[0])
         comparison.distance = 0.0
-        STAGES[row.stage].execute(shadow, Task(row.stage, row.tile, {} if level is None else {"level": level}))
+        task = Task(row.stage, row.tile, {} if level is None else {"level": level})
+        shadow.finish(STAGES[row.stage].execute(shadow, task))
         distances[row.tile] = comparison.distance
     same = sum(1 for distance in distances.values() if distance == 0)
     detail = f"{same} of {len(distances)} recomputed tiles have the same bits"

@@ -1,6 +1,7 @@
-"""A worker: one process that carries out tasks one by one and measures them.
+"""A worker: one process that carries out tasks and measures them.
 
 The same class runs in the driver (serial) and inside a Ray actor. It returns small numbers; results go to the store.
+Asked for two tasks at once, from two threads, it computes the one while it writes what the other has computed.
 
 Units: seconds, bytes.
 """
@@ -9,6 +10,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,17 +37,22 @@ class Worker:
     state: Mapping[str, Tensor]
     threads: Threads
     context: Context = field(init=False)
+    _turn: threading.Lock = field(init=False, default_factory=threading.Lock)
     _pools: tuple[str, ThreadpoolController] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.context = Context(self.job, self.dataset, self.state)
 
     def execute(self, task: Task) -> Outcome:
-        """Carry out a task with the threads that its stage may use, and say what it took."""
+        """Carry out a task with the threads that its stage may use, and say what it took, not counting the wait for
+        another that computes.
+        """
         stage = STAGES[task.stage]
-        started, clock = time.time(), time.perf_counter()
-        with self._limited(task.stage, self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own):
-            written = stage.execute(self.context, task)
+        with self._turn:
+            started, clock = time.time(), time.perf_counter()
+            with self._limited(task.stage, self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own):
+                written = stage.execute(self.context, task)
+        self.context.finish(written)
         return Outcome(
             stage=task.stage,
             tile=task.tile,

@@ -1,7 +1,13 @@
-"""A worker's threads: for its own tasks, for tasks that have the node to themselves, and afterwards as before."""
+"""A worker's threads: for its own tasks, for tasks that have the node to themselves, and afterwards as before; and two
+tasks at once.
+"""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_info
@@ -9,8 +15,11 @@ from threadpoolctl import threadpool_info
 import pipeline.worker
 from pipeline.context import Written
 from pipeline.cpus import Threads
+from pipeline.layout import overlaps_writing
 from pipeline.task import Task
 from pipeline.worker import Worker
+
+THREADS = Threads(own=2, whole_node=3)
 
 
 def threads_seen():
@@ -32,8 +41,9 @@ def worker(monkeypatch):
 
     stages = {name: SimpleNamespace(USES_ALL_THREADS=name == "solve", execute=execute) for name in ("tiles", "solve")}
     monkeypatch.setattr(pipeline.worker, "STAGES", stages)
-    job = SimpleNamespace(layout=SimpleNamespace(batch=8))
-    return Worker(job, None, None, Threads(own=2, whole_node=3))
+    made = Worker(SimpleNamespace(layout=SimpleNamespace(batch=8, threads=2)), None, None, THREADS)
+    made.context.store = SimpleNamespace(write_all=lambda pieces, threads: [(0, 0) for _ in pieces])
+    return made
 
 
 def test_tasks_have_the_threads_that_their_stage_may_use(worker):
@@ -48,3 +58,52 @@ def test_threads_are_as_before_after_a_task_that_fails(worker):
     with pytest.raises(ValueError, match="no such tile"):
         worker.execute(Task("solve", "fails"))
     assert threads_seen() == before
+
+
+def test_a_task_computes_while_the_one_before_it_is_written_and_never_beside_another(worker, monkeypatch):
+    """Neither task could finish if the second had to wait for the first to be written."""
+    computing, second_computes, seen = [], threading.Event(), []
+
+    def execute(context, task):
+        computing.append(task.tile)
+        seen.append(len(computing))
+        if task.tile == "1":
+            second_computes.set()
+        time.sleep(0.05)  # for another to come in, if it could
+        computing.remove(task.tile)
+        written = Written()
+        context.write_later(written, "array", (0,), np.zeros(1))
+        return written
+
+    def write_all(pieces, threads):
+        assert second_computes.wait(60)
+        return [(8, 1)]
+
+    monkeypatch.setattr(pipeline.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)})
+    worker.context.store = SimpleNamespace(write_all=write_all)
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
+    assert [outcome.tile for outcome in outcomes] == ["0", "1"]
+    assert [outcome.written_bytes for outcome in outcomes] == [8, 8]
+    assert seen == [1, 1]
+
+
+def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
+    def execute(context, task):
+        time.sleep(0.3)
+        return Written()
+
+    monkeypatch.setattr(pipeline.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)})
+    began = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
+    assert sum(outcome.seconds for outcome in outcomes) <= time.perf_counter() - began
+
+
+def test_a_worker_writes_beside_its_computing_where_one_of_the_two_waits():
+    def overlaps(device, run_dir):
+        return overlaps_writing(SimpleNamespace(layout=SimpleNamespace(device=device), run_dir=run_dir))
+
+    assert overlaps("cuda", "/runs/digits")
+    assert overlaps("cpu", "s3://bucket/runs/digits")
+    assert not overlaps("cpu", "/runs/digits")

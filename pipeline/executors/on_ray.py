@@ -26,7 +26,7 @@ from pipeline.executors.runs import Runs
 from pipeline.executors.worker_actor import WorkerActor
 from pipeline.task import Outcome, Task
 
-_CALLS_PER_WORKER = 2  # one running, one waiting: a worker never idles between calls
+_CALLS_PER_WORKER = 2  # one running, one waiting or writing what it has: a worker never idles between calls
 _ATTEMPTS = 4
 _POLL_SECONDS = 1.0
 REGROW_SECONDS = 10.0  # a lost node is replaced in minutes
@@ -62,11 +62,12 @@ def connect(address: str | None, num_cpus: int) -> bool:
     return True
 
 
-def actor_options(num_cpus: int, workers_per_gpu: int) -> dict[str, Any]:
+def actor_options(num_cpus: int, workers_per_gpu: int, calls_at_once: int = 1) -> dict[str, Any]:
     """What Ray is told of a worker; `workers_per_gpu` 0 asks for no GPU."""
     return {
         "num_cpus": num_cpus,
         "num_gpus": 1 / workers_per_gpu if workers_per_gpu else 0,
+        "max_concurrency": calls_at_once,
         "max_restarts": 0,
         "enable_task_events": False,  # the ledger is the record, and a flood of calls would fill Ray's
     }
@@ -140,20 +141,22 @@ class RayExecutor:
         num_workers: int,
         num_cpus: int = 1,
         workers_per_gpu: int = 0,
+        calls_at_once: int = 1,
         grow: bool = False,
         address: str | None = None,
     ) -> None:
         """Workers are `make_worker(*arguments, threads)`, each in its own process, where the arguments arrive as one
         copy for a node.
 
-        `workers_per_gpu` 0 asks for no GPU. `grow`: on a cluster, take as many workers as it has places for, instead of
+        `workers_per_gpu` 0 asks for no GPU. `calls_at_once`: in threads of a worker's process, which has to know how to
+        share itself. `grow`: on a cluster, take as many workers as it has places for, instead of
         `num_workers`.
         """
         self._connected = connect(address, num_workers * num_cpus)
         node_cpus = None if address else available_cpus()
         self._arguments = (make_worker, node_cpus, *(ray.put(argument) for argument in arguments))
         self._num_cpus, self._workers_per_gpu = num_cpus, workers_per_gpu
-        self._options = actor_options(num_cpus, workers_per_gpu)
+        self._options = actor_options(num_cpus, workers_per_gpu, calls_at_once)
         places = self._places()
         if places < (1 if grow else num_workers):
             raise NNTKError(

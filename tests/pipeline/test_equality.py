@@ -75,6 +75,13 @@ def test_ray_gives_the_bits_of_a_serial_run(sets, tmp_path, two_cpus):
     assert_equal(serial, finished(tmp_path / "wide", *sets, "compute.executor=ray", "compute.tile=512"))
 
 
+def test_tiles_computed_while_others_are_written_have_the_same_bits(tmp_path, two_cpus, monkeypatch):
+    serial = finished(tmp_path / "serial", "compute.tile=17")
+    monkeypatch.setattr("pipeline.run.overlaps_writing", lambda job: True)
+    sets = ("compute.tile=17", "compute.executor=ray", "compute.workers=2")
+    assert_same_bits(serial, finished(tmp_path / "ray", *sets))
+
+
 MODELS = {
     "mlp": ("data.train=149",),
     "cnn": ("model.builder=cnn", "model.args={channels: [4, 4]}"),

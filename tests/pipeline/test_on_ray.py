@@ -5,6 +5,7 @@ Legend: a task's tile is a number; `folder` holds a line in a file for every att
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -95,6 +96,27 @@ def test_a_task_that_fails_costs_none_of_those_before_it(executor, tmp_path):
     assert before <= set(found)
 
 
+class Pair:
+    """Each of its tasks waits for another to be carried out at the same time."""
+
+    def __init__(self, threads):
+        self.barrier = threading.Barrier(2)
+
+    def execute(self, task):
+        self.barrier.wait(60)
+        return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, 0.0, 0, 0, 0)
+
+
+def test_a_worker_may_be_given_two_calls_at_once():
+    executor = RayExecutor(Pair, num_workers=1, calls_at_once=2)
+    try:
+        found = [outcome for outcomes in executor.run(tasks(2)) for outcome in outcomes]
+    finally:
+        executor.close()
+    assert sorted(outcome.tile for outcome in found) == ["0", "1"]
+    assert len({outcome.worker for outcome in found}) == 1
+
+
 @pytest.fixture
 def cluster():
     """A head without CPUs, and two nodes of one."""
@@ -127,7 +149,9 @@ def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monke
 
 
 def test_what_ray_is_told_of_a_worker():
-    assert actor_options(3, 0) == {"num_cpus": 3, "num_gpus": 0, "max_restarts": 0, "enable_task_events": False}
+    told = {"num_cpus": 3, "num_gpus": 0, "max_concurrency": 1, "max_restarts": 0, "enable_task_events": False}
+    assert actor_options(3, 0) == told
+    assert actor_options(3, 0, 2) == told | {"max_concurrency": 2}
     assert actor_options(1, 1)["num_gpus"] == 1
     assert actor_options(1, 4)["num_gpus"] == 0.25
 

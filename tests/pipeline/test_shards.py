@@ -1,0 +1,189 @@
+"""Shards as `write_block` makes them against those that zarr makes of the same values, chunk by chunk of the file.
+
+Zarr lays the chunks of a file in another order; what counts are the chunks that the index names.
+"""
+
+import math
+import zlib
+
+import numpy as np
+import obstore.store
+import pytest
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
+
+from nntk_dist.errors import NNTKError
+from pipeline import kernel_store, shards
+from pipeline.arrays import StoredArray
+from pipeline.kernel_arrays import KernelArrays
+from pipeline.kernel_store import checksum, read_block, write_block
+from pipeline.storage import RunStorage
+
+ABSENT = (2**64 - 1, 2**64 - 1)
+
+
+def make(shape, shard, chunk, dtype="f4", *, store=None, **changes):
+    itemsize = np.dtype(dtype).itemsize
+    blosc = BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=itemsize)
+    settings = {
+        "compressors": [blosc, Crc32cCodec()],
+        "fill_value": np.nan if np.dtype(dtype).kind == "f" else None,
+        "config": {"write_empty_chunks": True},
+    }
+    store = MemoryStore() if store is None else store
+    return zarr.create_array(
+        store, name="a", shape=shape, dtype=dtype, chunks=chunk, shards=shard, **(settings | changes)
+    )
+
+
+def content(array):
+    """Key of each file -> its chunks, by their places in the index, and the checksum of the index."""
+    files = {}
+    num_chunks = math.prod(edge // part for edge, part in zip(array.shards, array.chunks, strict=True))
+    for key, value in array.store._store_dict.items():
+        if "/c/" in key:
+            data = value.to_bytes()
+            index = np.frombuffer(data[-16 * num_chunks - 4 : -4], "<u8").reshape(-1, 2).tolist()
+            files[key] = [None if (o, n) == ABSENT else data[o : o + n] for o, n in index]
+            assert sum(n for o, n in index if (o, n) != ABSENT) + 16 * num_chunks + 4 == len(data)
+    return files
+
+
+def random(shape, dtype, seed=0):
+    generator = np.random.default_rng(seed)
+    if np.dtype(dtype).kind == "f":
+        return generator.standard_normal(shape).astype(dtype)
+    return generator.integers(0, 2 if dtype == "?" else 100, shape).astype(dtype)
+
+
+def forms(values):
+    """The same values in several orders in memory."""
+    yield values
+    yield np.asfortranarray(values)
+    yield np.stack([values, values], axis=-1)[..., 1]
+    backwards = tuple(slice(None, None, -1) for _ in values.shape)
+    yield values[backwards].copy()[backwards]
+    frozen = np.asfortranarray(values)
+    frozen.flags.writeable = False
+    yield frozen
+
+
+LAYOUTS = {
+    "1-D": ((10,), (4,), (2,)),
+    "1-D in one": ((7,), (7,), (7,)),
+    "2-D": ((8, 12), (4, 6), (2, 3)),
+    "2-D ragged": ((9, 13), (8, 12), (4, 3)),
+    "2-D of one chunk": ((7, 5), (4, 3), (4, 3)),
+    "2-D wide": ((70, 300), (64, 300), (32, 150)),
+    "3-D": ((5, 7, 3), (4, 4, 3), (2, 4, 1)),
+    "4-D": ((3, 5, 2, 4), (2, 4, 2, 4), (1, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "i4", "u1", "u2", "?"])
+@pytest.mark.parametrize(("shape", "shard", "chunk"), LAYOUTS.values(), ids=LAYOUTS)
+def test_every_chunk_is_what_zarr_writes(shape, shard, chunk, dtype, monkeypatch, recwarn):
+    values = random(shape, dtype)
+    expected = make(shape, shard, chunk, dtype)
+    expected[...] = values
+    everything = tuple(map(slice, shape))
+    monkeypatch.setattr(zarr.Array, "__setitem__", None)  # the slow way would raise
+    for form in forms(values):
+        array = make(shape, shard, chunk, dtype)
+        assert write_block(array, everything, form) == (values.nbytes, zlib.crc32(values.tobytes()))
+        assert content(array) == content(expected)
+        assert array[...].tobytes() == values.tobytes()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("store", [MemoryStore, lambda: ObjectStore(obstore.store.MemoryStore())])
+def test_shards_one_by_one_and_several_at_once(store):
+    values = random((9, 13), "f4")
+    array = make(values.shape, (4, 6), (2, 3), store=store())
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 9)):
+        for columns in (slice(0, 6), slice(6, 13)):  # one shard, then two beside each other
+            part = values[rows, columns]
+            assert write_block(array, (rows, columns), part.copy(order="F"))[1] == zlib.crc32(part.tobytes())
+    np.testing.assert_array_equal(zarr.open_array(array.store, path="a", mode="r")[...], values)
+
+
+@pytest.mark.parametrize("fill", [np.nan, 0.0, -0.0])
+def test_tiles_of_one_value_leave_their_files(fill):
+    expected, array = (make((5, 7), (4, 4), (2, 2), fill_value=0.0) for _ in range(2))
+    expected[...] = np.full((5, 7), fill)
+    write_block(array, np.s_[:, :], np.full((5, 7), fill, np.float32))
+    files = content(array)
+    assert len(files) == 4
+    assert files == content(expected)
+    assert files["a/c/1/0"][2:] == [None, None]  # wholly outside of the array
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
+def test_a_flipped_byte_shows(place, tmp_path):
+    array = make((64, 64), (64, 64), (16, 16), store=LocalStore(tmp_path))
+    write_block(array, np.s_[:, :], random((64, 64), "f4").T)
+    file = tmp_path / "a/c/0/0"
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 0x10
+    file.write_bytes(data)
+    with pytest.raises(NNTKError, match=r"is damaged"):
+        read_block(array, np.s_[:, :])
+
+
+OTHERS = {
+    "zstd": {"compressors": ZstdCodec(level=-1, checksum=True)},
+    "no checksum": {"compressors": BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=4)},
+    "level": {"compressors": [BloscCodec(cname="lz4", clevel=2, shuffle="bitshuffle", typesize=4), Crc32cCodec()]},
+    "typesize": {"compressors": [BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=2), Crc32cCodec()]},
+    "no shards": {"shard": None},
+    "transposed": {"filters": zarr.codecs.TransposeCodec(order=(1, 0))},
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_arrays_with_other_codecs_are_written_by_zarr(changes, monkeypatch):
+    monkeypatch.setattr(kernel_store, "encode", None)  # would raise
+    values = random((8, 12), "f4")
+    settings = {"shard": (4, 6), "chunk": (2, 3)} | changes
+    expected, array = (make(values.shape, **settings) for _ in range(2))
+    assert not shards.can_encode(array)
+    expected[...] = values
+    crc = zlib.crc32(values.tobytes())
+    assert write_block(array, np.s_[:, :], np.asfortranarray(values)) == (values.nbytes, crc)
+    written, right = (
+        {key: value.to_bytes() for key, value in one.store._store_dict.items()} for one in (array, expected)
+    )
+    assert written == right
+
+
+def test_arrays_of_the_store_are_encoded_here_also_when_opened_again(tmp_path):
+    storage = RunStorage(tmp_path)
+    kernel_store.create_store(storage, {})
+    for dtype in ("float32", "float64", "int64", "uint8", ">f4"):
+        made = kernel_store.create_array(storage, dtype, shape=(9,), dtype=dtype, shard=(4,), dimension_names=("row",))
+        assert shards.can_encode(made)
+        assert shards.can_encode(kernel_store.open_array(storage, dtype, read_only=False))
+
+
+def test_checksums_go_by_the_values_and_not_by_their_order_in_memory(monkeypatch):
+    values = random((37, 11, 3), "f8")
+    monkeypatch.setattr(kernel_store, "_STRIPE_BYTES", 1000)
+    for form in (*forms(values), values[:0]):
+        assert checksum(form) == zlib.crc32(form.tobytes())
+
+
+def test_a_shard_that_cannot_be_written_is_told_of_and_leaves_nothing(tmp_path, monkeypatch):
+    store = KernelArrays(RunStorage(tmp_path))
+    store.create([StoredArray("train/gram", (8, 4), (4, 4), ("row", "col"), "float32")], {})
+    store.write("train/gram", (0, 0), np.ones((4, 4), np.float32))
+
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full)  # as the last step of an atomic write
+    with pytest.raises(NNTKError, match=r"train/gram in run_dir .* cannot be written \(No space left on device\)"):
+        store.write("train/gram", (0, 0), np.zeros((4, 4), np.float32))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "kernel.zarr/train/gram/c").rglob("*") if path.is_file()] == ["0"]
+    assert (store.read("train/gram", slice(4)) == 1).all()

@@ -50,7 +50,7 @@ _READ_BYTES_PER_SECOND = 1e9  # of a local disk or its cache, checksums verified
 # Features of layers in factors, which are held as they are computed.
 _FACTORS = ("input_", "gradient_", "direction_", "noise_")
 _WINDOW_SUMS = 10  # of a window, in float64, beside the sums by block: of pairs, their parts, products, statistics
-_WRITTEN_COPIES = 3  # of a piece that is written: contiguous, its chunks compressed, its shard
+_WRITTEN_COPIES = 3  # of a piece that is written in one chunk: in order, compressed, its file; of several: less
 
 
 @dataclass(frozen=True)

@@ -206,5 +206,5 @@ class Context:
 
 
 def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
-    """In main memory and contiguous: torch copies a transposed tile in blocks, several times faster than numpy does."""
-    return values.detach().to("cpu").contiguous().numpy() if isinstance(values, Tensor) else values
+    """In main memory; a transposed tile stays a view, which the store brings into order a row of chunks at a time."""
+    return values.detach().to("cpu").numpy() if isinstance(values, Tensor) else values

@@ -80,13 +80,13 @@ def write_tile(
         for index, place in enumerate(places):
             scaled = tuple(position * width for position in place) if len(place) == 2 else place
             context.write_later(written, f"{prefix}{suffix}", scaled, values[name].T if index else values[name])
-    for name, total in _totals(values).items():
+    for name, total in tile_totals(values).items():
         key = f"{prefix}:{name}"
         written.numbers[key] = written.numbers.get(key, 0.0) + total * len(places)
 
 
-def _totals(values: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over a tile, in float64, a stripe at a time."""
+def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
+    """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time."""
     sums: dict[str, float] = {}
 
     def add(name: str, total: Tensor) -> None:

@@ -3,7 +3,8 @@
 A tile is compared with one `torch.matmul` of its rows, its columns and the features' length. Where a formula needs
 other products, as layers and metrics do, the plain product's time is scaled to their length: a ratio of rates then.
 Features are random numbers of the shapes that a kernel's have; their preparation is left out, since a worker does it
-once for all tiles of a row. What writes, writes a train tile and its mirror image to a local store.
+once for all tiles of a row. What writes, writes to a local store: a tile of the test kernel, or one of the train kernel
+and its mirror image, which is twice as much.
 
 Axes: n rows and columns of a tile, k numbers of a row (all blocks or draws together), R blocks, S draws, C outputs.
 """
@@ -31,6 +32,7 @@ from nntk_dist.tiles import tile_estimates
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.storage import RunStorage
+from pipeline.tile_task import tile_totals
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell, with_threads
 
@@ -51,6 +53,7 @@ class Setting:
     threads: int
     rounds: int
     writes: bool = False
+    mirrored: bool = False
     least: float | None = None
     width: int = 512
 
@@ -62,7 +65,9 @@ def cells(*, quick: bool) -> list[Cell]:
     for threads in (1, 2):
         for stderr, least in (("sample", 0.85), ("entry", 0.42)):
             settings.append(Setting("means", stderr, size, size, threads, rounds, least=least))
-        settings.append(Setting("means", "sample", size, size, threads, rounds, writes=True, least=0.7))
+        for mirrored in (False, True):
+            written = {"writes": True, "mirrored": mirrored, "least": 0.7}
+            settings.append(Setting("means", "sample", size, size, threads, rounds, **written))
     for stderr in ("sample", "entry"):
         settings.append(Setting("sketch", stderr, size, size, 1, rounds))
         settings.append(Setting("weight", stderr, size, size, 1, rounds))
@@ -73,7 +78,7 @@ def cells(*, quick: bool) -> list[Cell]:
 
 
 def _key(setting: Setting) -> str:
-    written = ", written" if setting.writes else ""
+    written = (", written" if setting.writes else "") + (" twice" if setting.mirrored else "")
     layers = f" of {setting.width}" if setting.features == "layered" else ""
     return f"{setting.features}{layers}, {setting.stderr}, {setting.threads} threads{written}"
 
@@ -118,7 +123,8 @@ def _words(setting: Setting) -> str:
         "weight": "differences and their metric",
         "layered": f"layers of 784-{setting.width}-{setting.width}-10, S = R = 8",
     }
-    end = ", with its mirror image compressed and written" if setting.writes else ""
+    whose = ", with its mirror image" if setting.mirrored else ""
+    end = f"{whose}, compressed and written" if setting.writes else ""
     return f"{setting.size}² of {kinds[setting.features]}, stderr {setting.stderr}, {setting.threads} thread(s){end}"
 
 
@@ -167,7 +173,7 @@ def _length_of_products(features: FeatureMap, setting: Setting) -> float:
 
 
 def _writer(folder: str, setting: Setting, names: tuple[str, ...]) -> Callable[[dict[str, Tensor]], object]:
-    """What writes a tile and its mirror image, as the stage `gram` does."""
+    """What writes a tile and adds up what the driver wants to know, as the stages `test` and `gram` do."""
     store, n = KernelArrays(RunStorage(folder)), setting.size
     axes = ("row", "col")
     store.create([StoredArray(_ARRAYS[name], (2 * n, 2 * n), (n, n), axes, "float32") for name in names], {})
@@ -176,7 +182,8 @@ def _writer(folder: str, setting: Setting, names: tuple[str, ...]) -> Callable[[
         pieces = []
         for name in names:
             pieces.append((_ARRAYS[name], (0, n), tile[name].numpy()))
-            pieces.append((_ARRAYS[name], (n, 0), tile[name].T.contiguous().numpy()))
-        return store.write_all(pieces, threads=setting.threads + 1)
+            if setting.mirrored:
+                pieces.append((_ARRAYS[name], (n, 0), tile[name].T.numpy()))
+        return store.write_all(pieces, threads=setting.threads + 1), tile_totals(tile)
 
     return write

@@ -26,10 +26,12 @@ def combined(gradients: Float[Tensor, "n r c k"], *, by_block: bool) -> Float[Te
     """The combinations of block means that `add_formed_` takes: R contrasts, or G and R halves where sums by block are
     wanted.
     """
-    total = gradients.sum(1, keepdim=True)
-    if by_block:
-        return torch.cat([total, gradients - 0.5 * total], dim=1)
     blocks = gradients.shape[1]
+    if by_block:
+        result = gradients.new_empty(len(gradients), 1 + blocks, *gradients.shape[2:])
+        total = result[:, :1].copy_(gradients.sum(1, keepdim=True))
+        torch.sub(gradients, total, alpha=0.5, out=result[:, 1:])
+        return result
     mixing = _contrasts(blocks).to(gradients)
     return (mixing @ gradients.flatten(2)).reshape(gradients.shape)
 

@@ -8,7 +8,8 @@ Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,9 +33,17 @@ class Window:
     entries: tuple[slice, ...]
 
 
+class Parts(Protocol):
+    """Features of a tile's rows and columns, some outputs at a time: so many, and one after the other."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]: ...
+
+
 def tile_estimates(
     features: FeatureMap,
-    parts: Iterable[tuple[Rows, Rows]],
+    parts: Parts,
     meeting: Meeting,
     calibration: Calibration | None,
     scale: str,
@@ -46,35 +55,32 @@ def tile_estimates(
 
     `parts` are the features of rows and columns (computed, or prepared by the feature map with by_block where there is
     a calibration), all outputs at once or (for `trace`) a few outputs at a time; several parts keep the sums of the
-    whole tile. Rows and columns that are one object give a tile that is bitwise symmetric, of which only what lies on
-    and above the diagonal is computed. Without a calibration no standard error is made, which spares operations. The
-    standard error of an entry is NaN where differences gave every block the same value, as where no draw changed the
-    output of its row or column: such an entry is not known to be zero, it is not known.
+    whole tile, and one is forgotten before the next is asked for. Rows and columns that are one object give a tile that
+    is bitwise symmetric, of which only what lies on and above the diagonal is computed. Without a calibration no
+    standard error is made, which spares operations. The standard error of an entry is NaN where differences gave every
+    block the same value, as where no draw changed the output of its row or column: such an entry is not known to be
+    zero, it is not known.
     """
-    by_block, iterator = calibration is not None, iter(parts)
-    first, second = next(iterator, None), next(iterator, None)
-    if first is None:
+    if not len(parts):
         raise ValueError("a tile needs at least one part")
-    symmetric = first[0] is first[1] and not meeting.paired
-    shape = _shape(features, first, meeting)
-    windows = list(_windows(features, first, meeting, symmetric=symmetric))
-    whole = second is not None
-    totals: list[BlockSums | None] = [None] * len(windows)
+    by_block, symmetric = calibration is not None, False
+    totals: dict[int, tuple[Window, BlockSums]] = {}
     result: dict[str, Tensor] = {}
-    for part in chain([first], [] if second is None else [second], iterator):
+    for part in parts:
+        symmetric = part[0] is part[1] and not meeting.paired
+        shape = _shape(features, part, meeting)
         rows = features.prepare(part[0], by_block=by_block)
         others = rows if part[0] is part[1] else features.prepare(part[1], by_block=by_block)
-        for index, window in enumerate(windows):
+        for index, window in enumerate(_windows(features, part, meeting, symmetric=symmetric)):
             chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
             sums = features.block_sums(*chosen, meeting, by_block=by_block)
-            total = totals[index]
-            if whole:
-                totals[index] = sums if total is None else total.add_(sums)
-            else:
+            if len(parts) == 1:
                 _place_(result, window, _estimates(features, sums, calibration, scale), shape, dtype)
-    for window, total in zip(windows, totals, strict=True):
-        if total is not None:
-            _place_(result, window, _estimates(features, total, calibration, scale), shape, dtype)
+            else:
+                totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
+        del part, rows, others, chosen  # before the features of the next part are made
+    for window, total in totals.values():
+        _place_(result, window, _estimates(features, total, calibration, scale), shape, dtype)
     if symmetric:
         for values in result.values():
             mirror_(values)

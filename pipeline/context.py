@@ -37,6 +37,7 @@ from pipeline.storage import RunStorage
 _CHECK_ROWS = 3
 
 
+Interval = tuple[str, int, int]  # split, start, stop
 Piece = tuple[str, Sequence[int], np.ndarray]
 
 
@@ -147,12 +148,11 @@ class Context:
         x, ids, draws = self.inputs(split, selection), self.keys(split, selection), range(self.job.sizes.num_draws)
         return self.fitting.run(lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x))))
 
-    def feature_parts(self, row: tuple[str, int, int], column: tuple[str, int, int]) -> Iterator[tuple[Rows, Rows]]:
-        """Features of two row intervals (split, start, stop), some outputs at a time: from the store, or recomputed."""
-        for part in self.output_parts():
-            yield self._rows(row, part), self._rows(column, part)
+    def feature_parts(self, row: Interval, column: Interval) -> "FeatureParts":
+        """Features of two row intervals, some outputs at a time: from the store, or recomputed."""
+        return FeatureParts(self, row, column)
 
-    def _rows(self, interval: tuple[str, int, int], columns: tuple[int, ...]) -> Rows:
+    def rows(self, interval: Interval, columns: tuple[int, ...]) -> Rows:
         """Features of one interval, prepared for products; remembered while they fit, since neighbours share them."""
         key = (interval, columns)
         if key not in self._cache:
@@ -203,6 +203,22 @@ class Context:
         for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
             written.num_bytes += num_bytes
             written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
+
+
+@dataclass(frozen=True)
+class FeatureParts:
+    """Features of two row intervals for each portion of the outputs, had when they are asked for."""
+
+    context: Context
+    row: Interval
+    column: Interval
+
+    def __len__(self) -> int:
+        return len(self.context.output_parts())
+
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+        for part in self.context.output_parts():
+            yield self.context.rows(self.row, part), self.context.rows(self.column, part)
 
 
 def _as_array(values: Tensor | np.ndarray) -> np.ndarray:

@@ -13,10 +13,8 @@ from nntk_dist.block_sums import Meeting
 from nntk_dist.statistics import Calibration
 from nntk_dist.tiles import tile_estimates
 from pipeline.arrays import kernel_width, statistics_of
-from pipeline.context import Context, Written
+from pipeline.context import Context, Interval, Written
 from pipeline.job import Task
-
-Interval = tuple[str, int, int]
 
 _STRIPE_ROWS = 128
 

@@ -6,6 +6,7 @@ against the whole, the paired meeting against the diagonal, a few outputs at a t
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters.
 """
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -290,6 +291,30 @@ def test_a_trace_may_be_summed_a_few_outputs_at_a_time(kind, estimator):
     some = [features.compute(x, torch.arange(len(x)), everything, columns) for columns in ((0, 2), (1,))]
     whole = tile_estimates(features, [(at_once, at_once)], spec.meeting, CALIBRATION, spec.scale)
     parts = tile_estimates(features, [(rows, rows) for rows in some], spec.meeting, CALIBRATION, spec.scale)
+    for name, values in whole.items():
+        assert_equal(parts[name], values, 1e-12)
+
+
+def test_one_portion_of_outputs_is_forgotten_before_the_next_is_made():
+    spec, features = small("nonlocal", "autodiff")
+    x, made = case("tanh_mlp").inputs(5), []
+
+    class OneByOne:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            for column in range(3):
+                rows = features.compute(x, torch.arange(len(x)), range(16), (column,))
+                prepared = features.prepare(rows, by_block=True)
+                made.extend(weakref.ref(values) for part in (rows, prepared) for values in part.values())
+                yield prepared, prepared
+                del rows, prepared
+                assert not any(reference() is not None for reference in made)
+
+    whole = tile_estimates(features, [(rows := all_rows(features, x), rows)], spec.meeting, CALIBRATION, spec.scale)
+    parts = tile_estimates(features, OneByOne(), spec.meeting, CALIBRATION, spec.scale)
+    assert len(made) > 6
     for name, values in whole.items():
         assert_equal(parts[name], values, 1e-12)
 

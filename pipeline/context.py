@@ -172,6 +172,10 @@ class Context:
         self._cache.move_to_end(key)
         return self._cache[key]
 
+    def forget_rows(self) -> None:
+        """Give back the features that are kept for further tiles."""
+        self._cache.clear()
+
     def _make_room(self) -> None:
         """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs
         two. Before the new one is made, not after: three would be held at once otherwise.

@@ -4,7 +4,7 @@ A thin layer for workers and driver over the policy in `pipeline.kernel_store`; 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class KernelArrays:
 
     storage: RunStorage
     _open: dict[str, zarr.Array] = field(default_factory=dict)
+    _pool: ThreadPoolExecutor | None = None
 
     def create(self, arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> None:
         """Create the store and those arrays that it does not hold yet."""
@@ -76,7 +77,8 @@ class KernelArrays:
     def write_all(
         self, pieces: Sequence[tuple[str, Sequence[int], np.ndarray]], *, threads: int
     ) -> list[tuple[int, int]]:
-        """Write several pieces (path, start, values) as `write` does, so many at a time; all are on storage then.
+        """Write several pieces (path, start, values) as `write` does, so many at a time as the first call says; none is
+        under way when this returns.
 
         Compression, checksums and the storage itself let other threads of Python run. Raises as `write`, for the first
         piece that fails.
@@ -85,5 +87,8 @@ class KernelArrays:
             self.array(path)  # opened here: the table of open arrays is not for several threads
         if len(pieces) == 1:
             return [self.write(*piece) for piece in pieces]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda piece: self.write(*piece), pieces))
+        if self._pool is None:  # the same threads for ever: each new one would keep memory of its own
+            self._pool = ThreadPoolExecutor(threads)
+        writing = [self._pool.submit(self.write, *piece) for piece in pieces]
+        wait(writing)
+        return [each.result() for each in writing]

@@ -34,7 +34,8 @@ from pipeline.arrays import (
 )
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
-from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements
+from pipeline.kernel_store import chunk_edge
+from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing
 from pipeline.reference import num_reference
 from pipeline.solvers import SOLVED, Solver, solver_bytes, solver_operations, solver_reads
 from pipeline.stages import ORDER
@@ -50,7 +51,6 @@ _READ_BYTES_PER_SECOND = 1e9  # of a local disk or its cache, checksums verified
 # Features of layers in factors, which are held as they are computed.
 _FACTORS = ("input_", "gradient_", "direction_", "noise_")
 _WINDOW_SUMS = 10  # of a window, in float64, beside the sums by block: of pairs, their parts, products, statistics
-_WRITTEN_COPIES = 3  # of a piece that is written in one chunk: in order, compressed, its file; of several: less
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + (8 / item if in_factors else 0))
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products
-    return int(held + max(feature_task, calibration_task, tile_task))
+    return int(held + max(feature_task, calibration_task) + tile_task)
 
 
 def pass_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) -> int:
@@ -266,10 +266,13 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
         pairs = 3 * item * min(PRODUCT_ELEMENTS, sizes.num_draws * window)
     sums = window * 8 * (2 * by_block + _WINDOW_SUMS) + (entries * 8 * (by_block + 2) if parts > 1 else 0)
     arrays = len(statistics_of(job))
-    computing = 2 * tile * row_bytes + sums + pairs
-    writing = min(2 * arrays, layout.threads + 1) * _WRITTEN_COPIES * item * entries
+    computing = tile * row_bytes + sums + pairs  # one row set at a time is made ready
+    written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed
+    writing = min(2 * arrays, layout.threads + 1) * written * item * entries
     results = max(2 if job.spec.pair_blocks else 1, arrays) * item * entries
-    return int(kept + results + max(computing, writing))
+    at_once = 2 if overlaps_writing(job) else 1
+    # Threads that write do not give back what they have used, or write while another tile is computed.
+    return int(kept + at_once * results + computing + writing)
 
 
 def _prepared_share(job: Job, features: FeatureMap) -> float:

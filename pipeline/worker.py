@@ -50,6 +50,8 @@ class Worker:
         stage = STAGES[task.stage]
         with self._turn:
             started, clock = time.time(), time.perf_counter()
+            if stage.USES_ALL_THREADS:  # of the whole kernel, which needs the memory itself
+                self.context.forget_rows()
             with self._limited(task.stage, self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own):
                 written = stage.execute(self.context, task)
         self.context.finish(written)

@@ -53,6 +53,14 @@ def test_tasks_have_the_threads_that_their_stage_may_use(worker):
         assert threads_seen() == before
 
 
+def test_what_is_kept_for_tiles_is_given_back_to_a_task_of_the_whole_kernel(worker):
+    worker.context._cache["rows"] = {"dense": torch.zeros(3)}
+    worker.execute(Task("tiles", "0"))
+    assert worker.context._cache
+    worker.execute(Task("solve", "0"))
+    assert not worker.context._cache
+
+
 def test_threads_are_as_before_after_a_task_that_fails(worker):
     before = threads_seen()
     with pytest.raises(ValueError, match="no such tile"):

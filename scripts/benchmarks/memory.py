@@ -91,6 +91,8 @@ def _configuration(case: Case, folder: Path) -> Path:
         "model": dict(case.model),
         "kernel": dict(case.kernel),
         "compute": {"workers": 1} | dict(case.compute),
+        "spectrum": {"top_k": 1},  # as little of what is not measured as can be
+        "regression": {"ridge": [1.0]},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -7,7 +7,6 @@ Axes: i, j tiles; k recomputed tiles.
 """
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,6 +21,7 @@ from pipeline.build import build_dataset, build_model, identity
 from pipeline.context import Context
 from pipeline.continuation import check_kernel, stored_job
 from pipeline.job import Job, Task, intervals
+from pipeline.kernel_store import checksum
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.lock import RunLock
 from pipeline.manifest import Manifest, read_manifest, write_manifest
@@ -110,9 +110,9 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
     """Every piece read back; a flipped byte fails in the codec or here."""
     count, wrong, damaged = 0, [], []
     for row in ledger.rows():
-        for path, start, checksum in _pieces(row):
+        for path, start, expected in _pieces(row):
             count += 1
-            reason = _fault(context, path, start, checksum)
+            reason = _fault(context, path, start, expected)
             if reason is not None:
                 wrong.append(f"{path} at {start}{reason}")
                 damaged.append((row.stage, row.tile))
@@ -121,13 +121,13 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
     return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))
 
 
-def _fault(context: Context, path: str, start: tuple[int, ...], checksum: int) -> str | None:
+def _fault(context: Context, path: str, start: tuple[int, ...], expected: int) -> str | None:
     """Why a piece is not what was written, empty where its values merely differ; None where it is."""
     try:
         values = context.store.read_shard(path, start)
     except NNTKError as error:
         return f" ({error})"
-    return None if zlib.crc32(np.ascontiguousarray(values).tobytes()) == checksum else ""
+    return None if checksum(values) == expected else ""
 
 
 def _stripes(job: Job) -> list[tuple[int, int]]:

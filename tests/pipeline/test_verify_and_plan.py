@@ -166,7 +166,11 @@ def test_the_projected_bytes_are_those_that_are_written(good_run):
     ("sets", "available", "match"),
     [
         (("compute.tile=1024", "data.train=1700", "data.test=90"), 1 << 29, "a worker needs .* compute.tile smaller"),
-        (("data.train=1700", "data.test=90"), 560 << 20, "spectrum and regression of 1700 train rows need .* in one"),
+        (
+            ("data.train=1700", "data.test=90", "model.args={widths: [4]}"),
+            600 << 20,
+            "spectrum and regression of 1700 train rows need .* in one",
+        ),
         (("compute.workers=64",), 4 << 30, "may take 0.06 GiB .*for 64 worker"),
     ],
 )

@@ -118,15 +118,13 @@ def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tu
 def _copy(source: Array, target: Array) -> None:
     """By torch, some columns at a time, where the source is transposed.
 
-    numpy takes twice as long but copies everything; torch does too where all columns exceed a core's cache.
+    numpy takes twice as long but copies everything; torch does too where all columns exceed a core's cache, takes no
+    negative steps, and warns of what is read-only.
     """
-    if source.flags.writeable and source.strides[-1] != source.itemsize:  # torch warns of what is read-only
-        try:
-            from_tensor, to_tensor = torch.from_numpy(source), torch.from_numpy(target)
-        except (TypeError, ValueError):  # a dtype that torch has not, negative steps
-            pass
-        else:
-            for part, place in zip(from_tensor.split(_COLUMNS, -1), to_tensor.split(_COLUMNS, -1), strict=True):
-                place.copy_(part)
-            return
-    np.copyto(target, source)
+    transposed = source.strides[-1] != source.itemsize
+    if not (transposed and min(source.strides) >= 0 and source.flags.writeable):
+        np.copyto(target, source)
+        return
+    parts = (torch.from_numpy(array).split(_COLUMNS, -1) for array in (source, target))
+    for part, place in zip(*parts, strict=True):
+        place.copy_(part)

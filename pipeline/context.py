@@ -29,23 +29,21 @@ from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
 from pipeline.fitting import FittingBatch
 from pipeline.job import Job
-from pipeline.kernel_arrays import KernelArrays
+from pipeline.kernel_arrays import KernelArrays, Piece
 from pipeline.layout import FEATURE_CACHE_BYTES
 from pipeline.reference import reference_batch
 from pipeline.storage import RunStorage
 
 _CHECK_ROWS = 3
 
-
 Interval = tuple[str, int, int]  # split, start, stop
-Piece = tuple[str, Sequence[int], np.ndarray]
 
 
 @dataclass
 class Written:
     """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up.
 
-    `pending` are pieces (path, start, values) that `Context.finish` has yet to write.
+    `pending` are pieces that `Context.finish` has yet to write.
     """
 
     num_bytes: int = 0

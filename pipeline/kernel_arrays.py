@@ -16,6 +16,8 @@ from pipeline.arrays import StoredArray
 from pipeline.kernel_store import create_array, create_store, open_array, open_store, read_block, write_block
 from pipeline.storage import RunStorage
 
+Piece = tuple[str, Sequence[int], np.ndarray]  # path of an array, start, values
+
 
 @dataclass
 class KernelArrays:
@@ -74,10 +76,8 @@ class KernelArrays:
                 "see to the storage, then continue with --resume"
             ) from error
 
-    def write_all(
-        self, pieces: Sequence[tuple[str, Sequence[int], np.ndarray]], *, threads: int
-    ) -> list[tuple[int, int]]:
-        """Write several pieces (path, start, values) as `write` does, so many at a time as the first call says; none is
+    def write_all(self, pieces: Sequence[Piece], *, threads: int) -> list[tuple[int, int]]:
+        """Write several pieces as `write` does, so many at a time as the first call says; none is
         under way when this returns.
 
         Compression, checksums and the storage itself let other threads of Python run. Raises as `write`, for the first

@@ -29,6 +29,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
 _COLUMNS = 128
+_BLOSC: Any = {"cname": "lz4", "clevel": 1}
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, ...]
@@ -36,7 +37,7 @@ Box = tuple[slice, ...]
 
 def compressors(itemsize: int) -> tuple[BloscCodec, Crc32cCodec]:
     """What follows on the bytes of an inner chunk: in the metadata of the arrays that the store creates."""
-    return BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle", typesize=itemsize), Crc32cCodec()
+    return BloscCodec(**_BLOSC, shuffle="bitshuffle", typesize=itemsize), Crc32cCodec()
 
 
 def can_encode(array: zarr.Array) -> bool:
@@ -76,7 +77,7 @@ class _Shard:
     def __init__(self, array: zarr.Array) -> None:
         shard = array.shards or array.chunks
         grid = tuple(edge // part for edge, part in zip(shard, array.chunks, strict=True))
-        self._blosc = Blosc(cname="lz4", clevel=1, shuffle=Blosc.BITSHUFFLE, blocksize=0)
+        self._blosc = Blosc(**_BLOSC, shuffle=Blosc.BITSHUFFLE, blocksize=0)
         self._chunk = np.empty(array.chunks, array.dtype)
         self._fill_value = array.fill_value
         self._index = np.full((*grid, 2), _ABSENT, dtype="<u8")

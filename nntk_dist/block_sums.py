@@ -62,6 +62,8 @@ class Meeting:
                 product = self.outputs(some, others)
             else:
                 product = (some * others).sum((1, 2), dtype=torch.float64)
+            if product.device.type == "cpu":  # once for all totals: each would make a copy of its own
+                product = product.double()
             for total, factor in totals:
                 total.add_(product, alpha=factor)
 

@@ -155,8 +155,8 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
             variance += sketch_variance(sums.by_group, blocks)
         stderr = variance.sqrt()
     return Estimates(
-        plugin=(sums.within + sums.between).div_(blocks**2),
-        unbiased=sums.between / (blocks * (blocks - 1)) if blocks > 1 else None,
+        plugin=(sums.within + sums.between).mul_(1.0 / blocks**2),  # a division takes three times as long
+        unbiased=sums.between * (1.0 / (blocks * (blocks - 1))) if blocks > 1 else None,
         stderr=stderr,
     )
 

@@ -6,7 +6,7 @@ large as the tile. It computes and returns; where rows come from and where tiles
 Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting` says.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -49,9 +49,10 @@ def tile_estimates(
     scale: str,
     *,
     dtype: torch.dtype = torch.float64,
+    empty: Callable[..., Tensor] = torch.empty,
 ) -> dict[str, Tensor]:
     """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in the kernel's scale; sums are of float64, and
-    results rounded to `dtype`.
+    results rounded to `dtype`, in memory that `empty` makes (called as `torch.empty` is).
 
     `parts` are the features of rows and columns (computed, or prepared by the feature map with by_block where there is
     a calibration), all outputs at once or (for `trace`) a few outputs at a time; several parts keep the sums of the
@@ -66,6 +67,13 @@ def tile_estimates(
     by_block, symmetric = calibration is not None, False
     totals: dict[int, tuple[Window, BlockSums]] = {}
     result: dict[str, Tensor] = {}
+
+    def place_(window: Window, sums: BlockSums) -> None:
+        for name, value in _estimates(features, sums, calibration, scale).items():
+            if name not in result:
+                result[name] = empty(shape, dtype=dtype, device=value.device)
+            result[name][window.entries] = value
+
     for part in parts:
         symmetric = part[0] is part[1] and not meeting.paired
         shape = _shape(features, part, meeting)
@@ -75,12 +83,12 @@ def tile_estimates(
             chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
             sums = features.block_sums(*chosen, meeting, by_block=by_block)
             if len(parts) == 1:
-                _place_(result, window, _estimates(features, sums, calibration, scale), shape, dtype)
+                place_(window, sums)
             else:
                 totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
         del part, rows, others, chosen  # before the features of the next part are made
     for window, total in totals.values():
-        _place_(result, window, _estimates(features, total, calibration, scale), shape, dtype)
+        place_(window, total)
     if symmetric:
         for values in result.values():
             mirror_(values)
@@ -124,16 +132,6 @@ def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration |
     if "stderr" in present and sums.resolved is not None:
         present["stderr"] = present["stderr"].masked_fill(~sums.resolved, torch.nan)
     return present
-
-
-def _place_(
-    result: dict[str, Tensor], window: Window, values: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    """Write the statistics of a window to their place, which is made where there is none."""
-    for name, value in values.items():
-        if name not in result:
-            result[name] = torch.empty(shape, dtype=dtype, device=value.device)
-        result[name][window.entries] = value
 
 
 def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], meeting: Meeting) -> Calibration:

@@ -30,8 +30,9 @@ from pipeline.data import Dataset
 from pipeline.fitting import FittingBatch
 from pipeline.job import Job
 from pipeline.kernel_arrays import KernelArrays, Piece
-from pipeline.layout import FEATURE_CACHE_BYTES
+from pipeline.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.reference import reference_batch
+from pipeline.result_memory import ResultMemory
 from pipeline.storage import RunStorage
 
 _CHECK_ROWS = 3
@@ -43,13 +44,14 @@ Interval = tuple[str, int, int]  # split, start, stop
 class Written:
     """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up.
 
-    `pending` are pieces that `Context.finish` has yet to write.
+    `pending` are pieces that `Context.finish` has yet to write; `results` is memory that is free once they are written.
     """
 
     num_bytes: int = 0
     checksums: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     pending: list[Piece] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
 
     @property
     def checksum(self) -> int:
@@ -76,6 +78,7 @@ class Context:
     dataset: Dataset
     state: Mapping[str, Tensor]
     sink: Sink | None = None
+    results: ResultMemory = field(default_factory=ResultMemory)
     _cache: "OrderedDict[tuple[object, ...], Rows]" = field(default_factory=OrderedDict)
 
     @cached_property
@@ -170,9 +173,10 @@ class Context:
         self._cache.move_to_end(key)
         return self._cache[key]
 
-    def forget_rows(self) -> None:
-        """Give back the features that are kept for further tiles."""
+    def forget(self) -> None:
+        """Give back the features and the memory that are kept for further tiles."""
         self._cache.clear()
+        self.results.clear()
 
     def _make_room(self) -> None:
         """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs
@@ -201,7 +205,8 @@ class Context:
         if self.sink is not None:
             results = [self.sink.write(*piece) for piece in pieces]
         else:
-            results = self.store.write_all(pieces, threads=self.job.layout.threads + 1)
+            results = self.store.write_all(pieces, threads=writing_threads(self.job))
+            self.results.give_back(written.results)
         for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
             written.num_bytes += num_bytes
             written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -153,7 +154,7 @@ def chunk_edge(shard_edge: int) -> int:
 
 
 def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) -> tuple[int, int]:
-    """Write whole shards; returns the uncompressed number of bytes and the crc32 of the values as stored.
+    """Write whole shards; returns the uncompressed number of bytes and the crc32c of the values as stored.
 
     Args:
         array: from `create_array` or `open_array(read_only=False)`.
@@ -202,12 +203,26 @@ def read_block(array: zarr.Array, selection: Selection, *, required: bool = True
 
 
 def checksum(block: npt.NDArray[Any]) -> int:
-    """crc32 of a little-endian block in C order: what the ledger keeps, whatever the chunks and the codec."""
+    """crc32c of a little-endian block in C order: what the ledger keeps, whatever the chunks and the codec."""
     crc = 0
+    for stripe in _stripes(block):
+        crc = google_crc32c.extend(crc, stripe)
+    return crc
+
+
+def former_checksum(block: npt.NDArray[Any]) -> int:
+    """crc32 of a block in the same order: what the ledgers of earlier versions keep."""
+    crc = 0
+    for stripe in _stripes(block):
+        crc = zlib.crc32(stripe.data, crc)
+    return crc
+
+
+def _stripes(block: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a block in C order, in portions."""
     step = max(1, _STRIPE_BYTES * len(block) // max(1, block.nbytes))
     for start in range(0, len(block), step):
-        crc = zlib.crc32(np.ascontiguousarray(block[start : start + step]).data.cast("B"), crc)
-    return crc
+        yield np.ascontiguousarray(block[start : start + step]).reshape(-1).view(np.uint8)
 
 
 def _write_shards(array: zarr.Array, bounds: Bounds, block: npt.NDArray[Any]) -> int:

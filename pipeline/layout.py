@@ -83,6 +83,11 @@ def overlaps_writing(job: Job) -> bool:
     return job.layout.device.startswith("cuda") or RunStorage(job.run_dir).local_path is None
 
 
+def writing_threads(job: Job) -> int:
+    """Threads that compress and write at once: the worker's own, and one more where they wait for a network."""
+    return job.layout.threads + (1 if RunStorage(job.run_dir).local_path is None else 0)
+
+
 def row_feature_bytes(features: FeatureMap, dtype: str) -> int:
     """Bytes of one row's features under all draws."""
     item = 8 if dtype == "float64" else 4

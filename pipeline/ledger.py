@@ -43,7 +43,7 @@ class LedgerRow:
         started: Unix time in seconds.
         seconds: how long it took.
         bytes: uncompressed bytes written to the kernel store.
-        checksum: crc32 of these bytes.
+        checksum: crc32 of the checksums of all pieces.
         error: the task's estimated error, or None where it has none.
         peak_bytes: largest resident memory of the worker, measured.
         numbers: named sums over the task, for later stages to add up.

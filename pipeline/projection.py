@@ -35,7 +35,7 @@ from pipeline.arrays import (
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
 from pipeline.kernel_store import chunk_edge
-from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing
+from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
 from pipeline.reference import num_reference
 from pipeline.solvers import SOLVED, Solver, solver_bytes, solver_operations, solver_reads
 from pipeline.stages import ORDER
@@ -268,7 +268,7 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     arrays = len(statistics_of(job))
     computing = tile * row_bytes + sums + pairs  # one row set at a time is made ready
     written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed
-    writing = min(2 * arrays, layout.threads + 1) * written * item * entries
+    writing = min(2 * arrays, writing_threads(job)) * written * item * entries
     results = max(2 if job.spec.pair_blocks else 1, arrays) * item * entries
     at_once = 2 if overlaps_writing(job) else 1
     # Threads that write do not give back what they have used, or write while another tile is computed.

@@ -13,7 +13,6 @@ Axis legend: whatever the array's axes are; a stripe is one row of chunks along 
 """
 
 import math
-import zlib
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -28,7 +27,6 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
-_COLUMNS = 128
 _BLOSC: Any = {"cname": "lz4", "clevel": 1}
 
 Array = npt.NDArray[Any]
@@ -49,7 +47,7 @@ def can_encode(array: zarr.Array) -> bool:
 
 
 def encode(array: zarr.Array, values: Array) -> tuple[npt.NDArray[np.uint8], int]:
-    """The content of a shard's file, and the crc32 of its values in C order.
+    """The content of a shard's file, and the crc32c of its values in C order.
 
     Args:
         array: one that `can_encode` accepts.
@@ -67,7 +65,7 @@ def encode(array: zarr.Array, values: Array) -> tuple[npt.NDArray[np.uint8], int
                 in_order = chunk  # the only one of the stripe
             elif in_order is not rows:
                 in_order[box] = chunk
-        checksum = zlib.crc32(in_order.data.cast("B"), checksum)
+        checksum = google_crc32c.extend(checksum, in_order)
     return shard.finish(), checksum
 
 
@@ -117,15 +115,10 @@ def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tu
 
 
 def _copy(source: Array, target: Array) -> None:
-    """By torch, some columns at a time, where the source is transposed.
-
-    numpy takes twice as long but copies everything; torch does too where all columns exceed a core's cache, takes no
-    negative steps, and warns of what is read-only.
+    """A transposed matrix by way of a copy of its rows: torch transposes what is contiguous block by block, a third of
+    the time that numpy takes, and that torch takes for a part of a larger matrix.
     """
-    transposed = source.strides[-1] != source.itemsize
-    if not (transposed and min(source.strides) >= 0 and source.flags.writeable):
+    if source.ndim == 2 and source.strides[0] == source.itemsize:
+        torch.from_numpy(target).copy_(torch.from_numpy(source.T.copy(order="C")).T)
+    else:
         np.copyto(target, source)
-        return
-    parts = (torch.from_numpy(array).split(_COLUMNS, -1) for array in (source, target))
-    for part, place in zip(*parts, strict=True):
-        place.copy_(part)

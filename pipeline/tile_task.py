@@ -16,7 +16,7 @@ from pipeline.arrays import kernel_width, statistics_of
 from pipeline.context import Context, Interval, Written
 from pipeline.job import Task
 
-_STRIPE_ROWS = 128
+_STRIPE_ENTRIES = 1 << 17  # 1 MiB of each array in float64
 
 
 def compute_tile(
@@ -31,7 +31,9 @@ def compute_tile(
     parts = context.feature_parts(row, column)
     features, dtype = context.features_with_metric, context.dtype
     with multiplying(job.layout.matmul_precision):
-        return tile_estimates(features, parts, meeting, calibration, job.spec.scale, dtype=dtype)
+        return tile_estimates(
+            features, parts, meeting, calibration, job.spec.scale, dtype=dtype, empty=context.results.empty
+        )
 
 
 @contextmanager
@@ -73,14 +75,16 @@ def write_tile(
     know of it; `start` counts examples.
     """
     width = kernel_width(context.job)
-    places = [start, start[::-1]] if mirrored else [start]
-    for suffix, name in statistics_of(context.job).items():
-        for index, place in enumerate(places):
-            scaled = tuple(position * width for position in place) if len(place) == 2 else place
-            context.write_later(written, f"{prefix}{suffix}", scaled, values[name].T if index else values[name])
+    place = tuple(position * width for position in start) if len(start) == 2 else start
+    statistics = statistics_of(context.job)
+    for suffix, name in statistics.items() if mirrored else ():  # first, since these take the longest
+        context.write_later(written, f"{prefix}{suffix}", place[::-1], values[name].T)
+    for suffix, name in statistics.items():
+        context.write_later(written, f"{prefix}{suffix}", place, values[name])
+    written.results.extend(values.values())
     for name, total in tile_totals(values).items():
         key = f"{prefix}:{name}"
-        written.numbers[key] = written.numbers.get(key, 0.0) + total * len(places)
+        written.numbers[key] = written.numbers.get(key, 0.0) + total * (2 if mirrored else 1)
 
 
 def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
@@ -90,12 +94,14 @@ def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
     def add(name: str, total: Tensor) -> None:
         sums[name] = sums.get(name, 0.0) + float(total)
 
-    for rows in torch.arange(len(values["plugin"])).split(_STRIPE_ROWS):
-        stripe = {name: tile[int(rows[0]) : int(rows[-1]) + 1].double() for name, tile in values.items()}
+    for parts in zip(*(tile.flatten().split(_STRIPE_ENTRIES) for tile in values.values()), strict=True):
+        stripe = {name: part.double() for name, part in zip(values, parts, strict=True)}
         if "unbiased" in stripe:
-            add("squared_unbiased", stripe["unbiased"].square().sum())
-            add("squared_difference", (stripe["plugin"] - stripe["unbiased"]).square_().sum())
+            add("squared_unbiased", stripe["unbiased"] @ stripe["unbiased"])
+            difference = stripe["plugin"] - stripe["unbiased"]
+            add("squared_difference", difference @ difference)
         if "stderr" in stripe:
-            add("squared_stderr", stripe["stderr"].nan_to_num(0.0).square_().sum())
+            known = stripe["stderr"].nan_to_num(0.0)
+            add("squared_stderr", known @ known)
             add("unresolved", torch.isnan(stripe["stderr"]).sum())
     return sums

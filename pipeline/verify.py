@@ -21,7 +21,7 @@ from pipeline.build import build_dataset, build_model, identity
 from pipeline.context import Context
 from pipeline.continuation import check_kernel, stored_job
 from pipeline.job import Job, Task, intervals
-from pipeline.kernel_store import checksum
+from pipeline.kernel_store import checksum, former_checksum
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.lock import RunLock
 from pipeline.manifest import Manifest, read_manifest, write_manifest
@@ -31,6 +31,7 @@ from pipeline.stages import ORDER, STAGES
 from pipeline.storage import RunStorage
 
 _ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation order, far below any wrong entry
+_CHECKSUMS = {"crc32c": checksum, "crc": former_checksum}  # by what the names of the ledger's numbers begin with
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,22 @@ def _completeness(job: Job, ledger: Ledger) -> Finding:
     return Finding("completeness", not missing, f"{total - missing} of {total} tasks are in the ledger{first}")
 
 
-def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(array path, start, checksum) of everything that a task wrote to the kernel store."""
+def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    """(array path, start, kind of checksum, checksum) of everything that a task wrote to the kernel store."""
     for key, value in row.numbers.items():
-        if key.startswith("crc:"):
-            path, _, start = key.removeprefix("crc:").partition("@")
-            yield path, tuple(map(int, start.split(","))), int(value)
+        kind, _, piece = key.partition(":")
+        if kind in _CHECKSUMS:
+            path, _, start = piece.partition("@")
+            yield path, tuple(map(int, start.split(","))), kind, int(value)
 
 
 def _checksums(context: Context, ledger: Ledger) -> Finding:
     """Every piece read back; a flipped byte fails in the codec or here."""
     count, wrong, damaged = 0, [], []
     for row in ledger.rows():
-        for path, start, expected in _pieces(row):
+        for path, start, kind, expected in _pieces(row):
             count += 1
-            reason = _fault(context, path, start, expected)
+            reason = _fault(context, path, start, kind, expected)
             if reason is not None:
                 wrong.append(f"{path} at {start}{reason}")
                 damaged.append((row.stage, row.tile))
@@ -121,13 +123,13 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
     return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))
 
 
-def _fault(context: Context, path: str, start: tuple[int, ...], expected: int) -> str | None:
+def _fault(context: Context, path: str, start: tuple[int, ...], kind: str, expected: int) -> str | None:
     """Why a piece is not what was written, empty where its values merely differ; None where it is."""
     try:
         values = context.store.read_shard(path, start)
     except NNTKError as error:
         return f" ({error})"
-    return None if checksum(values) == expected else ""
+    return None if _CHECKSUMS[kind](values) == expected else ""
 
 
 def _stripes(job: Job) -> list[tuple[int, int]]:

@@ -51,7 +51,7 @@ class Worker:
         with self._turn:
             started, clock = time.time(), time.perf_counter()
             if stage.USES_ALL_THREADS:  # of the whole kernel, which needs the memory itself
-                self.context.forget_rows()
+                self.context.forget()
             with self._limited(task.stage, self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own):
                 written = stage.execute(self.context, task)
         self.context.finish(written)
@@ -66,7 +66,7 @@ class Worker:
             peak_bytes=peak_bytes(),
             numbers=written.numbers
             | self.context.fitting.numbers()
-            | {f"crc:{path}": float(value) for path, value in written.checksums.items()},
+            | {f"crc32c:{path}": float(value) for path, value in written.checksums.items()},
         )
 
     @contextmanager

@@ -283,7 +283,7 @@ def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
         begin = tracemalloc.get_traced_memory()[0]
         kept = []
         for i in range(400):
-            numbers = {f"crc:train/{name}@{i},0": float(i) for name in arrays} | {"train/gram:unresolved": 1.0}
+            numbers = {f"crc32c:train/{name}@{i},0": float(i) for name in arrays} | {"train/gram:unresolved": 1.0}
             for j in range(250):
                 ledger.append(replace(ROW, tile=f"train/{i}/{j}", numbers=numbers))
             if i in (199, 399):

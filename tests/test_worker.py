@@ -15,7 +15,8 @@ from threadpoolctl import threadpool_info
 import pipeline.worker
 from pipeline.context import Written
 from pipeline.cpus import Threads
-from pipeline.layout import overlaps_writing
+from pipeline.layout import overlaps_writing, writing_threads
+from pipeline.result_memory import ResultMemory
 from pipeline.task import Task
 from pipeline.worker import Worker
 
@@ -30,6 +31,11 @@ def threads_seen():
     return {"torch": torch.get_num_threads(), **{kind: max(found) for kind, found in seen.items()}}
 
 
+def shares(one, other):
+    """Whether two tensors lie in the same memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 @pytest.fixture
 def worker(monkeypatch):
     """A worker of two threads on a node of three, whose stages do nothing but look."""
@@ -41,7 +47,8 @@ def worker(monkeypatch):
 
     stages = {name: SimpleNamespace(USES_ALL_THREADS=name == "solve", execute=execute) for name in ("tiles", "solve")}
     monkeypatch.setattr(pipeline.worker, "STAGES", stages)
-    made = Worker(SimpleNamespace(layout=SimpleNamespace(batch=8, threads=2)), None, None, THREADS)
+    job = SimpleNamespace(layout=SimpleNamespace(batch=8, threads=2), run_dir="here")
+    made = Worker(job, None, None, THREADS)
     made.context.store = SimpleNamespace(write_all=lambda pieces, threads: [(0, 0) for _ in pieces])
     return made
 
@@ -55,10 +62,64 @@ def test_tasks_have_the_threads_that_their_stage_may_use(worker):
 
 def test_what_is_kept_for_tiles_is_given_back_to_a_task_of_the_whole_kernel(worker):
     worker.context._cache["rows"] = {"dense": torch.zeros(3)}
+    worker.context.results.give_back([memory := torch.zeros(3)])
     worker.execute(Task("tiles", "0"))
     assert worker.context._cache
+    assert shares(worker.context.results.empty((3,), dtype=memory.dtype, device=memory.device), memory)
+    worker.context.results.give_back([memory])
     worker.execute(Task("solve", "0"))
     assert not worker.context._cache
+    assert not shares(worker.context.results.empty((3,), dtype=memory.dtype, device=memory.device), memory)
+
+
+def test_memory_of_results_is_free_once_they_are_written(worker, monkeypatch):
+    made, free = [], []
+
+    def execute(context, task):
+        memory = context.results.empty((2, 3), dtype=torch.float32, device=torch.device("cpu"))
+        made.append(memory.fill_(float(task.tile)))
+        written = Written(results=[memory])
+        context.write_later(written, "array", (0, 0), memory)
+        free.append(len(context.results))
+        return written
+
+    def write_all(pieces, threads):
+        assert len(worker.context.results) == 0
+        assert (pieces[0][2] == len(made) - 1).all()
+        return [(24, 1)]
+
+    monkeypatch.setattr(pipeline.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)})
+    worker.context.store = SimpleNamespace(write_all=write_all)
+    for tile in range(3):
+        worker.execute(Task("tiles", str(tile)))
+    assert free == [0, 0, 0]
+    assert shares(made[0], made[1])
+    assert shares(made[0], made[2])
+
+
+def test_memory_of_results_is_never_more_than_was_in_use_at_once():
+    memory, cpu = ResultMemory(), torch.device("cpu")
+
+    def one(*shape, dtype=torch.float32):
+        return memory.empty(shape, dtype=dtype, device=cpu)
+
+    whole, other = one(4, 6), one(4, 6)
+    memory.give_back([whole, other])
+    edge = one(4, 2)
+    assert edge.shape == (4, 2)
+    assert shares(edge, other)
+    memory.give_back([edge])
+    again = one(4, 6)  # for which the smaller one goes
+    assert shares(again, whole)
+    assert len(memory) == 0
+    memory.give_back([again])
+    assert not shares(one(4, 6, dtype=torch.float64), again)
+    assert len(memory) == 0
+
+
+@pytest.mark.parametrize(("run_dir", "expected"), [("runs/digits", 2), ("s3://bucket/run", 3)])
+def test_threads_that_write(run_dir, expected):
+    assert writing_threads(SimpleNamespace(layout=SimpleNamespace(threads=2), run_dir=run_dir)) == expected
 
 
 def test_threads_are_as_before_after_a_task_that_fails(worker):

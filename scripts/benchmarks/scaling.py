@@ -225,8 +225,8 @@ def _light_worker() -> Callable[..., Any]:
             i, j = map(int, task.tile.split("/")[1:])
             numbers = {f"train/gram:{name}": i + j / 7 for name in ("squared_unbiased", "squared_stderr", "unresolved")}
             for name in ("gram", "gram_unbiased", "gram_stderr"):
-                numbers |= {f"crc:train/{name}@{i * 1024},{j * 1024}": float(i * j)}
-                numbers |= {f"crc:train/{name}@{j * 1024},{i * 1024}": float(i + j)}
+                numbers |= {f"crc32c:train/{name}@{i * 1024},{j * 1024}": float(i * j)}
+                numbers |= {f"crc32c:train/{name}@{j * 1024},{i * 1024}": float(i + j)}
             while time.perf_counter() - began < self._seconds:
                 pass
             seconds = time.perf_counter() - began

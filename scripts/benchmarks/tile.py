@@ -31,6 +31,7 @@ from nntk_dist.statistics import Calibration
 from nntk_dist.tiles import tile_estimates
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
+from pipeline.result_memory import ResultMemory
 from pipeline.storage import RunStorage
 from pipeline.tile_task import tile_totals
 from scripts.benchmarks.figures import Figure, answer, best_seconds
@@ -93,11 +94,14 @@ def _measure(setting: Setting) -> Answer:
     needed = _length_of_products(features, setting)
     prepared = [features.prepare(part, by_block=calibration is not None) for part in (rows, columns)]
     left, right = (torch.randn(n, length, generator=generator) for _ in range(2))
-    product = torch.empty(n, n)
+    product, memory = torch.empty(n, n), ResultMemory()
 
     def tile() -> dict[str, Tensor]:
         parts = [(prepared[0], prepared[1])]
-        return tile_estimates(features, parts, Meeting(), calibration, "localized", dtype=torch.float32)
+        options = {"dtype": torch.float32, "empty": memory.empty}
+        result = tile_estimates(features, parts, Meeting(), calibration, "localized", **options)
+        memory.give_back(result.values())  # in which the next tile is made, as in a worker
+        return result
 
     with tempfile.TemporaryDirectory() as folder, with_threads(setting.threads):
         writing = _writer(folder, setting, ("plugin", "unbiased"))
@@ -179,11 +183,8 @@ def _writer(folder: str, setting: Setting, names: tuple[str, ...]) -> Callable[[
     store.create([StoredArray(_ARRAYS[name], (2 * n, 2 * n), (n, n), axes, "float32") for name in names], {})
 
     def write(tile: dict[str, Tensor]) -> object:
-        pieces = []
-        for name in names:
-            pieces.append((_ARRAYS[name], (0, n), tile[name].numpy()))
-            if setting.mirrored:
-                pieces.append((_ARRAYS[name], (n, 0), tile[name].T.numpy()))
-        return store.write_all(pieces, threads=setting.threads + 1), tile_totals(tile)
+        pieces = [(_ARRAYS[name], (n, 0), tile[name].T.numpy()) for name in names] if setting.mirrored else []
+        pieces += [(_ARRAYS[name], (0, n), tile[name].numpy()) for name in names]
+        return store.write_all(pieces, threads=setting.threads), tile_totals(tile)
 
     return write

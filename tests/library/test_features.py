@@ -265,6 +265,28 @@ def test_the_paired_meeting_is_the_diagonal(kind, estimator, full):
         assert_equal(paired[name], expected, 1e-12)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("meeting", [Meeting(), Meeting(full=True), Meeting(paired=True), Meeting(True, paired=True)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_memory_of_any_content_is_overwritten_by_a_tile(symmetric, meeting, parts, monkeypatch):
+    monkeypatch.setattr("nntk_dist.tiles.WINDOW_ROWS", 3)
+    monkeypatch.setattr("nntk_dist.tiles.WINDOW_COLUMNS", 6)
+    spec, features = small("nonlocal", "autodiff", "full" if meeting.full else "trace")
+    rows, others = two_row_sets(features)
+    others = rows if symmetric or meeting.paired else others
+    made = []
+
+    def used(shape, *, dtype, device):
+        made.append(torch.full(shape, torch.inf, dtype=dtype, device=device))
+        return made[-1]
+
+    options = [(rows, others)] * parts, meeting, CALIBRATION, spec.scale
+    tile = tile_estimates(features, *options, empty=used)
+    assert [id(values) for values in tile.values()] == [id(values) for values in made]
+    for name, values in tile_estimates(features, *options).items():
+        assert torch.equal(tile[name], values)
+
+
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 @pytest.mark.parametrize("height", [1, 2, 5])
 @pytest.mark.parametrize(("kind", "estimator"), KINDS)

@@ -20,6 +20,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from pipeline.allocator import keep_freed_memory
 from pipeline.context import Context
 from pipeline.cpus import Threads
 from pipeline.data import Dataset
@@ -41,6 +42,7 @@ class Worker:
     _pools: tuple[str, ThreadpoolController] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        keep_freed_memory()
         self.context = Context(self.job, self.dataset, self.state)
 
     def execute(self, task: Task) -> Outcome:

@@ -2,6 +2,10 @@
 tasks at once.
 """
 
+import os
+import platform
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +74,31 @@ def test_what_is_kept_for_tiles_is_given_back_to_a_task_of_the_whole_kernel(work
     worker.execute(Task("solve", "0"))
     assert not worker.context._cache
     assert not shares(worker.context.results.empty((3,), dtype=memory.dtype, device=memory.device), memory)
+
+
+_FAULTS = """
+import resource, torch
+from pipeline.allocator import keep_freed_memory
+print(keep_freed_memory())
+def window():
+    return torch.ones(8, 512, 512, dtype=torch.float64).sqrt()
+for _ in range(3):
+    window()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    window()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+@pytest.mark.parametrize("variables", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(variables):
+    """Two arrays of 16 MiB are 8,192 pages."""
+    run = [sys.executable, "-c", _FAULTS]
+    kept, faults = subprocess.run(run, env=os.environ | variables, capture_output=True, check=True).stdout.split()
+    assert kept.decode() == str(not variables)
+    assert (float(faults) < 1000) == (not variables)
 
 
 def test_memory_of_results_is_free_once_they_are_written(worker, monkeypatch):

@@ -67,7 +67,7 @@ def cells(*, quick: bool) -> list[Cell]:
     ]
 
 
-_WORK = {"train": 8192, "tile": 1024, "draws": 512, "rounds": 5}
+_WORK = {"train": 16384, "tile": 1024, "draws": 512, "rounds": 3}
 
 
 def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:

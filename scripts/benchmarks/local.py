@@ -38,12 +38,12 @@ _SHARE_OF_MEMORY = 0.5
 
 @dataclass(frozen=True)
 class Effort:
-    """Sizes: widths of the network, n for each question, rounds that take turns, and draws of the crossover."""
+    """Sizes: widths of the network, n, rounds that take turns; n, widths and draws of the crossover."""
 
     widths: tuple[int, ...]
     num_inputs: int
     num_examples: int
-    num_nonlocal: int
+    num_crossing: int
     rounds: int
     crossing_widths: tuple[int, ...]
     crossing_draws: tuple[int, ...]
@@ -148,7 +148,7 @@ def _local(effort: Effort) -> list[Figure]:
 
 def _nonlocal(effort: Effort) -> list[Figure]:
     """One draw a block: R times the features, and products of all pairs of blocks."""
-    model, x = problem(effort, effort.num_nonlocal)
+    model, x = problem(effort, effort.num_examples)
     _, local = prepared(model, x, LOCAL)
     features, nonlocal_ = prepared(model, x, NONLOCAL)
     calls = {
@@ -172,7 +172,7 @@ def _nonlocal(effort: Effort) -> list[Figure]:
 
 def _crossover(effort: Effort) -> list[Figure]:
     """Products from layers and from means over a ladder of draws, and which of them `auto` takes."""
-    model, x = problem(effort, effort.num_nonlocal, effort.crossing_widths)
+    model, x = problem(effort, effort.num_crossing, effort.crossing_widths)
     figures = []
     for draws in effort.crossing_draws:
         ids, actions, sites = torch.arange(len(x)), {}, 0

@@ -26,7 +26,7 @@ SETS = (
 # A driver whose workers wait before the second look until the file `gate` is there, and that flushes every row.
 HELD = """
 import functools, pathlib, time
-import pipeline.run, pipeline.worker
+import pipeline.worker
 
 class Worker(pipeline.worker.Worker):
     looks = 0
@@ -38,6 +38,7 @@ class Worker(pipeline.worker.Worker):
         return super().execute(task)
 
 pipeline.worker.Worker = Worker
+import pipeline.run  # now, since its executor takes the worker's name
 pipeline.run.Ledger = functools.partial(pipeline.run.Ledger, flush_seconds=0)
 """
 KILLED_AFTER = """

@@ -21,8 +21,10 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration, sample_entries
 from nntk_dist.tiles import calibrate_sample, tile_estimates
 from tests.oracles import brute_force
+from tests.oracles.cases import case
 
 Array = np.ndarray
+KINDS = [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("covariance", "auto"), ("averaged", "auto")]
 
 
 def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Resolution]:
@@ -35,6 +37,20 @@ def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Fe
 def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:
     """Features of these inputs under all draws."""
     return features.compute(x, torch.arange(len(x)), range(features.num_draws), features.columns, batch=len(x))
+
+
+def small(
+    kind: str, estimator: str, outputs: str | int = "trace", name: str = "tanh_mlp"
+) -> tuple[KernelSpec, FeatureMap]:
+    """A kernel of 16 draws in 4 blocks over five examples: its settings and its features."""
+    design = "antithetic" if kind == "nonlocal" else "iid"
+    spec = KernelSpec(kind=kind, estimator=estimator, outputs=outputs, gamma=0.6, design=design, draws=16, blocks=4)
+    return spec, prepared_features(case(name).build(), case(name).inputs(5), spec)[0]
+
+
+def two_row_sets(features: FeatureMap, name: str = "tanh_mlp") -> tuple[Rows, Rows]:
+    """Five examples and four others."""
+    return all_rows(features, case(name).inputs(5)), all_rows(features, case(name).inputs(4, seed=7))
 
 
 def calibration_of(features: FeatureMap, rows: Rows, others: Rows, spec: KernelSpec) -> Calibration:

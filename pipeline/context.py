@@ -207,6 +207,7 @@ class Context:
         else:
             results = self.store.write_all(pieces, threads=writing_threads(self.job))
             self.results.give_back(written.results)
+            written.results = []  # memory that is given back twice would hold two tiles
         for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
             written.num_bytes += num_bytes
             written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum

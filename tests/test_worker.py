@@ -126,6 +126,14 @@ def test_memory_of_results_is_free_once_they_are_written(worker, monkeypatch):
     assert shares(made[0], made[2])
 
 
+def test_memory_is_given_back_once_though_a_task_writes_in_two_steps(worker):
+    memory = torch.zeros(2, 3)
+    written = Written(results=[memory])
+    worker.context.write(written, "array", (0, 0), memory)
+    worker.context.finish(written)
+    assert len(worker.context.results) == 1
+
+
 def test_memory_of_results_is_never_more_than_was_in_use_at_once():
     memory, cpu = ResultMemory(), torch.device("cpu")
 

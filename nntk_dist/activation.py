@@ -222,21 +222,11 @@ class ActivationFeatures:
             sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
         return sums
 
-    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         left, right = (
             {name: array if name in ("dense", "sketch") else array.double() for name, array in part.items()}
             for part in (rows, others)
         )
-        exact = self._exact_products(left, right, meeting)
-        if self.sketch is None:
-            return exact
-        groups = [part["sketch"].chunk(self.num_sketch_groups, 3) for part in (left, right)]
-        # What is exact belongs to every group alike.
-        return exact / self.num_sketch_groups + torch.stack(
-            [formed_products(a, b, meeting) for a, b in zip(*groups, strict=True)]
-        )
-
-    def _exact_products(self, left: Rows, right: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         first, second, blocks = left["differences"], right["differences"], self.num_blocks
         shape = meeting.shape(len(first), len(second), first.shape[2])
         total = torch.zeros(blocks, blocks, *shape, dtype=torch.float64, device=first.device)
@@ -247,6 +237,8 @@ class ActivationFeatures:
             total += metric_products(*differences, self.draws.weight_metric, blocks, meeting)
         if self._num_formed:
             total += formed_products(left["dense"], right["dense"], meeting)
+        if self.sketch is not None:
+            total += formed_products(left["sketch"], right["sketch"], meeting)
         if self.plan.readout is not None:
             plain = Meeting(paired=meeting.paired)
             product = formed_products(left["readout"][:, :, None], right["readout"][:, :, None], plain)

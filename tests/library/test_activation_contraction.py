@@ -79,6 +79,20 @@ def test_the_sketch_is_the_projection_of_the_layers_gradients(name: str):
 
 
 @pytest.mark.parametrize("outputs", ["trace", "full"])
+@pytest.mark.parametrize("name", ["deep_sign_mlp", "attention"])
+def test_calibration_sees_the_products_that_a_tile_is_made_of(name: str, outputs: str):
+    """With fewer blocks than the sketch has groups; a readout and a layer of weights beside the sketch."""
+    features, spec = sketched(name, outputs=outputs)
+    assert features.num_sketch_groups != features.num_blocks
+    rows = all_rows(features, case(name).inputs(3))
+    products = features.block_products(rows, rows, spec.meeting)
+    sums = features.block_sums(rows, rows, spec.meeting, by_block=True)
+    same = torch.einsum("rr...->...", products)
+    torch.testing.assert_close(same, sums.within, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(products.sum((0, 1)) - same, sums.between, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
 def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
     """With the draws kept, over 400 sketches; the variance between groups is that over sketches."""
     features, spec = sketched("deep_sign_mlp", outputs=outputs)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from nntk_dist.batches import in_batches
 from nntk_dist.distributions import LowRank
 from nntk_dist.drawing import Drawing
-from nntk_dist.evaluation import Evaluator, draws_at_once, outputs
+from nntk_dist.evaluation import Evaluator, draws_at_once, outputs, prepare_model
 from nntk_dist.parameters import aliases
 
 Factors = tuple[Float[Tensor, "s u r"], Float[Tensor, "s i r"] | None]
 _EXAMPLES = 3
-_AGREEMENT = 1e3  # in units of the dtype's rounding, relative to the largest change
+_AGREEMENT = 1e3  # in units of rounding, relative to the largest output
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedP
     """Shared products for a stacked evaluator and low-rank draws, or None where the model does not allow them.
 
     It does where every selected parameter is the weight or bias of one Linear layer, and a few examples come out as
-    under the perturbed model.
+    under the perturbed model: in float64, where a weight's second use outside of its layer is not lost in rounding,
+    and two groups of draws at once, so that layers whose first axis is not that of the examples show.
     """
     if not (evaluator.stacked and isinstance(drawing.distribution, LowRank)) or evaluator.is_random:
         return None
@@ -86,13 +87,20 @@ def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedP
     groups = aliases(evaluator.model)
     if any(name not in names or len(groups[name]) > 1 for name in evaluator.space.names):
         return None
-    candidate, draws, few = SharedProduct(evaluator, drawing), range(drawing.group_size), x[:_EXAMPLES]
-    z = drawing.perturbations(draws, dtype=next(evaluator.model.parameters()).dtype, device=x.device)
-    expected = replace(evaluator, stacked=False).perturbed(few, z)
-    change = (expected - evaluator.base(few)).abs().max()
-    difference = (candidate.perturbed(few, draws) - expected).abs().max()
-    rounding = _AGREEMENT * torch.finfo(expected.dtype).eps
-    return candidate if bool(difference <= rounding * torch.maximum(change, expected.abs().max())) else None
+    return SharedProduct(evaluator, drawing) if _agrees(evaluator, drawing, x[:_EXAMPLES]) else None
+
+
+def _agrees(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> bool:
+    exact = replace(evaluator, model=prepare_model(evaluator.model, dtype=torch.float64, device=x.device))
+    x = x.double() if x.is_floating_point() else x
+    draws = range(min(drawing.num_draws, 2 * drawing.group_size))
+    z = drawing.perturbations(draws, dtype=torch.float64, device=x.device)
+    try:
+        expected = replace(exact, stacked=False).perturbed(x, z)
+        difference = (SharedProduct(exact, drawing).perturbed(x, draws) - expected).abs().max()
+    except RuntimeError:  # shapes that do not go with several draws at once; a model that does not run in float64
+        return False
+    return bool(difference <= _AGREEMENT * torch.finfo(torch.float64).eps * expected.abs().max())
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -94,8 +94,33 @@ def test_products_are_shared_only_where_every_parameter_is_a_linear_layers_own()
         evaluator = Evaluator(model, space, stacked=True)
         return shared_product(evaluator, spec.drawing("weight", space, model), x) is not None
 
+    class PositionsFirst(nn.Module):
+        """A layer whose first axis is not that of the examples: draw after draw along it is something else."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x[:, None].expand(-1, 6, -1).transpose(0, 1).cumsum(0)).prod(0)
+
+    class Grid(nn.Module):
+        """A layer that is fed a constant of so many rows, whatever the examples."""
+
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            self.layer, self.grid = nn.Linear(2, 3).double(), torch.arange(2.0 * rows).double().reshape(rows, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.layer(self.grid).T
+
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert sharing(nn.Linear(3, 2).double(), x)
+    assert sharing(nn.Linear(3, 2), x.float(), gamma=1e-6)
+    assert not sharing(Borrowed().float(), x.float(), gamma=1e-6)  # its change is below float32's rounding
+    assert not sharing(PositionsFirst(), x)
+    assert not sharing(Grid(4), x)
+    assert not sharing(Grid(5), x)
     assert not sharing(nn.Linear(3, 2).double(), x, distribution="gaussian")
     assert not sharing(Borrowed(), x)
     for name in ("convnet", "tied_weights", "raw_parameters"):

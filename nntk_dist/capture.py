@@ -21,6 +21,7 @@ from torch.func import vmap
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
 from nntk_dist.layers import linear_factors, positions, rule_for
+from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.parameters import ParameterSpace, aliases
 from nntk_dist.philox import Stream, normal, signs
 from nntk_dist.shared_inputs import shared_inputs
@@ -152,9 +153,10 @@ class Recording:
 
         try:
             return along(directions, batched=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an autograd.Function without a rule for vmap, say
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # an autograd.Function without a rule for vmap, say
             each = [along(direction, batched=False) for direction in directions]
             return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]
 
@@ -243,6 +245,8 @@ def whole_gradients(
     try:
         return vmap(one_example)(x)
     except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise NNTKError(
             f"per-example gradients of {', '.join(names[:3])} need torch.func.vmap, which cannot take this model "
             f"({str(error).splitlines()[0]}); use estimator: weight, or leave these parameters out by kernel.parameters"
@@ -252,10 +256,13 @@ def whole_gradients(
 def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
     """The plan for a model, checked in float64 against automatic differentiation on up to three examples.
 
+    A single example is taken twice: among more rows a module that is fed something constant, one row of it, could not
+    be told from one that is fed the example.
+
     Raises: NNTKError where per-example gradients cannot be separated, as in a model whose outputs depend on their
     batch.
     """
-    trial = x[:_PROBE_EXAMPLES]
+    trial = x[:_PROBE_EXAMPLES] if len(x) > 1 else torch.cat([x, x])
     exact = prepare_model(model, dtype=torch.float64, device=trial.device)
     trial = trial.to(torch.float64) if trial.is_floating_point() else trial
     parameters = _probe_parameters(exact, space)

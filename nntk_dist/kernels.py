@@ -274,10 +274,11 @@ def _compute(
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     device = device or ("cpu" if first is None else first.device)
     prepared = prepare_model(model, dtype=dtype, device=device)
-    inputs = [_check_inputs(x, name).to(device) for x, name in ((x1, "x1"), (x2, "x2")) if x is not None]
-    inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    inputs = [_check_inputs(x, name) for x, name in ((x1, "x1"), (x2, "x2")) if x is not None]
+    # copies, since a model may write to its input
+    inputs = [x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True) for x in inputs]
     batch = min(batch or _BATCH, max(len(x) for x in inputs))
-    resolution = resolve(prepared, inputs[0], spec, batch=batch)
+    resolution = resolve(prepared, max(inputs, key=len), spec, batch=batch)  # the more rows, the more is seen
     for caution in () if resolution.probes is None else resolution.probes.cautions:
         warnings.warn(caution, NNTKWarning, stacklevel=3)  # where the public function was called
     ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])

@@ -228,8 +228,10 @@ def _activation_plan(model: nn.Module, space: ParameterSpace, spec: KernelSpec, 
     replace(spec, estimator="activation")  # checks that it goes with the distribution and the design
     drawing = spec.drawing("activation", space, model)
     most = MOST_GROUPS * drawing.group_size
-    if drawing.num_draws > most:
-        raise NNTKError(f"draws is {drawing.num_draws}; allowed for estimator activation: up to {most} ({spec.design})")
+    searched = spec.max_draws if spec.rtol is not None else 0
+    for name, number in (("draws", drawing.num_draws), ("max_draws", searched)):
+        if number > most:
+            raise NNTKError(f"{name} is {number}; allowed for estimator activation: up to {most} ({spec.design})")
     return plan_noise(model, space, x)
 
 

@@ -14,12 +14,12 @@ from typing import TypeVar
 import torch
 
 from nntk_dist.errors import NNTKError
+from nntk_dist.out_of_memory import is_out_of_memory
 from pipeline.ledger import LedgerRow
 
 Result = TypeVar("Result")
 BATCHED = ("features", "calibration", "gram", "test")  # stages whose tasks pass examples through the model
 NUMBER = "batch"  # under which a task reports the batch that it came to
-_CPU_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
 @dataclass
@@ -55,13 +55,6 @@ class FittingBatch:
     def numbers(self) -> dict[str, float]:
         """What a task reports: nothing while the planned batch fits."""
         return {NUMBER: float(self.size)} if self.halved else {}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
 
 
 def remembered_batch(rows: Iterable[LedgerRow], planned: int) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import NNTKError, local_kernel
-from nntk_dist.capture import plan_sites
+from nntk_dist.capture import plan_sites, whole_gradients
 from nntk_dist.models import build_model
+from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.parameters import select_parameters
 from tests.library.tools import assert_equal
 from tests.oracles import brute_force
@@ -199,6 +200,59 @@ def test_models_that_look_at_their_batch_are_refused():
     message = r"the model's output for one example depends on the other examples of its batch"
     with pytest.raises(NNTKError, match=message):
         local_kernel(LooksAtItsBatch().double(), torch.randn(4, 3, dtype=torch.float64))
+
+
+class WithPositions(nn.Module):
+    """Layers that are fed the same single row, whatever the examples: learned positions, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.readout = nn.Embedding(3, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+        self.register_buffer("numbers", torch.arange(3)[None])
+        self.register_buffer("constant", torch.tensor([[0.3, -0.7]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, :, None] + self.embedding(self.numbers) + self.layer(self.constant)[:, None]
+        return self.readout(torch.tanh(h).mean(1))
+
+
+def test_a_single_row_does_not_hide_what_is_the_same_for_all_rows():
+    torch.manual_seed(0)
+    model, x = WithPositions().double(), torch.randn(7, 3, dtype=torch.float64)
+    assert_local(model, x[:1], x)
+    assert_local(model, x[:1])
+    with pytest.raises(NNTKError, match="depends on the other examples of its batch"):
+        local_kernel(LooksAtItsBatch().double(), x[:1], x)
+
+
+def test_inputs_that_a_model_writes_to_stay_as_they_were():
+    model, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), -torch.ones(4, 3)
+    local_kernel(model, x, x)
+    assert torch.equal(x, -torch.ones(4, 3))
+
+
+class Full(nn.Module):
+    """A raw parameter, and no memory for a pass."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.scale, self.message = nn.Parameter(torch.ones(3)), message
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+     "GET was unable to find an engine to execute this computation"],
+)  # fmt: skip
+def test_memory_that_runs_out_under_vmap_is_said_to_be_so(message: str):
+    model, x = Full(message), torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match=message.partition("(")[0]) as caught:
+        whole_gradients(model, ["scale"], x, dict(model.named_parameters()), range(3))
+    assert is_out_of_memory(caught.value)
+    assert not isinstance(caught.value, NNTKError)
 
 
 def test_models_that_vmap_cannot_take_are_refused():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nntk_dist import NNTKError
-from pipeline.fitting import FittingBatch, is_out_of_memory, remembered_batch
+from nntk_dist.out_of_memory import is_out_of_memory
+from pipeline.fitting import FittingBatch, remembered_batch
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.storage import RunStorage
 from tests.pipeline.tools import arrays, finished

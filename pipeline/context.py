@@ -31,6 +31,7 @@ from pipeline.fitting import FittingBatch
 from pipeline.job import Job
 from pipeline.kernel_arrays import KernelArrays, Piece
 from pipeline.layout import FEATURE_CACHE_BYTES, writing_threads
+from pipeline.precision import FULL, multiplying
 from pipeline.reference import reference_batch
 from pipeline.result_memory import ResultMemory
 from pipeline.storage import RunStorage
@@ -147,7 +148,10 @@ class Context:
     def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
         """Features of some rows under all draws, from the model."""
         x, ids, draws = self.inputs(split, selection), self.keys(split, selection), range(self.job.sizes.num_draws)
-        return self.fitting.run(lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x))))
+        with multiplying(FULL):  # also where a tile asks for its rows amid its products
+            return self.fitting.run(
+                lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x)))
+            )
 
     def feature_parts(self, row: Interval, column: Interval) -> "FeatureParts":
         """Features of two row intervals, some outputs at a time: from the store, or recomputed."""

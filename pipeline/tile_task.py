@@ -4,7 +4,6 @@ Axes: rows and columns of one tile, in kernel rows (C for an example of a `full`
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from nntk_dist.tiles import tile_estimates
 from pipeline.arrays import kernel_width, statistics_of
 from pipeline.context import Context, Interval, Written
 from pipeline.job import Task
+from pipeline.precision import multiplying
 
 _STRIPE_ENTRIES = 1 << 17  # 1 MiB of each array in float64
 
@@ -34,17 +34,6 @@ def compute_tile(
         return tile_estimates(
             features, parts, meeting, calibration, job.spec.scale, dtype=dtype, empty=context.results.empty
         )
-
-
-@contextmanager
-def multiplying(precision: str) -> Iterator[None]:
-    """Float32 products at a precision of `torch.set_float32_matmul_precision`: those of tiles, and nothing else."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:

@@ -87,8 +87,9 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
     for key, value in asked.items():
         kept = manifest.layout.get(key, _BEFORE.get(key))
         too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
-        same = value in ("auto", kept) or too_few
-        if not same:
+        # The batch may have been halved since, where memory ran out: what was asked then is as good as what came of it.
+        asked_then = key == "batch" and value == manifest.config.get("compute", {}).get(key)
+        if not (value in ("auto", kept) or too_few or asked_then):
             raise NNTKError(
                 f"{run_dir} was laid out with compute.{key} {kept}, the configuration says {value}; set "
                 f"compute.{key}={kept}, or choose another run_dir"

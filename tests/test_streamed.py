@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 from scipy.stats import ortho_group
 
+from nntk_dist.conjugate_gradients import solve
 from nntk_dist.errors import NNTKError
 from nntk_dist.leading import leading_eigenpairs
 from nntk_dist.left_out import estimate_left_out, sampled_examples
@@ -216,6 +217,29 @@ def test_the_error_bars_of_leave_one_out_cover_it():
     claimed = np.sqrt(np.mean([row.loo_stderr**2 for row in rows]))
     assert 0.5 < claimed / spread < 2
     assert spread < 0.05 * truth
+
+
+@pytest.mark.parametrize("rank", [0, 20, 60, 140])
+def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
+    """Also where the low-rank part is nearly the kernel, and a column is done after a step or two."""
+    matrix = kernels()[0].astype(np.float64)
+    ridge, units = 0.03, np.eye(NUM_TRAIN)
+    part = low_rank_part(tiled(matrix), np.diagonal(matrix), rank=rank)
+    inverse = np.linalg.inv(matrix + ridge * units)
+    found = solve(
+        tiled(matrix).product,
+        units,
+        np.full(NUM_TRAIN, ridge),
+        part,
+        tolerances=np.full(NUM_TRAIN, 1e-2),
+        most_passes=100,
+    )
+    assert (found.residuals <= 1e-2).all()
+    missed = units - (matrix + ridge * units) @ found.x
+    energies = np.einsum("nj,nj->j", missed, inverse @ missed)  # bᵀA⁻¹b − bᵀx, if x is orthogonal to what is missed
+    # to rounding, which costs conjugate gradients some orthogonality where steps are many
+    np.testing.assert_allclose(np.diagonal(inverse) - np.diagonal(found.x), energies, rtol=0.05)
+    assert (energies / np.diagonal(inverse)).max() < 1e-3
 
 
 def test_estimates_without_a_low_rank_part():

@@ -74,9 +74,11 @@ def indefinite_spectrum(columns: FactorRows, metric: Float[np.ndarray, "s s"]) -
     values, vectors = torch.linalg.eigh(column_products(columns)[0])
     root = values.clamp_min(0.0).sqrt()[:, None] * vectors.T
     num_columns, num_draws = columns.num_columns, len(metric)
+    del vectors
     mixed = root.reshape(-1, num_draws) @ torch.from_numpy(metric)
     inner = mixed.reshape(num_columns, num_columns) @ root.T
-    small = torch.linalg.eigvalsh(0.5 * (inner + inner.T)).flip(0).numpy()
+    del root, mixed
+    small = torch.linalg.eigvalsh(inner.add_(inner.T.clone()).mul_(0.5)).flip(0).numpy()
     if num_columns > columns.num_rows:  # the rest are zeros of rounding
         kept = np.sort(np.argsort(-np.abs(small), kind="stable")[: columns.num_rows])
         small = small[kept]

@@ -33,10 +33,15 @@ class LeftOut:
     stderr: float
 
 
+def num_sampled_examples(num_examples: int, count: int) -> int:
+    """How many examples are sampled where `count` are asked for: at least eight, or all there are."""
+    return min(num_examples, max(_LEAST, count))
+
+
 def sampled_examples(num_examples: int, count: int, seed: int) -> Int[np.ndarray, " s"]:
-    """`count` examples, but at least eight (or all there are), in ascending order; a function of the seed alone."""
+    """`num_sampled_examples` of them in ascending order; a function of the seed alone."""
     keys = uniform(seed, Stream.SAMPLE, torch.tensor([_GROUP]), num_examples)[0]
-    return np.sort(keys.argsort()[: min(num_examples, max(_LEAST, count))].numpy())
+    return np.sort(keys.argsort()[: num_sampled_examples(num_examples, count)].numpy())
 
 
 def unit_vectors(num_rows: int, sampled: Int[np.ndarray, " s"], size: int) -> Float[np.ndarray, "n s_d"]:

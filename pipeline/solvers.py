@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.factors import FactorForm
+from nntk_dist.left_out import num_sampled_examples
 from nntk_dist.streamed_regression import NUM_SAMPLED, rank_of
-from pipeline.arrays import StoredArray, kernel_width, statistics_of
+from pipeline.arrays import StoredArray, holds_differences, kernel_width, statistics_of
 from pipeline.job import Job
 
 SOLVED = ("spectrum", "regression")
@@ -81,20 +82,20 @@ def solver_bytes(job: Job, stage: str, solver: Solver) -> int:
     rows = job.sizes.num_train * kernel_width(job)
     if solver.method == "dense":
         return _DENSE_COPIES * 8 * rows**2
-    right = _num_right(job)
     ridges = len(job.config.regression.ridge)
     if solver.columns is not None:
         block = min(job.layout.shard_rows, job.sizes.num_train) * kernel_width(job)
         spectrum = stage == "spectrum"
-        held = 8 * rows * (job.config.spectrum.top_k if spectrum else 3 * ridges * right)
-        copies = _DENSE_COPIES - 1 if spectrum else _DENSE_COPIES  # a few vectors, or all of them
+        held = 8 * rows * (job.config.spectrum.top_k if spectrum else 3 * ridges * _num_right(job))
+        all_vectors = not spectrum or (holds_differences(job) and "unbiased" in statistics_of(job).values())
+        copies = _DENSE_COPIES if all_vectors else _DENSE_COPIES - 1
         return copies * 8 * solver.columns**2 + 8 * block * (_PIECES + 3) * solver.columns + held
     edge = min(job.layout.tile, job.sizes.num_train) * kernel_width(job)
     if stage == "spectrum":
         width = job.config.spectrum.top_k
         numbers = _BASIS_BLOCKS * (width + max(8, width // 4))
     else:
-        numbers = 7 * ridges * (right + NUM_SAMPLED) + rank_of(rows)
+        numbers = 7 * ridges * (_num_right(job) + num_columns_left_out(job)) + rank_of(rows)
     return 8 * (rows * numbers + (_PIECES + 2) * edge**2)
 
 
@@ -109,7 +110,7 @@ def solver_operations(job: Job, stage: str, solver: Solver) -> float:
         return passes * rows * columns**2 + _EIGH_OPERATIONS * columns**3
     if stage == "spectrum":
         return 2.0 * rows**2 * _SPECTRUM_PASSES * 1.25 * job.config.spectrum.top_k * _num_spectra(job)
-    width = len(job.config.regression.ridge) * (_num_right(job) + NUM_SAMPLED)
+    width = len(job.config.regression.ridge) * (_num_right(job) + num_columns_left_out(job))
     return 2.0 * rows**2 * _REGRESSION_PASSES / 2 * width + 6.0 * rows * rank_of(int(rows)) ** 2
 
 
@@ -127,6 +128,12 @@ def solver_reads(job: Job, stage: str, solver: Solver, feature_bytes: int) -> fl
 
 def _num_spectra(job: Job) -> int:
     return sum(name != "stderr" for name in statistics_of(job).values())
+
+
+def num_columns_left_out(job: Job) -> int:
+    """Columns of the inverse that leave-one-out takes, for one ridge."""
+    width = kernel_width(job)
+    return num_sampled_examples(job.sizes.num_train, NUM_SAMPLED // width) * width
 
 
 def _num_right(job: Job) -> int:

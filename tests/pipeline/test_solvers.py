@@ -13,9 +13,11 @@ import pipeline.stages
 from nntk_dist import open_kernel
 from nntk_dist.errors import NNTKError
 from nntk_dist.factors import FactorForm
+from nntk_dist.left_out import sampled_examples, unit_vectors
+from nntk_dist.streamed_regression import NUM_SAMPLED
 from pipeline.continuation import stored_job
 from pipeline.manifest import read_manifest
-from pipeline.solvers import choose_solver
+from pipeline.solvers import choose_solver, num_columns_left_out
 from pipeline.storage import RunStorage
 from tests.pipeline.tools import arguments, arrays, assert_same_bits, finished, ledger, nntk, run
 
@@ -254,3 +256,12 @@ def test_the_choice_of_a_method(tmp_path):
     assert chosen(10_001, None).text == "iterative, for 10,001 kernel rows, more than 10,000, without a narrow factor"
     planned = nntk(*arguments("plan", tmp_path / "other"))
     assert "spectrum: dense, for 149 kernel rows" in " ".join(planned.out.split())
+
+
+@pytest.mark.parametrize(("outputs", "width"), [("trace", 1), ("full", 10), ("full", 100)])
+def test_columns_for_leave_one_out_are_counted_as_they_are_solved(outputs, width, tmp_path):
+    job = stored_job(read_manifest(RunStorage(finished(tmp_path / "run", *KERNELS["weight"]))))
+    sizes = replace(job.sizes, num_train=90, num_kernel_outputs=width)
+    job = replace(job, sizes=sizes, spec=replace(job.spec, outputs=outputs))
+    sampled = sampled_examples(90, NUM_SAMPLED // width, 0)
+    assert num_columns_left_out(job) == unit_vectors(90 * width, sampled, width).shape[1]

@@ -17,16 +17,19 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nntk_dist.distributions import LowRank
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, prepare_model
 
 _DRAWS = 8
 _EXAMPLES = 32
+_LEAST_SQUARE = 1e-290  # of a draw that is zero in the run's dtype
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Root mean squares over draws, examples and outputs: `change` of the differences, `noise` of their errors.
+    """Root mean squares over draws, examples and outputs: `change` of the differences, `noise` of their errors. Draws
+    count as they do in a kernel, by 1/|z|².
 
     `measured` is False where the errors are no differences from float64, but estimated from the rounding unit.
     """
@@ -49,7 +52,8 @@ def probe_noise(
     """Noise and size of the differences of eight perturbations of the run, on up to 32 examples, all taken together.
 
     ‖Δ_dtype − Δ_64‖ against ‖Δ_64‖: outputs that no draw changes add nothing to either, and a large difference, such
-    as the one sign that flips, counts for what it is worth in a kernel. A sign that rounding alone flips is noise.
+    as the one sign that flips, counts for what it is worth in a kernel; where lengths differ much (`fractional`), the
+    shortest draws do, which are the first to be lost. A sign that rounding alone flips is noise.
     Parameters named in `still` stay where they are. A model whose parameters are float64 throughout, as those of black
     boxes always are, has nothing finer to be compared with: its noise is estimated as one rounding unit of each of the
     two outputs, which rounding inside f can exceed several times.
@@ -62,9 +66,12 @@ def probe_noise(
     exact = None
     if any(p.dtype != torch.float64 for p in evaluator.model.parameters() if p.is_floating_point()):
         exact = Evaluator(prepare_model(evaluator.model, dtype=torch.float64, device=x.device), evaluator.space)
-    squares = torch.zeros(2, dtype=torch.float64, device=x.device)  # of changes, of noise
+    squares = torch.zeros(2, dtype=torch.float64, device=x.device)  # of changes, of noise, over |z|²
+    weights = torch.zeros((), dtype=torch.float64, device=x.device)
     for part in draw_chunks(range(_DRAWS), drawing.num_parameters):
-        z = _without(evaluator, still, single.perturbations(part, dtype=base.dtype, device=base.device))
+        z = single.perturbations(part, dtype=base.dtype, device=base.device)
+        weight = _weights(drawing, z)
+        z = _without(evaluator, still, z)
         moved = evaluator.perturbed(x, z)
         differences = (moved - base)[:, :, list(columns)].double()
         if exact is None:
@@ -75,12 +82,20 @@ def probe_noise(
             if reference is None:
                 return None
             noise, differences = differences - reference[:, :, list(columns)], reference[:, :, list(columns)]
-        squares += torch.stack([differences.square().sum(), noise.square().sum()])
+        squares += torch.stack([weight @ each.square().sum((1, 2)) for each in (differences, noise)])
+        weights += weight.sum()
     if not bool(torch.isfinite(squares).all()):
         return None
-    count = _DRAWS * len(x) * len(columns)
+    count = float(weights) * len(x) * len(columns)
     change, noise_size = (math.sqrt(float(total) / count) for total in squares)
     return NoiseFloor(change, noise_size, measured=exact is not None)
+
+
+def _weights(drawing: Drawing, z: Float[Tensor, "s P"]) -> Float64[Tensor, " s"]:
+    """What the square of a difference counts in a kernel: directions are z/|z|², but for low-rank draws."""
+    if isinstance(drawing.distribution, LowRank):
+        return torch.ones(len(z), dtype=torch.float64, device=z.device)
+    return z.double().square().sum(1).clamp_min(_LEAST_SQUARE).reciprocal()
 
 
 def _without(evaluator: Evaluator, still: Sequence[str], z: Float[Tensor, "s P"]) -> Float[Tensor, "s P"]:

@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from nntk_dist import (
     BlackBox,
     NNTKClassifier,
+    NNTKError,
     NNTKWarning,
     averaged_kernel,
     covariance_kernel,
@@ -67,12 +68,15 @@ def perturbations(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
     return drawing.perturbations(range(8), dtype=torch.float32)
 
 
-def by_hand(model: nn.Module, x: torch.Tensor, z: torch.Tensor) -> tuple[float, float]:
-    """(change, noise): the parameters overwritten draw by draw, in both types."""
+def by_hand(model: nn.Module, x: torch.Tensor, z: torch.Tensor, still: int = 0) -> tuple[float, float]:
+    """(change, noise): the parameters overwritten draw by draw, in both types; draws count by 1/|z|², of which so
+    many coordinates stay where they are.
+    """
     single, exact = copy.deepcopy(model).float(), copy.deepcopy(model).float().double()
     theta = parameters_to_vector(single.parameters()).detach()
     inputs = (x.float(), x.float().double()) if x.is_floating_point() else (x, x)
-    changes, errors = [], []
+    changes, errors, weights = [], [], z.double().norm(dim=1) ** -2
+    z = torch.cat([torch.zeros_like(z[:, :still]), z[:, still:]], dim=1)
     with torch.no_grad():
         base, exact_base = single(inputs[0]), exact(inputs[1])
         for one in z:
@@ -81,7 +85,8 @@ def by_hand(model: nn.Module, x: torch.Tensor, z: torch.Tensor) -> tuple[float, 
             change = exact(inputs[1]) - exact_base
             changes.append(change)
             errors.append((single(inputs[0]) - base).double() - change)
-    return tuple(float(torch.stack(each).square().mean().sqrt()) for each in (changes, errors))
+    squares = (torch.stack(each).square().mean((1, 2)) for each in (changes, errors))
+    return tuple(float((weights @ each / weights.sum()).sqrt()) for each in squares)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "deep_sign_mlp", "attention", "embedding", "batch_norm"])
@@ -103,8 +108,9 @@ def test_one_number_near_one_is_rounded_to_its_grid():
     z = perturbations(OneNumber(1.0), KernelSpec(gamma=1e-5)).numpy()[:, 0]
     error = (np.float32(1.0) + z).astype(np.float64) - 1.0 - z.astype(np.float64)
     floor = floor_of(OneNumber(1.0), torch.zeros(3, 1), gamma=1e-5)
-    assert floor.noise == pytest.approx(np.sqrt(np.mean(error**2)), rel=1e-9)
-    assert floor.change == pytest.approx(np.sqrt(np.mean(z.astype(np.float64) ** 2)), rel=1e-9)
+    squares = z.astype(np.float64) ** 2
+    assert floor.noise == pytest.approx(np.sqrt(np.mean(error**2 / squares) / np.mean(1 / squares)), rel=1e-9)
+    assert floor.change == pytest.approx(np.sqrt(1 / np.mean(1 / squares)), rel=1e-9)
 
 
 def test_where_every_perturbation_is_lost_the_noise_is_the_signal():
@@ -164,9 +170,8 @@ def test_asked_outputs_and_moving_parameters_alone_count():
     names = [name for name, _ in model.named_parameters()]
     assert floor_of(model, x, gamma=0.1, still=names).change == 0.0
     readout = floor_of(model, x, gamma=0.1, still=names[:2])
-    moved = perturbations(model.float(), KernelSpec(gamma=0.1))
-    moved[:, : 4 * 6 + 6] = 0.0
-    assert readout.change == pytest.approx(by_hand(model, x, moved)[0], rel=1e-9)
+    z = perturbations(model.float(), KernelSpec(gamma=0.1))
+    assert readout.change == pytest.approx(by_hand(model, x, z, 4 * 6 + 6)[0], rel=1e-9)
 
 
 def test_a_model_of_float32_alone_is_not_probed_and_not_refused():
@@ -203,6 +208,23 @@ def test_differences_below_rounding_are_warned_of_and_the_remedies_work():
     assert gradients.estimator == "autodiff"
     assert gradients.probes.noise > 0.01
     assert gradients.probes.cautions == ()
+
+
+def test_draws_of_which_many_are_lost_are_warned_of():
+    """|z| = R·u^{1/(1−α)}: at α = 0.8 one in ten draws moves float32 parameters by less than ten of their units."""
+    model, x = case("tanh_mlp").build().float(), case("tanh_mlp").inputs(6).float()
+    options = {"distribution": {"name": "fractional", "alpha": 0.8}, "estimator": "weight", "draws": 64}
+    with pytest.warns(NNTKWarning, match="rounding in float32"):
+        estimate = nonlocal_kernel(model, x, gamma=0.3, seed=1, **options)
+    assert estimate.probes.noise > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:rounding in float32")
+def test_directions_that_overflow_are_refused():
+    model, x = case("tanh_mlp").build().float(), case("tanh_mlp").inputs(6).float()
+    options = {"distribution": {"name": "fractional", "alpha": 0.97}, "estimator": "weight", "draws": 64}
+    with pytest.raises(NNTKError, match=r"overflow float32; .*dtype float64"):
+        nonlocal_kernel(model, x, gamma=0.3, **options)
 
 
 def test_noise_at_the_threshold_does_to_a_covariance_kernel_what_the_warning_says():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.evaluation import as_outputs, call_with, outputs, prepare_model
+from nntk_dist.evaluation import as_outputs, call_with, in_float64, outputs
 from nntk_dist.layers import linear_factors, positions, rule_for
 from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.parameters import ParameterSpace, aliases
@@ -263,8 +263,7 @@ def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
     batch.
     """
     trial = x[:_PROBE_EXAMPLES] if len(x) > 1 else torch.cat([x, x])
-    exact = prepare_model(model, dtype=torch.float64, device=trial.device)
-    trial = trial.to(torch.float64) if trial.is_floating_point() else trial
+    exact, trial = in_float64(model, trial)
     parameters = _probe_parameters(exact, space)
     plan = _classify(exact, space, trial, parameters)
     wrong = _disagreeing(exact, plan, trial, parameters)

@@ -24,6 +24,7 @@ from torch.func import functional_call, vmap
 from nntk_dist.batches import by_batches, in_batches
 from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError
+from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.parameters import ParameterSpace
 from nntk_dist.stochastic import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
 
@@ -39,6 +40,27 @@ def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device 
     prepared = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
     fix_noise(prepared)
     return prepared
+
+
+def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of a prepared model and the inputs in float64, in which what a model is like is found out.
+
+    Raises: NNTKError where the model does not run in it.
+    """
+    exact = prepare_model(model, dtype=torch.float64, device=x.device)
+    x = x.to(torch.float64) if x.is_floating_point() else x
+    try:
+        with torch.no_grad():
+            outputs(exact, x)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise NNTKError(
+            f"the model does not run in float64, in which its derivatives are checked ({reason}); keep its constants "
+            "in buffers and make new tensors in the dtype of its inputs, or use estimator: weight"
+        ) from error
+    return exact, x
 
 
 def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nntk_dist.capture import Site
 from nntk_dist.errors import NNTKError
-from nntk_dist.evaluation import outputs, prepare_model
+from nntk_dist.evaluation import in_float64, outputs
 from nntk_dist.layer_noise import NoiseSite, as_output, layer_vectors, shifted_outputs
 from nntk_dist.layers import rule_for
 from nntk_dist.parameters import ParameterSpace, aliases
@@ -54,9 +54,7 @@ def plan_noise(model: nn.Module, space: ParameterSpace, x: Tensor) -> NoisePlan:
     Raises: NNTKError where a layer's output does not follow its parameters as W h̃ does (a weight used elsewhere too, a
     hook that changes the output), naming the module; and where no parameter lies in a layer that can be made noisy.
     """
-    exact = prepare_model(model, dtype=torch.float64, device=x.device)
-    trial = torch.cat([x, x])[:2] if len(x) == 1 else x[:_EXAMPLES]
-    trial = trial.to(torch.float64) if trial.is_floating_point() else trial
+    exact, trial = in_float64(model, torch.cat([x, x]) if len(x) == 1 else x[:_EXAMPLES])
     candidates = _candidates(exact, space, trial)
     readout = next((each for each in candidates if _is_readout(exact, each, trial)), None)
     for each in candidates:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nntk_dist.continuity import largest_jump
 from nntk_dist.drawing import Drawing
-from nntk_dist.evaluation import outputs, prepare_model
+from nntk_dist.evaluation import in_float64, outputs
 from nntk_dist.parameters import ParameterSpace
 from nntk_dist.philox import Stream
 
@@ -59,10 +59,10 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     gradients are spent. Cost: at most 6·256 gradients of 32 examples, about a third as many forward passes; for a model
     that passes up to 372 forward passes of 8 examples more, in search of jumps on long chords.
     A model whose output no segment moves does not pass: it shows no gradient to trust.
+
+    Raises: NNTKError where the model does not run in float64.
     """
-    exact = prepare_model(model, dtype=torch.float64, device=x.device)
-    x = x[:_EXAMPLES]
-    x = x.to(torch.float64) if x.is_floating_point() else x
+    exact, x = in_float64(model, x[:_EXAMPLES])
     base = space.values(exact)
     probing = replace(drawing, stream=Stream.PROBE, design="iid", num_draws=8, num_blocks=4)
     segments = probing.perturbations(range(_SEGMENTS + _LONG_SEGMENTS), dtype=torch.float64, device=x.device)

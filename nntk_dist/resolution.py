@@ -72,8 +72,15 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
         raise NNTKError(
             f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
         )
-    jumps = _probe_jumps(model, space, spec, x)
-    estimator, reason = _choose(model, space, spec, x, jumps)
+    jumps, rough = None, check_gradients(model, spec.kind, spec.estimator)
+    if rough is None:
+        try:
+            jumps = _probe_jumps(model, space, spec, x)
+        except NNTKError as error:
+            if spec.estimator != "auto":
+                raise
+            rough = f"autodiff is not to be had: {error}"
+    estimator, reason = _choose(model, space, spec, x, jumps, rough)
     sites = None
     if estimator == "autodiff":
         try:
@@ -164,16 +171,15 @@ def _probe_jumps(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: T
     """Whether f jumps, where the choice of an estimator depends on it."""
     settled = holds_black_box(model) or spec.kind != "nonlocal" or spec.distribution == LowRank.name
     settled = settled or not spec.weighting.is_fixed or spec.estimator in ("weight", "activation")
-    if settled or check_gradients(model, spec.kind, spec.estimator) is not None:
+    if settled:
         return None
     return probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
 
 
 def _choose(
-    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, probe: JumpProbe | None
+    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, probe: JumpProbe | None, rough: str | None
 ) -> tuple[str, str]:
-    """The estimator's name and the reason, in words."""
-    rough = check_gradients(model, spec.kind, spec.estimator)
+    """The estimator's name and the reason, in words; `rough` says why there are no gradients."""
     if holds_black_box(model):
         return "weight", _black_box_reason(spec)
     if spec.kind == "local":

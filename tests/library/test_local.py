@@ -4,13 +4,14 @@ Axes: n1, n2 examples, C outputs.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nntk_dist import NNTKError, local_kernel
+from nntk_dist import NNTKError, local_kernel, nonlocal_kernel
 from nntk_dist.capture import plan_sites, whole_gradients
 from nntk_dist.models import build_model
 from nntk_dist.out_of_memory import is_out_of_memory
@@ -229,6 +230,30 @@ def test_inputs_that_a_model_writes_to_stay_as_they_were():
     model, x = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), -torch.ones(4, 3)
     local_kernel(model, x, x)
     assert torch.equal(x, -torch.ones(4, 3))
+
+
+class Single(nn.Module):
+    """Holds a constant that no `.to` moves, so that it runs in float32 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.mixing = nn.Linear(3, 4), (torch.arange(12.0) / 9).reshape(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) @ self.mixing
+
+
+def test_models_that_run_in_float32_alone_have_no_checked_gradients():
+    torch.manual_seed(0)
+    model, x = Single(), torch.randn(5, 3)
+    message = r"the model does not run in float64, in which its derivatives are checked \(.*; keep its constants"
+    for compute in (local_kernel, partial(nonlocal_kernel, gamma=0.1, estimator="autodiff")):
+        with pytest.raises(NNTKError, match=message):
+            compute(model, x)
+    estimate = nonlocal_kernel(model, x, gamma=0.1, draws=64)
+    assert estimate.estimator == "weight"
+    assert "autodiff is not to be had: the model does not run in float64" in estimate.reason
+    assert torch.isfinite(estimate.kernel).all()
 
 
 class Full(nn.Module):

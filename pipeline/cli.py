@@ -96,22 +96,24 @@ def verify(
     forget: Annotated[bool, typer.Option("--forget", help="Let run --resume do damaged tasks again.")] = False,
 ) -> None:
     """Check a store: completeness, checksums, symmetry, NaN, some tiles computed again. Exit code 1 if one fails."""
+    from pipeline.verify import Damage
     from pipeline.verify import forget as forget_tasks
     from pipeline.verify import verify as checks
 
     storage, manifest = _open(run_dir)
     failed = False
-    damaged: list[tuple[str, str]] = []
+    damaged: list[Damage] = []
     with _interruptible(None):
         for finding in checks(storage, manifest, recompute=recompute):
             display.print_finding(out, finding)
             failed |= not finding.passed
             damaged += finding.damaged
+    tasks = {(each.stage, each.tile) for each in damaged}
     if damaged and forget:
         forget_tasks(storage, damaged)
-        out.print(f"forgot {len(damaged)} damaged task(s); run the configuration with --resume to do them again")
+        out.print(f"forgot {len(tasks)} damaged task(s); run the configuration with --resume to do them again")
     elif damaged:
-        out.print(f"{len(damaged)} damaged task(s); add --forget, then run with --resume, to do them again")
+        out.print(f"{len(tasks)} damaged task(s); add --forget, then run with --resume, to do them again")
     raise typer.Exit(1 if failed else 0)
 
 

@@ -31,17 +31,33 @@ from pipeline.stages import ORDER, STAGES
 from pipeline.storage import RunStorage
 
 _ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation order, far below any wrong entry
+_SOLVES = ("spectrum", "regression")
+_READERS = {  # stages that read, by themselves or through others, what a stage has written
+    "features": ("calibration", "gram", "test", *_SOLVES),
+    "metric": ("calibration", "gram", "test", *_SOLVES),
+    "gram": _SOLVES,
+    "test": ("regression",),
+}
 _CHECKSUMS = {"crc32c": checksum, "crc": former_checksum}  # by what the names of the ledger's numbers begin with
 
 
 @dataclass(frozen=True)
+class Damage:
+    """A task one of whose pieces is not what it wrote; `readable` where others can have taken it for that."""
+
+    stage: str
+    tile: str
+    readable: bool
+
+
+@dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, what was seen, and the tasks (stage, tile) whose pieces are damaged."""
+    """One check: its name, whether it passed, what was seen, and the tasks whose pieces are damaged."""
 
     check: str
     passed: bool
     detail: str
-    damaged: tuple[tuple[str, str], ...] = ()
+    damaged: tuple[Damage, ...] = ()
 
 
 def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterator[Finding]:
@@ -73,18 +89,29 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
         yield finding
 
 
-def forget(storage: RunStorage, damaged: Iterable[tuple[str, str]]) -> None:
-    """Take damaged tasks out of the ledger, so that a resumed run does them again, with the same bits."""
+def forget(storage: RunStorage, damaged: Iterable[Damage]) -> None:
+    """Take damaged tasks out of the ledger, so that a resumed run does them again, with the same bits; and the whole
+    of the stages that may have read damaged pieces as good ones.
+    """
     with RunLock(storage):
         ledger = Ledger(storage)
         by_stage: dict[str, set[str]] = {}
-        for stage, tile in damaged:
-            by_stage.setdefault(stage, set()).add(tile)
-        for stage, tiles in by_stage.items():
-            ledger.forget(stage, tiles)
+        later: set[str] = set()
+        for each in damaged:
+            by_stage.setdefault(each.stage, set()).add(each.tile)
+            if each.readable:
+                later.update(_READERS[each.stage])
+        for name, tiles in by_stage.items():
+            ledger.forget(name, tiles)
+        for name in later:
+            ledger.forget(name)
         manifest = read_manifest(storage)
         if manifest is not None:
-            write_manifest(storage, manifest.model_copy(update={"completed": None}))
+            stages = {
+                name: record.model_copy(update={"finished": None}) if name in later | by_stage.keys() else record
+                for name, record in manifest.stages.items()
+            }
+            write_manifest(storage, manifest.model_copy(update={"stages": stages, "completed": None}))
 
 
 def _completeness(job: Job, ledger: Ledger) -> Finding:
@@ -117,7 +144,7 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
             reason = _fault(context, path, start, kind, expected)
             if reason is not None:
                 wrong.append(f"{path} at {start}{reason}")
-                damaged.append((row.stage, row.tile))
+                damaged.append(Damage(row.stage, row.tile, readable=not reason))
     detail = f"{count - len(wrong)} of {count} pieces hold what was written"
     detail += f"; the first that does not: {wrong[0]}" if wrong else ""
     return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))

@@ -14,7 +14,10 @@ import pytest
 import zarr
 
 import pipeline.plan
-from tests.pipeline.tools import arguments, finished, ledger, nntk, snapshot
+from nntk_dist import open_kernel
+from pipeline.config import load_config
+from pipeline.run import prepare
+from tests.pipeline.tools import arguments, config_file, finished, ledger, nntk, snapshot
 
 CHECKS = ("completeness", "checksums", "symmetry", "finiteness", "recomputation")
 
@@ -212,6 +215,39 @@ def test_what_cannot_fit_is_refused_with_the_numbers(sets, available, match, tmp
         assert len(result.err.splitlines()) == 1
         assert re.search(match, result.err), result.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ((), 4),  # of what they need
+        (("compute.memory_per_worker=1GiB",), 2),  # of what they may take
+        (("compute.memory_per_worker=4GiB",), 1),  # one at least: that of a cluster may be elsewhere
+        (("compute.memory_per_worker=1GiB", "compute.workers=5"), 5),  # as asked
+    ],
+)
+def test_as_many_workers_as_memory_allows(sets, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "available_memory", lambda: int(2.5 * 2**30))
+    monkeypatch.setattr(pipeline.plan, "available_cpus", lambda: 8)
+    config = load_config(config_file(tmp_path / "run"), [f"run_dir={tmp_path / 'run'}", "compute.executor=ray", *sets])
+    assert prepare(config, resume=False).plan.num_workers == expected
+
+
+def test_what_was_made_of_wrong_values_that_could_be_read_is_done_again_too(damaged):
+    run_dir, shard = damaged
+    content, expected = shard.read_bytes(), snapshot(run_dir / "tables")
+    array = zarr.open_array(run_dir / "kernel.zarr/train/gram", mode="r+")
+    array[64:128, 0:64] = wrong = array[64:128, 0:64] * 1.01
+    array[0:64, 64:128] = wrong.T
+    finished(run_dir, "spectrum.top_k=4", resume=True)  # whose spectrum is that of the wrong values
+    assert "forgot 1 damaged task(s)" in nntk("verify", run_dir, "--forget").out
+    assert {stage for stage, _ in ledger(run_dir)} == {"features", "calibration", "gram", "test"}
+    assert not open_kernel(run_dir).complete
+    finished(run_dir, resume=True)
+    assert shard.read_bytes() == content
+    assert {name: data for name, (_, data) in snapshot(run_dir / "tables").items()} == {
+        name: data for name, (_, data) in expected.items()
+    }
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])

@@ -20,7 +20,7 @@ from nntk_dist.features import ArraySpec, FeatureMap
 from nntk_dist.resolution import Resolution, resolve, with_draws
 from pipeline.arrays import StoredArray, all_arrays, holds_factor
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
-from pipeline.config import Config
+from pipeline.config import ComputeConfig, Config
 from pipeline.cpus import available_cpus
 from pipeline.data import Dataset
 from pipeline.fitting import FittingBatch
@@ -62,7 +62,7 @@ def make_plan(
     Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
     """
     device = resolve_device(config) if stored is None else stored[0].device
-    check_device(device, config.compute.workers_per_gpu)
+    check_device(device, config.compute)
     dtype = DTYPES[config.compute.dtype]
     prepared = prepare_model(model, dtype=dtype, device=device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
@@ -180,6 +180,8 @@ def _fit(
         each = usable // max(1, workers)
     else:
         each = int(config.compute.memory_per_worker)
+        if config.compute.workers == "auto":  # one at least: the driver of a cluster may have less than its workers
+            workers = min(wanted, max(1, usable // each))
     if workers < 1 or projection.worker_bytes > each:
         raise NNTKError(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
@@ -238,15 +240,26 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_device(device: str, workers_per_gpu: int) -> None:
+def check_device(device: str, compute: ComputeConfig) -> None:
     """Raise an NNTKError where the asked device is not there, or where workers are to share a GPU and there is none."""
-    if workers_per_gpu > 1 and not device.startswith("cuda"):
+    if compute.workers_per_gpu > 1 and not device.startswith("cuda"):
         raise NNTKError(
-            f"compute.workers_per_gpu is {workers_per_gpu}, but the run is on {device}; set compute.device=cuda, or "
-            "leave compute.workers_per_gpu at 1"
+            f"compute.workers_per_gpu is {compute.workers_per_gpu}, but the run is on {device}; set "
+            "compute.device=cuda, or leave compute.workers_per_gpu at 1"
         )
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
         raise NNTKError(f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu")
+    number = torch.device(device).index or 0
+    if number >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise NNTKError(f"compute.device is '{device}', but torch sees cuda:0 to cuda:{last} here")
+    if number > 0 and compute.executor == "ray":
+        raise NNTKError(
+            f"compute.device is '{device}', but Ray gives every worker GPUs of its own, and it sees its first as "
+            "cuda:0; set compute.device=cuda, or compute.executor=serial"
+        )
 
 
 def _gib(num_bytes: int) -> str:

@@ -88,7 +88,10 @@ def project(
     rate = _rate(job.layout.dtype, job.layout.device) * _EFFICIENCY
     parallel = {stage.NAME: 1 if stage.USES_ALL_THREADS else num_workers for stage in ORDER}
     tasks = {stage.NAME: sum(1 for _ in stage.tasks(job)) for stage in ORDER}
-    seconds = {name: count / (rate * max(1, min(parallel[name], tasks[name]))) for name, count in operations.items()}
+    each = share_of_rate(job)
+    seconds = {
+        name: count / (rate * each * max(1, min(parallel[name], tasks[name]))) for name, count in operations.items()
+    }
     solving = _rate("float64", "cpu") * _EFFICIENCY * num_cpus
     factor_bytes = sum(array.num_bytes for array in arrays if array.path == "train/features")
     for name, solver in solvers.items():
@@ -286,8 +289,15 @@ def _prepared_share(job: Job, features: FeatureMap) -> float:
     return 1.0 + 1.0 / job.sizes.num_blocks + (1.0 if features.num_sketch_groups else 0.0)
 
 
+def share_of_rate(job: Job) -> float:
+    """What a worker has of `_rate`: a thread's for each of its own; of a GPU, what those that share it leave."""
+    if job.layout.device.startswith("cuda"):
+        return 1.0 / job.config.compute.workers_per_gpu
+    return float(job.layout.threads)
+
+
 def _rate(dtype: str, device: str) -> float:
-    """Operations a second of a plain matrix product, one thread; the best of a few."""
+    """Operations a second of a plain matrix product on one thread or a whole GPU; the best of a few."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

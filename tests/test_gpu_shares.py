@@ -1,15 +1,18 @@
 """Workers that share a GPU, on a machine that need not have one: what is planned, and what is said of it."""
 
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from nntk_dist import NNTKError
 from pipeline import display
 from pipeline.config import config_from_dict
-from pipeline.plan import wanted_workers
+from pipeline.plan import check_device, wanted_workers
+from pipeline.projection import share_of_rate
 
 
 def config(**compute):
@@ -28,6 +31,32 @@ def config(**compute):
 def test_as_many_workers_as_the_gpus_have_places_for(compute, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert wanted_workers(config(**compute), SimpleNamespace(device="cuda", threads=1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        ({"device": "cuda:3"}, "compute.device is 'cuda:3', but torch sees cuda:0 to cuda:2 here"),
+        ({"device": "cuda:1", "executor": "ray"}, "Ray gives every worker GPUs of its own.* set compute.device=cuda"),
+        ({"device": "cuda:0", "executor": "ray"}, None),
+        ({"device": "cuda:2", "executor": "serial"}, None),
+        ({"device": "cpu", "workers_per_gpu": 2}, "workers_per_gpu is 2, but the run is on cpu"),
+    ],
+)
+def test_devices_that_there_are(compute, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with nullcontext() if message is None else pytest.raises(NNTKError, match=message):
+        check_device(compute["device"], config(**compute).compute)
+
+
+@pytest.mark.parametrize(
+    ("device", "compute", "expected"),
+    [("cuda", {"workers_per_gpu": 4}, 0.25), ("cuda", {}, 1.0), ("cpu", {"threads": 8}, 8.0)],
+)
+def test_what_a_worker_has_of_a_machine(device, compute, expected):
+    layout = SimpleNamespace(device=device, threads=compute.get("threads", 1))
+    assert share_of_rate(SimpleNamespace(layout=layout, config=config(**compute))) == expected
 
 
 @pytest.mark.parametrize(

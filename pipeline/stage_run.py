@@ -35,6 +35,8 @@ class StageRunner:
         done = self.ledger.done(stage.NAME)
         counts = Counter(task.tile in done for task in stage.tasks(job))
         tasks = _tasks_left(stage, job, self.ledger)
+        if stage.USES_ALL_THREADS:  # by one worker: the memory of the others is planned for it too
+            self.executor.stop_workers(keep=1)
         return self.carry_out(stage.NAME, tasks, counts.total(), counts[True], earlier)
 
     def carry_out(

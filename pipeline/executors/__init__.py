@@ -18,8 +18,10 @@ class Executor(Protocol):
         """
         ...
 
-    def stop_workers(self) -> None:
-        """Give back processes and what they hold; connections stay, for the next executor."""
+    def stop_workers(self, keep: int = 0) -> None:
+        """Give back the processes of all workers but `keep`, and what they hold; connections stay. Further tasks get
+        new ones.
+        """
         ...
 
     def close(self) -> None:

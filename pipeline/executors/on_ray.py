@@ -87,9 +87,10 @@ def places_on(nodes: Iterable[Mapping[str, Any]], num_cpus: int, workers_per_gpu
 
 @dataclass(eq=False)
 class _Worker:
-    """A place for an actor, which is started for its first call; how many calls it has."""
+    """A place for an actor, which is started for its first call; whether it is known to run, how many calls it has."""
 
     actor: Any = None
+    answered: bool = False
     calls: int = 0
     alone: bool = False  # it has a task that may have killed another
 
@@ -166,7 +167,7 @@ class RayExecutor:
             )
         self._workers = [_Worker() for _ in range(places if grow and address else num_workers)]
         self._wanted = len(self._workers)
-        self._looked_at = time.monotonic()
+        self._looked_at, self._was_short = time.monotonic(), False
 
     def run(self, tasks: Iterable[Task]) -> Iterator[list[Outcome]]:
         """Outcomes as calls finish, none where a second passes without one."""
@@ -174,7 +175,7 @@ class RayExecutor:
         for worker in self._workers:
             worker.calls, worker.alone = 0, False  # nobody waits for what an interrupted stage has left under way
         while True:
-            self._regrow(stage)
+            self._look_at_places(stage)
             self._fill(stage)
             if not stage.running:
                 return
@@ -192,6 +193,7 @@ class RayExecutor:
                 except ray.exceptions.RayTaskError as error:
                     failure = error.cause if isinstance(error.cause, NNTKError) else error
                 else:
+                    call.worker.answered |= call.worker.actor is call.actor
                     outcomes += finished
                     stage.pace.note(finished)
                     if len(finished) < len(call.tasks):
@@ -218,7 +220,7 @@ class RayExecutor:
 
     def _submit(self, stage: _Stage, worker: _Worker, tasks: list[Task], attempt: int) -> None:
         if worker.actor is None:
-            worker.actor = _RemoteWorker.options(**self._options).remote(*self._arguments)
+            worker.actor, worker.answered = _RemoteWorker.options(**self._options).remote(*self._arguments), False
         reference = worker.actor.carry_out.remote(tasks, stage.pace.limit_seconds)
         stage.running[reference] = _Call(tasks, attempt, worker, worker.actor)
         worker.calls += 1
@@ -245,20 +247,30 @@ class RayExecutor:
     def _places(self) -> int:
         return places_on(ray.nodes(), self._num_cpus, self._workers_per_gpu)
 
-    def _regrow(self, stage: _Stage) -> None:
-        """New workers for those that had lost their places, once there are places again; looked for now and then."""
-        if len(self._workers) < self._wanted and time.monotonic() - self._looked_at >= REGROW_SECONDS:
-            self._looked_at = time.monotonic()
-            new = [_Worker() for _ in range(min(self._places(), self._wanted) - len(self._workers))]
-            self._workers += new
-            stage.room.extend(new)
+    def _look_at_places(self, stage: _Stage) -> None:
+        """Now and then: new workers for those that had lost their places, once there are places again; and an end for
+        actors that wait for places that are gone, as where a lost node still counted as alive when its actor died.
+        """
+        if time.monotonic() - self._looked_at < REGROW_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        missing = len(self._workers) - self._places()
+        if missing > 0 and self._was_short:  # twice in a row: by now the actors of a dead node have said so
+            waiting = [worker for worker in self._workers if worker.actor is not None and not worker.answered]
+            for worker in waiting[:missing]:
+                ray.kill(worker.actor, no_restart=True)  # their calls fail, and are given to others
+        self._was_short = missing > 0
+        new = [_Worker() for _ in range(min(-missing, self._wanted - len(self._workers)))]
+        self._workers += new
+        stage.room.extend(new)
 
-    def stop_workers(self) -> None:
-        """Stop the actors."""
-        for worker in self._workers:
-            if worker.actor is not None:
-                ray.kill(worker.actor, no_restart=True)
-        self._workers = [_Worker() for _ in self._workers]
+    def stop_workers(self, keep: int = 0) -> None:
+        """Stop the actors but for the first `keep`, which have the next tasks; places stay, for new actors."""
+        stopped = [worker for worker in self._workers if worker.actor is not None][keep:]
+        for worker in stopped:
+            ray.kill(worker.actor, no_restart=True)
+            worker.actor = None
+        self._workers.sort(key=lambda worker: worker.actor is None)
 
     def close(self) -> None:
         """Stop the actors, and Ray where this executor has started or joined it."""

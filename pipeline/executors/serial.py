@@ -22,7 +22,7 @@ class SerialExecutor:
         for task in tasks:
             yield [self.worker.execute(task)]
 
-    def stop_workers(self) -> None:
+    def stop_workers(self, keep: int = 0) -> None:
         """Nothing to give back."""
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -117,6 +118,24 @@ def test_a_worker_may_be_given_two_calls_at_once():
     assert len({outcome.worker for outcome in found}) == 1
 
 
+def test_workers_are_stopped_but_for_those_that_are_to_go_on(executor):
+    one = executor(seconds=0.05)
+
+    def who(count):
+        return {int(outcome.worker) for outcomes in one.run(tasks(count)) for outcome in outcomes}
+
+    first = who(40)
+    assert len(first) == 2
+    one.stop_workers(keep=1)
+    (left,) = who(1)
+    assert left in first
+    psutil.wait_procs([psutil.Process(pid) for pid in first - {left} if psutil.pid_exists(pid)], timeout=60)
+    assert [pid for pid in first if psutil.pid_exists(pid)] == [left]
+    again = who(60)
+    assert left in again
+    assert len(again) == 2
+
+
 @pytest.fixture
 def cluster():
     """A head without CPUs, and two nodes of one."""
@@ -146,6 +165,26 @@ def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monke
     assert len(numbers) == 3  # two, and the one on the new node
     assert all(each == {"own": 1, "whole_node": 1} for each in numbers.values())
     assert max(attempts(tmp_path).values()) <= 2
+
+
+def test_an_actor_that_waits_for_a_place_that_is_gone_is_given_up(cluster, executor, tmp_path, monkeypatch):
+    """A node that is lost while it still counts as alive: its worker gets a new actor, for which there is no room."""
+    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.5)
+    stale, places = [], RayExecutor._places
+
+    def late(self):
+        return 2 if stale and time.monotonic() < stale[0] else places(self)
+
+    monkeypatch.setattr(RayExecutor, "_places", late)
+    found, limit = [], time.monotonic() + 120
+    for outcomes in executor(seconds=0.02, address=cluster.address).run(tasks(400)):
+        assert time.monotonic() < limit, f"{len(found)} of 400, and nothing more"
+        found += [outcome.tile for outcome in outcomes]
+        if len(found) > 100 and not stale:
+            cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+            stale.append(time.monotonic() + 10.0)
+    assert stale
+    assert Counter(found) == Counter(str(number) for number in range(400))
 
 
 def test_what_ray_is_told_of_a_worker():

@@ -15,7 +15,7 @@ from nntk_dist.out_of_memory import is_out_of_memory
 from pipeline.fitting import FittingBatch, remembered_batch
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.storage import RunStorage
-from tests.pipeline.tools import arrays, finished
+from tests.pipeline.tools import arrays, finished, nntk, run
 
 # A network that takes no more examples at a time than it is told, as a full device would.
 HUNGRY = """
@@ -129,6 +129,11 @@ def test_a_run_goes_on_with_batches_that_fit_also_when_continued(tmp_path, hungr
         assert np.array_equal(kept[name], expected[name]), name
     finished(halved, *sets, "regression.ridge=[0.5]", resume=True)
     assert planned_batch(halved) == 64
+    finished(halved, *sets, "regression.ridge=[0.1]", resume=True)  # with the batch that was asked for, as before
+    assert nntk("verify", halved).code == 0
+    refused = run(halved, *sets, "compute.batch=128", resume=True)
+    assert refused.code == 2
+    assert "laid out with compute.batch 64, the configuration says 128" in " ".join(refused.err.split())
 
 
 def test_what_does_not_fit_while_planning_is_planned_smaller(tmp_path, hungry):
@@ -136,3 +141,4 @@ def test_what_does_not_fit_while_planning_is_planned_smaller(tmp_path, hungry):
     run_dir = finished(tmp_path / "run", *SETS, *hungry(70), *sets)
     assert planned_batch(run_dir) == 64
     assert batches_of(run_dir) == {None}
+    assert nntk("verify", run_dir).code == 0

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from torch import nn
 
+from nntk_dist.block_sums import Meeting
 from nntk_dist.errors import NNTKError
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.kernel_store import checksum
 from pipeline.manifest import read_manifest
+from pipeline.precision import multiplying
 from pipeline.storage import RunStorage
-from pipeline.tile_task import multiplying, tile_order
+from pipeline.tile_task import tile_order
 from tests.pipeline.tools import arrays, config_file, finished, nntk
 
 
@@ -53,6 +56,30 @@ def test_the_precision_of_products_is_set_for_tiles_alone():
     with multiplying("medium"):
         assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+def test_features_that_a_tile_recomputes_are_made_at_full_precision(tmp_path, monkeypatch):
+    """Precisions that passes over the model ran at, in the stage of tiles too, and those of the products there."""
+    passes, products = [], []
+    forward, add = nn.Linear.forward, Meeting.add_outputs_
+
+    def noted_forward(*arguments):
+        passes.append(torch.get_float32_matmul_precision())
+        return forward(*arguments)
+
+    def noted_add(*arguments):
+        products.append(torch.get_float32_matmul_precision())
+        return add(*arguments)
+
+    monkeypatch.setattr("pipeline.layout._STORED_FEATURE_BYTES", 0)
+    monkeypatch.setattr(nn.Linear, "forward", noted_forward)
+    monkeypatch.setattr(Meeting, "add_outputs_", noted_add)
+    place = finished(tmp_path / "run", "compute.matmul_precision=medium", "kernel.contraction=means")
+    manifest = read_manifest(RunStorage(str(place)))
+    assert manifest is not None
+    assert not manifest.layout["store_features"]
+    assert set(passes) == {"highest"}
+    assert "medium" in products
 
 
 def test_precision_is_a_choice_that_a_run_keeps(tmp_path):

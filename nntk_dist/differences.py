@@ -9,6 +9,7 @@ paired, error of `unbiased` ~ √(2P)/S; with attention, differences carry the f
 Axes: n rows, s draws, r blocks, b draws of a block, c outputs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from torch import Tensor
 from nntk_dist.attention import Attention
 from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing, draw_chunks
+from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite
 from nntk_dist.features import ArraySpec, Rows
 from nntk_dist.formed_products import add_alone_
@@ -102,10 +104,22 @@ class DifferenceFeatures:
     def make_metric(self) -> Float64[Tensor, "s s"]:
         """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations and S² numbers where blocks are
         paired; otherwise M is diagonal.
+
+        Raises: NNTKError where products of blocks do not fit into the model's dtype: draws as short as those of
+        `fractional` may be have directions z/|z|² of any length.
         """
         if not self.pair_blocks:
             return torch.diag(self._weights)
-        return self.drawing.direction_products(device=self._device).div_(self.num_draws**2)
+        products = self.drawing.direction_products(device=self._device)
+        dtype = next(self.evaluator.model.parameters()).dtype
+        most = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float64).max))  # errors are made of squares
+        if not float(products.abs().max()) / self.drawing.draws_per_block**2 <= most:
+            name = str(dtype).removeprefix("torch.")
+            raise NNTKError(
+                f"products of the draws' directions z/|z|² overflow {name}; use a smaller alpha or another "
+                "distribution, dtype float64, or estimator autodiff, where the model has no jumps"
+            )
+        return products.div_(self.num_draws**2)
 
     @property
     def _device(self) -> torch.device:

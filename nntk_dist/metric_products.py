@@ -16,7 +16,6 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting
-from nntk_dist.errors import NNTKError
 
 _NAMES = ("right", "total", "apart")
 
@@ -40,24 +39,16 @@ class Mixed:
 
 
 def mixed_by_metric(columns: Float[Tensor, "n c s"], metric: Float64[Tensor, "s s"], num_blocks: int) -> Mixed:
-    """A row set with M multiplied to it, 4·S² operations a row and output, in the features' dtype.
-
-    Raises: NNTKError where M does not fit into that, as with directions z/|z|² of far too short draws.
-    """
-    single = metric.to(columns.dtype)
-    if not bool(torch.isfinite(single).all()):
-        name = str(columns.dtype).removeprefix("torch.")
-        raise NNTKError(
-            f"products of the draws' directions z/|z|² overflow {name}; use another distribution (a smaller alpha), "
-            "dtype float64, or estimator autodiff, where the model has no jumps"
-        )
+    """A row set with M multiplied to it, 4·S² operations a row and output, in the features' dtype."""
 
     def by_block(values: Float[Tensor, "n c s"]) -> Float[Tensor, "n r c b"]:
         return values.unflatten(2, (num_blocks, -1)).transpose(1, 2).contiguous()
 
     block = torch.arange(len(metric), device=metric.device) // (len(metric) // num_blocks)
     apart = metric.masked_fill(block[:, None] == block[None, :], 0.0)
-    return Mixed(by_block(columns), by_block(columns @ single), by_block(columns @ apart.to(columns.dtype)))
+    return Mixed(
+        by_block(columns), by_block(columns @ metric.to(columns.dtype)), by_block(columns @ apart.to(columns.dtype))
+    )
 
 
 def add_metric_(sums: BlockSums, rows: Mixed, columns: Mixed, meeting: Meeting) -> None:

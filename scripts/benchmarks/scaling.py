@@ -171,7 +171,7 @@ def _cluster(*, num_nodes: int, num_tiles: int) -> Answer:
         for _ in executor.run(_tasks(2 * num_nodes)):
             pass  # all have started
         edge = math.isqrt(2 * num_tiles)  # tiles i ≤ j, about as many
-        stage = SimpleNamespace(NAME="gram", tasks=lambda job: _tasks(num_tiles, edge))
+        stage = SimpleNamespace(NAME="gram", USES_ALL_THREADS=False, tasks=lambda job: _tasks(num_tiles, edge))
         progress = _Sampling()
         runner = StageRunner(Ledger(storage), executor, progress, RunLock(storage))
         began = time.perf_counter()

@@ -10,9 +10,9 @@ Axes: n examples, then the axes of a unit.
 import copy
 from numbers import Real
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.stochastic import StochasticModule
@@ -42,7 +42,7 @@ class Dropout(StochasticModule):
         if self.p == 0:
             return u
         if self.training:
-            return (functional.dropout1d if self.channelwise else functional.dropout)(u, self.p)
+            return (torch.feature_dropout if self.channelwise else torch.dropout)(u, self.p, train=True)
         shape = (*u.shape[1:2], *[1] * (u.ndim - 2)) if self.channelwise else tuple(u.shape[1:])
         kept = self.uniforms(shape, like=u) > self.p
         return u * (kept.to(u.dtype) / (1.0 - self.p))

@@ -37,15 +37,29 @@ def test_channels_drop_out_whole():
     assert set(values.unique().tolist()) == {0.0, 2.0}
 
 
-@pytest.mark.parametrize("channelwise", [False, True])
-def test_training_is_that_of_torch(channelwise):
-    u = torch.ones(4, 6, 5)
-    torchs = nn.Dropout1d(0.3) if channelwise else nn.Dropout(0.3)
+@pytest.mark.parametrize(
+    ("shape", "torchs"),
+    [
+        ((4, 6, 5), nn.Dropout(0.3)),
+        ((4, 6), nn.Dropout(0.3)),
+        ((4, 6, 5), nn.Dropout1d(0.3)),
+        ((4, 6, 5, 2), nn.Dropout2d(0.3)),
+        ((4, 6, 5, 2, 3), nn.Dropout3d(0.3)),
+    ],
+)
+def test_training_is_that_of_torch(shape, torchs):
+    u, channelwise = torch.ones(shape), type(torchs) is not nn.Dropout
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         expected = torchs(u)
         torch.manual_seed(0)
         assert torch.equal(Dropout(0.3, channelwise=channelwise).train()(u), expected)
+
+
+def test_channels_of_vectors_are_their_numbers_in_training_too():
+    values = Dropout(0.5, channelwise=True).train()(torch.ones(200, 3))
+    assert set(values.unique().tolist()) == {0.0, 2.0}
+    assert int((values.std(1) > 0).sum()) > 0  # of one example some are left out, others not
 
 
 def test_p_zero_is_the_identity():

@@ -23,13 +23,13 @@ from nntk_dist.evaluation import Evaluator, prepare_model
 
 _DRAWS = 8
 _EXAMPLES = 32
-_LEAST_SQUARE = 1e-290  # of a draw that is zero in the run's dtype
+_LEAST_SQUARE = 1e-290  # of a draw whose length is 0 in float64
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
     """Root mean squares over draws, examples and outputs: `change` of the differences, `noise` of their errors. Draws
-    count as they do in a kernel, by 1/|z|².
+    count as they do in a kernel of a radial law, by 1/|u|².
 
     `measured` is False where the errors are no differences from float64, but estimated from the rounding unit.
     """
@@ -66,12 +66,10 @@ def probe_noise(
     exact = None
     if any(p.dtype != torch.float64 for p in evaluator.model.parameters() if p.is_floating_point()):
         exact = Evaluator(prepare_model(evaluator.model, dtype=torch.float64, device=x.device), evaluator.space)
-    squares = torch.zeros(2, dtype=torch.float64, device=x.device)  # of changes, of noise, over |z|²
-    weights = torch.zeros((), dtype=torch.float64, device=x.device)
+    squares = torch.zeros(2, dtype=torch.float64, device=x.device)  # of changes, of noise
+    weights = _weights(single, x.device)
     for part in draw_chunks(range(_DRAWS), drawing.num_parameters):
-        z = single.perturbations(part, dtype=base.dtype, device=base.device)
-        weight = _weights(drawing, z)
-        z = _without(evaluator, still, z)
+        z = _without(evaluator, still, single.perturbations(part, dtype=base.dtype, device=base.device))
         moved = evaluator.perturbed(x, z)
         differences = (moved - base)[:, :, list(columns)].double()
         if exact is None:
@@ -82,20 +80,22 @@ def probe_noise(
             if reference is None:
                 return None
             noise, differences = differences - reference[:, :, list(columns)], reference[:, :, list(columns)]
-        squares += torch.stack([weight @ each.square().sum((1, 2)) for each in (differences, noise)])
-        weights += weight.sum()
+        own = weights[part.start : part.stop]
+        squares += torch.stack([own @ each.square().sum((1, 2)) for each in (differences, noise)])
     if not bool(torch.isfinite(squares).all()):
         return None
-    count = float(weights) * len(x) * len(columns)
+    count = float(weights.sum()) * len(x) * len(columns)
     change, noise_size = (math.sqrt(float(total) / count) for total in squares)
     return NoiseFloor(change, noise_size, measured=exact is not None)
 
 
-def _weights(drawing: Drawing, z: Float[Tensor, "s P"]) -> Float64[Tensor, " s"]:
-    """What the square of a difference counts in a kernel: directions are z/|z|², but for low-rank draws."""
+def _weights(drawing: Drawing, device: torch.device) -> Float64[Tensor, " s"]:
+    """What the square of a draw's difference counts in a kernel: directions are as long as 1/|u|, but for low-rank
+    draws.
+    """
     if isinstance(drawing.distribution, LowRank):
-        return torch.ones(len(z), dtype=torch.float64, device=z.device)
-    return z.double().square().sum(1).clamp_min(_LEAST_SQUARE).reciprocal()
+        return torch.ones(drawing.num_draws, dtype=torch.float64, device=device)
+    return drawing.squared_norms(device=device).clamp_min(_LEAST_SQUARE).reciprocal()
 
 
 def _without(evaluator: Evaluator, still: Sequence[str], z: Float[Tensor, "s P"]) -> Float[Tensor, "s P"]:

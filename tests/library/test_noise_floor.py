@@ -68,14 +68,26 @@ def perturbations(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
     return drawing.perturbations(range(8), dtype=torch.float32)
 
 
-def by_hand(model: nn.Module, x: torch.Tensor, z: torch.Tensor, still: int = 0) -> tuple[float, float]:
-    """(change, noise): the parameters overwritten draw by draw, in both types; draws count by 1/|z|², of which so
-    many coordinates stay where they are.
+def by_length(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
+    """What these perturbations count: 1/|u|², z being u times a scale for each tensor."""
+    space = select_parameters(model)
+    z = spec.drawing("weight", space, model).perturbations(range(8), dtype=torch.float64)
+    if spec.gamma_scale == "relative":
+        parts = zip(z.split(space.sizes, dim=1), space.values(model).values(), strict=True)
+        z = torch.cat([part / value.double().square().mean().sqrt() for part, value in parts], dim=1)
+    return z.norm(dim=1) ** -2
+
+
+def by_hand(
+    model: nn.Module, x: torch.Tensor, z: torch.Tensor, weights: torch.Tensor, still: int = 0
+) -> tuple[float, float]:
+    """(change, noise): the parameters overwritten draw by draw, in both types; so many coordinates of z stay
+    where they are.
     """
     single, exact = copy.deepcopy(model).float(), copy.deepcopy(model).float().double()
     theta = parameters_to_vector(single.parameters()).detach()
     inputs = (x.float(), x.float().double()) if x.is_floating_point() else (x, x)
-    changes, errors, weights = [], [], z.double().norm(dim=1) ** -2
+    changes, errors = [], []
     z = torch.cat([torch.zeros_like(z[:, :still]), z[:, still:]], dim=1)
     with torch.no_grad():
         base, exact_base = single(inputs[0]), exact(inputs[1])
@@ -91,12 +103,13 @@ def by_hand(model: nn.Module, x: torch.Tensor, z: torch.Tensor, still: int = 0) 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "deep_sign_mlp", "attention", "embedding", "batch_norm"])
 @pytest.mark.parametrize("gamma", [1e-2, 1e-5])
-def test_it_is_the_error_of_float32_against_float64(name, gamma):
+@pytest.mark.parametrize("gamma_scale", ["absolute", "relative"])
+def test_it_is_the_error_of_float32_against_float64(name, gamma, gamma_scale):
     entry = case(name)
-    model, x = entry.build(), entry.inputs(8)
-    z = perturbations(model.float(), KernelSpec(gamma=gamma, seed=3))
-    change, noise = by_hand(model, x, z)
-    floor = floor_of(model, x, gamma=gamma, seed=3)
+    model, x = entry.build().float(), entry.inputs(8)
+    spec = KernelSpec(gamma=gamma, seed=3, gamma_scale=gamma_scale)
+    change, noise = by_hand(model, x, perturbations(model, spec), by_length(model, spec))
+    floor = floor_of(model, x, gamma=gamma, seed=3, gamma_scale=gamma_scale)
     assert floor.measured
     assert floor.change == pytest.approx(change, rel=1e-9)
     assert floor.noise == pytest.approx(noise, rel=1e-6)
@@ -105,12 +118,14 @@ def test_it_is_the_error_of_float32_against_float64(name, gamma):
 
 def test_one_number_near_one_is_rounded_to_its_grid():
     """At f = θ = 1 z is rounded to multiples of 2^-24 below one and 2^-23 above it, as NumPy rounds it."""
-    z = perturbations(OneNumber(1.0), KernelSpec(gamma=1e-5)).numpy()[:, 0]
+    spec = KernelSpec(gamma=1e-5)
+    z = perturbations(OneNumber(1.0), spec).numpy()[:, 0]
     error = (np.float32(1.0) + z).astype(np.float64) - 1.0 - z.astype(np.float64)
     floor = floor_of(OneNumber(1.0), torch.zeros(3, 1), gamma=1e-5)
-    squares = z.astype(np.float64) ** 2
-    assert floor.noise == pytest.approx(np.sqrt(np.mean(error**2 / squares) / np.mean(1 / squares)), rel=1e-9)
-    assert floor.change == pytest.approx(np.sqrt(1 / np.mean(1 / squares)), rel=1e-9)
+    weights = by_length(OneNumber(1.0), spec).numpy()
+    weights /= weights.mean()
+    assert floor.noise == pytest.approx(np.sqrt(np.mean(weights * error**2)), rel=1e-9)
+    assert floor.change == pytest.approx(np.sqrt(np.mean(weights * z.astype(np.float64) ** 2)), rel=1e-9)
 
 
 def test_where_every_perturbation_is_lost_the_noise_is_the_signal():
@@ -170,8 +185,9 @@ def test_asked_outputs_and_moving_parameters_alone_count():
     names = [name for name, _ in model.named_parameters()]
     assert floor_of(model, x, gamma=0.1, still=names).change == 0.0
     readout = floor_of(model, x, gamma=0.1, still=names[:2])
-    z = perturbations(model.float(), KernelSpec(gamma=0.1))
-    assert readout.change == pytest.approx(by_hand(model, x, z, 4 * 6 + 6)[0], rel=1e-9)
+    model, spec = model.float(), KernelSpec(gamma=0.1)
+    z, weights = perturbations(model, spec), by_length(model, spec)
+    assert readout.change == pytest.approx(by_hand(model, x, z, weights, 4 * 6 + 6)[0], rel=1e-9)
 
 
 def test_a_model_of_float32_alone_is_not_probed_and_not_refused():

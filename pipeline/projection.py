@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.designs import group_size
+from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
 from nntk_dist.gradients import GradientFeatures
@@ -224,8 +225,12 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     metric = 4 * 8 * sizes.num_draws**2 if holds_differences(job) and job.spec.pair_blocks else 0
     held = BASE_BYTES + 5 * state_bytes(model) + metric + group_bytes(job) + weighting_bytes(job, x)
     held += features.probe_bytes + features.pair_weight_bytes if isinstance(features, GradientFeatures) else 0
+    product = features.product if isinstance(features, DifferenceFeatures) else None
+    held += 0 if product is None else product.trial_bytes
+    rows = min(layout.shard_rows if layout.store_features else layout.tile, sizes.num_train)
+    inputs = rows * x[0].numel() * x.element_size()
     chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
-    feature_task = (3 * chunk if layout.store_features else 0) + pass_bytes(job, features, model, x)
+    feature_task = (3 * chunk if layout.store_features else 0) + pass_bytes(job, features, model, x) + inputs
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
     tile_task = _tile_bytes(job, features, int(row_bytes * share))
     in_factors = any(spec.name.startswith(_FACTORS) for spec in features.arrays)

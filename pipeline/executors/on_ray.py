@@ -87,10 +87,12 @@ def places_on(nodes: Iterable[Mapping[str, Any]], num_cpus: int, workers_per_gpu
 
 @dataclass(eq=False)
 class _Worker:
-    """A place for an actor, which is started for its first call; whether it is known to run, how many calls it has."""
+    """A place for an actor, which is started for its first call; `ready` is there once it runs, `calls` is how many
+    calls it has.
+    """
 
     actor: Any = None
-    answered: bool = False
+    ready: Any = None
     calls: int = 0
     alone: bool = False  # it has a task that may have killed another
 
@@ -193,7 +195,6 @@ class RayExecutor:
                 except ray.exceptions.RayTaskError as error:
                     failure = error.cause if isinstance(error.cause, NNTKError) else error
                 else:
-                    call.worker.answered |= call.worker.actor is call.actor
                     outcomes += finished
                     stage.pace.note(finished)
                     if len(finished) < len(call.tasks):
@@ -220,7 +221,8 @@ class RayExecutor:
 
     def _submit(self, stage: _Stage, worker: _Worker, tasks: list[Task], attempt: int) -> None:
         if worker.actor is None:
-            worker.actor, worker.answered = _RemoteWorker.options(**self._options).remote(*self._arguments), False
+            worker.actor = _RemoteWorker.options(**self._options).remote(*self._arguments)
+            worker.ready = worker.actor.__ray_ready__.remote()
         reference = worker.actor.carry_out.remote(tasks, stage.pace.limit_seconds)
         stage.running[reference] = _Call(tasks, attempt, worker, worker.actor)
         worker.calls += 1
@@ -254,13 +256,14 @@ class RayExecutor:
         if time.monotonic() - self._looked_at < REGROW_SECONDS:
             return
         self._looked_at = time.monotonic()
-        missing = len(self._workers) - self._places()
+        places, actors = self._places(), [worker for worker in self._workers if worker.actor is not None]
+        missing = len(actors) - places
         if missing > 0 and self._was_short:  # twice in a row: by now the actors of a dead node have said so
-            waiting = [worker for worker in self._workers if worker.actor is not None and not worker.answered]
+            waiting = [worker for worker in actors if not ray.wait([worker.ready], timeout=0)[0]]
             for worker in waiting[:missing]:
-                ray.kill(worker.actor, no_restart=True)  # their calls fail, and are given to others
+                ray.kill(worker.actor, no_restart=True)  # its calls fail, and are given to others
         self._was_short = missing > 0
-        new = [_Worker() for _ in range(min(-missing, self._wanted - len(self._workers)))]
+        new = [_Worker() for _ in range(min(places, self._wanted) - len(self._workers))]
         self._workers += new
         stage.room.extend(new)
 

@@ -187,6 +187,22 @@ def test_an_actor_that_waits_for_a_place_that_is_gone_is_given_up(cluster, execu
     assert Counter(found) == Counter(str(number) for number in range(400))
 
 
+def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
+    one, lost, found = executor(seconds=10.0, address=cluster.address), [], []
+    for outcomes in one.run(tasks(1)):
+        found += [outcome.tile for outcome in outcomes]
+        if (tmp_path / "0").exists() and not lost:
+            raylet = psutil.Process(int((tmp_path / "0").read_text())).ppid()
+            others = cluster.list_all_nodes()[1:]  # the first is the head
+            idle = [node for node in others if raylet not in [p.process.pid for p in node.all_processes["raylet"]]]
+            lost += idle
+            cluster.remove_node(*idle, allow_graceful=False)
+    assert len(lost) == 1
+    assert found == ["0"]
+    assert attempts(tmp_path) == {"0": 1}
+
+
 def test_what_ray_is_told_of_a_worker():
     told = {"num_cpus": 3, "num_gpus": 0, "max_concurrency": 1, "max_restarts": 0, "enable_task_events": False}
     assert actor_options(3, 0) == told

@@ -66,7 +66,7 @@ class TrainedKernel:
     def _tensor(self, inputs: Array) -> Tensor:
         if inputs.shape[1:] != self.shape:
             raise NNTKError(f"X has examples of shape {inputs.shape[1:]}; allowed: {self.shape}, as fitted")
-        return torch.from_numpy(inputs).to(self.device, self.dtype)
+        return torch.from_numpy(inputs).to(self.device, self.dtype, copy=True)  # a model may write to its input
 
     def _features_of(self, x: Tensor, ids: Tensor) -> Rows:
         everything = range(self.features.num_draws)
@@ -79,7 +79,7 @@ class TrainedKernel:
 def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: int) -> TrainedKernel:
     """Decide the estimator on the train examples and compute their features, at the model's dtype and device."""
     first = next(model.parameters(), torch.empty(0))
-    x = torch.from_numpy(inputs).to(first.device, first.dtype)
+    x = torch.from_numpy(inputs).to(first.device, first.dtype, copy=True)  # a model may write to its input
     batch = min(batch, len(x))
     prepared = prepare_model(model, dtype=first.dtype, device=first.device)
     resolution = resolve(prepared, x, spec, batch=batch)

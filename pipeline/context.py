@@ -28,7 +28,7 @@ from pipeline.arrays import feature_path, holds_differences
 from pipeline.build import DTYPES, build_architecture
 from pipeline.data import Dataset
 from pipeline.fitting import FittingBatch
-from pipeline.job import Job
+from pipeline.job import SPLITS, Job
 from pipeline.kernel_arrays import KernelArrays, Piece
 from pipeline.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.precision import FULL, multiplying
@@ -123,12 +123,12 @@ class Context:
         return replace(self.features, metric=metric.to(self.job.layout.device))  # scores of draws are shared
 
     def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
-        """Model inputs of some rows, at the job's dtype and device."""
+        """Model inputs of some rows, at the job's dtype and device: a copy, since a model may write to its input."""
         values = torch.from_numpy(np.ascontiguousarray(getattr(self.dataset, split).inputs[selection]))
         device, dtype = self.job.layout.device, self.dtype if values.is_floating_point() else values.dtype
         if device.startswith("cuda"):  # from pinned memory a copy runs beside what the GPU does
             values = values.pin_memory()
-        return values.to(device, dtype, non_blocking=True)
+        return values.to(device, dtype, non_blocking=True, copy=True)
 
     def output_parts(self) -> list[tuple[int, ...]]:
         """The kernel's outputs in the portions in which features are held."""
@@ -141,9 +141,9 @@ class Context:
         return self.fitting.run(lambda batch: self.features.outputs(x, batch=batch))
 
     def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
-        """What an example's own noise is a function of: its id, as a number from 0 to 2^32 − 1."""
+        """What an example's own noise is a function of: its split and its id there, as a number from 0 to 2^32 − 1."""
         ids = torch.from_numpy(getattr(self.dataset, split).ids[selection])
-        return (ids & 0xFFFFFFFF).to(self.job.layout.device)
+        return ((ids & 0x7FFFFFFF) + (SPLITS.index(split) << 31)).to(self.job.layout.device)
 
     def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
         """Features of some rows under all draws, from the model."""

@@ -66,7 +66,8 @@ def make_plan(
     dtype = DTYPES[config.compute.dtype]
     prepared = prepare_model(model, dtype=dtype, device=device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
-    x = x.to(device, dtype) if x.is_floating_point() else x.to(device)
+    # a copy: a model may write to its input, and the dataset's fingerprint is yet to be taken
+    x = x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
     spec = build_spec(config.kernel)
     batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
     fitting = FittingBatch(batch)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,32 @@ def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path,
     monkeypatch.setattr("pipeline.layout._STORED_FEATURE_BYTES", 0)
     monkeypatch.setattr("pipeline.layout._OUTPUT_BYTES", 1)
     assert_equal(first, finished(tmp_path / "recomputed", *sets), features=False)
+
+
+def test_examples_of_train_and_test_have_noise_of_their_own(tmp_path):
+    """Where both sets count their rows from 0, and hold the same inputs: noise in common would be on the diagonal."""
+    generator = np.random.default_rng(0)
+    x, y = generator.standard_normal((40, 16)).astype(np.float32), np.arange(40) % 3
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    sets = (
+        f"data.source=npz:{tmp_path / 'data.npz'}",
+        "data.train=null",
+        "data.test=40",
+        "kernel.estimator=activation",
+    )
+    run_dir = finished(tmp_path / "run", *SIGN[:1], *sets, "kernel.draws=64")
+    kernel = arrays(run_dir)
+    train, test = (dict(zip(kernel[f"{name}/id"], range(40), strict=True)) for name in ("train", "test"))
+    assert train.keys() == test.keys()
+    pairs = [(test[each], train[each]) for each in train]
+
+    def excess(name, places):
+        rows, columns = zip(*places, strict=True)
+        return float((kernel[f"{name}/gram"] - kernel[f"{name}/gram_unbiased"])[rows, columns].mean())
+
+    own = excess("train", [(i, i) for i in range(40)])
+    assert own > 0
+    assert abs(excess("test", pairs)) < 0.1 * own
 
 
 def test_a_plan_says_how_the_parameters_are_treated(tmp_path):

@@ -48,6 +48,17 @@ def hungry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return lambda most: ("model.builder=python:hungry:build", f"model.args={{most: {most}}}")
 
 
+def test_a_model_that_writes_to_its_input_leaves_the_data_as_they_are(tmp_path, monkeypatch):
+    """Verification takes the fingerprint of the data before any pass, the plan after its probes."""
+    (tmp_path / "writes.py").write_text(
+        "from torch import nn\n\n\ndef build(input_shape, num_outputs):\n"
+        "    return nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, num_outputs))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run_dir = finished(tmp_path / "run", "model={builder: 'python:writes:build'}", "data.train=61", "data.test=13")
+    assert nntk("verify", run_dir).code == 0
+
+
 def fails_above(most: int, kind: type[Exception] = torch.OutOfMemoryError, text: str = "no memory"):
     sizes: list[int] = []
 

@@ -290,7 +290,8 @@ class StoredKernel:
         """Entries as float64; refuses what cannot be read and what holds NaN."""
         try:
             values = np.asarray(array[selection], dtype=np.float64)
-        except (ValueError, RuntimeError, OSError) as error:  # what checksum codecs, decompressors and stores raise
+        # what checksum codecs, decompressors and stores raise
+        except (ValueError, RuntimeError, OSError, BaseError) as error:
             reason = str(error).partition("\n")[0]
             raise NNTKError(
                 f"'{path}' of the kernel at '{self.location}' cannot be read at {_spans(selection)} "

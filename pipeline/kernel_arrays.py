@@ -14,7 +14,7 @@ import zarr
 from nntk_dist.errors import NNTKError
 from pipeline.arrays import StoredArray
 from pipeline.kernel_store import create_array, create_store, open_array, open_store, read_block, write_block
-from pipeline.storage import RunStorage
+from pipeline.storage import STORAGE_ERRORS, RunStorage, reason_of
 
 Piece = tuple[str, Sequence[int], np.ndarray]  # path of an array, start, values
 
@@ -70,10 +70,10 @@ class KernelArrays:
         selection = tuple(slice(b, b + length) for b, length in zip(begin, values.shape, strict=True))
         try:
             return write_block(self.array(path), selection, values)
-        except OSError as error:
+        except STORAGE_ERRORS as error:
             raise NNTKError(
-                f"{path} in run_dir '{self.storage.url}' cannot be written ({error.strerror or error}); make room or "
-                "see to the storage, then continue with --resume"
+                f"{path} in run_dir '{self.storage.url}' cannot be written ({reason_of(error)}); make room or see to "
+                "the storage, then continue with --resume"
             ) from error
 
     def write_all(self, pieces: Sequence[Piece], *, threads: int) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from zarr.storage import StorePath
 
 from nntk_dist.errors import NNTKError
 from pipeline.shards import can_encode, compressors, encode
-from pipeline.storage import KERNEL_STORE, RunStorage
+from pipeline.storage import KERNEL_STORE, STORAGE_ERRORS, RunStorage, reason_of
 
 SCHEMA_NAME = "nntk-kernel"
 SCHEMA_VERSION = 1
@@ -190,12 +190,19 @@ def read_block(array: zarr.Array, selection: Selection, *, required: bool = True
         NNTKError: damaged or missing data; names array, selection and, for missing data, the file.
     """
     bounds = _bounds(array, selection)
-    if required:
-        for _, file in _shard_files(array, bounds):
-            if not _has_content(file):
-                raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{file}' is missing; see nntk verify")
     try:
+        if required:
+            for _, file in _shard_files(array, bounds):
+                if not _has_content(file):
+                    raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{file}' is missing; see nntk verify")
         return np.asarray(array[selection])
+    except NNTKError:
+        raise
+    except STORAGE_ERRORS as error:
+        raise NNTKError(
+            f"{array.path}{_text(bounds)} of '{array.store}' cannot be read ({reason_of(error)}); see to the storage, "
+            "then continue with --resume"
+        ) from error
     except _DAMAGE as error:
         raise NNTKError(
             f"{array.path}{_text(bounds)} of '{array.store}' is damaged ({error}); restore it from a copy or run anew"

@@ -29,6 +29,7 @@ from nntk_dist.errors import NNTKError, check_choice
 KERNEL_STORE = "kernel.zarr"
 REMOTE_SCHEMES = ("s3", "gs", "az")
 
+STORAGE_ERRORS = (BaseError, OSError)  # what object stores and disks raise
 # What a hard kill can leave behind: zarr's temporary files (`0.<uuid>.partial`) and obstore's (`manifest.json#1`).
 _PARTIAL_FILE = re.compile(r"\.partial$|#\d+$")
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -169,11 +170,20 @@ class RunStorage:
     def _errors_named(self, action: str, path: str) -> Iterator[None]:
         try:
             yield
-        except (BaseError, OSError) as error:
-            # Object stores answer with a code such as NoSuchBucket; otherwise the first line says what happened, and
-            # obstore lets pages of debugging output follow.
-            code = _ERROR_CODE.search(str(error))
-            reason = code[1] if code else str(error).partition("\n")[0]
+        except STORAGE_ERRORS as error:
             raise NNTKError(
-                f"cannot {action} '{path}' in run_dir '{self.url}': {reason}; check the address and your access to it"
+                f"cannot {action} '{path}' in run_dir '{self.url}': {reason_of(error)}; check the address and your "
+                "access to it"
             ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a disk or an object store has said, in a few words.
+
+    Object stores answer with a code such as NoSuchBucket; otherwise the first line says what happened, and obstore lets
+    pages of debugging output follow.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = _ERROR_CODE.search(str(error))
+    return code[1] if code else str(error).partition("\n")[0]

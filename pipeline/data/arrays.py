@@ -13,12 +13,17 @@ import numpy as np
 import zarr
 from jaxtyping import Int64, Shaped
 from numpy.lib.npyio import NpzFile
+from obstore.exceptions import BaseError
+from obstore.store import from_url
+from zarr.storage import ObjectStore
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.models import import_function
 from nntk_dist.models.arguments import call_checked
 from pipeline.data.source import Rows, Source, existing_path
 
+# What stores, checksum codecs and decompressors raise.
+_UNREADABLE = (BaseError, OSError, ValueError, RuntimeError)
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 SINGLE_KEYS = ("x", "y")
 
@@ -70,11 +75,13 @@ def open_zarr(location: str) -> Source:
     if "://" not in location:
         existing_path(location, what=what)
     try:
-        group = zarr.open_group(location if "://" in location else Path(location).expanduser(), mode="r")
-    except (FileNotFoundError, ValueError, TypeError) as error:
+        remote = ObjectStore(from_url(location), read_only=True) if "://" in location else None
+        group = zarr.open_group(remote or Path(location).expanduser(), mode="r")
+        arrays = dict(group.arrays())
+    except (*_UNREADABLE, TypeError) as error:
         reason = " ".join(str(error).split())
         raise NNTKError(f"{what} is no readable Zarr group ({reason}); give a group that holds x and y") from error
-    return source_from_arrays(dict(group.arrays()), what=what)
+    return source_from_arrays(arrays, what=what)
 
 
 def open_python(location: str) -> Source:
@@ -93,16 +100,26 @@ def open_python(location: str) -> Source:
 
 def _rows(inputs: Any, targets: Any, name: str) -> Rows:
     inputs = inputs if isinstance(inputs, zarr.Array) else np.asarray(inputs)
-    targets = np.asarray(targets)
+    targets = _read(targets, slice(None), name) if isinstance(targets, zarr.Array) else np.asarray(targets)
     if inputs.ndim == 0 or targets.ndim == 0:
         raise NNTKError(f"{name} or its targets are a single value; give arrays whose first axis is the examples")
     if inputs.shape[0] != targets.shape[0]:
         raise NNTKError(
             f"{name} has {inputs.shape[0]} rows but its targets have {targets.shape[0]}; give one target per row"
         )
-    return Rows(name, targets, lambda rows: _take(inputs, rows))
+    return Rows(name, targets, lambda rows: _take(inputs, rows, name))
 
 
-def _take(inputs: Any, rows: Int64[np.ndarray, " n"]) -> Shaped[np.ndarray, "n *input_shape"]:
-    taken = np.asarray(inputs.oindex[rows] if isinstance(inputs, zarr.Array) else inputs[rows])
+def _read(array: zarr.Array, selection: Any, name: str) -> Shaped[np.ndarray, "..."]:
+    try:
+        return np.asarray(array.oindex[selection])
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise NNTKError(
+            f"'{array.path}' of {name} cannot be read ({reason}); write it again, or check your access to it"
+        ) from error
+
+
+def _take(inputs: Any, rows: Int64[np.ndarray, " n"], name: str) -> Shaped[np.ndarray, "n *input_shape"]:
+    taken = _read(inputs, rows, name) if isinstance(inputs, zarr.Array) else np.asarray(inputs[rows])
     return taken[:, None] if taken.ndim == 1 else taken

@@ -35,8 +35,11 @@ def open_parquet(location: str, input_columns: Sequence[str] | None, target_colu
         NNTKError: a missing or unreadable file, a missing column, or one of a type that cannot be used.
     """
     what = f"parquet:{location}"
-    sets = [_Table(paths, what).rows(input_columns, target_column) for paths in _files(location, what)]
-    return Source(sets[0], sets[1] if len(sets) == 2 else None)
+    train, *test = [_Table(paths, what) for paths in _files(location, what)]
+    target, inputs = train.columns(input_columns, target_column)
+    # by the names of the train table: another order, or another column in its place, would be another feature
+    others = [table.rows(*table.columns(inputs, target)) for table in test]
+    return Source(train.rows(target, inputs), others[0] if others else None)
 
 
 def _files(location: str, what: str) -> list[list[Path]]:
@@ -64,13 +67,19 @@ class _Table:
     def name(self) -> str:
         return f"'{self.paths[0]}'" + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
 
-    def rows(self, input_columns: Sequence[str] | None, target_column: str | None) -> Rows:
-        with self._readable():
-            schema = self._dataset().schema
+    def columns(self, input_columns: Sequence[str] | None, target_column: str | None) -> tuple[str, list[str]]:
+        """The target's column and those of the inputs."""
+        schema = self._schema()
         target = _target_column(schema, target_column, self.name)
-        inputs = _input_columns(schema, input_columns, target, self.name)
-        read = self._read_images if _is_image(schema.field(inputs[0]).type) else self._read_numbers
+        return target, _input_columns(schema, input_columns, target, self.name)
+
+    def rows(self, target: str, inputs: list[str]) -> Rows:
+        read = self._read_images if _is_image(self._schema().field(inputs[0]).type) else self._read_numbers
         return Rows(self.name, self._read_targets(target), lambda rows: read(inputs, rows))
+
+    def _schema(self) -> pa.Schema:
+        with self._readable():
+            return self._dataset().schema
 
     def _dataset(self) -> pads.Dataset:
         return pads.dataset([str(path) for path in self.paths], format="parquet")

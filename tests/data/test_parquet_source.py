@@ -113,6 +113,19 @@ def test_two_files(tmp_path):
     check_halves(f"parquet:{tmp_path / 'train.parquet'}, {tmp_path / 'test.parquet'}")
 
 
+def test_columns_of_the_test_file_are_those_of_the_train_file_by_name(tmp_path):
+    halves(tmp_path)
+    source = f"parquet:{tmp_path / 'train.parquet'}, {tmp_path / 'test.parquet'}"
+    expected = load(source, train=None, test=3)
+    second = pq.read_table(tmp_path / "test.parquet")
+    pq.write_table(second.select(second.column_names[::-1]), tmp_path / "test.parquet")
+    assert_array_equal(load(source, train=None, test=3).test.inputs, expected.test.inputs)
+    renamed = ["other" if name == "count" else name for name in second.column_names]
+    pq.write_table(second.rename_columns(renamed), tmp_path / "test.parquet")
+    with pytest.raises(NNTKError, match=r"test\.parquet' has no column 'count'; it has"):
+        load(source, train=None, test=3)
+
+
 def test_a_path_with_a_comma(tmp_path):
     source = write(tmp_path / "a,b.parquet", NUMBERS)
     assert len(load(source).train.ids) == 6

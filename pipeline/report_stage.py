@@ -258,4 +258,5 @@ def _standard_errors(store: KernelArrays, results: dict[str, Any]) -> StandardEr
         largest=float(resolved.max()),
         mean_diagonal=float(diagonal.mean()),
         unresolved_share=float(results.get("train_unresolved_entries") or 0.0) / gram.size,
+        num_rows=None if stripe.stop == rows else stripe.stop,
     )

@@ -156,6 +156,11 @@ def test_headline_numbers_carry_units_and_meanings(digits):
     assert "Standard error of an entry 0.31 Median over the resolved train entries" in text
 
 
+def test_errors_of_some_rows_say_so(digits):
+    some = replace(digits, standard_errors=replace(digits.standard_errors, num_rows=26))
+    assert "Median over the resolved train entries of the first 26 rows, in" in Page(render_report(some)).text
+
+
 def test_cautions_say_what_could_be_misread(digits):
     text = Page(render_report(digits)).text
     assert "Plugin is inflated by noise: bias 8.1 %. Solve with gram" in text

@@ -99,7 +99,7 @@ def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
         yield Fact(
             "Standard error of an entry",
             number(errors.median),
-            f"Median over the resolved train entries, in the kernel's unit, where the mean diagonal is "
+            f"Median over the resolved train entries{errors.where}, in the kernel's unit, where the mean diagonal is "
             f"{number(errors.mean_diagonal)}; 90 % are below {number(errors.percentile_90)}, the largest is "
             f"{number(errors.largest)}.{bias}",
         )

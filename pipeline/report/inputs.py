@@ -52,13 +52,21 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class StandardErrors:
-    """Summary of the entries' standard errors, over the resolved entries of the train kernel."""
+    """Summary of the entries' standard errors, over the resolved entries of the train kernel: of its first `num_rows`
+    rows, all that stands here but the unresolved share; None for all rows.
+    """
 
     median: float
     percentile_90: float
     largest: float
     mean_diagonal: float
     unresolved_share: float
+    num_rows: int | None = None
+
+    @property
+    def where(self) -> str:
+        """Which rows, as words to follow on what is summarised."""
+        return "" if self.num_rows is None else f" of the first {self.num_rows} rows"
 
 
 @dataclass(frozen=True)

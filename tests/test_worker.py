@@ -203,7 +203,8 @@ def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
     began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
-    assert sum(outcome.seconds for outcome in outcomes) <= time.perf_counter() - began
+    # The first may still be about its writing when the second begins; with the wait it would be 1.5 times as much.
+    assert sum(outcome.seconds for outcome in outcomes) < 1.25 * (time.perf_counter() - began)
 
 
 def test_a_worker_writes_beside_its_computing_where_one_of_the_two_waits():

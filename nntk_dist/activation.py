@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing
-from nntk_dist.evaluation import Evaluator, check_finite
+from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
 from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
 from nntk_dist.layer_noise import NoiseSite
@@ -135,7 +135,7 @@ class ActivationFeatures:
         sums: dict[str, Tensor] = {}
         for draws in self.draws.stacks(block, x):
             passed, unmoved = self._passes(x, ids, base, draws)
-            changes = (passed.outputs - unmoved)[:, :, list(columns)] / passed.sigma[:, None, None]
+            changes = (passed.outputs - unmoved)[:, :, output_index(columns)] / passed.sigma[:, None, None]
             differences = changes.transpose(0, 1)
             by_draw.setdefault("differences", []).append(differences)
             for index, each in enumerate(self._factors):

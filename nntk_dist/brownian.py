@@ -28,6 +28,7 @@ _TREE = 1 << 11
 _FIRST_COUNTER = 1 << 46  # bridges' counters begin far behind those of the tables
 _MOST_UNITS = 1 << 22
 _EVALUATIONS_AT_ONCE = 1 << 12
+_GPU_EVALUATIONS_AT_ONCE = 1 << 20
 
 
 class BrownianActivation(StochasticModule):
@@ -79,11 +80,10 @@ def brownian_paths(noise: Noise, place: Float64[Tensor, "n ..."]) -> Float64[Ten
         raise NNTKError(f"a Brownian activation has {num_units} units; allowed: {_MOST_UNITS}")
     ends = _table(noise, num_units, place.device)
     units = torch.arange(num_units, device=place.device).expand(len(place), num_units).flatten()
+    at_once = _GPU_EVALUATIONS_AT_ONCE if place.is_cuda else _EVALUATIONS_AT_ONCE
     parts = [
         _values(noise, ends, number, t)
-        for number, t in zip(
-            units.split(_EVALUATIONS_AT_ONCE), place.flatten().split(_EVALUATIONS_AT_ONCE), strict=True
-        )
+        for number, t in zip(units.split(at_once), place.flatten().split(at_once), strict=True)
     ]
     return torch.cat(parts).reshape(place.shape)
 

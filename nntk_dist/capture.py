@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.evaluation import as_outputs, call_with, in_float64, outputs
+from nntk_dist.evaluation import as_outputs, call_with, in_float64, output_index, outputs
 from nntk_dist.layers import linear_factors, positions, rule_for
 from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.parameters import ParameterSpace, aliases
@@ -132,7 +132,7 @@ class Recording:
         parts: Sequence[Tensor | None] = [None] * len(outs)
         if outs and self.outputs.requires_grad:
             one_hot = torch.eye(self.outputs.shape[1], dtype=self.outputs.dtype, device=self.outputs.device)
-            directions = one_hot[list(columns), None].expand(-1, len(self.outputs), -1)
+            directions = one_hot[output_index(columns), None].expand(-1, len(self.outputs), -1)
             parts = self._products(outs, directions)
         zeros = (out.new_zeros(1).expand(len(columns), *out.shape) for out in outs)
         filled = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]

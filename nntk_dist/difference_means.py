@@ -19,7 +19,7 @@ from torch import Tensor
 from nntk_dist.attention import Attention, RunningSoftmax
 from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing, draw_chunks
-from nntk_dist.evaluation import Evaluator, check_finite
+from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows, block_range
 from nntk_dist.formed_products import add_formed_, combined, formed_products
 
@@ -81,7 +81,7 @@ class DifferenceMeans:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
             for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, draws, z, batch):
                 own = z[members.start - draws.start : members.stop - draws.start]
-                difference = (moved - unmoved)[:, :, list(columns)].double()
+                difference = (moved - unmoved)[:, :, output_index(columns)].double()
                 if self.attention is not None and softmax is not None:
                     shrink, weights = softmax.take(self.attention.scores(members, own, unmoved, moved))
                     total *= shrink[:, None, None]

@@ -22,7 +22,7 @@ from nntk_dist.attention import Attention
 from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.errors import NNTKError
-from nntk_dist.evaluation import Evaluator, check_finite
+from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows
 from nntk_dist.formed_products import add_alone_
 from nntk_dist.metric_products import Mixed, add_metric_, metric_products, mixed_by_metric
@@ -74,13 +74,12 @@ class DifferenceFeatures:
         base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
         differences = base.new_empty(len(x), len(draws), len(columns))
-        everything = tuple(columns) == tuple(range(base.shape[1]))
+        chosen = output_index(columns)
         scores = []
         for members, z, unmoved, moved in self._passes(x, base, draws, batch):
             if z is not None and self.attention is not None:
                 scores.append(self.attention.scores(members, z, unmoved, moved))
-            changes = moved.sub_(unmoved)
-            changes = changes if everything else changes[:, :, list(columns)]
+            changes = moved.sub_(unmoved)[:, :, chosen]
             differences[:, members.start - draws.start : members.stop - draws.start] = changes.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         if self.attention is not None:
@@ -111,15 +110,20 @@ class DifferenceFeatures:
         if not self.pair_blocks:
             return torch.diag(self._weights)
         products = self.drawing.direction_products(device=self._device)
+        self._check_fits(float(products.abs().max()) / self.drawing.draws_per_block**2)
+        return products.div_(self.num_draws**2)
+
+    def _check_fits(self, largest: float) -> None:
+        """Raise an NNTKError where such a product of block directions does not fit into the model's dtype."""
         dtype = next(self.evaluator.model.parameters()).dtype
         most = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float64).max))  # errors are made of squares
-        if not float(products.abs().max()) / self.drawing.draws_per_block**2 <= most:
+        if not largest <= most:
             name = str(dtype).removeprefix("torch.")
+            gradients = ", or estimator autodiff, where the model has no jumps" if self.pair_blocks else ""
             raise NNTKError(
                 f"products of the draws' directions z/|z|² overflow {name}; use a smaller alpha or another "
-                "distribution, dtype float64, or estimator autodiff, where the model has no jumps"
+                f"distribution, or dtype float64{gradients}"
             )
-        return products.div_(self.num_draws**2)
 
     @property
     def _device(self) -> torch.device:
@@ -127,8 +131,13 @@ class DifferenceFeatures:
 
     @cached_property
     def _weights(self) -> Float64[Tensor, " s"]:
-        """The diagonal of the covariance kernel's metric: P/|z_s|²/S."""
-        return self.num_parameters / self.num_draws / self.drawing.squared_norms(device=self._device)
+        """The diagonal of the covariance kernel's metric: P/|z_s|²/S.
+
+        Raises: NNTKError where one times R does not fit into the model's dtype.
+        """
+        weights = self.num_parameters / self.num_draws / self.drawing.squared_norms(device=self._device)
+        self._check_fits(float(weights.max()) * self.num_blocks)
+        return weights
 
     @cached_property
     def _block_metric(self) -> Float64[Tensor, "s s"]:

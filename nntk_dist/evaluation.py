@@ -11,7 +11,7 @@ Axes: n examples, s draws, c outputs, P parameters.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +101,12 @@ def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
     if not result.is_floating_point():
         raise NNTKError(f"the model returned dtype {result.dtype}; allowed: real floating point")
     return result if result.ndim == 2 else result[:, None]
+
+
+def output_index(columns: Sequence[int]) -> slice | list[int]:
+    """An index for some outputs: a slice where they are neighbours, which copies nothing and for which no GPU waits."""
+    neighbours = range(columns[0], columns[0] + len(columns))
+    return slice(neighbours.start, neighbours.stop) if tuple(columns) == tuple(neighbours) else list(columns)
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -17,6 +17,13 @@ from jaxtyping import Float
 
 from nntk_dist.read_ahead import read_ahead
 
+# Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
+METRIC_DRAWS = 4096
+WITH_FACTOR = (
+    f"kernels of 'kind: covariance' of up to {METRIC_DRAWS:,} draws, of 'estimator: weight' of as many or of fewer "
+    "draws than blocks times parameters, and those that 'estimator: autodiff' sketches as a whole ('contraction: "
+    "sketch') have one"
+)
 DRAWS, SKETCHES = "draw", "block"  # the first axis behind the rows, of differences and of sketches
 
 

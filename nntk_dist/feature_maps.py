@@ -17,6 +17,7 @@ from nntk_dist.contraction import contraction_of, shares_slopes
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.evaluation import Evaluator
+from nntk_dist.factors import METRIC_DRAWS
 from nntk_dist.features import FeatureMap
 from nntk_dist.gradients import GradientFeatures
 from nntk_dist.noise_contraction import noise_contraction
@@ -27,9 +28,6 @@ from nntk_dist.shared_product import shared_product
 from nntk_dist.sketching import Sketch, groups_of_columns
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting import Reference
-
-# Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
-METRIC_DRAWS = 4096
 
 
 def forms_means(spec: KernelSpec, resolution: Resolution) -> bool:

@@ -23,6 +23,7 @@ from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.model_probes import ModelProbes
 from nntk_dist.pilot import find_draws
+from nntk_dist.precision import full_precision
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import (
@@ -123,7 +124,8 @@ def nonlocal_kernel(
     (`nntk_dist.weighting.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for which
     it is consistent in the draws of a block, with a bias of order blocks/draws, and neither statistic is unbiased.
     With `rtol`, draws are added (from `draws`, up to `max_draws`) until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound, found
-    on at most 32 + 32 rows (`nntk_dist.accuracy`); `reached` says whether it is, and a warning where not.
+    on at most 32 + 32 rows, more where one side has few (`nntk_dist.accuracy`); `reached` says whether it is, and a
+    warning where not.
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
     products of the layers' widths an entry; `activation` (gaussian alone; jumps too) S forward passes with noise and
     the same products, for all outputs at once. Source: arXiv 2509.12467; estimators and error bars are this library's.
@@ -261,6 +263,7 @@ def local_kernel(
     return _compute(model, x1, x2, spec, device, dtype, batch).kernel
 
 
+@full_precision()
 def _compute(
     model: nn.Module,
     x1: Tensor,
@@ -280,13 +283,13 @@ def _compute(
     batch = min(batch or _BATCH, max(len(x) for x in inputs))
     resolution = resolve(prepared, max(inputs, key=len), spec, batch=batch)  # the more rows, the more is seen
     for caution in () if resolution.probes is None else resolution.probes.cautions:
-        warnings.warn(caution, NNTKWarning, stacklevel=3)  # where the public function was called
+        warnings.warn(caution, NNTKWarning, stacklevel=4)  # where the public function was called
     ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
     look = None
     if spec.rtol is not None:
         resolution, look = find_draws(prepared, inputs, ids, spec, resolution, batch=batch)
         if not look.reaches(spec.rtol):
-            warnings.warn(verdict(look, rtol=spec.rtol, max_draws=spec.max_draws), NNTKWarning, stacklevel=3)
+            warnings.warn(verdict(look, rtol=spec.rtol, max_draws=spec.max_draws), NNTKWarning, stacklevel=4)
     features = make_feature_map(prepared, inputs[0], spec, resolution)
     everything = range(features.num_draws)
     rows = [

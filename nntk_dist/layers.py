@@ -88,10 +88,14 @@ def batch_norm(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, d
 def embedding(module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor) -> Gradients:
     """Row v of the table: Σ δ_t over the positions t that hold token v."""
     assert isinstance(module, nn.Embedding)
-    tokens = h.reshape(len(h), 1, -1, 1)
+    tokens = h.reshape(len(h), 1, -1)
     delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
     table = delta.new_zeros(*delta.shape[:2], module.num_embeddings, module.embedding_dim)
-    return {"weight": table.scatter_add_(2, tokens.expand(delta.shape), delta)}
+    if not delta.is_cuda:
+        return {"weight": table.scatter_add_(2, tokens[..., None].expand(delta.shape), delta)}
+    # scatter_add_ adds in any order on a GPU, index_put_ in the same one each time; elsewhere it is the other way round
+    examples, outputs = (torch.arange(count, device=delta.device) for count in delta.shape[:2])
+    return {"weight": table.index_put_((examples[:, None, None], outputs[:, None], tokens), delta, accumulate=True)}
 
 
 _RULES: dict[type[nn.Module], Rule] = {

@@ -25,6 +25,7 @@ from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows
+from nntk_dist.precision import full_precision
 from nntk_dist.regression import fit_ridge_path
 from nntk_dist.resolution import Resolution, resolve
 from nntk_dist.spec import KernelSpec
@@ -49,16 +50,19 @@ class TrainedKernel:
     dtype: torch.dtype
     device: torch.device
 
+    @full_precision()
     def gram(self) -> Float64[Array, "n n"]:
         """Train by train, (n·C)² for `full`; bitwise symmetric."""
         return self._meet(self.rows).cpu().numpy()
 
+    @full_precision()
     def cross(self, inputs: Array) -> Float64[Array, "m n"]:
         """New examples by train."""
         x = self._tensor(inputs)
         ids = torch.arange(self.num_train, self.num_train + len(x), device=self.device)
         return self._meet(self._features_of(x, ids)).cpu().numpy()
 
+    @full_precision()
     def outputs(self, inputs: Array) -> Float64[Array, "m C"]:
         """f(x; θ)."""
         return self.features.outputs(self._tensor(inputs), batch=self.batch).double().cpu().numpy()
@@ -76,6 +80,7 @@ class TrainedKernel:
         return tile_estimates(self.features, [(rows, self.rows)], self.spec.meeting, None, self.spec.scale)["plugin"]
 
 
+@full_precision()
 def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: int) -> TrainedKernel:
     """Decide the estimator on the train examples and compute their features, at the model's dtype and device."""
     first = next(model.parameters(), torch.empty(0))
@@ -84,7 +89,7 @@ def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: in
     prepared = prepare_model(model, dtype=first.dtype, device=first.device)
     resolution = resolve(prepared, x, spec, batch=batch)
     for caution in () if resolution.probes is None else resolution.probes.cautions:
-        warnings.warn(caution, NNTKWarning, stacklevel=4)  # where `fit` was called
+        warnings.warn(caution, NNTKWarning, stacklevel=5)  # where `fit` was called
     features = make_feature_map(prepared, x, spec, resolution)
     ids = torch.arange(len(x), device=first.device)
     rows = features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
@@ -181,8 +186,8 @@ class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
     `model` is a module, or a function (n_features, n_outputs) that makes one under `seed`; it is not trained and not
     changed. X is (n, features), or (n, …) in whatever shape the model takes, real numbers. Of several ridges the one
     of least exact leave-one-out error is taken (`ridge_`); `center_outputs` fits y − f(x;θ), which asks for as many
-    outputs as targets. The other arguments are those of `nonlocal_kernel`; `weighting="loss"` takes its targets from y.
-    Which estimator was used and why: `kernel_.resolution`.
+    outputs as targets. The other arguments mean what they mean to `nonlocal_kernel`; `weighting="loss"` takes its
+    targets from y. Which estimator was used and why: `kernel_.resolution`.
 
     Cost: the features of n examples in `fit` and of m in `predict`, and n³ operations. Under `estimator="activation"`
     a prediction depends on an example's place in X, whose number its noise is made from.

@@ -12,6 +12,7 @@ Axes: S draws, R blocks, P_l parameters of a layer.
 from dataclasses import dataclass
 
 from nntk_dist.contraction import Cost, Setting, listed, unaffordable
+from nntk_dist.factors import METRIC_DRAWS
 from nntk_dist.layer_noise import NoiseSite
 from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.parameters import ParameterSpace
@@ -20,8 +21,6 @@ from nntk_dist.spec import KernelSpec
 
 # Formed gradients may take this many times the memory of the factors that they replace.
 _MOST_MEMORY = 4
-# Beyond this many draws their S × S metric is dearer than the formed gradients of weight space.
-_METRIC_DRAWS = 4096
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def noise_contraction(
         worth = setting.products * setting.copies * num_columns
         sketched = frozenset(module for module, cost in costs.items() if cost.operations > worth)
     few = setting.products * plan.num_parameters(space)[2] < num_draws
-    forms_weight_space = bool(plan.weight_space) and (few or num_draws > _METRIC_DRAWS or spec.contraction == "means")
+    forms_weight_space = bool(plan.weight_space) and (few or num_draws > METRIC_DRAWS or spec.contraction == "means")
     return NoiseContraction(frozenset(formed) - sketched, sketched, num_columns if sketched else 0, forms_weight_space)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nntk_dist.distributions import LowRank
 from nntk_dist.drawing import Drawing, draw_chunks
-from nntk_dist.evaluation import Evaluator, prepare_model
+from nntk_dist.evaluation import Evaluator, output_index, prepare_model
+from nntk_dist.out_of_memory import is_out_of_memory
 
 _DRAWS = 8
 _EXAMPLES = 32
@@ -62,7 +63,7 @@ def probe_noise(
     """
     x = x[:_EXAMPLES]
     single = replace(drawing, design="iid", num_draws=_DRAWS, num_blocks=4)
-    base = evaluator.base(x)
+    base, chosen = evaluator.base(x), output_index(columns)
     exact = None
     if any(p.dtype != torch.float64 for p in evaluator.model.parameters() if p.is_floating_point()):
         exact = Evaluator(prepare_model(evaluator.model, dtype=torch.float64, device=x.device), evaluator.space)
@@ -71,15 +72,15 @@ def probe_noise(
     for part in draw_chunks(range(_DRAWS), drawing.num_parameters):
         z = _without(evaluator, still, single.perturbations(part, dtype=base.dtype, device=base.device))
         moved = evaluator.perturbed(x, z)
-        differences = (moved - base)[:, :, list(columns)].double()
+        differences = (moved - base)[:, :, chosen].double()
         if exact is None:
             unit = torch.finfo(torch.float64).eps
-            noise = unit * torch.hypot(moved, base.expand_as(moved))[:, :, list(columns)].double()
+            noise = unit * torch.hypot(moved, base.expand_as(moved))[:, :, chosen].double()
         else:
             reference = _exact_differences(exact, x, z)
             if reference is None:
                 return None
-            noise, differences = differences - reference[:, :, list(columns)], reference[:, :, list(columns)]
+            noise, differences = differences - reference[:, :, chosen], reference[:, :, chosen]
         own = weights[part.start : part.stop]
         squares += torch.stack([own @ each.square().sum((1, 2)) for each in (differences, noise)])
     if not bool(torch.isfinite(squares).all()):
@@ -112,5 +113,7 @@ def _exact_differences(exact: Evaluator, x: Tensor, z: Float[Tensor, "s P"]) -> 
     x = x.double() if x.is_floating_point() else x
     try:
         return (exact.perturbed(x, z.double()) - exact.base(x)).double()
-    except RuntimeError:  # a tensor made in the forward pass that stays float32
+    except RuntimeError as error:  # a tensor made in the forward pass that stays float32
+        if is_out_of_memory(error):
+            raise
         return None

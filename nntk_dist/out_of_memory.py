@@ -10,8 +10,9 @@ _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA driver error: out of memory",
+    "STATUS_ALLOC_FAILED",  # of cuBLAS, cuSOLVER, cuDNN
+    "ALLOCATION_FAILED",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, since cuDNN 9
     "unable to find an engine to execute this computation",
 )
 

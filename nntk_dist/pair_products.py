@@ -37,11 +37,12 @@ class NoiseFeatures:
 def add_pairs_(sums: BlockSums, rows: NoiseFeatures, columns: NoiseFeatures, meeting: Meeting) -> None:
     """Add the products of all pairs of blocks; S² products of the layers' widths an entry."""
     for left, right, products in _chunks(rows, columns, meeting, sums.num_blocks):
-        same = torch.zeros(len(left), len(right), dtype=torch.bool, device=products.device)
-        for r in set(left) & set(right):
-            same[r - left.start, r - right.start] = True
+        shift = left.start - right.start  # pairs of one block lie on this diagonal
+        row, column = (torch.arange(len(blocks), device=products.device) for blocks in (left, right))
+        same = row[:, None] + shift == column
         apart = products.masked_fill(same.reshape(*same.shape, *[1] * (products.ndim - 2)), 0.0)
-        sums.within += products[same].sum(0)
+        if -len(left) < shift < len(right):
+            sums.within += products.diagonal(shift, 0, 1).sum(-1)
         assert sums.between is not None
         sums.between += apart.sum((0, 1))
         if sums.by_block is not None:

@@ -24,7 +24,7 @@ from scipy.sparse.linalg import LinearOperator
 from zarr.storage import ObjectStore
 
 from nntk_dist.errors import NNTKError, nearest_name
-from nntk_dist.factors import SKETCHES, FactorForm, FactorRows
+from nntk_dist.factors import SKETCHES, WITH_FACTOR, FactorForm, FactorRows
 from nntk_dist.tiled import TiledKernel
 
 if TYPE_CHECKING:  # both come with the extra `analysis`
@@ -171,12 +171,12 @@ class StoredKernel:
         try:
             import dask.array
         except ImportError as error:
-            raise NNTKError("to_dask needs dask, which is not installed; pip install 'nntk-dist[analysis]'") from error
+            raise NNTKError("to_dask needs dask; pip install it, or this project's extra 'analysis'") from error
         array = self.array(path)
         return dask.array.from_zarr(array, chunks=_unit(array))
 
     def to_xarray(self, split: str = "train") -> "xarray.Dataset":
-        """All arrays of `train` or `test` as one lazy xarray data set, rows and columns labelled with example ids.
+        """The arrays directly in `train` or `test` as one lazy xarray data set, labelled with example ids.
 
         Chunks are shards, as in `to_dask`. In form `full`, where a row is a pair (example, output), Gram matrices carry
         no labels.
@@ -187,7 +187,7 @@ class StoredKernel:
         try:
             import xarray
         except ImportError as error:
-            raise NNTKError("to_xarray needs xarray, not installed here; pip install 'nntk-dist[analysis]'") from error
+            raise NNTKError("to_xarray needs xarray, dask; pip install them or the extra 'analysis'") from error
         group = self.group.get(split)
         if not isinstance(group, zarr.Group):
             raise NNTKError(f"split is '{split}'; allowed: {', '.join(sorted(self.group.group_keys()))}")
@@ -251,8 +251,8 @@ class StoredKernel:
         features = self.group.get("train/features")
         if not isinstance(features, zarr.Array) or "metric" not in self.group:
             raise NNTKError(
-                f"the kernel at '{self.location}' has no stored factor; kernels of 'estimator: weight', of "
-                "'kind: covariance' and of 'contraction: sketch' have one; use gram or linear_operator() instead"
+                f"the kernel at '{self.location}' has no stored factor; {WITH_FACTOR}; use gram or linear_operator() "
+                "instead"
             )
         attributes = self.group.attrs
         if attributes.get("kind") == "nonlocal" and attributes.get("statistic") == "unbiased":

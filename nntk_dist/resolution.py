@@ -57,8 +57,9 @@ class Resolution:
         return "; ".join(filter(None, (self.reason, self.contraction)))
 
 
-def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Resolution:
-    """Decide the estimator for a prepared model, on up to 32 of the examples.
+def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int, threads: int | None = None) -> Resolution:
+    """Decide the estimator for a prepared model, on up to 32 of the examples, for those who will evaluate it in batches
+    with so many threads (None: as many as now).
 
     Raises: NNTKError where the asked estimator is not valid for the model, an output does not exist, or f is not
     finite.
@@ -96,7 +97,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int) -> Res
     draws = 1 if drawing is None else drawing.num_draws
     trial = None
     if drawing is not None and estimator == "weight":
-        trial = try_stacking(model, space, _filled(x, batch), drawing)
+        trial = try_stacking(model, space, _filled(x, batch), drawing, threads=threads)
     stacked = trial is not None and trial.stacked
     probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
     resolution = Resolution(
@@ -219,8 +220,8 @@ def _without_gradients(
     """The better of the two estimators that only evaluate: `activation` where it is valid and reaches enough."""
     try:
         plan = _activation_plan(model, space, spec, x)
-    except NNTKError:
-        return "weight", why
+    except NNTKError as error:
+        return "weight", f"{why}; activation is not to be had: {error}"
     if 2 * plan.num_parameters(space)[2] > space.num_parameters:
         return "weight", f"{why}; noise in pre-activations would reach less than half of its parameters"
     return "activation", f"{why}; {_treatment(plan, space)}"

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.models.arguments import import_function
+from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.philox import Stream, normal
 from nntk_dist.weighting import PYTHON, Reference, ScoreFunction, Weighting
 
@@ -103,6 +104,8 @@ class FunctionScore:
         except NNTKError:
             raise
         except Exception as error:  # the function is anyone's; its exception stays visible as the cause
+            if is_out_of_memory(error):
+                raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise NNTKError(
                 f"the score {self.name} failed on {len(z)} draws, parameters of shape {tuple(self.theta.shape)} and "

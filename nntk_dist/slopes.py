@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from nntk_dist.drawing import Drawing
+from nntk_dist.evaluation import output_index
 from nntk_dist.parameters import ParameterSpace
 
 # Backward nodes of functions of one tensor, number by number; and of what leaves numbers and their places alone.
@@ -80,7 +81,7 @@ def shared_slopes(
 
     A unit's slope is its δ for the output in which its weight is the largest.
     """
-    weight = weight[list(columns)]
+    weight = weight[output_index(columns)]
     largest, strongest = _strongest(weight)
     slopes = delta.gather(1, largest.expand(len(delta), 1, -1))[:, 0]
     return slopes, weight / torch.where(strongest == 0, 1.0, strongest)
@@ -90,7 +91,7 @@ def bare_slopes(
     slopes: Float[Tensor, "n o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
 ) -> Float[Tensor, "n o"]:
     """φ'(a), from the slopes that `shared_slopes` gives; 0 for a unit that none of these outputs takes anything of."""
-    strongest = _strongest(weight[list(columns)])[1][0]
+    strongest = _strongest(weight[output_index(columns)])[1][0]
     return torch.where(strongest == 0, 0.0, slopes / torch.where(strongest == 0, 1.0, strongest))
 
 

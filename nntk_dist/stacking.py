@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from nntk_dist.black_box import holds_black_box
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, draws_at_once
+from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.parameters import ParameterSpace
 from nntk_dist.shared_product import shared_product
 from nntk_dist.stochastic import is_random
+from nntk_dist.threads import torch_threads
 
 _LONG_SECONDS = 5e-3  # a pass to which the overhead of a call, about 0.1 ms, is nothing
 _WORTH = 0.8  # of the time in turn: below it stacking is taken, so that near ties always end the same way
@@ -51,8 +53,10 @@ class StackingTrial:
         )
 
 
-def try_stacking(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing) -> StackingTrial:
-    """The faster way for a prepared model on batches like x, measured now or remembered.
+def try_stacking(
+    model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing, *, threads: int | None = None
+) -> StackingTrial:
+    """The faster way for a prepared model on batches like x with so many threads, measured now or remembered.
 
     Low-rank draws are stacked as a shared product (`nntk_dist.shared_product`) where the model allows it. Black boxes
     and models with noise are evaluated in turn, and so is what vmap cannot take (control flow that depends on data,
@@ -63,9 +67,10 @@ def try_stacking(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Dr
     if is_random(model):
         return StackingTrial(False, why="noise is fixed for one random function after the other")
     described = (repr(model), space, tuple(x.shape), x.dtype, next(model.parameters()).dtype, drawing)
-    known = _remembered(repr((described, x.device, torch.get_num_threads())))
-    if not known:
-        known.append(_measure(model, space, x, drawing))
+    with torch_threads(threads):
+        known = _remembered(repr((described, x.device, torch.get_num_threads())))
+        if not known:
+            known.append(_measure(model, space, x, drawing))
     return known[0]
 
 
@@ -95,6 +100,8 @@ def _measure(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawin
     try:
         pass_with(stacked, first)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         return StackingTrial(False, why=f"vmap cannot take the model ({str(error).splitlines()[0]})")
     most = min(_DRAWS, draws_at_once(space.num_parameters if shared is None else shared.numbers_of_a_draw, x))
     several = range(max(unit, min(most, drawing.num_draws) // unit * unit))

@@ -19,9 +19,10 @@ from nntk_dist.features import FeatureMap, Rows, slice_rows
 from nntk_dist.statistics import Calibration, calibrate, estimate
 
 # Kernel rows and columns of a window: large enough for a matrix product's full rate on two threads, small enough for
-# its sums (2 MiB each in float64) to stay near.
+# its sums (2 MiB each in float64) to stay near; on a GPU large enough to have work for all of it.
 WINDOW_ROWS = 512
 WINDOW_COLUMNS = 512
+_GPU_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Window:
     rows: slice
     columns: slice
     entries: tuple[slice, ...]
+
+
+def window_edges(device: torch.device | str) -> tuple[int, int]:
+    """Kernel rows and columns of a window."""
+    return (_GPU_WINDOW, _GPU_WINDOW) if torch.device(device).type == "cuda" else (WINDOW_ROWS, WINDOW_COLUMNS)
 
 
 class Parts(Protocol):
@@ -103,9 +109,10 @@ def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> t
 
 def _windows(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting, *, symmetric: bool) -> Iterator[Window]:
     """The windows of a tile; of a symmetric one those that reach the diagonal or lie above it."""
-    num_rows, num_columns = (len(next(iter(rows.values()))) for rows in part)
+    left_array, right_array = (next(iter(rows.values())) for rows in part)
+    num_rows, num_columns = len(left_array), len(right_array)
     width = len(features.columns) if meeting.full else 1
-    height, length = (max(1, edge // width) for edge in (WINDOW_ROWS, WINDOW_COLUMNS))
+    height, length = (max(1, edge // width) for edge in window_edges(left_array.device))
     if meeting.paired:
         for start in range(0, num_rows, height):
             rows = slice(start, min(start + height, num_rows))

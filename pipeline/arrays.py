@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nntk_dist.feature_maps import METRIC_DRAWS, forms_means
+from nntk_dist.factors import METRIC_DRAWS
+from nntk_dist.feature_maps import forms_means
 from nntk_dist.features import ArraySpec
 from pipeline.job import SPLITS, Job
 

@@ -23,6 +23,7 @@ from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap, Rows
 from nntk_dist.gradients import feature_bytes
+from nntk_dist.precision import full_precision
 from nntk_dist.tiles import scale_factor
 from pipeline.arrays import feature_path, holds_differences
 from pipeline.build import DTYPES, build_architecture
@@ -31,7 +32,6 @@ from pipeline.fitting import FittingBatch
 from pipeline.job import SPLITS, Job
 from pipeline.kernel_arrays import KernelArrays, Piece
 from pipeline.layout import FEATURE_CACHE_BYTES, writing_threads
-from pipeline.precision import FULL, multiplying
 from pipeline.reference import reference_batch
 from pipeline.result_memory import ResultMemory
 from pipeline.storage import RunStorage
@@ -148,7 +148,7 @@ class Context:
     def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
         """Features of some rows under all draws, from the model."""
         x, ids, draws = self.inputs(split, selection), self.keys(split, selection), range(self.job.sizes.num_draws)
-        with multiplying(FULL):  # also where a tile asks for its rows amid its products
+        with full_precision():  # also where a tile asks for its rows amid its products
             return self.fitting.run(
                 lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x)))
             )

@@ -142,8 +142,9 @@ def environment_versions() -> dict[str, str | None]:
     return versions
 
 
-def git_commit(source: Path = Path(__file__)) -> str | None:
-    """Commit of the work tree that tracks the file `source`, with "-dirty" where tracked files differ from it.
+def git_commit(source: Path = Path(__file__), *, but_for: str | None = None) -> str | None:
+    """Commit of the work tree that tracks the file `source`, with "-dirty" where tracked files differ from it, those in
+    its folder `but_for` not counted.
 
     None where there is no git or no commit, and where git does not track the file: code installed into a virtual
     environment that happens to lie inside some repository is not of that repository's commit.
@@ -156,7 +157,8 @@ def git_commit(source: Path = Path(__file__)) -> str | None:
     try:
         git("ls-files", "--error-unmatch", source.name)
         commit = git("rev-parse", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+        others = [] if but_for is None else ["--", ":/", f":(top,exclude){but_for}"]
+        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no", *others) else commit
     except (OSError, subprocess.SubprocessError):
         return None
 

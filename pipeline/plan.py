@@ -15,8 +15,10 @@ from torch import nn
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import prepare_model
+from nntk_dist.factors import WITH_FACTOR
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import ArraySpec, FeatureMap
+from nntk_dist.precision import full_precision
 from nntk_dist.resolution import Resolution, resolve, with_draws
 from pipeline.arrays import StoredArray, all_arrays, holds_factor
 from pipeline.build import DTYPES, build_spec, identity, resolve_device
@@ -25,9 +27,9 @@ from pipeline.cpus import available_cpus
 from pipeline.data import Dataset
 from pipeline.fitting import FittingBatch
 from pipeline.job import SPLITS, Job, Layout, Sizes
-from pipeline.layout import choose_batch, make_layout
+from pipeline.layout import choose_batch, make_layout, threads_of
 from pipeline.manifest import fingerprint
-from pipeline.projection import Projection, project
+from pipeline.projection import BASE_BYTES, Projection, project
 from pipeline.reference import reference_batch
 from pipeline.solvers import SOLVED, Solver, choose_solver, factor_form
 from pipeline.storage import RunStorage
@@ -50,6 +52,7 @@ class Plan:
     memory_per_worker: int
 
 
+@full_precision()
 def make_plan(
     config: Config,
     dataset: Dataset,
@@ -62,7 +65,7 @@ def make_plan(
     Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
     """
     device = resolve_device(config) if stored is None else stored[0].device
-    check_device(device, config.compute)
+    check_device(device, config.compute, continued=stored is not None)
     dtype = DTYPES[config.compute.dtype]
     prepared = prepare_model(model, dtype=dtype, device=device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
@@ -72,7 +75,8 @@ def make_plan(
     batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
     fitting = FittingBatch(batch)
     if stored is None:
-        resolution = fitting.run(lambda fitted: resolve(prepared, x, spec, batch=fitted))
+        threads = threads_of(config.compute)
+        resolution = fitting.run(lambda fitted: resolve(prepared, x, spec, batch=fitted, threads=threads))
         batch = fitting.size
     else:
         resolution = stored[1]
@@ -98,7 +102,11 @@ def make_plan(
     arrays = describe_arrays(job, features.arrays, dataset)
     if kept is None:
         job, arrays = _with_or_without_tiles(job, arrays, features.arrays, dataset)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
     plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
+    if device.startswith("cuda") and num_draws is None:  # later the run itself is on it
+        check_gpu_memory(plan.projection.worker_bytes - BASE_BYTES, layout, config.compute.workers_per_gpu)
     if kept is None:
         check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
     return plan
@@ -127,8 +135,7 @@ def _with_or_without_tiles(
     asked = job.config.compute.write_tiles
     if asked is False and not holds_factor(job):
         raise NNTKError(
-            "compute.write_tiles is false, and this kernel has no factor to work from instead; kernels of 'estimator: "
-            "weight', of 'kind: covariance' and those sketched as a whole ('contraction: sketch') have one, unless "
+            f"compute.write_tiles is false, and this kernel has no factor to work from instead; {WITH_FACTOR}, unless "
             "'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true"
         )
     free = free_disk(RunStorage(job.run_dir))
@@ -201,6 +208,17 @@ def _fit(
     return Plan(job, arrays, parts, prints, projection, solvers, workers, each)
 
 
+def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:
+    """Raise an NNTKError where the workers of a GPU, each with so many bytes on it, do not fit beside what is there."""
+    usable = int(_USABLE_SHARE * torch.cuda.mem_get_info(layout.device)[0])
+    if wanted * workers_per_gpu > usable:
+        raise NNTKError(
+            f"a worker needs {_gib(wanted)} of its GPU's memory at its peak, {_gib(usable)} are usable for "
+            f"{workers_per_gpu} worker(s); make compute.tile smaller than {layout.tile}, set compute.stderr to sample "
+            "or use fewer compute.workers_per_gpu"
+        )
+
+
 def _other_contraction(job: Job) -> str:
     """What else would make features smaller, where they are exact gradients."""
     sketchable = job.resolution.estimator == "autodiff" and job.spec.pair_blocks and not job.resolution.num_columns
@@ -241,8 +259,10 @@ def available_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_device(device: str, compute: ComputeConfig) -> None:
-    """Raise an NNTKError where the asked device is not there, or where workers are to share a GPU and there is none."""
+def check_device(device: str, compute: ComputeConfig, *, continued: bool = False) -> None:
+    """Raise an NNTKError where the asked device is not there, or that of a run that is `continued`, or where workers
+    are to share a GPU and there is none.
+    """
     if compute.workers_per_gpu > 1 and not device.startswith("cuda"):
         raise NNTKError(
             f"compute.workers_per_gpu is {compute.workers_per_gpu}, but the run is on {device}; set "
@@ -251,7 +271,15 @@ def check_device(device: str, compute: ComputeConfig) -> None:
     if not device.startswith("cuda"):
         return
     if not torch.cuda.is_available():
-        raise NNTKError(f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu")
+        if continued:
+            raise NNTKError(
+                f"the run was laid out on '{device}', and torch sees no GPU here; continue and verify it where there "
+                "is one"
+            )
+        raise NNTKError(
+            f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu (the driver tries the "
+            "model on the device that workers use; ray job submit --entrypoint-num-gpus 1 gives it one)"
+        )
     number = torch.device(device).index or 0
     if number >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1

@@ -24,7 +24,8 @@ from nntk_dist.layered_products import PRODUCT_ELEMENTS
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from nntk_dist.stochastic import is_random
-from nntk_dist.tiles import WINDOW_COLUMNS, WINDOW_ROWS
+from nntk_dist.threads import torch_threads
+from nntk_dist.tiles import window_edges
 from pipeline.arrays import (
     StoredArray,
     holds_differences,
@@ -260,7 +261,7 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     tile = min(layout.tile, sizes.num_train)
     entries = (tile * width) ** 2
-    window = min(entries, WINDOW_ROWS * WINDOW_COLUMNS)
+    window = min(entries, math.prod(window_edges(layout.device)))
     by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
     prepared = row_bytes * _prepared_share(job, features)
     everything = int((sizes.num_train + sizes.num_test) * prepared)
@@ -303,15 +304,11 @@ def share_of_rate(job: Job) -> float:
 
 def _rate(dtype: str, device: str) -> float:
     """Operations a second of a plain matrix product on one thread or a whole GPU; the best of a few."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         a = torch.randn(_RATE_EDGE, _RATE_EDGE, dtype=DTYPES[dtype], device=device)
         best = math.inf
         for _ in range(3):
             start = time.perf_counter()
             float((a @ a)[0, 0])
             best = min(best, time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
     return 2.0 * _RATE_EDGE**3 / best

@@ -94,7 +94,7 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         kind=kernel["kind"],
         estimator=manifest.resolution["estimator"],
         estimator_reason="; ".join(
-            filter(None, (manifest.resolution["reason"], manifest.resolution.get("contraction")))
+            filter(None, (manifest.resolution["reason"], *map(manifest.resolution.get, ("contraction", "stacking"))))
         ),
         statistic=kernel["statistic"],
         outputs=str(kernel["outputs"]),

@@ -10,7 +10,7 @@ Units: bytes; operations are floating-point ones (a multiply-add is two).
 from dataclasses import dataclass
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.factors import FactorForm
+from nntk_dist.factors import WITH_FACTOR, FactorForm
 from nntk_dist.left_out import num_sampled_examples
 from nntk_dist.streamed_regression import NUM_SAMPLED, rank_of
 from pipeline.arrays import StoredArray, holds_differences, kernel_width, statistics_of
@@ -49,8 +49,7 @@ def choose_solver(job: Job, stage: str, factor: FactorForm | None) -> Solver:
     num_rows = job.sizes.num_train * kernel_width(job)
     if asked == "factored" and factor is None:
         raise NNTKError(
-            f"{stage}.method is 'factored', and this run stores no factor; kernels of 'estimator: weight', of 'kind: "
-            "covariance' and those sketched as a whole ('contraction: sketch') have one, unless 'statistic: unbiased' "
+            f"{stage}.method is 'factored', and this run stores no factor; {WITH_FACTOR}, unless 'statistic: unbiased' "
             f"is asked for alone; set {stage}.method=auto"
         )
     if asked in ("dense", "iterative") and not tiles:

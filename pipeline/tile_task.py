@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nntk_dist.block_sums import Meeting
+from nntk_dist.precision import multiplying
 from nntk_dist.statistics import Calibration
 from nntk_dist.tiles import tile_estimates
 from pipeline.arrays import kernel_width, statistics_of
 from pipeline.context import Context, Interval, Written
 from pipeline.job import Task
-from pipeline.precision import multiplying
 
 _STRIPE_ENTRIES = 1 << 17  # 1 MiB of each array in float64
 
@@ -64,24 +64,26 @@ def write_tile(
     know of it; `start` counts examples.
     """
     width = kernel_width(context.job)
+    totals = tile_totals(values)
+    written.results.extend(values.values())
+    values = {name: each.to("cpu") for name, each in values.items()}  # once, also where it is written twice
     place = tuple(position * width for position in start) if len(start) == 2 else start
     statistics = statistics_of(context.job)
     for suffix, name in statistics.items() if mirrored else ():  # first, since these take the longest
         context.write_later(written, f"{prefix}{suffix}", place[::-1], values[name].T)
     for suffix, name in statistics.items():
         context.write_later(written, f"{prefix}{suffix}", place, values[name])
-    written.results.extend(values.values())
-    for name, total in tile_totals(values).items():
+    for name, total in totals.items():
         key = f"{prefix}:{name}"
         written.numbers[key] = written.numbers.get(key, 0.0) + total * (2 if mirrored else 1)
 
 
 def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
     """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time."""
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
 
     def add(name: str, total: Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + float(total)
+        sums[name] = sums[name] + total.double() if name in sums else total.double()
 
     for parts in zip(*(tile.flatten().split(_STRIPE_ENTRIES) for tile in values.values()), strict=True):
         stripe = {name: part.double() for name, part in zip(values, parts, strict=True)}
@@ -93,4 +95,4 @@ def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
             known = stripe["stderr"].nan_to_num(0.0)
             add("squared_stderr", known @ known)
             add("unresolved", torch.isnan(stripe["stderr"]).sum())
-    return sums
+    return {name: float(total) for name, total in sums.items()}  # read once: a GPU is waited for

@@ -16,6 +16,7 @@ import torch
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.philox import Stream, uniform
+from nntk_dist.precision import full_precision
 from pipeline.arrays import StoredArray, feature_arrays, kernel_arrays, kernel_width
 from pipeline.build import build_dataset, build_model, identity
 from pipeline.context import Context
@@ -28,7 +29,7 @@ from pipeline.manifest import Manifest, read_manifest, write_manifest
 from pipeline.plan import make_plan
 from pipeline.run import state_of
 from pipeline.stages import ORDER, STAGES
-from pipeline.storage import RunStorage
+from pipeline.storage import RunStorage, StorageRefusal
 
 _ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation order, far below any wrong entry
 _SOLVES = ("spectrum", "regression")
@@ -83,7 +84,8 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
     }
     for name, check in checks.items():
         try:
-            finding = check()
+            with full_precision():
+                finding = check()
         except NNTKError as error:  # a piece that cannot be read fails every check that needs it, and ends none
             finding = Finding(name, False, f"not to be had: {error}")
         yield finding
@@ -151,9 +153,14 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
 
 
 def _fault(context: Context, path: str, start: tuple[int, ...], kind: str, expected: int) -> str | None:
-    """Why a piece is not what was written, empty where its values merely differ; None where it is."""
+    """Why a piece is not what was written, empty where its values merely differ; None where it is.
+
+    Raises: StorageRefusal where the storage does not let us look, which is no damage.
+    """
     try:
         values = context.store.read_shard(path, start)
+    except StorageRefusal:
+        raise
     except NNTKError as error:
         return f" ({error})"
     return None if _CHECKSUMS[kind](values) == expected else ""

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from nntk_dist.precision import full_precision
+from nntk_dist.threads import torch_threads
 from pipeline.allocator import keep_freed_memory
 from pipeline.context import Context
 from pipeline.cpus import Threads
@@ -54,7 +55,8 @@ class Worker:
             started, clock = time.time(), time.perf_counter()
             if stage.USES_ALL_THREADS:  # of the whole kernel, which needs the memory itself
                 self.context.forget()
-            with self._limited(task.stage, self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own):
+            threads = self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own
+            with self._limited(task.stage, threads), full_precision():
                 written = stage.execute(self.context, task)
         self.context.finish(written)
         return Outcome(
@@ -77,13 +79,8 @@ class Worker:
         if self._pools is None or self._pools[0] != stage:
             # Looking for loaded libraries takes milliseconds: once for a stage, since one may load another.
             self._pools = stage, ThreadpoolController()
-        before = torch.get_num_threads()
-        with self._pools[1].limit(limits=num_threads):
-            torch.set_num_threads(num_threads)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(before)
+        with self._pools[1].limit(limits=num_threads), torch_threads(num_threads):
+            yield
 
 
 def peak_bytes() -> int:

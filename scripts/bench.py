@@ -1,10 +1,10 @@
 """The speed of the engine against the hardware and its peers: what `docs/performance.md` claims, measured and written.
 
-    python scripts/bench.py [--quick] [--only SECTION] [--out docs/performance.md]
+    .venv/bin/python scripts/bench.py [--quick] [--only SECTION] [--again] [--data idx:/path/to/mnist] [--out PAGE]
 
 Every figure is a ratio within one run, and is kept in a JSON file beside the page as soon as it is known; a figure is
-measured again when its settings change, or with `--again`. `--quick` takes small sizes, enough to see that everything
-works, and writes to build/ unless told otherwise.
+measured again when its settings change, or with `--again`. Without `--data` and without a GPU, what needs them is left
+out. `--quick` takes small sizes, enough to see that everything works, and writes to build/ unless told otherwise.
 """
 
 import sys
@@ -14,13 +14,14 @@ from typing import Annotated
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markdown import Markdown  # noqa: E402
 
 from nntk_dist.errors import NNTKError, check_choice  # noqa: E402
 from pipeline.progress import make_progress  # noqa: E402
-from scripts.benchmarks import NEEDS_DATA, SECTIONS  # noqa: E402
+from scripts.benchmarks import NEEDS_DATA, NEEDS_GPU, SECTIONS  # noqa: E402
 from scripts.benchmarks.page import page  # noqa: E402
 from scripts.studies.cells import Answers, answer_all  # noqa: E402
 
@@ -40,9 +41,11 @@ def main(
     path = out or ROOT / ("build/performance.md" if quick else "docs/performance.md")
     answers = Answers(path.with_suffix(".json"))
     try:
-        for name in only or SECTIONS:
+        for name in only or ():
             check_choice("--only", name, SECTIONS)
-        for name in only or SECTIONS:
+            if name in NEEDS_GPU and not torch.cuda.is_available():
+                raise NNTKError(f"--only is {name}, which needs a GPU, and torch sees none here")
+        for name in only or _possible(console, data):
             if again:
                 answers.sections.pop(name, None)
             options = {"data": data} if name in NEEDS_DATA else {}
@@ -54,6 +57,16 @@ def main(
     path.write_text(text)
     console.print(Markdown(text))
     console.print(f"wrote {path}")
+
+
+def _possible(console: Console, data: str | None) -> list[str]:
+    """All sections that can be measured here; what is left out is said."""
+    gpu = torch.cuda.is_available()
+    missing = {"--data says where MNIST lies": NEEDS_DATA if data is None else (), "no GPU": () if gpu else NEEDS_GPU}
+    for why, names in missing.items():
+        if names:
+            console.print(f"left out: {', '.join(names)} ({why})")
+    return [name for name in SECTIONS if not any(name in names for names in missing.values())]
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 Axes: none.
 """
 
+import itertools
 import json
 import os
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from scripts import bench
-from scripts.benchmarks import SECTIONS, end_to_end
+from scripts.benchmarks import NEEDS_DATA, NEEDS_GPU, SECTIONS, end_to_end
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.benchmarks.page import SECTION_ORDER, page
 from scripts.benchmarks.runs import proportional_bytes
@@ -22,12 +24,13 @@ from scripts.studies.cells import Answers
 REPOSITORY = Path(__file__).parent.parent
 APP = typer.Typer()
 APP.command()(bench.main)
+COMMIT = "0123456789abcdef0-dirty"
 PAGE = REPOSITORY / "docs" / "performance.md"
 
 
 def kept(tmp_path: Path, *figures: Figure) -> Answers:
     """Answers of one cell, as a run keeps them."""
-    cell = {"settings": {}, "answer": answer(*figures), "seconds": 1.0, "commit": "0123456789abcdef0", "machine": "m"}
+    cell = {"settings": {}, "answer": answer(*figures), "seconds": 1.0, "commit": COMMIT, "machine": "m"}
     path = tmp_path / "performance.json"
     path.write_text(json.dumps({"versions": {"torch": "2"}, "sections": {"perturb": {"one": cell}}}))
     return Answers(path)
@@ -47,6 +50,7 @@ def test_a_page_tells_what_was_missed(tmp_path):
     assert "| slow | **0.85** | ≥ 0.9, missed | seconds 0.123 |" in text
     assert "| large | **1.3** | ≥ 0.75, ≤ 1.25, missed |" in text
     assert "| free | 12,346 |  |" in text
+    assert "commits 0123456789abcdef-dirty." in text
 
 
 def test_actions_take_turns_and_the_best_time_counts():
@@ -92,6 +96,37 @@ def test_what_is_not_a_section_and_what_lacks_its_data_is_refused(tmp_path):
     lacking = CliRunner().invoke(APP, ["--only", "end-to-end", "--out", str(tmp_path / "page.md")])
     assert lacking.exit_code == 2
     assert "--data is missing" in lacking.output
+
+
+def test_without_data_or_a_gpu_what_needs_them_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SECTIONS", {name: (lambda **_: []) for name in SECTIONS})
+    measured = []
+    monkeypatch.setattr(bench, "answer_all", lambda answers, name, *_, **__: measured.append(name))
+    arguments = ["--out", str(tmp_path / "page.md")]
+    for gpu, data in itertools.product((False, True), repeat=2):
+        measured.clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        done = CliRunner().invoke(APP, [*arguments, *(["--data", "idx:mnist"] if data else [])])
+        assert done.exit_code == 0, done.output
+        missing = {*(() if data else NEEDS_DATA), *(() if gpu else NEEDS_GPU)}
+        assert measured == [name for name in SECTIONS if name not in missing]
+        assert all(name in done.output for name in missing)
+
+
+def test_how_far_a_kernel_is_from_the_local_one(monkeypatch, tmp_path):
+    """At a tiny γ of digits, hardly at all; at a large one by much more than its error."""
+    config = tmp_path / "configs" / "digits.yaml"
+    config.parent.mkdir()
+    text = (REPOSITORY / "configs" / "digits.yaml").read_text()
+    monkeypatch.setattr(end_to_end, "ROOT", tmp_path)
+    figures = []
+    for gamma in ("1.0e-5", "0.2"):
+        config.write_text(text.replace("gamma: 0.05", f"gamma: {gamma}"))
+        figures += end_to_end._compare("digits", "sklearn:digits", 64)["figures"]
+    near, far = figures
+    assert near["value"] < 1e-3
+    assert far["value"] > 5 * far["details"]["relative error of the nonlocal kernel"]
+    assert far["details"]["distance after the best factor"] < far["value"]
 
 
 @pytest.mark.parametrize("case", end_to_end.CASES)

@@ -11,7 +11,7 @@ from rich.console import Console
 from nntk_dist import NNTKError
 from pipeline import display
 from pipeline.config import config_from_dict
-from pipeline.plan import check_device, wanted_workers
+from pipeline.plan import check_device, check_gpu_memory, wanted_workers
 from pipeline.projection import share_of_rate
 
 
@@ -84,3 +84,19 @@ def test_the_plan_says_that_they_share(share, expected, monkeypatch):
     plan = SimpleNamespace(job=job, projection=projection, memory_per_worker=0, solvers={})
     display.print_plan(out, plan, searching=False)
     assert expected in out.file.getvalue()
+
+
+def test_where_there_is_no_gpu_the_refusal_says_who_wanted_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NNTKError, match=r"compute.device is 'cuda', but torch sees no GPU here; .*entrypoint-num-gpus"):
+        check_device("cuda", config(device="cuda").compute)
+    with pytest.raises(NNTKError, match="the run was laid out on 'cuda', and torch sees no GPU here"):
+        check_device("cuda", config().compute, continued=True)
+
+
+def test_workers_are_to_fit_into_what_is_free_of_their_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
+    layout = SimpleNamespace(device="cuda", tile=4096)
+    check_gpu_memory(3 << 30, layout, 3)
+    with pytest.raises(NNTKError, match=r"needs 3.00 GiB of its GPU's memory .* 9.00 GiB are usable for 4 worker"):
+        check_gpu_memory(3 << 30, layout, 4)

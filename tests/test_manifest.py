@@ -107,6 +107,17 @@ def test_git_commit_is_that_of_the_tracking_work_tree(tmp_path):
     assert git_commit(installed) is None
     source.write_text("x = 2\n")
     assert git_commit(source) == f"{commit}-dirty"
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("first\n")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "second")
+    page.write_text("second\n")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(source) == f"{commit}-dirty"
+    assert git_commit(source, but_for="docs") == commit
+    source.write_text("x = 3\n")
+    assert git_commit(source, but_for="docs") == f"{commit}-dirty"
 
 
 def test_a_fingerprint_is_the_hash_of_this_text():

@@ -16,6 +16,7 @@ Cells and answers are those of `scripts.studies`.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from scripts.benchmarks import end_to_end, local, memory, peers, perturb, scaling, solvers, tile
@@ -25,8 +26,11 @@ from scripts.studies.cells import Cell
 SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
     {
         "perturb": perturb.cells,
+        "perturb-gpu": partial(perturb.cells, device="cuda"),
         "tile": tile.cells,
+        "tile-gpu": partial(tile.cells, device="cuda"),
         "local": local.cells,
+        "local-gpu": partial(local.cells, device="cuda"),
         "solvers": solvers.cells,
         "end-to-end": end_to_end.cells,
         "scaling": scaling.cells,
@@ -35,3 +39,4 @@ SECTIONS: Mapping[str, Callable[..., list[Cell]]] = MappingProxyType(
     }
 )
 NEEDS_DATA = ("end-to-end",)
+NEEDS_GPU = ("perturb-gpu", "tile-gpu", "local-gpu")

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from scripts.studies.cells import Answer
 
 
@@ -41,6 +43,8 @@ def best_seconds(actions: Mapping[str, Callable[[], object]], *, rounds: int) ->
         for name, action in actions.items():
             began = time.perf_counter()
             action()
+            if torch.cuda.is_initialized():  # a call returns before its work is done there
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             if number:
                 best[name] = min(best[name], seconds)

@@ -23,11 +23,13 @@ from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap
 from nntk_dist.kernels import whole_kernel
 from nntk_dist.models import build_model
+from nntk_dist.precision import full_precision
 from nntk_dist.resolution import resolve
 from nntk_dist.sketching import AUTO_COLUMNS
 from nntk_dist.spec import KernelSpec
+from nntk_dist.threads import torch_threads
 from scripts.benchmarks.figures import Figure, answer, best_seconds
-from scripts.studies.cells import Answer, Cell, with_threads
+from scripts.studies.cells import Answer, Cell
 
 BLOCKS = 8
 LOCAL = KernelSpec(kind="local", statistic="plugin")
@@ -54,44 +56,49 @@ FULL = Effort((512, 512), 784, 512, 256, 5, (32, 32), (8, 16, 32, 64, 128), 1024
 QUICK = Effort((16, 16), 20, 32, 16, 2, (8, 8), (8, 32), 32)
 
 
-def cells(*, quick: bool) -> list[Cell]:
-    """Each question on one thread and on two; on one where it has to be quick."""
+def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
+    """Each question on one thread and on two; on one where it has to be quick, or a GPU does the work."""
     effort = QUICK if quick else FULL
-    questions: dict[str, Callable[[Effort], list[Figure]]] = {
+    questions: dict[str, Callable[[Effort, str], list[Figure]]] = {
         "local": _local,
         "nonlocal": _nonlocal,
         "crossover": _crossover,
         "sketch": _sketch,
     }
     result = []
-    for threads in (1,) if quick else (1, 2):
+    where = {} if device == "cpu" else {"device": device}
+    for threads in (1,) if quick or device != "cpu" else (1, 2):
         for name, question in questions.items():
-            settings = {"threads": threads, "effort": vars(effort), "blocks": BLOCKS}
-            result.append(Cell(f"{name}, {threads} threads", settings, _on(threads, question, effort)))
+            settings = {"threads": threads, "effort": vars(effort), "blocks": BLOCKS} | where
+            result.append(Cell(f"{name}, {threads} threads", settings, _on(threads, question, effort, device)))
     return result
 
 
-def _on(threads: int, question: Callable[[Effort], list[Figure]], effort: Effort) -> Callable[[], Answer]:
+def _on(
+    threads: int, question: Callable[[Effort, str], list[Figure]], effort: Effort, device: str
+) -> Callable[[], Answer]:
     def compute() -> Answer:
-        with with_threads(threads):
-            figures = question(effort)
+        with torch_threads(threads), full_precision():  # as in the public functions
+            figures = question(effort, device)
         return answer(*(replace(figure, what=f"{figure.what}; {threads} thread(s)") for figure in figures))
 
     return compute
 
 
-def problem(effort: Effort, n: int, widths: tuple[int, ...] | None = None) -> tuple[nn.Module, Tensor]:
+def problem(
+    effort: Effort, n: int, widths: tuple[int, ...] | None = None, device: str = "cpu"
+) -> tuple[nn.Module, Tensor]:
     """The network, prepared, and examples."""
     arguments = {"widths": list(effort.widths if widths is None else widths), "activation": "relu"}
     model = build_model("mlp", arguments, input_shape=(effort.num_inputs,), num_outputs=10, seed=0)
     x = torch.randn(n, effort.num_inputs, generator=torch.Generator().manual_seed(1))
-    return prepare_model(model, dtype=torch.float32, device="cpu"), x
+    return prepare_model(model, dtype=torch.float32, device=device), x.to(device)
 
 
 def prepared(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Callable[[], Tensor]]:
     """The features of a kernel, and a function that computes them and the whole kernel anew."""
     features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
-    ids, draws = torch.arange(len(x)), range(features.num_draws)
+    ids, draws = torch.arange(len(x), device=x.device), range(features.num_draws)
 
     def compute() -> Tensor:
         rows = features.compute(x, ids, draws, features.columns)
@@ -115,16 +122,18 @@ def recipe(model: nn.Module, x: Tensor) -> Tensor:
 def num_fitting(model: nn.Module, most: int) -> int:
     """Examples whose Jacobians fit into half of the memory that is free: a power of two times less than asked."""
     numbers = 10 * sum(parameter.numel() for parameter in model.parameters())
-    room = _SHARE_OF_MEMORY * psutil.virtual_memory().available / (4 * _JACOBIANS_AT_ONCE * numbers)
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    room = _SHARE_OF_MEMORY * free / (4 * _JACOBIANS_AT_ONCE * numbers)
     fitting = most
     while fitting > 1 and fitting > room:
         fitting //= 2
     return fitting
 
 
-def _local(effort: Effort) -> list[Figure]:
+def _local(effort: Effort, device: str) -> list[Figure]:
     """Against the recipe, at the largest n at which that fits into memory."""
-    model, x = problem(effort, effort.num_examples)
+    model, x = problem(effort, effort.num_examples, device=device)
     n = num_fitting(model, len(x))
     _, few = prepared(model, x[:n], LOCAL)
     _, all_of_them = prepared(model, x, LOCAL)
@@ -146,9 +155,9 @@ def _local(effort: Effort) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _nonlocal(effort: Effort) -> list[Figure]:
+def _nonlocal(effort: Effort, device: str) -> list[Figure]:
     """One draw a block: R times the features, and products of all pairs of blocks."""
-    model, x = problem(effort, effort.num_examples)
+    model, x = problem(effort, effort.num_examples, device=device)
     _, local = prepared(model, x, LOCAL)
     features, nonlocal_ = prepared(model, x, NONLOCAL)
     calls = {
@@ -170,12 +179,12 @@ def _nonlocal(effort: Effort) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _crossover(effort: Effort) -> list[Figure]:
+def _crossover(effort: Effort, device: str) -> list[Figure]:
     """Products from layers and from means over a ladder of draws, and which of them `auto` takes."""
-    model, x = problem(effort, effort.num_crossing, effort.crossing_widths)
+    model, x = problem(effort, effort.num_crossing, effort.crossing_widths, device)
     figures = []
     for draws in effort.crossing_draws:
-        ids, actions, sites = torch.arange(len(x)), {}, 0
+        ids, actions, sites = torch.arange(len(x), device=x.device), {}, 0
         for contraction in ("layered", "means", "auto"):
             spec = replace(NONLOCAL, draws=draws, contraction=contraction)
             features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
@@ -195,17 +204,17 @@ def _products(features: FeatureMap, rows: Mapping[str, Tensor], spec: KernelSpec
     return lambda: whole_kernel(features, rows, None, spec)
 
 
-def _sketch(effort: Effort) -> list[Figure]:
+def _sketch(effort: Effort, device: str) -> list[Figure]:
     """The rate of sketching against a plain matrix product of the same operations, both sides of every layer."""
     widths = tuple(width // 2 for width in effort.widths)
-    model, x = problem(effort, effort.sketch_rows, widths)
+    model, x = problem(effort, effort.sketch_rows, widths, device)
     spec = KernelSpec(gamma=0.05, draws=4, blocks=4, contraction="sketch", sketch=2 * AUTO_COLUMNS)
     features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
-    ids, batch = torch.arange(len(x)), min(512, len(x))
+    ids, batch = torch.arange(len(x), device=x.device), min(512, len(x))
     sizes = [(p.shape[1], p.shape[0]) for p in model.parameters() if p.ndim == 2]
     # the layer before the readout is sketched from one number a unit
     inner = sum(i + (o if index == len(sizes) - 2 else 10 * o) for index, (i, o) in enumerate(sizes))
-    left, right = torch.randn(len(x), inner), torch.randn(inner, 2 * AUTO_COLUMNS)
+    left, right = torch.randn(len(x), inner).to(x), torch.randn(inner, 2 * AUTO_COLUMNS).to(x)
     seconds = best_seconds(
         {
             "product": lambda: left @ right,

@@ -12,7 +12,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.studies.cells import Answer, Answers
 
-SECTION_ORDER = ("perturb", "tile", "local", "peers", "solvers", "end-to-end", "scaling", "memory")
+SECTION_ORDER = (
+    "perturb",
+    "perturb-gpu",
+    "tile",
+    "tile-gpu",
+    "local",
+    "local-gpu",
+    "peers",
+    "solvers",
+    "end-to-end",
+    "scaling",
+    "memory",
+)
 
 
 def page(answers: Answers) -> str:
@@ -38,9 +50,15 @@ def _cell(cell: Answer) -> dict[str, Any]:
     return {
         "figures": [_figure(figure) for figure in cell["answer"]["figures"]],
         "machine": cell["machine"],
-        "commit": (cell["commit"] or "unknown")[:16],
+        "commit": _short(cell["commit"]),
         "seconds": f"{cell['seconds']:.0f}",
     }
+
+
+def _short(commit: str | None) -> str:
+    """A commit by its first digits, and whether the code differed from it."""
+    digits, _, changed = (commit or "unknown").partition("-")
+    return digits[:16] + (f"-{changed}" if changed else "")
 
 
 def _figure(figure: Answer) -> dict[str, str]:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from nntk_dist import local_kernel
 from nntk_dist.errors import NNTKError
+from nntk_dist.threads import torch_threads
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.benchmarks.local import FULL, LOCAL, Effort, prepared, problem
-from scripts.studies.cells import Answer, Cell, with_threads
+from scripts.studies.cells import Answer, Cell
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = ROOT / "build" / "peers"
@@ -46,7 +47,7 @@ def cells(*, quick: bool) -> list[Cell]:
 
 def _question(n: int, threads: int):  # type: ignore[no-untyped-def]
     def compute() -> Answer:
-        with with_threads(threads), on_processors(threads):
+        with torch_threads(threads), on_processors(threads):
             return compare(FULL, n, threads, (str(peer_python()), str(_PROGRAM)))
 
     return compute

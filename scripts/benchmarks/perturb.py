@@ -2,7 +2,7 @@
 
 The rate of a perturbed pass is that of the public feature map, drawing and storing included, in batches as the pipeline
 chooses them; plain inference is the model under `no_grad` at the fastest of several batch sizes. One thread, as workers
-have.
+have, or a GPU.
 
 Units: seconds.
 """
@@ -19,13 +19,16 @@ from nntk_dist.evaluation import prepare_model
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.features import FeatureMap
 from nntk_dist.models import build_model
+from nntk_dist.precision import full_precision
 from nntk_dist.resolution import resolve
 from nntk_dist.spec import KernelSpec
+from nntk_dist.threads import torch_threads
 from pipeline.layout import automatic_batch
 from scripts.benchmarks.figures import Figure, answer, best_seconds
-from scripts.studies.cells import Answer, Cell, with_threads
+from scripts.studies.cells import Answer, Cell
 
-_BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_ROWS_TO_CHOOSE_BY = {"cpu": 2048, "cuda": 8192}
 _OUTPUTS = 10
 _BLOCKS = 4
 _OPTIONS = {
@@ -58,25 +61,26 @@ _CASES = (
 )
 
 
-def cells(*, quick: bool) -> list[Cell]:
+def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
     """A cell for each model."""
     rows = 64 if quick else 8192
+    where = {} if device == "cpu" else {"device": device}
     return [
-        Cell(case.name, {"rows": rows} | asdict(case), partial(_measure, case, rows))
+        Cell(case.name, {"rows": rows} | asdict(case) | where, partial(_measure, case, rows, device))
         for case in _CASES
         if not quick or case is _CASES[-1]
     ]
 
 
-def _measure(case: Case, rows: int) -> Answer:
-    with with_threads(1):
-        return answer(*_figures(case, rows))
+def _measure(case: Case, rows: int, device: str) -> Answer:
+    with torch_threads(1), full_precision():  # as in workers
+        return answer(*_figures(case, rows, device))
 
 
-def _figures(case: Case, rows: int) -> Iterator[Figure]:
+def _figures(case: Case, rows: int, device: str) -> Iterator[Figure]:
     built = build_model(case.builder, case.arguments, input_shape=case.shape, num_outputs=_OUTPUTS, seed=0)
-    model = prepare_model(built, dtype=torch.float32, device="cpu")
-    x = torch.randn(rows, *case.shape, generator=torch.Generator().manual_seed(0))
+    model = prepare_model(built, dtype=torch.float32, device=device)
+    x = torch.randn(rows, *case.shape, generator=torch.Generator().manual_seed(0)).to(device)
     best_batch = _fastest_batch(model, x)
     passes = case.draws + 1  # the unperturbed one is made too
     for label in case.options:
@@ -108,7 +112,7 @@ def _figures(case: Case, rows: int) -> Iterator[Figure]:
 
 
 def _features(features: FeatureMap, x: Tensor, draws: range, batch: int) -> object:
-    return features.compute(x, torch.arange(len(x)), draws, features.columns, batch=batch)
+    return features.compute(x, torch.arange(len(x), device=x.device), draws, features.columns, batch=batch)
 
 
 def _infer(model: nn.Module, x: Tensor, batch: int, *, passes: int = 1) -> None:
@@ -119,6 +123,7 @@ def _infer(model: nn.Module, x: Tensor, batch: int, *, passes: int = 1) -> None:
 
 def _fastest_batch(model: nn.Module, x: Tensor) -> int:
     """Batch of the fastest plain inference."""
+    x = x[: _ROWS_TO_CHOOSE_BY[x.device.type]]
     sizes = [size for size in _BATCHES if size <= len(x)]
-    seconds = best_seconds({str(size): partial(_infer, model, x[:2048], size) for size in sizes}, rounds=2)
+    seconds = best_seconds({str(size): partial(_infer, model, x, size) for size in sizes}, rounds=2)
     return min(sizes, key=lambda size: seconds[str(size)])

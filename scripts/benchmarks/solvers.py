@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 from nntk_dist.factored import column_products
 from nntk_dist.factors import FactorRows
 from nntk_dist.read_ahead import read_ahead
+from nntk_dist.threads import torch_threads
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.storage import RunStorage
@@ -91,10 +92,6 @@ def _factor(*, rows: int, columns: int, rounds: int) -> Answer:
 @contextmanager
 def _all_cpus() -> Iterator[None]:
     """As the stages that solve have them."""
-    cpus, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    torch.set_num_threads(cpus)
-    try:
-        with threadpool_limits(cpus, user_api="blas"):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    cpus = len(os.sched_getaffinity(0))
+    with torch_threads(cpus), threadpool_limits(cpus, user_api="blas"):
+        yield

@@ -28,6 +28,7 @@ from nntk_dist.models import build_model
 from nntk_dist.resolution import resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration
+from nntk_dist.threads import torch_threads
 from nntk_dist.tiles import tile_estimates
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
@@ -35,7 +36,7 @@ from pipeline.result_memory import ResultMemory
 from pipeline.storage import RunStorage
 from pipeline.tile_task import tile_totals
 from scripts.benchmarks.figures import Figure, answer, best_seconds
-from scripts.studies.cells import Answer, Cell, with_threads
+from scripts.studies.cells import Answer, Cell
 
 _BLOCKS = 8
 _ARRAYS = {"plugin": "train/gram", "unbiased": "train/gram_unbiased", "stderr": "train/gram_stderr"}
@@ -59,8 +60,10 @@ class Setting:
     width: int = 512
 
 
-def cells(*, quick: bool) -> list[Cell]:
-    """Factored tiles of one and two threads, with and without writing; then features of other kinds."""
+def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
+    """Factored tiles of one and two threads, with and without writing; then features of other kinds. On a GPU threads
+    are those that write.
+    """
     size, rounds, layered, narrow = (512, 1, 128, 128) if quick else (4096, 4, 1024, 2048)
     settings = []
     for threads in (1, 2):
@@ -75,7 +78,8 @@ def cells(*, quick: bool) -> list[Cell]:
         settings.append(Setting("layered", stderr, layered, size, 1, rounds))
         least = 0.7 if stderr == "sample" else None
         settings.append(Setting("layered", stderr, narrow, size, 1, rounds, least=least, width=256))
-    return [Cell(_key(setting), vars(setting), partial(_measure, setting)) for setting in settings]
+    where = {} if device == "cpu" else {"device": device}
+    return [Cell(_key(each), vars(each) | where, partial(_measure, each, device)) for each in settings]
 
 
 def _key(setting: Setting) -> str:
@@ -84,17 +88,17 @@ def _key(setting: Setting) -> str:
     return f"{setting.features}{layers}, {setting.stderr}, {setting.threads} threads{written}"
 
 
-def _measure(setting: Setting) -> Answer:
+def _measure(setting: Setting, device: str) -> Answer:
     """The rate of a tile over that of a plain product, in turns."""
     n, length = setting.size, setting.length
-    features = _features(setting)
+    features = _features(setting, device)
     calibration = Calibration(1.0, 0.1, 1) if setting.stderr == "entry" else None
     generator = torch.Generator().manual_seed(0)
-    rows, columns = (_random_rows(features, n, generator) for _ in range(2))
+    rows, columns = (_random_rows(features, n, generator, device) for _ in range(2))
     needed = _length_of_products(features, setting)
     prepared = [features.prepare(part, by_block=calibration is not None) for part in (rows, columns)]
-    left, right = (torch.randn(n, length, generator=generator) for _ in range(2))
-    product, memory = torch.empty(n, n), ResultMemory()
+    left, right = (torch.randn(n, length, generator=generator).to(device) for _ in range(2))
+    product, memory = torch.empty(n, n, device=device), ResultMemory()
 
     def tile() -> dict[str, Tensor]:
         parts = [(prepared[0], prepared[1])]
@@ -103,7 +107,7 @@ def _measure(setting: Setting) -> Answer:
         memory.give_back(result.values())  # in which the next tile is made, as in a worker
         return result
 
-    with tempfile.TemporaryDirectory() as folder, with_threads(setting.threads):
+    with tempfile.TemporaryDirectory() as folder, torch_threads(setting.threads):
         writing = _writer(folder, setting, ("plugin", "unbiased"))
         actions: dict[str, Callable[[], object]] = {
             "product": lambda: torch.mm(left, right.T, out=product),
@@ -132,7 +136,7 @@ def _words(setting: Setting) -> str:
     return f"{setting.size}² of {kinds[setting.features]}, stderr {setting.stderr}, {setting.threads} thread(s){end}"
 
 
-def _features(setting: Setting) -> FeatureMap:
+def _features(setting: Setting, device: str = "cpu") -> FeatureMap:
     """A feature map whose rows have the asked length."""
     each = setting.length // _BLOCKS
     model: nn.Module = nn.Linear(each - 1, 1)
@@ -143,14 +147,15 @@ def _features(setting: Setting) -> FeatureMap:
         options = {"draws": setting.length, "estimator": "weight"}
     elif setting.features == "layered":
         model = build_model("mlp", {"widths": [setting.width] * 2}, input_shape=(784,), num_outputs=10, seed=0)
-    prepared = prepare_model(model, dtype=torch.float32, device="cpu")
+    prepared = prepare_model(model, dtype=torch.float32, device=device)
     x = torch.randn(4, each - 1 if setting.features != "layered" else 784, generator=torch.Generator().manual_seed(1))
+    x = x.to(device)
     spec = KernelSpec(gamma=0.1, blocks=_BLOCKS, **options)
     return make_feature_map(prepared, x, spec, resolve(prepared, x, spec, batch=len(x)))
 
 
-def _random_rows(features: FeatureMap, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {spec.name: torch.randn(count, *spec.shape, generator=generator) for spec in features.arrays}
+def _random_rows(features: FeatureMap, count: int, generator: torch.Generator, device: str) -> dict[str, Tensor]:
+    return {spec.name: torch.randn(count, *spec.shape, generator=generator).to(device) for spec in features.arrays}
 
 
 def _length_of_products(features: FeatureMap, setting: Setting) -> float:
@@ -183,8 +188,9 @@ def _writer(folder: str, setting: Setting, names: tuple[str, ...]) -> Callable[[
     store.create([StoredArray(_ARRAYS[name], (2 * n, 2 * n), (n, n), axes, "float32") for name in names], {})
 
     def write(tile: dict[str, Tensor]) -> object:
-        pieces = [(_ARRAYS[name], (n, 0), tile[name].T.numpy()) for name in names] if setting.mirrored else []
-        pieces += [(_ARRAYS[name], (0, n), tile[name].numpy()) for name in names]
-        return store.write_all(pieces, threads=setting.threads), tile_totals(tile)
+        totals, values = tile_totals(tile), {name: tile[name].to("cpu").numpy() for name in names}
+        pieces = [(_ARRAYS[name], (n, 0), values[name].T) for name in names] if setting.mirrored else []
+        pieces += [(_ARRAYS[name], (0, n), values[name]) for name in names]
+        return store.write_all(pieces, threads=setting.threads), totals
 
     return write

@@ -11,8 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nntk_dist.threads import torch_threads
 from pipeline.manifest import environment_versions, git_commit
 from pipeline.progress import Progress
 
@@ -63,7 +63,7 @@ class Answers:
                 "settings": cell.settings,
                 "answer": answer,
                 "seconds": round(time.perf_counter() - began, 1),
-                "commit": git_commit(Path(__file__)),
+                "commit": git_commit(Path(__file__), but_for="docs"),  # where the answers themselves are written
                 "machine": machine(),
             }
         )
@@ -90,23 +90,11 @@ def answer_all(
 ) -> None:
     """Answer what is not answered yet, in order; with `threads` None the cells see to their threads themselves."""
     todo = [cell for cell in cells if not answers.has(section, cell)]
-    limit = nullcontext() if threads is None else with_threads(threads)
-    with progress.stage(section, len(cells), len(cells) - len(todo)) as stage, limit:
+    with progress.stage(section, len(cells), len(cells) - len(todo)) as stage, torch_threads(threads):
         for cell in todo:
             answers.keep(section, cell)
             stage.advance()
     answers.order(section, cells)
-
-
-@contextmanager
-def with_threads(threads: int) -> Iterator[None]:
-    """So many threads: with one, seconds that can be compared, and the same rounding on every machine of a kind."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def machine() -> str:
@@ -115,7 +103,8 @@ def machine() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}"
 
 
 def _plain(value: Any) -> Any:

@@ -131,7 +131,9 @@ def test_the_kernel_is_the_same_with_products_shared_or_not(monkeypatch):
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double(), torch.randn(5, 4).double()
     kernels = {}
     for stacked in (True, False):
-        monkeypatch.setattr("nntk_dist.resolution.try_stacking", lambda *_, stacked=stacked: StackingTrial(stacked))
+        monkeypatch.setattr(
+            "nntk_dist.resolution.try_stacking", lambda *_, stacked=stacked, **__: StackingTrial(stacked)
+        )
         kernels[stacked] = nonlocal_kernel(model, x, gamma=0.3, distribution="lowrank", draws=64).kernel
     torch.testing.assert_close(kernels[True], kernels[False], rtol=1e-9, atol=1e-9)
 

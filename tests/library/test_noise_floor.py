@@ -241,6 +241,9 @@ def test_directions_that_overflow_are_refused():
     options = {"distribution": {"name": "fractional", "alpha": 0.97}, "estimator": "weight", "draws": 64}
     with pytest.raises(NNTKError, match=r"overflow float32; .*dtype float64"):
         nonlocal_kernel(model, x, gamma=0.3, **options)
+    del options["estimator"]
+    with pytest.raises(NNTKError, match=r"overflow float32; .*dtype float64$"):
+        covariance_kernel(model, x, gamma=0.3, **options)
 
 
 def test_noise_at_the_threshold_does_to_a_covariance_kernel_what_the_warning_says():

@@ -64,6 +64,34 @@ def test_the_faster_way_is_taken_and_remembered(monkeypatch, stacked, seconds):
     assert clock.calls > calls
 
 
+def test_the_trial_has_the_threads_of_those_it_is_for(monkeypatch):
+    threads, original = [], Evaluator.perturbed
+
+    def perturbed(*arguments: object) -> Tensor:
+        threads.append(torch.get_num_threads())
+        return original(*arguments)
+
+    monkeypatch.setattr(Evaluator, "perturbed", perturbed)
+    model, x = prepare_model(nn.Linear(3, 7), dtype=torch.float32, device="cpu"), torch.randn(2, 3)
+    space, before = select_parameters(model), torch.get_num_threads()
+    drawing = KernelSpec(estimator="weight", draws=16).drawing("weight", space, model)
+    for count in (3, 2):
+        threads.clear()
+        try_stacking(model, space, x, drawing, threads=count)
+        assert set(threads) == {count}
+        assert torch.get_num_threads() == before
+
+
+def test_memory_that_runs_out_is_no_reason_against_stacking(monkeypatch):
+    def full(*_arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    Clock(monkeypatch, in_turn=1e-3, stacked=1e-3)
+    monkeypatch.setattr(Evaluator, "_stacked", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        tried(nn.Sequential(nn.Linear(3, 6), nn.Tanh()), torch.randn(2, 3))
+
+
 def test_long_passes_are_not_stacked_and_stacking_is_not_even_tried(monkeypatch):
     Clock(monkeypatch, in_turn=0.02, stacked=1e-6)
     trial = tried(nn.Linear(4, 3), torch.randn(2, 4))

@@ -77,6 +77,10 @@ def fails_above(most: int, kind: type[Exception] = torch.OutOfMemoryError, text:
         (torch.OutOfMemoryError, "CUDA out of memory"),
         (MemoryError, ""),
         (RuntimeError, "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"),
+        (RuntimeError, "CUDA driver error: out of memory"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (RuntimeError, "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     ],
 )
 def test_a_batch_is_halved_until_it_fits_and_stays_so(kind, text):

@@ -15,7 +15,6 @@ from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.kernel_store import checksum
 from pipeline.manifest import read_manifest
-from pipeline.precision import multiplying
 from pipeline.storage import RunStorage
 from pipeline.tile_task import tile_order
 from tests.pipeline.tools import arrays, config_file, finished, nntk
@@ -49,13 +48,6 @@ def test_groups_of_columns_spare_most_of_the_loads():
     assert loads(list(tile_order(20, 20, 20))) == 20 + 400
     assert loads(list(tile_order(20, 20, 4))) == 5 * 20 + 20
     assert loads(list(tile_order(20, 20, 5))) > 400
-
-
-def test_the_precision_of_products_is_set_for_tiles_alone():
-    before = torch.get_float32_matmul_precision()
-    with multiplying("medium"):
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == before == "highest"
 
 
 def test_features_that_a_tile_recomputes_are_made_at_full_precision(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ repeated: tasks are deterministic.
 """
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -66,7 +67,8 @@ def actor_options(num_cpus: int, workers_per_gpu: int, calls_at_once: int = 1) -
     """What Ray is told of a worker; `workers_per_gpu` 0 asks for no GPU."""
     return {
         "num_cpus": num_cpus,
-        "num_gpus": 1 / workers_per_gpu if workers_per_gpu else 0,
+        # Ray counts ten-thousandths, to the nearest: six times 0.1667 is more than there is
+        "num_gpus": math.floor(1e4 / workers_per_gpu) / 1e4 if workers_per_gpu else 0,
         "max_concurrency": calls_at_once,
         "max_restarts": 0,
         "enable_task_events": False,  # the ledger is the record, and a flood of calls would fill Ray's
@@ -95,6 +97,7 @@ class _Worker:
     ready: Any = None
     calls: int = 0
     alone: bool = False  # it has a task that may have killed another
+    given_up: Any = None  # the last actor that was stopped since there was no place for it
 
 
 @dataclass(frozen=True)
@@ -235,14 +238,15 @@ class RayExecutor:
                 # Its node is gone, and there is no other: a new actor would wait for a place, and tasks for the actor.
                 self._workers.remove(call.worker)
                 stage.retired.add(call.worker)
-        if call.attempt >= _ATTEMPTS:
+        if call.attempt >= _ATTEMPTS and call.worker.given_up is not call.actor:
             failure = NNTKError(
                 f"task {call.tasks[0].stage} {call.tasks[0].tile} lost its worker {call.attempt} times, most likely "
                 "for want of memory; make compute.tile or compute.workers smaller"
             )
             failure.__cause__ = error
             return failure
-        stage.lost.extend((task, call.attempt + 1) for task in call.tasks)
+        attempt = call.attempt + (call.worker.given_up is not call.actor)  # which tried nothing
+        stage.lost.extend((task, attempt) for task in call.tasks)
         stage.room.extend(worker for worker in self._workers if worker.calls == 0)
         return None
 
@@ -260,7 +264,8 @@ class RayExecutor:
         missing = len(actors) - places
         if missing > 0 and self._was_short:  # twice in a row: by now the actors of a dead node have said so
             waiting = [worker for worker in actors if not ray.wait([worker.ready], timeout=0)[0]]
-            for worker in waiting[:missing]:
+            for worker in waiting[: min(missing, len(self._workers) - 1)]:  # the last one waits for another node
+                worker.given_up = worker.actor
                 ray.kill(worker.actor, no_restart=True)  # its calls fail, and are given to others
         self._was_short = missing > 0
         new = [_Worker() for _ in range(min(places, self._wanted) - len(self._workers))]

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import psutil
 import pytest
@@ -203,12 +203,56 @@ def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, exec
     assert attempts(tmp_path) == {"0": 1}
 
 
+def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path, monkeypatch):
+    """Longer than it would take to be given up as often as a task may lose its worker."""
+    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
+    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    one, found, steps = executor(num_workers=1, seconds=0.05, address=cluster.address), [], iter(range(100))
+    lost_at = None
+    for outcomes in one.run(tasks(60)):
+        found += [outcome.tile for outcome in outcomes]
+        if len(found) > 10 and lost_at is None:
+            cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+            lost_at = len(found)
+        elif lost_at is not None and not outcomes and next(steps) == 15:  # a second each
+            cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+    assert lost_at is not None
+    assert lost_at < 60
+    assert next(steps) > 15
+    assert Counter(found) == Counter(str(number) for number in range(60))
+    assert max(attempts(tmp_path).values()) <= 2
+
+
+def test_what_an_actor_was_given_that_never_had_a_place_was_not_tried(executor):
+    one, task, lost = executor(), Task("numbers", "0"), on_ray.ray.exceptions.ActorDiedError()
+    worker, stage = one._workers[0], on_ray._Stage(on_ray.Runs(iter(())), on_ray.Pace(2), deque())
+    for attempt, counted in ((1, 2), (4, None)):
+        for given_up, expected in ((False, counted), (True, attempt)):
+            worker.actor = actor = object()
+            worker.given_up = actor if given_up else None
+            failure = one._lose(stage, on_ray._Call([task], attempt, worker, actor), lost)
+            assert (failure is None) == (expected is not None)
+            assert [each for _, each in stage.lost] == ([] if expected is None else [expected])
+            stage.lost.clear()
+
+
+def test_an_actor_that_has_started_is_not_given_up_for_want_of_places(executor, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
+    one, places = executor(seconds=4.0), RayExecutor._places
+    monkeypatch.setattr(RayExecutor, "_places", lambda self: 1 if len(attempts(tmp_path)) > 1 else places(self))
+    found = [outcome.tile for outcomes in one.run(tasks(2)) for outcome in outcomes]
+    assert sorted(found) == ["0", "1"]
+    assert attempts(tmp_path) == {"0": 1, "1": 1}
+
+
 def test_what_ray_is_told_of_a_worker():
     told = {"num_cpus": 3, "num_gpus": 0, "max_concurrency": 1, "max_restarts": 0, "enable_task_events": False}
     assert actor_options(3, 0) == told
     assert actor_options(3, 0, 2) == told | {"max_concurrency": 2}
     assert actor_options(1, 1)["num_gpus"] == 1
     assert actor_options(1, 4)["num_gpus"] == 0.25
+    for workers in range(1, 100):  # as Ray counts them, in ten-thousandths to the nearest
+        assert round(1e4 * actor_options(1, workers)["num_gpus"]) * workers <= 10_000
 
 
 def test_places_are_counted_on_living_nodes_by_cpus_and_shares_of_gpus():

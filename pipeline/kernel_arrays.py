@@ -13,7 +13,7 @@ import zarr
 
 from nntk_dist.errors import NNTKError
 from pipeline.arrays import StoredArray
-from pipeline.kernel_store import create_array, create_store, open_array, open_store, read_block, write_block
+from pipeline.kernel_store import create_array, create_store, has_array, open_array, read_block, write_block
 from pipeline.storage import STORAGE_ERRORS, RunStorage, reason_of
 
 Piece = tuple[str, Sequence[int], np.ndarray]  # path of an array, start, values
@@ -30,9 +30,8 @@ class KernelArrays:
     def create(self, arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> None:
         """Create the store and those arrays that it does not hold yet."""
         create_store(self.storage, attributes)
-        present = open_store(self.storage)
         for array in arrays:
-            if array.path not in present:
+            if not has_array(self.storage, array.path):
                 create_array(
                     self.storage,
                     array.path,

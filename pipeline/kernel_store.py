@@ -14,8 +14,9 @@ Axis legend: whatever `dimension_names` of the array says.
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -28,7 +29,7 @@ from zarr.storage import StorePath
 
 from nntk_dist.errors import NNTKError
 from pipeline.shards import can_encode, compressors, encode
-from pipeline.storage import KERNEL_STORE, STORAGE_ERRORS, RunStorage, reason_of
+from pipeline.storage import ACCESS_ERRORS, KERNEL_STORE, STORAGE_ERRORS, RunStorage, StorageRefusal, reason_of
 
 SCHEMA_NAME = "nntk-kernel"
 SCHEMA_VERSION = 1
@@ -50,22 +51,31 @@ _DAMAGE = (ValueError, RuntimeError)
 
 
 def create_store(storage: RunStorage, attributes: Mapping[str, Any]) -> None:
-    """Create `kernel.zarr` where it is missing, and set the attributes of its root (schema and version are added)."""
-    root = zarr.open_group(storage.zarr_store(read_only=False), mode="a", zarr_format=3)
-    root.update_attributes({**attributes, "schema": SCHEMA_NAME, "version": SCHEMA_VERSION})
+    """Create `kernel.zarr` where it is missing, and set the attributes of its root (schema and version are added).
+
+    Raises: StorageRefusal where the storage does not take it.
+    """
+    with _refusals_named(f"'{storage.url}/{KERNEL_STORE}'"):
+        root = zarr.open_group(storage.zarr_store(read_only=False), mode="a", zarr_format=3)
+        root.update_attributes({**attributes, "schema": SCHEMA_NAME, "version": SCHEMA_VERSION})
 
 
 def open_store(storage: RunStorage, *, read_only: bool = True) -> zarr.Group:
     """The root group.
 
     Raises:
-        NNTKError: there is no kernel store here, it is something else, or of a newer version.
+        NNTKError: there is no kernel store here, it is something else, or of a newer version; a StorageRefusal where
+            the storage does not say.
     """
     where = f"'{storage.url}/{KERNEL_STORE}'"
+    mode: Literal["r", "r+"] = "r" if read_only else "r+"
     try:
-        root = zarr.open_group(storage.zarr_store(read_only=read_only), mode="r" if read_only else "r+", zarr_format=3)
+        with _refusals_named(where):
+            root = zarr.open_group(storage.zarr_store(read_only=read_only), mode=mode, zarr_format=3)
     except FileNotFoundError as error:
         raise NNTKError(f"there is no kernel store at {where}; run `nntk run` first, or check run_dir") from error
+    except StorageRefusal:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         raise NNTKError(f"{where} is damaged ({error}); restore it from a copy or run anew") from error
     if root.attrs.get("schema") != SCHEMA_NAME:
@@ -104,43 +114,59 @@ def create_array(
     Raises:
         ValueError: the array exists already; a dimension name with another length in the group (xarray could not open
             it); lengths of the arguments that differ. Errors of the program, not of its user.
+        StorageRefusal: the storage does not take it.
     """
     if not len(shape) == len(shard) == len(dimension_names):
         raise ValueError(f"{path}: shape {shape}, shard {shard} and dimension_names {dimension_names} differ in length")
-    root = zarr.open_group(storage.zarr_store(read_only=False), mode="r+", zarr_format=3)
-    group_path, _, name = path.rpartition("/")
-    group = root.require_group(group_path) if group_path else root
-    _check_dimensions(group, name, dict(zip(dimension_names, shape, strict=True)))
     shards = tuple(max(1, min(edge, length)) for edge, length in zip(shard, shape, strict=True))
     dtype = np.dtype(dtype).newbyteorder("<")
-    try:
-        return group.create_array(
-            name,
-            shape=tuple(shape),
-            dtype=dtype,
-            chunks=tuple(map(chunk_edge, shards)),
-            shards=shards,
-            compressors=compressors(dtype.itemsize),
-            fill_value=np.nan if dtype.kind == "f" else None,
-            dimension_names=list(dimension_names),
-            attributes=dict(attributes or {}),
-            overwrite=overwrite,
-            config=_CONFIG,
-        )
-    except ContainsArrayError as error:
-        raise ValueError(f"{path} exists already") from error
+    with _refusals_named(f"{path} of '{storage.url}/{KERNEL_STORE}'"):
+        root = zarr.open_group(storage.zarr_store(read_only=False), mode="r+", zarr_format=3)
+        group_path, _, name = path.rpartition("/")
+        group = root.require_group(group_path) if group_path else root
+        _check_dimensions(group, name, dict(zip(dimension_names, shape, strict=True)))
+        try:
+            return group.create_array(
+                name,
+                shape=tuple(shape),
+                dtype=dtype,
+                chunks=tuple(map(chunk_edge, shards)),
+                shards=shards,
+                compressors=compressors(dtype.itemsize),
+                fill_value=np.nan if dtype.kind == "f" else None,
+                dimension_names=list(dimension_names),
+                attributes=dict(attributes or {}),
+                overwrite=overwrite,
+                config=_CONFIG,
+            )
+        except ContainsArrayError as error:
+            raise ValueError(f"{path} exists already") from error
 
 
 def open_array(storage: RunStorage, path: str, *, read_only: bool = True) -> zarr.Array:
     """An array of the store, with the settings that `write_block` needs.
 
     Raises:
-        NNTKError: the store or the array does not exist.
+        NNTKError: the store or the array does not exist; a StorageRefusal where the storage does not say.
     """
-    array = open_store(storage, read_only=read_only).get(path)
+    array = _member(storage, path, read_only=read_only)
     if not isinstance(array, zarr.Array):
         raise NNTKError(f"'{storage.url}/{KERNEL_STORE}' has no array '{path}'; run its stage first, or check run_dir")
     return array.with_config(_CONFIG)
+
+
+def has_array(storage: RunStorage, path: str) -> bool:
+    """Whether the store holds something of this name.
+
+    Raises: NNTKError as `open_array`, where there is no store.
+    """
+    return _member(storage, path, read_only=True) is not None
+
+
+def _member(storage: RunStorage, path: str, *, read_only: bool) -> object:
+    root = open_store(storage, read_only=read_only)
+    with _refusals_named(f"{path} of '{storage.url}/{KERNEL_STORE}'"):
+        return root.get(path)
 
 
 def chunk_edge(shard_edge: int) -> int:
@@ -187,26 +213,27 @@ def read_block(array: zarr.Array, selection: Selection, *, required: bool = True
         required: refuse where a shard has not been written; otherwise its place holds the fill value.
 
     Raises:
-        NNTKError: damaged or missing data; names array, selection and, for missing data, the file.
+        NNTKError: damaged or missing data; names array, selection and, for missing data, the file. A StorageRefusal
+            where the storage does not let us look.
     """
     bounds = _bounds(array, selection)
+    where = f"{array.path}{_text(bounds)} of '{array.store}'"
+    if required:
+        with _refusals_named(where):
+            missing = next((file for _, file in _shard_files(array, bounds) if not _has_content(file)), None)
+        if missing is not None:
+            raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{missing}' is missing; see nntk verify")
     try:
-        if required:
-            for _, file in _shard_files(array, bounds):
-                if not _has_content(file):
-                    raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{file}' is missing; see nntk verify")
-        return np.asarray(array[selection])
-    except NNTKError:
+        with _refusals_named(where, ACCESS_ERRORS):
+            return np.asarray(array[selection])
+    except StorageRefusal:
         raise
-    except STORAGE_ERRORS as error:
+    except STORAGE_ERRORS as error:  # of a file that is there
         raise NNTKError(
-            f"{array.path}{_text(bounds)} of '{array.store}' cannot be read ({reason_of(error)}); see to the storage, "
-            "then continue with --resume"
+            f"{where} cannot be read ({reason_of(error)}); see to the storage, then continue with --resume"
         ) from error
     except _DAMAGE as error:
-        raise NNTKError(
-            f"{array.path}{_text(bounds)} of '{array.store}' is damaged ({error}); restore it from a copy or run anew"
-        ) from error
+        raise NNTKError(f"{where} is damaged ({error}); restore it from a copy or run anew") from error
 
 
 def checksum(block: npt.NDArray[Any]) -> int:
@@ -223,6 +250,19 @@ def former_checksum(block: npt.NDArray[Any]) -> int:
     for stripe in _stripes(block):
         crc = zlib.crc32(stripe.data, crc)
     return crc
+
+
+@contextmanager
+def _refusals_named(where: str, errors: tuple[type[Exception], ...] = STORAGE_ERRORS) -> Iterator[None]:
+    """Such errors become a StorageRefusal that says where; that something is not there is no refusal."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except errors as error:
+        raise StorageRefusal(
+            f"{where} is out of reach ({reason_of(error)}); see to the storage, then continue with --resume"
+        ) from error
 
 
 def _stripes(block: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.uint8]]:

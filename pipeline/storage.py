@@ -30,11 +30,16 @@ KERNEL_STORE = "kernel.zarr"
 REMOTE_SCHEMES = ("s3", "gs", "az")
 
 STORAGE_ERRORS = (BaseError, OSError)  # what object stores and disks raise
+ACCESS_ERRORS = (BaseError, PermissionError)  # those that say nothing of what is there
 # What a hard kill can leave behind: zarr's temporary files (`0.<uuid>.partial`) and obstore's (`manifest.json#1`).
 _PARTIAL_FILE = re.compile(r"\.partial$|#\d+$")
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>")
 _PROBE_FILE = ".writable"
 _OWN_FOLDERS = (KERNEL_STORE, "ledger", "tables", "report")
+
+
+class StorageRefusal(NNTKError):
+    """A disk or an object store does not answer, or not us: nothing is known of what it holds."""
 
 
 class RunStorage:

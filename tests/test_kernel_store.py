@@ -19,7 +19,7 @@ from pipeline.kernel_store import (
     read_block,
     write_block,
 )
-from pipeline.storage import RunStorage
+from pipeline.storage import RunStorage, StorageRefusal
 
 ROWS, TILE = 150, 64
 
@@ -245,3 +245,41 @@ def test_stores_that_cannot_be_opened(tmp_path, storage):
     storage.write_bytes("kernel.zarr/zarr.json", b"{")
     with pytest.raises(NNTKError, match=r"kernel.zarr' is damaged"):
         open_store(storage)
+
+
+@pytest.mark.parametrize("operation", ["get", "getsize", "set"])
+def test_a_storage_that_does_not_let_us_look_is_no_damage(operation, storage, matrix, monkeypatch):
+    array = make_gram(storage)
+    fill(array, matrix)
+    actions = {
+        "get": [
+            lambda: open_store(storage),
+            lambda: open_array(storage, "train/gram"),
+            lambda: make_gram(storage, overwrite=True),
+            lambda: read_block(array, np.s_[:, :]),
+            lambda: read_block(array, np.s_[:, :], required=False),
+        ],
+        "getsize": [lambda: read_block(array, np.s_[:, :])],
+        "set": [lambda: create_store(storage, {}), lambda: make_gram(storage, overwrite=True)],
+    }
+
+    def refuse(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(zarr.storage.LocalStore, operation, refuse)
+    for action in actions[operation]:
+        with pytest.raises(StorageRefusal, match=r"is out of reach \(Permission denied\); see to the storage"):
+            action()
+
+
+def test_a_file_that_is_there_and_cannot_be_read_is_damaged(storage, matrix, monkeypatch):
+    array = make_gram(storage)
+    fill(array, matrix)
+
+    def fail(*_args, **_options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", fail)
+    with pytest.raises(NNTKError, match=r"train/gram\[.*cannot be read \(Input/output error\)") as caught:
+        read_block(array, np.s_[:, :])
+    assert not isinstance(caught.value, StorageRefusal)

@@ -268,3 +268,19 @@ def test_what_is_damaged_can_be_forgotten_and_done_again_with_the_same_bits(dama
     assert {task: after[task] for task in kept} == kept
     assert set(after) - set(kept) == {("gram", "train/0/1")}
     assert nntk("verify", run_dir).code == 0
+
+
+def test_what_cannot_be_reached_is_not_forgotten(damaged, monkeypatch):
+    run_dir, _ = damaged
+    kept = ledger(run_dir)
+
+    async def refuse(*_args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "getsize", refuse)
+    result = nntk("verify", run_dir, "--forget")
+    assert result.code == 1
+    assert "is out of reach (Permission denied)" in " ".join(result.out.split())
+    assert ledger(run_dir) == kept
+    monkeypatch.undo()
+    assert nntk("verify", run_dir).code == 0

@@ -5,6 +5,7 @@ continues the run and exit code 130. Everything else that goes wrong is a bug an
 """
 
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -155,7 +156,8 @@ def _open(run_dir: str) -> tuple[RunStorage, Manifest]:
 def _resume_command(config: Path, overrides: list[str], address: str | None) -> str:
     sets = [part for override in overrides for part in ("--set", override)]
     place = ["--address", address] if address else []
-    return shlex.join(["nntk", "run", str(config), *sets, "--resume", *place])
+    program = ["nntk"] if shutil.which("nntk") else [sys.executable, "-m", "pipeline"]
+    return shlex.join([*program, "run", str(config), *sets, "--resume", *place])
 
 
 @contextmanager

@@ -99,10 +99,10 @@ def open_python(location: str) -> Source:
 
 
 def _rows(inputs: Any, targets: Any, name: str) -> Rows:
-    inputs = inputs if isinstance(inputs, zarr.Array) else np.asarray(inputs)
-    targets = _read(targets, slice(None), name) if isinstance(targets, zarr.Array) else np.asarray(targets)
+    inputs, targets = (each if isinstance(each, zarr.Array) else np.asarray(each) for each in (inputs, targets))
     if inputs.ndim == 0 or targets.ndim == 0:
         raise NNTKError(f"{name} or its targets are a single value; give arrays whose first axis is the examples")
+    targets = _read(targets, slice(None), name) if isinstance(targets, zarr.Array) else targets
     if inputs.shape[0] != targets.shape[0]:
         raise NNTKError(
             f"{name} has {inputs.shape[0]} rows but its targets have {targets.shape[0]}; give one target per row"

@@ -17,7 +17,8 @@ Y = np.arange(15) % 3
 def write_zarr(path, **arrays):
     group = zarr.open_group(path, mode="w")
     for name, values in arrays.items():
-        group.create_array(name, shape=values.shape, dtype=values.dtype, chunks=(4, *values.shape[1:]))[...] = values
+        chunks = (4, *values.shape[1:])[: values.ndim]
+        group.create_array(name, shape=values.shape, dtype=values.dtype, chunks=chunks)[...] = values
     return path
 
 
@@ -159,6 +160,13 @@ def test_missing_keys(tmp_path, keys, message):
         load_dataset(f"npz:{tmp_path / 'data.npz'}", train=1, test=1)
     with pytest.raises(NNTKError, match=message):
         load_dataset(f"zarr:{write_zarr(tmp_path / 'data.zarr', **arrays)}", train=1, test=1)
+
+
+@pytest.mark.parametrize("arrays", [{"x": np.asarray(X), "y": np.asarray(4)}, {"x": np.asarray(3.0), "y": Y}])
+def test_single_values_in_a_zarr_group(tmp_path, arrays):
+    path = write_zarr(tmp_path / "data.zarr", **arrays)
+    with pytest.raises(NNTKError, match="are a single value; give arrays whose first axis is the examples"):
+        load_dataset(f"zarr:{path}", train=1, test=1)
 
 
 def test_unreadable_archives(tmp_path):

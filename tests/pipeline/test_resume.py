@@ -2,6 +2,8 @@
 no file.
 """
 
+import re
+
 import numpy as np
 import pytest
 
@@ -113,7 +115,7 @@ def test_an_unfinished_run_goes_on_where_it_stopped(stage, good_run, tmp_path, m
     monkeypatch.setattr(module, "execute", interrupted)
     stopped = run(tmp_path / "run")
     assert stopped.code == 130
-    assert "continue with: nntk run" in stopped.err
+    assert re.search(r"continue with: \S+( -m pipeline)? run \S+ .*--resume", " ".join(stopped.err.split()))
     monkeypatch.undo()
     kept = started(tmp_path / "run")
 

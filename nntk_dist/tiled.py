@@ -41,15 +41,15 @@ class TiledKernel:
         self, vectors: Float[np.ndarray, "n v"], *, with_norm: bool = True
     ) -> tuple[Float[np.ndarray, "n v"], float]:
         """`K·vectors` and, where asked, `Σ K_ij²`, in the same pass."""
-        vectors = np.asarray(vectors, dtype=np.float64)
-        product, squares = np.zeros(vectors.shape), 0.0
+        lying = _lying(vectors)
+        product, squares = np.zeros(lying.shape), 0.0
         for (rows, columns), tile in read_ahead(self._upper(), self._tile):
-            product[rows] += tile @ vectors[columns]
+            product[:, rows] += lying[:, columns] @ tile.T
             if columns != rows:
-                product[columns] += tile.T @ vectors[rows]
+                product[:, columns] += lying[:, rows] @ tile
             if with_norm:
                 squares += (1 if columns == rows else 2) * float(np.vdot(tile, tile))
-        return product, squares
+        return np.ascontiguousarray(product.T), squares
 
     def diagonal_blocks(self, size: int = 1) -> Float[np.ndarray, "n/d d d"]:
         """The blocks on the diagonal, of `size` rows each; reads the tiles on the diagonal."""
@@ -85,12 +85,18 @@ class TiledRows:
 
     def product(self, vectors: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "m v"]:
         """The rectangle times the vectors, in one pass."""
-        product = np.zeros((self.shape[0], vectors.shape[1]))
+        lying = _lying(vectors)
+        product = np.zeros((len(lying), self.shape[0]))
         rows, columns = (
             [slice(start, min(start + edge, length)) for start in range(0, length, edge)]
             for length, edge in zip(self.shape, self.edges, strict=True)
         )
         places = [(own, other) for own in rows for other in columns]
         for (own, other), tile in read_ahead(places, lambda place: np.asarray(self.read(*place), dtype=np.float64)):
-            product[own] += tile @ vectors[other]
-        return product
+            product[:, own] += lying[:, other] @ tile.T
+        return np.ascontiguousarray(product.T)
+
+
+def _lying(vectors: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "v n"]:
+    """Vectors as rows: few of them times a tile take BLAS half as long so (measured, 20 and 84 with tiles of 4096)."""
+    return np.ascontiguousarray(np.asarray(vectors, dtype=np.float64).T)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 
 from nntk_dist.errors import NNTKError
@@ -47,10 +48,13 @@ class KernelArrays:
             self._open[path] = open_array(self.storage, path, read_only=False)
         return self._open[path]
 
-    def read(self, path: str, *selection: slice) -> np.ndarray:
-        """The values of a selection, whole along axes not given; NNTKError where data are missing or damaged."""
+    def read(self, path: str, *selection: slice, dtype: npt.DTypeLike = None) -> np.ndarray:
+        """The values of a selection, whole along axes not given, cast to a dtype where one is given.
+
+        Raises: NNTKError where data are missing or damaged.
+        """
         array = self.array(path)
-        return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))))
+        return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))), dtype=dtype)
 
     def read_shard(self, path: str, start: Sequence[int]) -> np.ndarray:
         """What one `write` at this start wrote: a shard, or what of it lies within the array."""

@@ -12,6 +12,8 @@ all of the bytes at 0.5 to 1.3 GB/s in, at 1 87 % at 0.6 in and 1.5 out.
 Axis legend: whatever `dimension_names` of the array says.
 """
 
+import os
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +27,10 @@ import zarr
 from zarr.buffer import cpu
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
-from zarr.storage import StorePath
+from zarr.storage import LocalStore, StorePath
 
 from nntk_dist.errors import NNTKError
-from pipeline.shards import can_encode, compressors, encode
+from pipeline.shards import can_encode, compressors, decode, encode
 from pipeline.storage import ACCESS_ERRORS, KERNEL_STORE, STORAGE_ERRORS, RunStorage, StorageRefusal, reason_of
 
 SCHEMA_NAME = "nntk-kernel"
@@ -45,6 +47,8 @@ _STRIPE_BYTES = 2**22  # of values that have to be brought into C order for thei
 # Not kept in the array's metadata, so every opening for writing has to say it: otherwise a tile that happens to equal
 # the fill value would leave no file and look as if it had never been computed.
 _CONFIG: Any = {"write_empty_chunks": True}
+
+_ROOM = threading.local()  # of every thread that reads, for the content of a file
 
 # What zarr and its codecs raise for a checksum that does not match, and for what cannot be decoded at all.
 _DAMAGE = (ValueError, RuntimeError)
@@ -191,10 +195,8 @@ def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) 
         ValueError: part of a shard, or values of another shape. Errors of the program, not of its user.
     """
     bounds = _bounds(array, selection)
-    shards = array.shards or array.chunks
-    for (start, stop), length, edge in zip(bounds, array.shape, shards, strict=True):
-        if start % edge or (stop % edge and stop != length):
-            raise ValueError(f"{array.path}: {_text(bounds)} is not made of whole shards of {shards}")
+    if not _of_whole_shards(array, bounds):
+        raise ValueError(f"{array.path}: {_text(bounds)} is not made of whole shards of {array.shards or array.chunks}")
     block = np.asarray(values, dtype=array.dtype.newbyteorder("<"))
     if block.shape != tuple(stop - start for start, stop in bounds):
         raise ValueError(f"{array.path}: values of shape {block.shape} for {_text(bounds)}")
@@ -204,13 +206,16 @@ def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) 
     return block.nbytes, checksum(block)
 
 
-def read_block(array: zarr.Array, selection: Selection, *, required: bool = True) -> npt.NDArray[Any]:
-    """The values of a selection, checksums verified.
+def read_block(
+    array: zarr.Array, selection: Selection, *, required: bool = True, dtype: npt.DTypeLike = None
+) -> npt.NDArray[Any]:
+    """The values of a selection, checksums verified; whole shards in half of the time that zarr takes.
 
     Args:
         array: any array of the store.
         selection: one slice an axis, not necessarily aligned.
         required: refuse where a shard has not been written; otherwise its place holds the fill value.
+        dtype: to cast to, None for the array's own.
 
     Raises:
         NNTKError: damaged or missing data; names array, selection and, for missing data, the file. A StorageRefusal
@@ -225,7 +230,9 @@ def read_block(array: zarr.Array, selection: Selection, *, required: bool = True
             raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{missing}' is missing; see nntk verify")
     try:
         with _refusals_named(where, ACCESS_ERRORS):
-            return np.asarray(array[selection])
+            if required and _of_whole_shards(array, bounds) and can_encode(array):
+                return _read_shards(array, bounds, dtype)
+            return np.asarray(array[selection], dtype=dtype)
     except StorageRefusal:
         raise
     except STORAGE_ERRORS as error:  # of a file that is there
@@ -274,17 +281,51 @@ def _stripes(block: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.uint8]]:
 
 def _write_shards(array: zarr.Array, bounds: Bounds, block: npt.NDArray[Any]) -> int:
     """Write a block of whole shards, each atomically, as the store writes any file; the checksum of the block."""
-    edges = array.shards or array.chunks
     crcs = []
     for place, file in _shard_files(array, bounds):
-        box = tuple(
-            slice(i * edge - start, min((i + 1) * edge, stop) - start)
-            for i, edge, (start, stop) in zip(place, edges, bounds, strict=True)
-        )
-        content, crc = encode(array, block[box])
+        content, crc = encode(array, block[_box(array, place, bounds)])
         sync(file.set(cpu.Buffer.from_array_like(content)))
         crcs.append(crc)
     return crcs[0] if len(crcs) == 1 else checksum(block)
+
+
+def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The values of a block of whole shards."""
+    block = np.empty([stop - start for start, stop in bounds], array.dtype if dtype is None else dtype)
+    for place, file in _shard_files(array, bounds):
+        decode(array, _content(file), block[_box(array, place, bounds)])
+    return block
+
+
+def _content(file: StorePath) -> npt.NDArray[np.uint8]:
+    """What a file holds; of one on a local disk in memory that the next call in this thread takes again."""
+    if not isinstance(file.store, LocalStore):
+        buffer = sync(file.get(cpu.buffer_prototype))
+        if buffer is None:
+            raise FileNotFoundError(str(file))
+        return np.frombuffer(buffer.to_bytes(), np.uint8)
+    with (file.store.root / file.path).open("rb", buffering=0) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        room = getattr(_ROOM, "memory", None)
+        if room is None or len(room) < size:
+            room = _ROOM.memory = np.empty(size, np.uint8)
+        filled = 0
+        while filled < size and (count := opened.readinto(room[filled:size])):
+            filled += count
+    return room[:filled]
+
+
+def _of_whole_shards(array: zarr.Array, bounds: Bounds) -> bool:
+    edges = zip(bounds, array.shape, array.shards or array.chunks, strict=True)
+    return all(start % edge == 0 and (stop % edge == 0 or stop == length) for (start, stop), length, edge in edges)
+
+
+def _box(array: zarr.Array, place: tuple[int, ...], bounds: Bounds) -> Selection:
+    """Where a shard lies within a block of whole shards."""
+    return tuple(
+        slice(i * edge - start, min((i + 1) * edge, stop) - start)
+        for i, edge, (start, stop) in zip(place, array.shards or array.chunks, bounds, strict=True)
+    )
 
 
 def _check_dimensions(group: zarr.Group, name: str, lengths: Mapping[str, int]) -> None:

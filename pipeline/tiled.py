@@ -3,6 +3,8 @@
 Axes: n train rows, m test rows.
 """
 
+import numpy as np
+
 from nntk_dist.tiled import TiledKernel, TiledRows
 from pipeline.kernel_arrays import KernelArrays
 
@@ -11,7 +13,9 @@ def stored_tiles(store: KernelArrays, path: str) -> TiledKernel:
     """A square array in tiles that are its shards."""
     array = store.array(path)
     return TiledKernel(
-        array.shape[0], max(array.shards or array.chunks), lambda rows, cols: store.read(path, rows, cols)
+        array.shape[0],
+        max(array.shards or array.chunks),
+        lambda rows, columns: store.read(path, rows, columns, dtype=np.float64),
     )
 
 
@@ -20,4 +24,4 @@ def stored_rectangle(store: KernelArrays, path: str) -> TiledRows:
     array = store.array(path)
     height, width = array.shards or array.chunks
     shape = (array.shape[0], array.shape[1])
-    return TiledRows(shape, (height, width), lambda rows, cols: store.read(path, rows, cols))
+    return TiledRows(shape, (height, width), lambda rows, columns: store.read(path, rows, columns, dtype=np.float64))

@@ -1,6 +1,7 @@
 """The arrays of kernel.zarr: what is written comes back, what is damaged or missing shows, others can open them."""
 
 import json
+from pathlib import Path
 
 import dask.array
 import google_crc32c
@@ -247,7 +248,7 @@ def test_stores_that_cannot_be_opened(tmp_path, storage):
         open_store(storage)
 
 
-@pytest.mark.parametrize("operation", ["get", "getsize", "set"])
+@pytest.mark.parametrize("operation", ["get", "getsize", "set", "open"])
 def test_a_storage_that_does_not_let_us_look_is_no_damage(operation, storage, matrix, monkeypatch):
     array = make_gram(storage)
     fill(array, matrix)
@@ -256,9 +257,10 @@ def test_a_storage_that_does_not_let_us_look_is_no_damage(operation, storage, ma
             lambda: open_store(storage),
             lambda: open_array(storage, "train/gram"),
             lambda: make_gram(storage, overwrite=True),
-            lambda: read_block(array, np.s_[:, :]),
+            lambda: read_block(array, np.s_[:10, :]),
             lambda: read_block(array, np.s_[:, :], required=False),
         ],
+        "open": [lambda: read_block(array, np.s_[:, :])],
         "getsize": [lambda: read_block(array, np.s_[:, :])],
         "set": [lambda: create_store(storage, {}), lambda: make_gram(storage, overwrite=True)],
     }
@@ -266,7 +268,7 @@ def test_a_storage_that_does_not_let_us_look_is_no_damage(operation, storage, ma
     def refuse(*_args, **_options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(zarr.storage.LocalStore, operation, refuse)
+    monkeypatch.setattr(Path if operation == "open" else zarr.storage.LocalStore, operation, refuse)
     for action in actions[operation]:
         with pytest.raises(StorageRefusal, match=r"is out of reach \(Permission denied\); see to the storage"):
             action()
@@ -279,7 +281,7 @@ def test_a_file_that_is_there_and_cannot_be_read_is_damaged(storage, matrix, mon
     def fail(*_args, **_options):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(zarr.storage.LocalStore, "get", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(NNTKError, match=r"train/gram\[.*cannot be read \(Input/output error\)") as caught:
         read_block(array, np.s_[:, :])
     assert not isinstance(caught.value, StorageRefusal)

@@ -4,6 +4,7 @@ Zarr lays the chunks of a file in another order; what counts are the chunks that
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
 import numpy as np
@@ -108,6 +109,52 @@ def test_shards_one_by_one_and_several_at_once(store):
     np.testing.assert_array_equal(zarr.open_array(array.store, path="a", mode="r")[...], values)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "i4", "u1", "u2", "?"])
+@pytest.mark.parametrize(("shape", "shard", "chunk"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_what_zarr_writes_is_read_back(kind, shape, shard, chunk, dtype, tmp_path, monkeypatch):
+    values = random(shape, dtype)
+    array = make(shape, shard, chunk, dtype, store=LocalStore(tmp_path) if kind == "disk" else None)
+    array[...] = values
+    parts = [tuple(map(slice, shape)), tuple(slice(0, edge) for edge in shard)]
+    parts.append(tuple(slice((length - 1) // edge * edge, None) for length, edge in zip(shape, shard, strict=True)))
+    monkeypatch.setattr(zarr.Array, "__getitem__", None)  # the slow way would raise
+    for part in parts:
+        found = read_block(array, part)
+        assert found.dtype == dtype
+        assert found.tobytes() == values[part].tobytes()
+        cast = read_block(array, part, dtype="f8")
+        assert cast.dtype == "f8"
+        assert cast.tobytes() == values[part].astype("f8").tobytes()
+
+
+def test_parts_of_shards_are_read_by_zarr_and_cast(tmp_path):
+    values = random((9, 13), "f4")
+    array = make(values.shape, (4, 6), (2, 3), store=LocalStore(tmp_path))
+    array[...] = values
+    for part in (np.s_[1:3, :], np.s_[:, 0:5], np.s_[4:9, 6:12], np.s_[8:9, 2:13]):
+        np.testing.assert_array_equal(read_block(array, part), values[part])
+        np.testing.assert_array_equal(read_block(array, part, dtype="f8"), values[part].astype("f8"))
+
+
+def test_chunks_that_zarr_left_out_hold_the_fill_value():
+    array = make((8, 8), (4, 4), (2, 2), config={"write_empty_chunks": False})
+    values = random((8, 8), "f4")
+    values[0:2, 2:4] = np.nan
+    array[...] = values
+    np.testing.assert_array_equal(read_block(array, np.s_[:, :]), values)
+
+
+def test_threads_that_read_do_not_share_their_memory(tmp_path):
+    values = random((256, 256), "f4")
+    array = make(values.shape, (64, 64), (32, 32), store=LocalStore(tmp_path))
+    array[...] = values
+    places = [np.s_[i : i + 64, j : j + 64] for i in range(0, 256, 64) for j in range(0, 256, 64)] * 20
+    with ThreadPoolExecutor(4) as pool:
+        for place, found in zip(places, pool.map(lambda place: read_block(array, place), places), strict=True):
+            np.testing.assert_array_equal(found, values[place])
+
+
 @pytest.mark.parametrize("fill", [np.nan, 0.0, -0.0])
 def test_tiles_of_one_value_leave_their_files(fill):
     expected, array = (make((5, 7), (4, 4), (2, 2), fill_value=0.0) for _ in range(2))
@@ -127,6 +174,20 @@ def test_a_flipped_byte_shows(place, tmp_path):
     data = bytearray(file.read_bytes())
     data[int(place * (len(data) - 1))] ^= 0x10
     file.write_bytes(data)
+    for selection in (np.s_[:, :], np.s_[:63, :]):  # read here, and by zarr
+        with pytest.raises(NNTKError, match=r"is damaged"):
+            read_block(array, selection)
+
+
+@pytest.mark.parametrize("length", [0.001, 0.2, 0.9])
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_a_part_of_a_file_shows(length, end, tmp_path):
+    array = make((64, 64), (64, 64), (16, 16), store=LocalStore(tmp_path))
+    write_block(array, np.s_[:, :], random((64, 64), "f4"))
+    file = tmp_path / "a/c/0/0"
+    data = file.read_bytes()
+    count = int(length * len(data))
+    file.write_bytes(data[:count] if end == "first" else data[-count:])
     with pytest.raises(NNTKError, match=r"is damaged"):
         read_block(array, np.s_[:, :])
 
@@ -142,8 +203,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
-def test_arrays_with_other_codecs_are_written_by_zarr(changes, monkeypatch):
+def test_arrays_with_other_codecs_are_written_and_read_by_zarr(changes, monkeypatch):
     monkeypatch.setattr(kernel_store, "encode", None)  # would raise
+    monkeypatch.setattr(kernel_store, "decode", None)
     values = random((8, 12), "f4")
     settings = {"shard": (4, 6), "chunk": (2, 3)} | changes
     expected, array = (make(values.shape, **settings) for _ in range(2))
@@ -155,6 +217,7 @@ def test_arrays_with_other_codecs_are_written_by_zarr(changes, monkeypatch):
         {key: value.to_bytes() for key, value in one.store._store_dict.items()} for one in (array, expected)
     )
     assert written == right
+    np.testing.assert_array_equal(read_block(array, np.s_[:, :], dtype="f8"), values.astype("f8"))
 
 
 def test_arrays_of_the_store_are_encoded_here_also_when_opened_again(tmp_path):

@@ -48,7 +48,7 @@ class KernelArrays:
             self._open[path] = open_array(self.storage, path, read_only=False)
         return self._open[path]
 
-    def read(self, path: str, *selection: slice, dtype: npt.DTypeLike = None) -> np.ndarray:
+    def read(self, path: str, *selection: slice, dtype: npt.DTypeLike | None = None) -> np.ndarray:
         """The values of a selection, whole along axes not given, cast to a dtype where one is given.
 
         Raises: NNTKError where data are missing or damaged.

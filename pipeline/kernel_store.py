@@ -207,7 +207,7 @@ def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) 
 
 
 def read_block(
-    array: zarr.Array, selection: Selection, *, required: bool = True, dtype: npt.DTypeLike = None
+    array: zarr.Array, selection: Selection, *, required: bool = True, dtype: npt.DTypeLike | None = None
 ) -> npt.NDArray[Any]:
     """The values of a selection, checksums verified; whole shards in half of the time that zarr takes.
 
@@ -289,7 +289,7 @@ def _write_shards(array: zarr.Array, bounds: Bounds, block: npt.NDArray[Any]) ->
     return crcs[0] if len(crcs) == 1 else checksum(block)
 
 
-def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None) -> npt.NDArray[Any]:
     """The values of a block of whole shards."""
     block = np.empty([stop - start for start, stop in bounds], array.dtype if dtype is None else dtype)
     for place, file in _shard_files(array, bounds):
@@ -310,7 +310,7 @@ def _content(file: StorePath) -> npt.NDArray[np.uint8]:
         if room is None or len(room) < size:
             room = _ROOM.memory = np.empty(size, np.uint8)
         filled = 0
-        while filled < size and (count := opened.readinto(room[filled:size])):
+        while filled < size and (count := opened.readinto(room.data[filled:size])):
             filled += count
     return room[:filled]
 

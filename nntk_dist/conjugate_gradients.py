@@ -44,7 +44,7 @@ def solve(
 
     Whether that was reached is for the caller to say: `residuals` are what they are. From `x = 0`: only so is what is
     found orthogonal to what is missed, and the energy `b_jᵀ x_j` off by the square of the residual alone.
-    Memory: 8·n·j float64 values, those of a pass among them.
+    Memory: 9·n·j float64 values, those of a pass among them.
 
     Raises:
         NNTKError: a product is not finite, or `K + μI` is seen not to be positive definite.

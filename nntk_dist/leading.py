@@ -101,7 +101,7 @@ def leading_eigenpairs(
     """The `top_k` largest eigenvalues, each with `‖K u − λ u‖ ≤ tolerance·max(|λ|, 1e-6 λ_1)`, and their vectors.
 
     A kernel with fewer rows than that gives all its pairs. Signs of vectors are as in `kernel_spectrum`.
-    Cost: 5 to 20 passes over the kernel where eigenvalues decay, and 12·(k + k/4) vectors of memory.
+    Cost: 5 to 20 passes over the kernel where eigenvalues decay, and 18·(k + k/4) vectors of memory.
 
     Raises:
         NNTKError: `top_k` is below 1, or a product is not finite.

@@ -65,7 +65,7 @@ def streamed_regression(
     `(K + μ_l I) a = y` to `‖y − (K + μI) a‖ ≤ tolerance·‖y‖` for every target column. For leave-one-out the columns
     `A⁻¹ e_i` of about `num_sampled/d` examples are solved with them (of at least eight examples; d columns for each).
 
-    Cost: passes of n²/2 entries and 2n²·L·(t + s·d) operations, tens of them where eigenvalues decay; 8·n·L·(t + s·d)
+    Cost: passes of n²/2 entries and 2n²·L·(t + s·d) operations, tens of them where eigenvalues decay; 9·n·L·(t + s·d)
     and n·rank numbers of memory.
 
     Raises:

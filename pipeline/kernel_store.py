@@ -49,6 +49,7 @@ _STRIPE_BYTES = 2**22  # of values that have to be brought into C order for thei
 _CONFIG: Any = {"write_empty_chunks": True}
 
 _ROOM = threading.local()  # of every thread that reads, for the content of a file
+_KEPT_BYTES = 64 << 20
 
 # What zarr and its codecs raise for a checksum that does not match, and for what cannot be decoded at all.
 _DAMAGE = (ValueError, RuntimeError)
@@ -230,7 +231,7 @@ def read_block(
             raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{missing}' is missing; see nntk verify")
     try:
         with _refusals_named(where, ACCESS_ERRORS):
-            if required and _of_whole_shards(array, bounds) and can_encode(array):
+            if required and _can_read(array, bounds):
                 return _read_shards(array, bounds, dtype)
             return np.asarray(array[selection], dtype=dtype)
     except StorageRefusal:
@@ -298,21 +299,31 @@ def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None)
 
 
 def _content(file: StorePath) -> npt.NDArray[np.uint8]:
-    """What a file holds; of one on a local disk in memory that the next call in this thread takes again."""
+    """What a file holds; of one on a local disk in memory that the next call in this thread takes again, if no more
+    than 64 MiB: the system hands out memory page by page, which takes longer than reading.
+    """
     if not isinstance(file.store, LocalStore):
         buffer = sync(file.get(cpu.buffer_prototype))
         if buffer is None:
             raise FileNotFoundError(str(file))
-        return np.frombuffer(buffer.to_bytes(), np.uint8)
+        return buffer.as_numpy_array()
     with (file.store.root / file.path).open("rb", buffering=0) as opened:
         size = os.fstat(opened.fileno()).st_size
         room = getattr(_ROOM, "memory", None)
         if room is None or len(room) < size:
-            room = _ROOM.memory = np.empty(size, np.uint8)
+            room = np.empty(size, np.uint8)
+            _ROOM.memory = room if size <= _KEPT_BYTES else None
         filled = 0
         while filled < size and (count := opened.readinto(room.data[filled:size])):
             filled += count
     return room[:filled]
+
+
+def _can_read(array: zarr.Array, bounds: Bounds) -> bool:
+    """Whether `_read_shards` does it as well as zarr, which has many requests under way at once."""
+    if not (_of_whole_shards(array, bounds) and can_encode(array)):
+        return False
+    return isinstance(array.store, LocalStore) or len(list(_shard_files(array, bounds))) == 1
 
 
 def _of_whole_shards(array: zarr.Array, bounds: Bounds) -> bool:

@@ -28,6 +28,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
+_SIZE = slice(4, 8)  # of what Blosc compressed, in the header of what came of it
 _BLOSC: Any = {"cname": "lz4", "clevel": 1}
 
 Array = npt.NDArray[Any]
@@ -44,7 +45,11 @@ def can_encode(array: zarr.Array) -> bool:
     itemsize = array.dtype.itemsize
     to_bytes = BytesCodec(endian="little" if itemsize > 1 else None)
     sharding = ShardingCodec(chunk_shape=array.chunks, codecs=(to_bytes, *compressors(itemsize)))
-    return array.dtype.kind in "biuf" and array.metadata.to_dict().get("codecs") == (sharding.to_dict(),)
+    return (
+        array.ndim > 0
+        and array.dtype.kind in "biuf"
+        and array.metadata.to_dict().get("codecs") == (sharding.to_dict(),)
+    )
 
 
 def encode(array: zarr.Array, values: Array) -> tuple[npt.NDArray[np.uint8], int]:
@@ -95,7 +100,10 @@ def decode(array: zarr.Array, content: npt.NDArray[np.uint8], out: Array) -> Non
             continue
         if start + length > len(content):
             raise ValueError(f"chunk {place} lies outside of the file")
-        decompress(_checked(content[start : start + length], f"chunk {place}"), chunk)
+        encoded = _checked(content[start : start + length], f"chunk {place}")
+        if int.from_bytes(encoded[_SIZE].tobytes(), "little") != chunk.nbytes:
+            raise ValueError(f"chunk {place} is of another size than those of '{array.path}'")
+        decompress(encoded, chunk)
         np.copyto(part, chunk[tuple(map(slice, part.shape))])
 
 

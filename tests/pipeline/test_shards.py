@@ -111,10 +111,9 @@ def test_shards_one_by_one_and_several_at_once(store):
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "i4", "u1", "u2", "?"])
 @pytest.mark.parametrize(("shape", "shard", "chunk"), LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("kind", ["memory", "disk"])
-def test_what_zarr_writes_is_read_back(kind, shape, shard, chunk, dtype, tmp_path, monkeypatch):
+def test_what_zarr_writes_is_read_back(shape, shard, chunk, dtype, tmp_path, monkeypatch):
     values = random(shape, dtype)
-    array = make(shape, shard, chunk, dtype, store=LocalStore(tmp_path) if kind == "disk" else None)
+    array = make(shape, shard, chunk, dtype, store=LocalStore(tmp_path))
     array[...] = values
     parts = [tuple(map(slice, shape)), tuple(slice(0, edge) for edge in shard)]
     parts.append(tuple(slice((length - 1) // edge * edge, None) for length, edge in zip(shape, shard, strict=True)))
@@ -190,6 +189,28 @@ def test_a_part_of_a_file_shows(length, end, tmp_path):
     file.write_bytes(data[:count] if end == "first" else data[-count:])
     with pytest.raises(NNTKError, match=r"is damaged"):
         read_block(array, np.s_[:, :])
+
+
+@pytest.mark.parametrize("other", [{"dtype": "f8"}, {"dtype": "f4", "chunk": (8, 8), "shard": (32, 32)}])
+def test_a_file_of_another_array_shows(other, tmp_path):
+    """Of as many chunks of another size, whose checksums are right."""
+    settings = {"shard": (64, 64), "chunk": (16, 16), "dtype": "f4"}
+    array = make((64, 64), **settings, store=LocalStore(tmp_path / "own"))
+    foreign = make((64, 64), **settings | other, store=LocalStore(tmp_path / "foreign"))
+    for each in (array, foreign):
+        each[...] = random((64, 64), each.dtype)
+    (tmp_path / "own/a/c/0/0").write_bytes((tmp_path / "foreign/a/c/0/0").read_bytes())
+    with pytest.raises(NNTKError, match="is of another size than those of 'a'"):
+        read_block(array, np.s_[:, :])
+
+
+def test_several_shards_of_an_object_store_are_left_to_zarr_and_one_is_not(monkeypatch):
+    values = random((9, 13), "f4")
+    array = make(values.shape, (4, 6), (2, 3), store=ObjectStore(obstore.store.MemoryStore()))
+    array[...] = values
+    np.testing.assert_array_equal(read_block(array, np.s_[:, :]), values)
+    monkeypatch.setattr(zarr.Array, "__getitem__", None)  # would raise
+    np.testing.assert_array_equal(read_block(array, np.s_[4:8, 12:13], dtype="f8"), values[4:8, 12:13])
 
 
 OTHERS = {

@@ -25,7 +25,7 @@ from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
 from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
 from nntk_dist.layer_noise import NoiseSite
-from nntk_dist.metric_products import Mixed, add_metric_, metric_products, mixed_by_metric
+from nntk_dist.metric_products import PLAIN, add_metric_, by_blocks, metric_products, mixed_by_metric
 from nntk_dist.noise_contraction import NoiseContraction
 from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.noisy_draws import NoisyDraws, NoisyPass
@@ -187,7 +187,7 @@ class ActivationFeatures:
                     total += sketch.of_gradient(names["bias"], biases)
         return total
 
-    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
         prepared = dict(rows)
         if "dense" in prepared:
             prepared["dense_columns"] = combined(prepared.pop("dense"), by_block=by_block)
@@ -195,13 +195,15 @@ class ActivationFeatures:
             prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, by_block=by_block)
         if "readout" in prepared:
             prepared["readout_columns"] = combined(prepared.pop("readout")[:, :, None], by_block=by_block)
-        if self._has_metric and "right" not in prepared:
-            differences = rows["differences"].transpose(1, 2)
-            prepared |= mixed_by_metric(differences, self.draws.weight_metric, self.num_blocks).arrays
+        if self._has_metric:
+            if PLAIN not in prepared:
+                prepared[PLAIN] = by_blocks(prepared["differences"].transpose(1, 2), self.num_blocks)
+            prepared = mixed_by_metric(prepared, self.draws.weight_metric, by_block=by_block, only_rows=only_rows)
         return prepared
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+        rows = self.prepare(rows, by_block=by_block, only_rows=True)
+        others = self.prepare(others, by_block=by_block)
         first, second = rows["differences"], others["differences"]
         shape = meeting.shape(len(first), len(second), first.shape[2])
         groups = self.num_sketch_groups
@@ -211,7 +213,7 @@ class ActivationFeatures:
         if self._factors:
             add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
         if self._has_metric:
-            add_metric_(sums, Mixed.of(rows), Mixed.of(others), meeting)
+            add_metric_(sums, rows, others, meeting)
         if (name := "dense_columns") in rows:
             add_formed_(sums, rows[name], others[name], meeting)
         if "sketch_columns" in rows:

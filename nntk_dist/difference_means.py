@@ -89,7 +89,7 @@ class DifferenceMeans:
                 total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(own))
         return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
 
-    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
         if "dense" not in rows:
             return dict(rows)
         changed = (rows["dense"] != 0).any(3)

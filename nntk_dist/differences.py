@@ -25,7 +25,7 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows
 from nntk_dist.formed_products import add_alone_
-from nntk_dist.metric_products import Mixed, add_metric_, metric_products, mixed_by_metric
+from nntk_dist.metric_products import PLAIN, add_metric_, by_blocks, metric_products, mixed_by_metric
 from nntk_dist.shared_product import SharedProduct
 
 
@@ -144,25 +144,26 @@ class DifferenceFeatures:
         """M for products of single block means, ⟨g_r, g_r'⟩, instead of the mean over all pairs of blocks."""
         return (self.make_metric() if self.metric is None else self.metric) * self.num_blocks**2
 
-    def _by_block(self, features: Float[Tensor, "n c s"]) -> Float[Tensor, "n r c b"]:
-        return features.unflatten(2, (self.num_blocks, -1)).transpose(1, 2)
-
-    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
-        if "differences" not in rows:
-            return dict(rows)
-        features = rows["differences"].transpose(1, 2)
+    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
         if self.pair_blocks:
-            return mixed_by_metric(features, self._block_metric, self.num_blocks).arrays
-        weights = (self._weights * self.num_blocks).sqrt().to(features.dtype)
-        return {"weighted": self._by_block(features * weights)}
+            plain = rows if PLAIN in rows else {PLAIN: self._by_block(rows["differences"])}
+            return mixed_by_metric(plain, self._block_metric, by_block=by_block, only_rows=only_rows)
+        if "weighted" in rows:
+            return dict(rows)
+        weights = (self._weights * self.num_blocks).sqrt().to(rows["differences"].dtype)
+        return {"weighted": self._by_block(rows["differences"] * weights[:, None])}
+
+    def _by_block(self, differences: Float[Tensor, "n s c"]) -> Float[Tensor, "n r c b"]:
+        return by_blocks(differences.transpose(1, 2), self.num_blocks)
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+        rows = self.prepare(rows, by_block=by_block, only_rows=True)
+        others = self.prepare(others, by_block=by_block)
         first, second = (next(iter(part.values())) for part in (rows, others))
         shape = meeting.shape(len(first), len(second), first.shape[2])
         sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
         if self.pair_blocks:
-            add_metric_(sums, Mixed.of(rows), Mixed.of(others), meeting)
+            add_metric_(sums, rows, others, meeting)
         else:
             add_alone_(sums, rows["weighted"], others["weighted"], meeting)
         return sums
@@ -171,6 +172,6 @@ class DifferenceFeatures:
         left, right = (part["differences"].transpose(1, 2) for part in (rows, others))
         if self.pair_blocks:
             return metric_products(left, right, self._block_metric, self.num_blocks, meeting)
-        weighted = self._by_block(left.double() * (self._weights * self.num_blocks))
-        columns = self._by_block(right.double())
+        weighted = by_blocks(left.double() * (self._weights * self.num_blocks), self.num_blocks)
+        columns = by_blocks(right.double(), self.num_blocks)
         return torch.stack([meeting.outputs(weighted[:, r], columns[:, r]) for r in range(self.num_blocks)])

@@ -89,16 +89,18 @@ class FeatureMap(Protocol):
         """f(x; θ), (n, C), all outputs."""
         ...
 
-    def prepare(self, rows: Rows, *, by_block: bool) -> Rows:
-        """What products need of a row set and can be made of it alone, once for all of its tiles.
+    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> Rows:
+        """What products need of a row set and can be made of it alone, once for all of its tiles; with `only_rows`
+        less, where the set is to be the rows of tiles and never their columns.
 
-        Arrays keep their leading row axis. Rows that are prepared already are returned as they are.
+        Arrays keep their leading row axis. What is prepared already stays as it is, and what it lacks for columns is
+        added.
         """
         ...
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        """The sums of one tile; with a paired meeting, of its diagonal. Rows as computed, or prepared with the same
-        `by_block`.
+        """The sums of one tile; with a paired meeting, of its diagonal. Row sets as computed, or prepared with the same
+        `by_block`, `rows` perhaps as such only.
         """
         ...
 

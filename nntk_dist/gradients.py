@@ -296,7 +296,7 @@ class GradientFeatures:
         named = zip(names, parts, strict=True)
         return {name: part.unflatten(2, shapes[name]) if shapes[name] else part[..., 0] for name, part in named}
 
-    def prepare(self, rows: Rows, *, by_block: bool) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
         prepared = dict(rows)
         if "dense" in prepared:
             prepared["dense_columns"] = self._columns(prepared.pop("dense"), by_block=by_block)

@@ -334,10 +334,10 @@ def whole_kernel(
     if symmetric and spec.kind == "local":
         edge = min(edge, max(_LEAST_LOCAL_ROWS, -(-n1 // _LOCAL_TILES)))
     parts: dict[str, Tensor] = {}
-    for i in range(0, n1, edge):
-        left_tile = features.prepare(slice_rows(rows, slice(i, i + edge)), by_block=calibration is not None)
-        for j in range(i if symmetric else 0, n2, edge):
-            right_tile = left_tile if symmetric and i == j else slice_rows(right, slice(j, j + edge))
+    for j in range(0, n2, edge):
+        right_tile = features.prepare(slice_rows(right, slice(j, j + edge)), by_block=calibration is not None)
+        for i in range(0, j + 1 if symmetric else n1, edge):
+            left_tile = right_tile if symmetric and i == j else slice_rows(rows, slice(i, i + edge))
             tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
             for name, values in tile.items():
                 whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))

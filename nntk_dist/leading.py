@@ -101,7 +101,7 @@ def leading_eigenpairs(
     """The `top_k` largest eigenvalues, each with `‖K u − λ u‖ ≤ tolerance·max(|λ|, 1e-6 λ_1)`, and their vectors.
 
     A kernel with fewer rows than that gives all its pairs. Signs of vectors are as in `kernel_spectrum`.
-    Cost: 5 to 20 passes over the kernel where eigenvalues decay, and 18·(k + k/4) vectors of memory.
+    Cost: 5 to 20 passes over the kernel where eigenvalues decay, and 20·(k + k/4) vectors of memory.
 
     Raises:
         NNTKError: `top_k` is below 1, or a product is not finite.
@@ -113,8 +113,8 @@ def leading_eigenpairs(
     width = min(num_rows, wanted + max(_OVERSAMPLED, wanted // 4))
     limit = min(num_rows, _BLOCKS_HELD * width)
     basis = _Basis(np.empty((num_rows, limit), order="F"), np.empty((num_rows, limit), order="F"))
-    start = normal(seed, Stream.SAMPLE, torch.arange(_GROUP, _GROUP + width), 0, num_rows).numpy().T
-    fresh, passes, squared_norm = np.linalg.qr(start)[0], 0, 0.0
+    fresh = np.linalg.qr(normal(seed, Stream.SAMPLE, torch.arange(_GROUP, _GROUP + width), 0, num_rows).numpy().T)[0]
+    passes, squared_norm = 0, 0.0
     while True:
         products, squares = kernel.product_and_norm(fresh, with_norm=passes == 0)
         squared_norm += squares

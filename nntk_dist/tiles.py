@@ -83,8 +83,8 @@ def tile_estimates(
     for part in parts:
         symmetric = part[0] is part[1] and not meeting.paired
         shape = _shape(features, part, meeting)
-        rows = features.prepare(part[0], by_block=by_block)
-        others = rows if part[0] is part[1] else features.prepare(part[1], by_block=by_block)
+        others = features.prepare(part[1], by_block=by_block)
+        rows = others if part[0] is part[1] else features.prepare(part[0], by_block=by_block, only_rows=True)
         for index, window in enumerate(_windows(features, part, meeting, symmetric=symmetric)):
             chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
             sums = features.block_sums(*chosen, meeting, by_block=by_block)

@@ -80,7 +80,7 @@ class Context:
     state: Mapping[str, Tensor]
     sink: Sink | None = None
     results: ResultMemory = field(default_factory=ResultMemory)
-    _cache: "OrderedDict[tuple[object, ...], Rows]" = field(default_factory=OrderedDict)
+    _cache: "OrderedDict[tuple[object, ...], tuple[Rows, bool]]" = field(default_factory=OrderedDict)
 
     @cached_property
     def fitting(self) -> FittingBatch:
@@ -157,25 +157,33 @@ class Context:
         """Features of two row intervals, some outputs at a time: from the store, or recomputed."""
         return FeatureParts(self, row, column)
 
-    def rows(self, interval: Interval, columns: tuple[int, ...]) -> Rows:
-        """Features of one interval, prepared for products; remembered while they fit, since neighbours share them."""
-        key = (interval, columns)
-        if key not in self._cache:
+    def rows(self, interval: Interval, columns: tuple[int, ...], *, only_rows: bool = False) -> Rows:
+        """Features of one interval, prepared for products, with `only_rows` perhaps as rows of tiles alone; remembered
+        while they fit, since neighbours share them.
+        """
+        key, by_block = (interval, columns), self.job.layout.stderr == "entry"
+        kept, lacks_columns = self._cache.get(key, (None, True))
+        if kept is None or (lacks_columns and not only_rows):
+            if kept is not None:
+                self._cache.move_to_end(key)  # it stays
             self._make_room()
-            split, start, stop = interval
-            if self.job.layout.store_features:
-                rows: Rows = {
-                    spec.name: torch.from_numpy(
-                        self.store.read(feature_path(self.job, split, spec.name), slice(start, stop))
-                    ).to(self.job.layout.device)
-                    for spec in self.features.arrays
-                }
-            else:
-                rows = self.compute(split, slice(start, stop), columns)
-            by_block = self.job.layout.stderr == "entry"
-            self._cache[key] = self.features_with_metric.prepare(rows, by_block=by_block)
+            rows = self._computed_rows(interval, columns) if kept is None else kept
+            prepared = self.features_with_metric.prepare(rows, by_block=by_block, only_rows=only_rows)
+            self._cache[key] = prepared, only_rows
         self._cache.move_to_end(key)
-        return self._cache[key]
+        return self._cache[key][0]
+
+    def _computed_rows(self, interval: Interval, columns: tuple[int, ...]) -> Rows:
+        """From the store, or from the model."""
+        split, start, stop = interval
+        if not self.job.layout.store_features:
+            return self.compute(split, slice(start, stop), columns)
+        return {
+            spec.name: torch.from_numpy(
+                self.store.read(feature_path(self.job, split, spec.name), slice(start, stop))
+            ).to(self.job.layout.device)
+            for spec in self.features.arrays
+        }
 
     def forget(self) -> None:
         """Give back the features and the memory that are kept for further tiles."""
@@ -186,7 +194,7 @@ class Context:
         """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs
         two. Before the new one is made, not after: three would be held at once otherwise.
         """
-        sizes = [feature_bytes(rows) for rows in self._cache.values()]
+        sizes = [feature_bytes(rows) for rows, _ in self._cache.values()]
         while len(sizes) > 1 and sum(sizes) + max(sizes) > FEATURE_CACHE_BYTES:
             self._cache.popitem(last=False)
             del sizes[0]
@@ -230,7 +238,14 @@ class FeatureParts:
 
     def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
         for part in self.context.output_parts():
-            yield self.context.rows(self.row, part), self.context.rows(self.column, part)
+            yield self._pair(part)
+
+    def _pair(self, part: tuple[int, ...]) -> tuple[Rows, Rows]:
+        """Rows and columns, one object where they are the same interval."""
+        columns = self.context.rows(self.column, part)
+        if self.row == self.column:
+            return columns, columns
+        return self.context.rows(self.row, part, only_rows=True), columns
 
 
 def _as_array(values: Tensor | np.ndarray) -> np.ndarray:

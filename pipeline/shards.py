@@ -28,7 +28,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
-_SIZE = slice(4, 8)  # of what Blosc compressed, in the header of what came of it
+_HEADER_BYTES = 16  # of what Blosc made: at 4 the length of what it compressed, at 12 of what came of it
 _BLOSC: Any = {"cname": "lz4", "clevel": 1}
 
 Array = npt.NDArray[Any]
@@ -92,7 +92,7 @@ def decode(array: zarr.Array, content: npt.NDArray[np.uint8], out: Array) -> Non
     if len(content) < num_bytes:
         raise ValueError(f"{len(content)} bytes hold no index")
     index = np.frombuffer(_checked(content[-num_bytes:], "the index").tobytes(), "<u8").reshape(*grid, 2)
-    chunk = np.empty(array.chunks, array.dtype)
+    chunk = np.empty(array.chunks, array.dtype.newbyteorder("<"))
     for place, box in _boxes(out.shape, array.chunks):
         part, (start, length) = out[box], map(int, index[place])
         if start == length == _ABSENT:  # as zarr leaves chunks of the fill value out, unless it is told not to
@@ -101,10 +101,11 @@ def decode(array: zarr.Array, content: npt.NDArray[np.uint8], out: Array) -> Non
         if start + length > len(content):
             raise ValueError(f"chunk {place} lies outside of the file")
         encoded = _checked(content[start : start + length], f"chunk {place}")
-        if int.from_bytes(encoded[_SIZE].tobytes(), "little") != chunk.nbytes:
+        header = np.frombuffer(encoded[:_HEADER_BYTES].tobytes().ljust(_HEADER_BYTES), "<u4")
+        if header[1::2].tolist() != [chunk.nbytes, len(encoded)]:  # which decompressing does not look at
             raise ValueError(f"chunk {place} is of another size than those of '{array.path}'")
         decompress(encoded, chunk)
-        np.copyto(part, chunk[tuple(map(slice, part.shape))])
+        np.copyto(part, chunk[tuple(map(slice, part.shape))], casting="unsafe")  # as zarr's values are cast
 
 
 def _checked(content: npt.NDArray[np.uint8], what: str) -> npt.NDArray[np.uint8]:
@@ -122,7 +123,7 @@ class _Shard:
         shard = array.shards or array.chunks
         grid = tuple(edge // part for edge, part in zip(shard, array.chunks, strict=True))
         self._blosc = Blosc(**_BLOSC, shuffle=Blosc.BITSHUFFLE, blocksize=0)
-        self._chunk = np.empty(array.chunks, array.dtype)
+        self._chunk = np.empty(array.chunks, array.dtype.newbyteorder("<"))
         self._fill_value = array.fill_value
         self._index = np.full((*grid, 2), _ABSENT, dtype="<u8")
         most = math.prod(grid) * (self._chunk.nbytes + MAX_OVERHEAD + _CRC_BYTES) + self._index.nbytes + _CRC_BYTES

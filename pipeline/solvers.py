@@ -22,8 +22,8 @@ _SMALL_ROWS = 4096  # seconds: the dense form is the reference and shows every s
 _EIGH_OPERATIONS = 9.0
 _DENSE_COPIES = 4  # kernel in float64, its copy in LAPACK, eigenvectors, workspace
 _SPECTRUM_PASSES, _REGRESSION_PASSES = 15, 45  # where eigenvalues decay
-_BASIS_BLOCKS = 12 + 6  # of `leading`: vectors and products, and what one step and one pass make of them
-_PIECES = 3  # that are read at a time, with what is made of them
+_BASIS_BLOCKS = 12 + 8  # of `leading`: vectors and products, and what one step and one pass make of them
+_PIECES = 3  # that are read at a time, and what is made of them or has just been used beside
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def solver_bytes(job: Job, stage: str, solver: Solver) -> int:
         numbers = _BASIS_BLOCKS * (width + max(8, width // 4))
     else:
         numbers = 9 * ridges * (_num_right(job) + num_columns_left_out(job)) + rank_of(rows)
-    return 8 * (rows * numbers + (_PIECES + 2) * edge**2)
+    return 8 * (rows * numbers + (_PIECES + 3) * edge**2)
 
 
 def solver_operations(job: Job, stage: str, solver: Solver) -> float:

@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/bench.py [--quick] [--only SECTION] [--again] [--data idx:/path/to/mnist] [--out PAGE]
 
-Every figure is a ratio within one run, and is kept in a JSON file beside the page as soon as it is known; a figure is
-measured again when its settings change, or with `--again`. Without `--data` and without a GPU, what needs them is left
-out. `--quick` takes small sizes, enough to see that everything works, and writes to build/ unless told otherwise.
+Figures of speed are ratios within one run; whole runs, dispatching and memory are measured as they are. Each is kept in
+a JSON file beside the page as soon as it is known, and measured again when its settings change, or with `--again`.
+Without `--data` and without a GPU, what needs them is left out.
+`--quick` takes small sizes, enough to see that everything works, and writes to build/ unless told otherwise.
 """
 
 import sys
@@ -41,22 +42,30 @@ def main(
     path = out or ROOT / ("build/performance.md" if quick else "docs/performance.md")
     answers = Answers(path.with_suffix(".json"))
     try:
-        for name in only or ():
-            check_choice("--only", name, SECTIONS)
-            if name in NEEDS_GPU and not torch.cuda.is_available():
-                raise NNTKError(f"--only is {name}, which needs a GPU, and torch sees none here")
-        for name in only or _possible(console, data):
-            if again:
-                answers.sections.pop(name, None)
-            options = {"data": data} if name in NEEDS_DATA else {}
-            answer_all(answers, name, SECTIONS[name](quick=quick, **options), make_progress(console), threads=None)
+        names = [_checked(name) for name in only] if only else _possible(console, data)
+        try:
+            for name in names:
+                if again:
+                    answers.sections.pop(name, None)
+                options = {"data": data} if name in NEEDS_DATA else {}
+                answer_all(answers, name, SECTIONS[name](quick=quick, **options), make_progress(console), threads=None)
+        finally:  # what is known by now, also where something could not be measured
+            text = page(answers)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
     except NNTKError as error:
         console.print(f"error: {error}", style="red")
         raise typer.Exit(2) from error
-    text = page(answers)
-    path.write_text(text)
     console.print(Markdown(text))
     console.print(f"wrote {path}")
+
+
+def _checked(name: str) -> str:
+    """A section that was asked for, if it exists and can be measured here."""
+    check_choice("--only", name, SECTIONS)
+    if name in NEEDS_GPU and not torch.cuda.is_available():
+        raise NNTKError(f"--only is {name}, which needs a GPU, and torch sees none here")
+    return name
 
 
 def _possible(console: Console, data: str | None) -> list[str]:

@@ -65,7 +65,7 @@ def test_tasks_have_the_threads_that_their_stage_may_use(worker):
 
 
 def test_what_is_kept_for_tiles_is_given_back_to_a_task_of_the_whole_kernel(worker):
-    worker.context._cache["rows"] = {"dense": torch.zeros(3)}
+    worker.context._cache["rows"] = {"dense": torch.zeros(3)}, False
     worker.context.results.give_back([memory := torch.zeros(3)])
     worker.execute(Task("tiles", "0"))
     assert worker.context._cache

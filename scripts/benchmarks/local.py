@@ -27,7 +27,9 @@ from nntk_dist.precision import full_precision
 from nntk_dist.resolution import resolve
 from nntk_dist.sketching import AUTO_COLUMNS
 from nntk_dist.spec import KernelSpec
+from nntk_dist.statistics import Calibration
 from nntk_dist.threads import torch_threads
+from nntk_dist.tiles import tile_estimates
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
 
@@ -180,28 +182,32 @@ def _nonlocal(effort: Effort, device: str) -> list[Figure]:
 
 
 def _crossover(effort: Effort, device: str) -> list[Figure]:
-    """Products from layers and from means over a ladder of draws, and which of them `auto` takes."""
+    """Tiles from layers and from means over a ladder of draws, of row sets that are ready, and which `auto` takes."""
     model, x = problem(effort, effort.num_crossing, effort.crossing_widths, device)
     figures = []
     for draws in effort.crossing_draws:
-        ids, actions, sites = torch.arange(len(x), device=x.device), {}, 0
+        actions, sites = {}, 0
         for contraction in ("layered", "means", "auto"):
             spec = replace(NONLOCAL, draws=draws, contraction=contraction)
-            features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
-            rows = features.compute(x, ids, range(draws), features.columns)
-            actions[contraction] = _products(features, rows, spec)
-            sites = sum(name.startswith("input_") for name in rows)
-        seconds = best_seconds(actions, rounds=max(1, effort.rounds // 2))
+            actions[contraction], sites = _tile(model, x, spec)
+        seconds = best_seconds(actions, rounds=effort.rounds)
         best = min(seconds["layered"], seconds["means"])
         details = {"n": len(x), "layers that auto leaves in factors": sites}
         details |= {f"seconds {name}": value for name, value in seconds.items()}
-        figures.append(Figure(f"products by auto / the better of layers and means, S = {draws}",
+        figures.append(Figure(f"tiles by auto / the better of layers and means, S = {draws}",
                               seconds["auto"] / best, most=1.2, details=details))  # fmt: skip
     return figures
 
 
-def _products(features: FeatureMap, rows: Mapping[str, Tensor], spec: KernelSpec) -> Callable[[], object]:
-    return lambda: whole_kernel(features, rows, None, spec)
+def _tile(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Callable[[], object], int]:
+    """What computes the tile of all rows with themselves, and how many layers are left in factors."""
+    features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+    ids = torch.arange(len(x), device=x.device)
+    rows = features.compute(x, ids, range(features.num_draws), features.columns)
+    ready = features.prepare(rows, by_block=True)
+    calibration = Calibration(1.0, 0.1, 1)
+    sites = sum(name.startswith("input_") for name in rows)
+    return lambda: tile_estimates(features, [(ready, ready)], spec.meeting, calibration, spec.scale), sites
 
 
 def _sketch(effort: Effort, device: str) -> list[Figure]:

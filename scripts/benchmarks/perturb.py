@@ -98,7 +98,7 @@ def _figures(case: Case, rows: int, device: str) -> Iterator[Figure]:
         yield Figure(
             f"{case.name}, {label}",
             best["plain"] / best["perturbed"],
-            least=0.9 if case.asked and label != "orthogonal" else None,
+            least=0.9 if case.asked else None,
             details={
                 "parameters": resolution.num_parameters,
                 "rows": rows,
@@ -125,5 +125,5 @@ def _fastest_batch(model: nn.Module, x: Tensor) -> int:
     """Batch of the fastest plain inference."""
     x = x[: _ROWS_TO_CHOOSE_BY[x.device.type]]
     sizes = [size for size in _BATCHES if size <= len(x)]
-    seconds = best_seconds({str(size): partial(_infer, model, x, size) for size in sizes}, rounds=2)
+    seconds = best_seconds({str(size): partial(_infer, model, x, size) for size in sizes}, rounds=4)
     return min(sizes, key=lambda size: seconds[str(size)])

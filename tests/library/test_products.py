@@ -17,7 +17,7 @@ from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
 from nntk_dist.gradients import GradientFeatures
-from nntk_dist.metric_products import add_metric_, metric_products, mixed_by_metric
+from nntk_dist.metric_products import PLAIN, add_metric_, by_blocks, metric_products, mixed_by_metric
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
 from nntk_dist.shared_inputs import shared_inputs
@@ -108,7 +108,10 @@ def test_float32_products_with_a_metric_are_those_of_all_pairs(by_block):
     metric = directions @ directions.T
     exact = by_pairs(metric_products(rows, columns, metric, BLOCKS, Meeting()))
     sums = nothing(20, by_block=by_block)
-    left, right = (mixed_by_metric(part, metric, BLOCKS) for part in (rows, columns))
+    left, right = (
+        mixed_by_metric({PLAIN: by_blocks(part, BLOCKS)}, metric, by_block=by_block, only_rows=only_rows)
+        for part, only_rows in ((rows, True), (columns, False))
+    )
     add_metric_(sums, left, right, Meeting())
     scale = float((exact.within + exact.between).abs().max())
     assert_equal(sums.within, exact.within, 8 * EPS, scale=scale)

@@ -204,6 +204,18 @@ def test_a_file_of_another_array_shows(other, tmp_path):
         read_block(array, np.s_[:, :])
 
 
+@pytest.mark.parametrize("length", [1, 14, 200])
+def test_a_chunk_that_was_cut_short_before_its_checksum_was_made_shows(length, tmp_path):
+    """Decompressing alone would read on, into what lies behind it in memory."""
+    array = make((16, 16), (16, 16), (16, 16), store=LocalStore(tmp_path))
+    write_block(array, np.s_[:, :], random((16, 16), "f4"))
+    file = tmp_path / "a/c/0/0"
+    chunk, index = file.read_bytes()[:length], np.array([0, length + 4], "<u8").tobytes()
+    file.write_bytes(b"".join(part + google_crc32c.value(part).to_bytes(4, "little") for part in (chunk, index)))
+    with pytest.raises(NNTKError, match="is of another size than those of 'a'"):
+        read_block(array, np.s_[:, :])
+
+
 def test_several_shards_of_an_object_store_are_left_to_zarr_and_one_is_not(monkeypatch):
     values = random((9, 13), "f4")
     array = make(values.shape, (4, 6), (2, 3), store=ObjectStore(obstore.store.MemoryStore()))

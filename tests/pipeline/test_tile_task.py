@@ -3,15 +3,19 @@
 Legend: i, j tile rows and columns.
 """
 
+from itertools import groupby
+
 import numpy as np
 import pytest
 import torch
 import zarr
 from torch import nn
 
+from nntk_dist import metric_products
 from nntk_dist.block_sums import Meeting
 from nntk_dist.errors import NNTKError
 from pipeline.arrays import StoredArray
+from pipeline.context import Context
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.kernel_store import checksum
 from pipeline.manifest import read_manifest
@@ -40,7 +44,7 @@ def test_groups_of_columns_spare_most_of_the_loads():
         kept: list[tuple[str, int]] = []
         count = 0
         for i, j in order:
-            for key in (("row", i), ("column", j)):
+            for key in (("column", j), ("row", i)):
                 count += key not in kept
                 kept = [*[other for other in kept if other != key], key][-6:]
         return count
@@ -48,6 +52,33 @@ def test_groups_of_columns_spare_most_of_the_loads():
     assert loads(list(tile_order(20, 20, 20))) == 20 + 400
     assert loads(list(tile_order(20, 20, 4))) == 5 * 20 + 20
     assert loads(list(tile_order(20, 20, 5))) > 400
+
+
+@pytest.mark.parametrize(("stderr", "each_row"), [("sample", 0), ("entry", 1)])
+def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr, each_row, tmp_path, monkeypatch):
+    """Two products with M for the columns of tiles; rows, which change with every tile, take one with sums by block."""
+    made, columns, rows = [], [], []
+    times, rows_of = metric_products._times, Context.rows
+
+    def noted_times(*arguments):
+        made.append(None)
+        return times(*arguments)
+
+    def noted_rows(self, interval, part, *, only_rows=False):
+        before = len(made)
+        result = rows_of(self, interval, part, only_rows=only_rows)
+        (rows if only_rows else columns).append((interval, len(made) - before))
+        return result
+
+    monkeypatch.setattr("pipeline.layout.FEATURE_CACHE_BYTES", 0)
+    monkeypatch.setattr("pipeline.context.FEATURE_CACHE_BYTES", 0)
+    monkeypatch.setattr(metric_products, "_times", noted_times)
+    monkeypatch.setattr(Context, "rows", noted_rows)
+    finished(tmp_path / "run", "kernel.estimator=weight", "kernel.draws=16", f"compute.stderr={stderr}")
+    of_train = [each for each in columns if each[0][0] == "train"]
+    turns = [[count for _, count in turn] for _, turn in groupby(of_train, key=lambda each: each[0])]
+    assert turns == [[2], [2, 0], [2, 0, 0], [2], [2], [2]]  # of the kernel's upper triangle, and of the test rows
+    assert {count for _, count in rows} == {0, each_row}
 
 
 def test_features_that_a_tile_recomputes_are_made_at_full_precision(tmp_path, monkeypatch):

@@ -23,15 +23,16 @@ from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows, block_range, join_batches
-from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
+from nntk_dist.formed_products import combined, formed_products, formed_terms, prepared_sketch, terms_of_columns
 from nntk_dist.layer_noise import NoiseSite
-from nntk_dist.metric_products import PLAIN, add_metric_, by_blocks, metric_products, mixed_by_metric
+from nntk_dist.metric_products import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
 from nntk_dist.noise_contraction import NoiseContraction
 from nntk_dist.noise_plan import NoisePlan
 from nntk_dist.noisy_draws import NoisyDraws, NoisyPass
 from nntk_dist.pair_products import NoiseFeatures, add_pairs_, pair_products
 from nntk_dist.sketching import Sketch
 from nntk_dist.stochastic import fixed_noise
+from nntk_dist.terms import add_terms_
 
 
 @dataclass(frozen=True)
@@ -213,16 +214,18 @@ class ActivationFeatures:
         if self._factors:
             add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
         if self._has_metric:
-            add_metric_(sums, rows, others, meeting)
-        if (name := "dense_columns") in rows:
-            add_formed_(sums, rows[name], others[name], meeting)
-        if "sketch_columns" in rows:
-            add_sketched_(sums, rows, others, meeting)
+            add_terms_(sums, metric_terms(rows, others, by_block=by_block), meeting)
+        names, blocks = ("dense_columns",), self.num_blocks
+        if terms := terms_of_columns(rows, others, names, blocks, pair_blocks=True, by_block=by_block):
+            add_terms_(sums, terms, meeting)
         if (name := "readout_columns") in rows:
             _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
         if self.plan.noisy or self.plan.weight_space:
             sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
         return sums
+
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> None:
+        """None: noise pairs, and which entries are resolved, are no products."""
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         left, right = (
@@ -258,7 +261,7 @@ def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meetin
     plain, has_blocks = Meeting(paired=meeting.paired), sums.by_block is not None
     shape = plain.shape(len(rows), len(others), 1)
     shared = empty_sums(shape, sums.num_blocks, pair_blocks=True, by_block=has_blocks, device=rows.device)
-    add_formed_(shared, rows, others, plain)
+    add_terms_(shared, formed_terms(rows, others, sums.num_blocks, by_block=has_blocks), plain)
     spread = [
         None if part is None else meeting.same_output(part, num_outputs)
         for part in (shared.within, shared.between, shared.by_block)

@@ -17,6 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+Sum = tuple[str, int]  # the name of one: what it sums, and the number of its block or group
+WITHIN, BETWEEN = ("within", 0), ("between", 0)
+
 # So many terms of an inner product are summed in the features' dtype; further ones join them in float64.
 INNER_TERMS = 4096
 
@@ -39,35 +42,17 @@ class Meeting:
             return a.flatten(0, 1) @ b.flatten(0, 1).T
         return a.flatten(1) @ b.flatten(1).T
 
-    def add_outputs_(
-        self,
-        totals: Sequence[tuple[Float64[Tensor, "*tile"], float]],
-        a: Float[Tensor, "n1 w c k"],
-        b: Float[Tensor, "n2 w c k"],
-    ) -> None:
-        """Add the products of features that carry outputs, summed over their slots, to each total so many times.
-
-        At most `INNER_TERMS` terms are summed in the features' dtype, the rest in float64. A tile's time beyond its
-        products goes into passes over memory: so there is one for every total, and none to hold products in between.
+    def paired_product(self, a: Float[Tensor, "n w c k"], b: Float[Tensor, "n w c k"]) -> Float64[Tensor, "n *c"]:
+        """Products of each row with its column, summed over their slots: at most `INNER_TERMS` terms in the features'
+        dtype, the rest in float64.
         """
-        if self.paired:
-            left, right = (part.transpose(1, 2).flatten(2) for part in (a, b))
-        else:
-            left, right = self._matrix(a), self._matrix(b)
+        left, right = (part.transpose(1, 2).flatten(2) for part in (a, b))
+        if not self.full:
+            return (left * right).sum((1, 2), dtype=torch.float64)
         portions = zip(left.split(INNER_TERMS, -1), right.split(INNER_TERMS, -1), strict=True)
-        for some, others in portions:
-            if not self.paired:
-                product = some @ others.T
-            elif self.full:
-                product = self.outputs(some, others)
-            else:
-                product = (some * others).sum((1, 2), dtype=torch.float64)
-            if product.device.type == "cpu":  # once for all totals: each would make a copy of its own
-                product = product.double()
-            for total, factor in totals:
-                total.add_(product, alpha=factor)
+        return torch.stack([self.outputs(some, others).double() for some, others in portions]).sum(0)
 
-    def _matrix(self, features: Float[Tensor, "n w c k"]) -> Float[Tensor, "rows inner"]:
+    def matrix(self, features: Float[Tensor, "n w c k"]) -> Float[Tensor, "rows inner"]:
         """One row for each of the kernel's; a view wherever the features lie so."""
         return features.transpose(1, 2).flatten(2).flatten(0, 1) if self.full else features.flatten(1)
 
@@ -103,9 +88,20 @@ class Meeting:
         return torch.kron(values.contiguous(), identity)
 
 
+def block(number: int) -> Sum:
+    """The name of `by_block[number]`."""
+    return "block", number
+
+
+def group(number: int) -> Sum:
+    """The name of `by_group[number]`."""
+    return "group", number
+
+
 @dataclass
 class BlockSums:
-    """Sums over blocks of the products of one tile, in float64.
+    """Sums over blocks of the products of one tile, in float64; those by block and group in the features' dtype where
+    each is made of few products, whose rounding is theirs.
 
     within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
     h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r. by_group, where features are
@@ -116,9 +112,25 @@ class BlockSums:
     num_blocks: int
     within: Float64[Tensor, "*tile"]
     between: Float64[Tensor, "*tile"] | None
-    by_block: Float64[Tensor, "r *tile"] | None
-    by_group: Float64[Tensor, "q *tile"] | None = None
+    by_block: Float[Tensor, "r *tile"] | None
+    by_group: Float[Tensor, "q *tile"] | None = None
     resolved: Bool[Tensor, "*tile"] | None = None
+
+    def parts(self) -> dict[Sum, Float64[Tensor, "*tile"]]:
+        """The sums by name, as views: `WITHIN`, `BETWEEN`, `block(r)`, `group(q)`."""
+        named = {WITHIN: self.within}
+        if self.between is not None:
+            named[BETWEEN] = self.between
+        for name, stack in ((block, self.by_block), (group, self.by_group)):
+            named |= {} if stack is None else {name(index): part for index, part in enumerate(stack)}
+        return named
+
+    def of_rows(self, rows: slice) -> "BlockSums":
+        """Those of some rows of the tile, as views."""
+        assert self.resolved is None
+        within, between = self.within[rows], None if self.between is None else self.between[rows]
+        by_block, by_group = (None if stack is None else stack[:, rows] for stack in (self.by_block, self.by_group))
+        return BlockSums(self.num_blocks, within, between, by_block, by_group)
 
     def add_(self, other: "BlockSums") -> "BlockSums":
         """Add the sums of further outputs or layers, in place."""

@@ -21,7 +21,8 @@ from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows, block_range
-from nntk_dist.formed_products import add_formed_, combined, formed_products
+from nntk_dist.formed_products import combined, formed_products, formed_terms
+from nntk_dist.terms import add_terms_
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ class DifferenceMeans:
         left, right = rows["columns"], others["columns"]
         shape = meeting.shape(len(left), len(right), left.shape[2])
         sums = empty_sums(shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=left.device)
-        add_formed_(sums, left, right, meeting)
+        add_terms_(sums, formed_terms(left, right, self.num_blocks, by_block=by_block), meeting)
         sums.resolved = _resolved(rows["changed"], others["changed"], meeting)
         return sums
+
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> None:
+        """None: which entries are resolved is no product."""
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         return formed_products(rows["dense"], others["dense"], meeting)

@@ -24,9 +24,10 @@ from nntk_dist.drawing import Drawing, draw_chunks
 from nntk_dist.errors import NNTKError
 from nntk_dist.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.features import ArraySpec, Rows
-from nntk_dist.formed_products import add_alone_
-from nntk_dist.metric_products import PLAIN, add_metric_, by_blocks, metric_products, mixed_by_metric
+from nntk_dist.formed_products import alone_terms
+from nntk_dist.metric_products import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
 from nntk_dist.shared_product import SharedProduct
+from nntk_dist.terms import Term, add_terms_
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,13 @@ class DifferenceFeatures:
         first, second = (next(iter(part.values())) for part in (rows, others))
         shape = meeting.shape(len(first), len(second), first.shape[2])
         sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
-        if self.pair_blocks:
-            add_metric_(sums, rows, others, meeting)
-        else:
-            add_alone_(sums, rows["weighted"], others["weighted"], meeting)
+        add_terms_(sums, self.terms(rows, others, by_block=by_block), meeting)
         return sums
+
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term]:
+        if self.pair_blocks:
+            return metric_terms(rows, others, by_block=by_block)
+        return alone_terms(rows["weighted"], others["weighted"], by_block=by_block)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left, right = (part["differences"].transpose(1, 2) for part in (rows, others))

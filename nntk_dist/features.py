@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nntk_dist.batches import in_batches
 from nntk_dist.block_sums import BlockSums, Meeting
+from nntk_dist.terms import Term
 
 Rows = Mapping[str, Tensor]
 
@@ -101,6 +102,12 @@ class FeatureMap(Protocol):
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
         """The sums of one tile; with a paired meeting, of its diagonal. Row sets as computed, or prepared with the same
         `by_block`, `rows` perhaps as such only.
+        """
+        ...
+
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term] | None:
+        """The matrix products that the sums of prepared row sets are made of, which are added up faster than by
+        `block_sums`; None where sums take more than these.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Block products of gradients that are formed: features are columns, and sums are plain matrix products.
+"""Block products of gradients that are formed: features are columns, and sums are made of plain matrix products.
 
 Blocks are combined before rows meet columns, so that a tile takes one product of the features' whole length:
 `contrasts`  ĝ = Q g over the blocks, Q orthogonal, its first row 1/√R: Σ_rr' H_rr' = R⟨ĝ_0, ĝ'_0⟩ and
@@ -10,20 +10,21 @@ Axes: n rows, r/R blocks, w combinations of blocks, c outputs, k feature columns
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.block_sums import BlockSums, Meeting
+from nntk_dist.block_sums import BETWEEN, WITHIN, Meeting, block, group
+from nntk_dist.terms import Term
 
 # Numbers of a portion of features that is taken to float64 for products of all pairs of blocks (32 MiB).
 _PORTION_ELEMENTS = 1 << 22
 
 
 def combined(gradients: Float[Tensor, "n r c k"], *, by_block: bool) -> Float[Tensor, "n w c k"]:
-    """The combinations of block means that `add_formed_` takes: R contrasts, or G and R halves where sums by block are
+    """The combinations of block means that `formed_terms` takes: R contrasts, or G and R halves where sums by block are
     wanted.
     """
     blocks = gradients.shape[1]
@@ -46,34 +47,53 @@ def _contrasts(blocks: int) -> Float64[Tensor, "w r"]:
     return matrix
 
 
-def add_formed_(
-    sums: BlockSums, rows: Float[Tensor, "n1 w c k"], columns: Float[Tensor, "n2 w c k"], meeting: Meeting
-) -> None:
-    """Add the block products of `combined` features, all pairs of blocks.
+def formed_terms(
+    rows: Float[Tensor, "n1 w c k"], columns: Float[Tensor, "n2 w c k"], num_blocks: int, *, by_block: bool
+) -> list[Term]:
+    """The products of `combined` features, for all pairs of blocks.
 
     Float32 products of up to `INNER_TERMS` terms, summed in float64: what cancels between them, the more the larger
     `within` is against `between`, is known to the rounding of `within`.
     """
-    assert sums.between is not None
-    within, between = sums.within, sums.between
-    if sums.by_block is None:
-        meeting.add_outputs_([(within, 1.0), (between, sums.num_blocks - 1.0)], rows[:, :1], columns[:, :1])
-        meeting.add_outputs_([(within, 1.0), (between, -1.0)], rows[:, 1:], columns[:, 1:])
-        return
-    whole, halves = torch.zeros_like(within), torch.zeros_like(within)
-    meeting.add_outputs_([(whole, 1.0)], rows[:, :1], columns[:, :1])
-    for r, total in enumerate(sums.by_block):
-        total.add_(whole, alpha=0.25)
-        meeting.add_outputs_([(total, -1.0), (halves, 1.0)], rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2])
-    quarters = 0.25 * sums.num_blocks
-    within.add_(whole, alpha=1.0 - quarters).add_(halves)
-    between.add_(whole, alpha=quarters).sub_(halves)
+    if not by_block:
+        return [
+            Term(rows[:, :1], columns[:, :1], {WITHIN: 1.0, BETWEEN: num_blocks - 1.0}),
+            Term(rows[:, 1:], columns[:, 1:], {WITHIN: 1.0, BETWEEN: -1.0}),
+        ]
+    quarters = 0.25 * num_blocks
+    everywhere = {WITHIN: 1.0 - quarters, BETWEEN: quarters} | {block(r): 0.25 for r in range(num_blocks)}
+    halves = [
+        Term(rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2], {WITHIN: 1.0, BETWEEN: -1.0, block(r): -1.0})
+        for r in range(num_blocks)
+    ]
+    return [Term(rows[:, :1], columns[:, :1], everywhere), *halves]
+
+
+def terms_of_columns(
+    rows: Mapping[str, Tensor],
+    columns: Mapping[str, Tensor],
+    names: Sequence[str],
+    num_blocks: int,
+    *,
+    pair_blocks: bool,
+    by_block: bool,
+) -> list[Term]:
+    """The products of those of these prepared features that there are, and of sketches."""
+    terms = []
+    for name in names:
+        if name in rows and pair_blocks:
+            terms += formed_terms(rows[name], columns[name], num_blocks, by_block=by_block)
+        elif name in rows:
+            terms += alone_terms(rows[name], columns[name], by_block=by_block)
+    if "sketch_columns" in rows:
+        terms += sketched_terms(rows, columns, num_blocks, by_block=by_block)
+    return terms
 
 
 def prepared_sketch(
     sketch: Float[Tensor, "n r c k"], num_groups: int, *, by_block: bool
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """What `add_sketched_` takes: the combinations, and with sums by block the contrasts again, group by group."""
+    """What `sketched_terms` takes: the combinations, and with sums by block the contrasts again, group by group."""
     prepared = {"sketch_columns": combined(sketch, by_block=by_block)}
     if by_block:
         contrasts = combined(sketch, by_block=False).unflatten(3, (num_groups, -1))
@@ -81,28 +101,26 @@ def prepared_sketch(
     return prepared
 
 
-def add_sketched_(sums: BlockSums, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], meeting: Meeting) -> None:
-    """Add the block products of sketches; where the standard error wants them, those of every group once more, in one
-    further product of the whole length: R·Q products of blocks and groups would be too short to be fast.
+def sketched_terms(
+    rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], num_blocks: int, *, by_block: bool
+) -> list[Term]:
+    """The products of sketches; where the standard error wants them, those of every group once more, in one further
+    product of the whole length: R·Q products of blocks and groups would be too short to be fast.
     """
-    add_formed_(sums, rows["sketch_columns"], columns["sketch_columns"], meeting)
-    if sums.by_group is None:
-        return
+    terms = formed_terms(rows["sketch_columns"], columns["sketch_columns"], num_blocks, by_block=by_block)
+    if not by_block:
+        return terms
     left, right = rows["sketch_groups"], columns["sketch_groups"]
-    for group, total in enumerate(sums.by_group):
-        meeting.add_outputs_([(total, sums.num_blocks - 1.0)], left[:, group, :1], right[:, group, :1])
-        meeting.add_outputs_([(total, -1.0)], left[:, group, 1:], right[:, group, 1:])
+    of_contrasts = torch.full((num_blocks,), -1.0, dtype=left.dtype, device=left.device)
+    of_contrasts[0] += num_blocks
+    return [*terms, *(Term(left[:, q], right[:, q], {group(q): 1.0}, of_contrasts) for q in range(left.shape[1]))]
 
 
-def add_alone_(
-    sums: BlockSums, rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
-) -> None:
-    """Add the products of every block with itself, for kernels that pair no blocks; one product in all."""
-    if sums.by_block is None:
-        meeting.add_outputs_([(sums.within, 1.0)], rows, columns)
-        return
-    for r, total in enumerate(sums.by_block):
-        meeting.add_outputs_([(sums.within, 1.0), (total, 1.0)], rows[:, r : r + 1], columns[:, r : r + 1])
+def alone_terms(rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], *, by_block: bool) -> list[Term]:
+    """The products of every block with itself, for kernels that pair no blocks; one in all without sums by block."""
+    if not by_block:
+        return [Term(rows, columns, {WITHIN: 1.0})]
+    return [Term(rows[:, r : r + 1], columns[:, r : r + 1], {WITHIN: 1.0, block(r): 1.0}) for r in range(rows.shape[1])]
 
 
 def formed_products(

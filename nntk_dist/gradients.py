@@ -29,13 +29,12 @@ from nntk_dist.drawing import Drawing
 from nntk_dist.evaluation import Evaluator, check_finite, moved_in_place
 from nntk_dist.features import ArraySpec, Rows, block_range
 from nntk_dist.formed_products import (
-    add_alone_,
-    add_formed_,
-    add_sketched_,
     alone_products,
     combined,
     formed_products,
+    formed_terms,
     prepared_sketch,
+    terms_of_columns,
 )
 from nntk_dist.last_layers import add_readout_, bare_slopes_of_pass, slopes_of_pass
 from nntk_dist.layered_products import Layered, add_layered_, layered_products
@@ -43,6 +42,7 @@ from nntk_dist.sketched_layers import Pass, sketched_gradients
 from nntk_dist.sketching import KEPT_BYTES, Projector, Sketch
 from nntk_dist.slopes import pair_weights
 from nntk_dist.stochastic import fixed_noise
+from nntk_dist.terms import Term, add_terms_
 
 _AVERAGED = ("dense", "sketch", "readout")  # over the draws of a slot
 # What prepared arrays with an axis of outputs begin with.
@@ -350,17 +350,22 @@ class GradientFeatures:
             add_layered_(sums, left, right, meeting)
         for index in self.shared if self.pair_blocks else ():
             name, layer = f"gradient_columns_{index}", nothing()
-            add_formed_(layer, rows[name], others[name], meeting)
+            add_terms_(layer, formed_terms(rows[name], others[name], self.num_blocks, by_block=by_block), meeting)
             name = f"shared_input_{index}"
             sums.add_(layer.scaled_(meeting.shared(rows[name], others[name], num_outputs)))
-        if (name := "readout_columns") in rows:
-            add_formed_(sums, rows[name], others[name], meeting)
-        if (name := "dense_columns") in rows:
-            add = add_formed_ if self.pair_blocks else add_alone_
-            add(sums, rows[name], others[name], meeting)
-        if "sketch_columns" in rows:
-            add_sketched_(sums, rows, others, meeting)
+        if terms := self._formed_terms(rows, others, by_block=by_block):
+            add_terms_(sums, terms, meeting)
         return sums
+
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term] | None:
+        if self._layered(rows) is not None or (self.shared and self.pair_blocks):
+            return None
+        return self._formed_terms(rows, others, by_block=by_block)
+
+    def _formed_terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term]:
+        """Of everything that is not left in factors."""
+        names, blocks = ("readout_columns", "dense_columns"), self.num_blocks
+        return terms_of_columns(rows, others, names, blocks, pair_blocks=self.pair_blocks, by_block=by_block)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         terms = []

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.block_sums import BlockSums, Meeting
+from nntk_dist.block_sums import BETWEEN, WITHIN, Meeting, block
+from nntk_dist.terms import Term
 
 # Prepared features, (n, R, C, S/R): Φ by blocks of draws, Φ M, and Φ times the part of M that pairs different blocks.
 PLAIN, TOTAL, APART = "plain", "total", "apart"
@@ -23,14 +24,14 @@ PLAIN, TOTAL, APART = "plain", "total", "apart"
 def mixed_by_metric(
     features: Mapping[str, Float[Tensor, "n r c b"]], metric: Float64[Tensor, "s s"], *, by_block: bool, only_rows: bool
 ) -> dict[str, Float[Tensor, "n r c b"]]:
-    """A row set, at least its `PLAIN` features, and what `add_metric_` needs of it besides: as columns 4·S² operations
+    """A row set, at least its `PLAIN` features, and what `metric_terms` need of it besides: as columns 4·S² operations
     a row and output, as rows none, with sums by block half of that. In the features' dtype.
     """
     mixed = dict(features)
     plain = mixed[PLAIN]
     if (APART not in mixed) and (by_block or not only_rows):
-        block = torch.arange(len(metric), device=metric.device) // plain.shape[3]
-        mixed[APART] = _times(plain, metric.masked_fill(block[:, None] == block[None, :], 0.0))
+        blocks = torch.arange(len(metric), device=metric.device) // plain.shape[3]
+        mixed[APART] = _times(plain, metric.masked_fill(blocks[:, None] == blocks[None, :], 0.0))
     if (TOTAL not in mixed) and not only_rows:
         mixed[TOTAL] = _times(plain, metric)
     return mixed
@@ -45,24 +46,21 @@ def _times(features: Float[Tensor, "n r c b"], matrix: Float64[Tensor, "s s"]) -
     return by_blocks(features.transpose(1, 2).flatten(2) @ matrix.to(features.dtype), features.shape[1])
 
 
-def add_metric_(
-    sums: BlockSums,
+def metric_terms(
     rows: Mapping[str, Float[Tensor, "n1 r c b"]],
     columns: Mapping[str, Float[Tensor, "n2 r c b"]],
-    meeting: Meeting,
-) -> None:
-    """Add the block products of mixed features, all pairs of blocks."""
-    assert sums.between is not None
-    within, between = sums.within, sums.between
-    meeting.add_outputs_([(within, 1.0)], rows[PLAIN], columns[TOTAL])
-    if sums.by_block is None:
-        meeting.add_outputs_([(within, -1.0), (between, 1.0)], rows[PLAIN], columns[APART])
-        return
-    for r, total in enumerate(sums.by_block):
-        one = slice(r, r + 1)
+    *,
+    by_block: bool,
+) -> list[Term]:
+    """The products of mixed features, for all pairs of blocks."""
+    terms = [Term(rows[PLAIN], columns[TOTAL], {WITHIN: 1.0})]
+    if not by_block:
+        return [*terms, Term(rows[PLAIN], columns[APART], {WITHIN: -1.0, BETWEEN: 1.0})]
+    for r in range(rows[PLAIN].shape[1]):
         for left, right in ((APART, PLAIN), (PLAIN, APART)):
-            parts = rows[left][:, one], columns[right][:, one]
-            meeting.add_outputs_([(within, -0.5), (between, 0.5), (total, 0.5)], *parts)
+            parts = rows[left][:, r : r + 1], columns[right][:, r : r + 1]
+            terms.append(Term(*parts, {WITHIN: -0.5, BETWEEN: 0.5, block(r): 0.5}))
+    return terms
 
 
 def metric_products(

@@ -15,11 +15,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from scipy import stats
 from torch import Tensor
 
-from nntk_dist.block_sums import BlockSums
+from nntk_dist.block_sums import BETWEEN, WITHIN, BlockSums, Sum
 from nntk_dist.error_bounds import bound_factor, noise_source
 from nntk_dist.philox import Stream, uniform
 
@@ -53,26 +53,23 @@ class Estimates:
 
     plugin: Float64[Tensor, "*tile"]
     unbiased: Float64[Tensor, "*tile"] | None
-    stderr: Float64[Tensor, "*tile"] | None
+    stderr: Float[Tensor, "*tile"] | None
 
 
-def jackknife_variance(by_block: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
+def jackknife_variance(by_block: Float[Tensor, "r *tile"]) -> Float[Tensor, "*tile"]:
     """Delete-one-block variance of U from T_r: 4 Σ(T_r − T̄)² / (R(R−1)(R−2)²)."""
     blocks = len(by_block)
     return _squared_deviations(by_block).mul_(4.0 / (blocks * (blocks - 1) * (blocks - 2) ** 2))
 
 
-def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
+def _squared_deviations(values: Float[Tensor, "r *tile"]) -> Float[Tensor, "*tile"]:
     """Σ_r (v_r − v̄)², from differences to the first: 0 exactly where all are the same.
 
     Many times faster than `var` over the leading axis, whose steps are a tile long.
     """
-    total, squares, difference = (torch.zeros_like(values[0]) for _ in range(3))
-    for part in values[1:]:
-        torch.sub(part, values[0], out=difference)
-        total.add_(difference)
-        squares.addcmul_(difference, difference)
-    return squares.addcmul_(total, total, value=-1.0 / len(values))
+    differences = values[1:] - values[0]
+    total = differences.sum(0)
+    return differences.square_().sum(0).addcmul_(total, total, value=-1.0 / len(values))
 
 
 def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +86,7 @@ def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, T
     return unbiased, variance, by_block
 
 
-def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Float64[Tensor, "*tile"]:
+def sketch_variance(by_group: Float[Tensor, "q *tile"], num_blocks: int) -> Float[Tensor, "*tile"]:
     """Variance of U over sketches, from what each of Q independent groups adds to Σ_{r≠r'} h_rr': Q·Var_q/(R(R−1))²."""
     groups = len(by_group)
     return _squared_deviations(by_group).mul_(groups / (groups - 1) / (num_blocks * (num_blocks - 1)) ** 2)
@@ -142,23 +139,30 @@ def _ratio(error: float, signal: float) -> float:
     return error / signal if signal > 0 else math.inf if error > 0 else 0.0
 
 
+def shares_of_sums(num_blocks: int, *, pair_blocks: bool) -> dict[str, dict[Sum, float]]:
+    """How often each sum is in the statistics that are linear in them."""
+    if not pair_blocks:
+        return {"plugin": {WITHIN: 1.0 / num_blocks}}
+    plugin = dict.fromkeys((WITHIN, BETWEEN), 1.0 / num_blocks**2)
+    pairs = num_blocks * (num_blocks - 1)
+    return {"plugin": plugin, "unbiased": {BETWEEN: 1.0 / pairs}} if pairs else {"plugin": plugin}
+
+
 def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
     """The statistics of a tile; without a calibration, or without the sums by block, no standard error."""
     blocks, by_block, stderr = sums.num_blocks, sums.by_block, None
-    if sums.between is None:
-        if by_block is not None and calibration is not None:
-            stderr = (_squared_deviations(by_block) / (blocks * (blocks - 1))).sqrt()
-        return Estimates(plugin=sums.within / blocks, unbiased=None, stderr=stderr)
+    shares = shares_of_sums(blocks, pair_blocks=sums.between is not None)
     if by_block is not None and calibration is not None:
-        variance = calibration.level * jackknife_variance(by_block)
+        if sums.between is None:
+            variance = _squared_deviations(by_block).mul_(1.0 / (blocks * (blocks - 1)))
+        else:
+            variance = jackknife_variance(by_block).mul_(calibration.level)
         if sums.by_group is not None:
             variance += sketch_variance(sums.by_group, blocks)
-        stderr = variance.sqrt()
-    return Estimates(
-        plugin=(sums.within + sums.between).mul_(1.0 / blocks**2),  # a division takes three times as long
-        unbiased=sums.between * (1.0 / (blocks * (blocks - 1))) if blocks > 1 else None,
-        stderr=stderr,
-    )
+        stderr = variance.sqrt_()
+    total = sums.within if sums.between is None else sums.within + sums.between
+    unbiased = None if sums.between is None or "unbiased" not in shares else sums.between * shares["unbiased"][BETWEEN]
+    return Estimates(plugin=total * shares["plugin"][WITHIN], unbiased=unbiased, stderr=stderr)
 
 
 def sample_limit(width: int, entries: int = SAMPLE_ENTRIES) -> int:

@@ -6,7 +6,7 @@ large as the tile. It computes and returns; where rows come from and where tiles
 Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.block_sums.Meeting` says.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -14,15 +14,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nntk_dist.block_sums import BlockSums, Meeting
+from nntk_dist.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.features import FeatureMap, Rows, slice_rows
-from nntk_dist.statistics import Calibration, calibrate, estimate
+from nntk_dist.statistics import Calibration, calibrate, estimate, shares_of_sums
+from nntk_dist.terms import Term, TermSums, can_multiply_into, multiply_into_
 
 # Kernel rows and columns of a window: large enough for a matrix product's full rate on two threads, small enough for
 # its sums (2 MiB each in float64) to stay near; on a GPU large enough to have work for all of it.
 WINDOW_ROWS = 512
 WINDOW_COLUMNS = 512
 _GPU_WINDOW = 2048
+_MIRRORED_ROWS = 1024  # of a window of a symmetric tile that is made by products alone, to the right of the diagonal
+
+
+Entries = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Window:
 
     rows: slice
     columns: slice
-    entries: tuple[slice, ...]
+    entries: Entries
 
 
 def window_edges(device: torch.device | str) -> tuple[int, int]:
@@ -74,31 +79,93 @@ def tile_estimates(
     totals: dict[int, tuple[Window, BlockSums]] = {}
     result: dict[str, Tensor] = {}
 
-    def place_(window: Window, sums: BlockSums) -> None:
+    def place_(entries: Entries, sums: BlockSums) -> None:
         for name, value in _estimates(features, sums, calibration, scale).items():
             if name not in result:
                 result[name] = empty(shape, dtype=dtype, device=value.device)
-            result[name][window.entries] = value
+            result[name][entries] = value
 
     for part in parts:
         symmetric = part[0] is part[1] and not meeting.paired
         shape = _shape(features, part, meeting)
         others = features.prepare(part[1], by_block=by_block)
         rows = others if part[0] is part[1] else features.prepare(part[0], by_block=by_block, only_rows=True)
-        for index, window in enumerate(_windows(features, part, meeting, symmetric=symmetric)):
-            chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
-            sums = features.block_sums(*chosen, meeting, by_block=by_block)
-            if len(parts) == 1:
-                place_(window, sums)
-            else:
-                totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
-        del part, rows, others, chosen  # before the features of the next part are made
+        terms = None if meeting.paired or len(parts) > 1 else features.terms(rows, others, by_block=by_block)
+        if terms is not None and not by_block and can_multiply_into(terms, meeting, dtype):
+            result |= _products_alone(features, terms, meeting, scale, symmetric=symmetric, empty=empty)
+        elif terms is None:
+            for index, (window, sums) in enumerate(_sums_by_window(features, rows, others, meeting, by_block=by_block)):
+                if len(parts) == 1:
+                    place_(window.entries, sums)
+                else:
+                    totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
+        else:
+            for entries, sums in _sums_of_terms(features, terms, meeting, by_block=by_block, symmetric=symmetric):
+                place_(entries, sums)
+        del part, rows, others, terms  # before the features of the next part are made
     for window, total in totals.values():
-        place_(window, total)
+        place_(window.entries, total)
     if symmetric:
         for values in result.values():
             mirror_(values)
     return result
+
+
+def _sums_by_window(
+    features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool
+) -> Iterator[tuple[Window, BlockSums]]:
+    """Windows of a tile, or of its part that is not mirrored, and their sums; rows and columns are prepared."""
+    counts = [len(next(iter(part.values()))) for part in (rows, others)]
+    edges = window_edges(next(iter(rows.values())).device)
+    for window in _windows(counts, edges, _width(features, meeting), paired=meeting.paired, symmetric=rows is others):
+        chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
+        yield window, features.block_sums(*chosen, meeting, by_block=by_block)
+
+
+def _sums_of_terms(
+    features: FeatureMap, terms: Sequence[Term], meeting: Meeting, *, by_block: bool, symmetric: bool
+) -> Iterator[tuple[Entries, BlockSums]]:
+    """Places in a tile, or in its part that is not mirrored, and their sums."""
+    blocks, device = features.num_blocks, terms[0].left.device
+    groups = features.num_sketch_groups
+    form = empty_sums(
+        (0, 0), blocks, pair_blocks=features.pair_blocks, by_block=by_block, device=device, num_groups=groups
+    )
+    sums_of, counts = TermSums(terms, meeting, form), (len(terms[0].left), len(terms[0].right))
+    for window in _windows(counts, sums_of.edges, _width(features, meeting), symmetric=symmetric):
+        rows, columns = window.entries
+        for stripe, sums in sums_of.stripes(window.rows, window.columns):
+            yield (slice(rows.start + stripe.start, rows.start + stripe.stop), columns), sums
+
+
+def _products_alone(
+    features: FeatureMap,
+    terms: Sequence[Term],
+    meeting: Meeting,
+    scale: str,
+    *,
+    symmetric: bool,
+    empty: Callable[..., Tensor],
+) -> dict[str, Tensor]:
+    """The statistics of a tile, or of its part that is not mirrored, as products alone; no standard error."""
+    factor, width = scale_factor(scale, features.num_parameters), _width(features, meeting)
+    shares = {
+        name: {each: factor * share for each, share in of.items()}
+        for name, of in shares_of_sums(features.num_blocks, pair_blocks=features.pair_blocks).items()
+    }
+    counts, first = (len(terms[0].left), len(terms[0].right)), terms[0].left
+    shape = meeting.shape(*counts, width)
+    result = {name: empty(shape, dtype=first.dtype, device=first.device) for name in shares}
+    edges = (_MIRRORED_ROWS, shape[1]) if symmetric else shape
+    for window in _windows(counts, (edges[0], edges[1]), width, symmetric=symmetric):
+        parts = {name: values[window.entries] for name, values in result.items()}
+        multiply_into_(parts, terms, meeting, shares, window.rows, window.columns)
+    return result
+
+
+def _width(features: FeatureMap, meeting: Meeting) -> int:
+    """Kernel rows of an example."""
+    return len(features.columns) if meeting.full else 1
 
 
 def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> tuple[int, ...]:
@@ -107,23 +174,21 @@ def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> t
     return meeting.shape(counts[0], counts[1], len(features.columns))
 
 
-def _windows(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting, *, symmetric: bool) -> Iterator[Window]:
-    """The windows of a tile; of a symmetric one those that reach the diagonal or lie above it."""
-    left_array, right_array = (next(iter(rows.values())) for rows in part)
-    num_rows, num_columns = len(left_array), len(right_array)
-    width = len(features.columns) if meeting.full else 1
-    height, length = (max(1, edge // width) for edge in window_edges(left_array.device))
-    if meeting.paired:
-        for start in range(0, num_rows, height):
-            rows = slice(start, min(start + height, num_rows))
+def _windows(
+    counts: Sequence[int], edges: tuple[int, int], width: int, *, paired: bool = False, symmetric: bool = False
+) -> Iterator[Window]:
+    """The windows of so many rows and columns, at most so large in kernel rows; of a symmetric tile those that reach
+    the diagonal or lie above it.
+    """
+    height, length = (max(1, edge // width) for edge in edges)
+    for top in range(0, counts[0], height):
+        rows = slice(top, min(top + height, counts[0]))
+        if paired:
             yield Window(rows, rows, (rows,))
-        return
-    for top in range(0, num_rows, height):
-        rows = slice(top, min(top + height, num_rows))
-        for left in range(top if symmetric else 0, num_columns, length):
-            columns = slice(left, min(left + length, num_columns))
-            entries = tuple(slice(part.start * width, part.stop * width) for part in (rows, columns))
-            yield Window(rows, columns, entries)
+            continue
+        for left in range(top if symmetric else 0, counts[1], length):
+            columns = slice(left, min(left + length, counts[1]))
+            yield Window(rows, columns, tuple(slice(part.start * width, part.stop * width) for part in (rows, columns)))
 
 
 def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration | None, scale: str) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from nntk_dist.layered_products import PRODUCT_ELEMENTS
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from nntk_dist.stochastic import is_random
+from nntk_dist.terms import window_bytes
 from nntk_dist.threads import torch_threads
 from nntk_dist.tiles import window_edges
 from pipeline.arrays import (
@@ -261,6 +262,7 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     tile = min(layout.tile, sizes.num_train)
     entries = (tile * width) ** 2
+    in_factors = any(spec.name.startswith(_FACTORS) for spec in features.arrays)
     window = min(entries, math.prod(window_edges(layout.device)))
     by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
     prepared = row_bytes * _prepared_share(job, features)
@@ -273,7 +275,11 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
         pairs = 4 * item * CHUNK_ELEMENTS
     elif any(name.startswith("input_") for name in names):
         pairs = 3 * item * min(PRODUCT_ELEMENTS, sizes.num_draws * window)
-    sums = window * 8 * (2 * by_block + _WINDOW_SUMS) + (entries * 8 * (by_block + 2) if parts > 1 else 0)
+    sums = entries * 8 * (by_block + 2) if parts > 1 else 0
+    if in_factors or parts > 1:
+        sums += window * 8 * (2 * by_block + _WINDOW_SUMS)
+    else:
+        sums += window_bytes(item, layout.threads, layout.device)
     arrays = len(statistics_of(job))
     computing = tile * row_bytes + sums + pairs  # one row set at a time is made ready
     written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed

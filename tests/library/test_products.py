@@ -15,14 +15,15 @@ from nntk_dist.block_sums import INNER_TERMS, BlockSums, Meeting, empty_sums
 from nntk_dist.capture import plan_sites
 from nntk_dist.difference_means import DifferenceMeans
 from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.formed_products import add_formed_, add_sketched_, combined, formed_products, prepared_sketch
+from nntk_dist.formed_products import combined, formed_products, formed_terms, prepared_sketch, sketched_terms
 from nntk_dist.gradients import GradientFeatures
-from nntk_dist.metric_products import PLAIN, add_metric_, by_blocks, metric_products, mixed_by_metric
+from nntk_dist.metric_products import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
 from nntk_dist.parameters import select_parameters
 from nntk_dist.resolution import Resolution
 from nntk_dist.shared_inputs import shared_inputs
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration, estimate, jackknife_variance
+from nntk_dist.terms import add_terms_
 from nntk_dist.tiles import tile_estimates
 from tests.library.tools import all_rows, assert_equal
 from tests.oracles.cases import case
@@ -61,7 +62,8 @@ def test_rounding_of_formed_products_is_that_of_a_few_units(noise, by_block):
     rows, columns = means(48, INNER_TERMS, noise)
     exact = by_pairs(formed_products(rows, columns, Meeting()))
     sums = nothing(48, by_block=by_block)
-    add_formed_(sums, combined(rows, by_block=by_block), combined(columns, by_block=by_block), Meeting())
+    parts = [combined(part, by_block=by_block) for part in (rows, columns)]
+    add_terms_(sums, formed_terms(*parts, BLOCKS, by_block=by_block), Meeting())
     largest = float(exact.within.abs().max()) / BLOCKS
     ours, expected = estimate(sums, None), estimate(exact, None)
     assert ours.unbiased is not None
@@ -85,7 +87,8 @@ def test_long_inner_products_are_summed_in_float64():
         sums = nothing(4, by_block=False)
         if paired:
             sums = BlockSums(BLOCKS, sums.within[0], torch.zeros(4, dtype=torch.float64), None)
-        add_formed_(sums, combined(rows, by_block=False), combined(columns, by_block=False), Meeting(paired=paired))
+        parts = [combined(part, by_block=False) for part in (rows, columns)]
+        add_terms_(sums, formed_terms(*parts, BLOCKS, by_block=False), Meeting(paired=paired))
         expected = exact.between.diagonal() if paired else exact.between
         assert_equal(sums.between, expected, 2 * EPS)
 
@@ -93,7 +96,8 @@ def test_long_inner_products_are_summed_in_float64():
 def test_sums_by_group_are_those_of_the_groups_alone():
     rows, columns = (part.double() for part in means(6, 64, 0.5))
     sums = nothing(6, by_block=True, groups=4)
-    add_sketched_(*[sums, *(prepared_sketch(part, 4, by_block=True) for part in (rows, columns))], Meeting())
+    prepared = [prepared_sketch(part, 4, by_block=True) for part in (rows, columns)]
+    add_terms_(sums, sketched_terms(*prepared, BLOCKS, by_block=True), Meeting())
     parts = zip(rows.chunk(4, 3), columns.chunk(4, 3), strict=True)
     groups = torch.stack([by_pairs(formed_products(a, b, Meeting())).between for a, b in parts])
     assert_equal(sums.by_group, groups)
@@ -112,7 +116,7 @@ def test_float32_products_with_a_metric_are_those_of_all_pairs(by_block):
         mixed_by_metric({PLAIN: by_blocks(part, BLOCKS)}, metric, by_block=by_block, only_rows=only_rows)
         for part, only_rows in ((rows, True), (columns, False))
     )
-    add_metric_(sums, left, right, Meeting())
+    add_terms_(sums, metric_terms(left, right, by_block=by_block), Meeting())
     scale = float((exact.within + exact.between).abs().max())
     assert_equal(sums.within, exact.within, 8 * EPS, scale=scale)
     assert_equal(sums.between, exact.between, 8 * EPS, scale=scale)

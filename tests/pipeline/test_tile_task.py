@@ -84,19 +84,19 @@ def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr
 def test_features_that_a_tile_recomputes_are_made_at_full_precision(tmp_path, monkeypatch):
     """Precisions that passes over the model ran at, in the stage of tiles too, and those of the products there."""
     passes, products = [], []
-    forward, add = nn.Linear.forward, Meeting.add_outputs_
+    forward, matrix = nn.Linear.forward, Meeting.matrix
 
     def noted_forward(*arguments):
         passes.append(torch.get_float32_matmul_precision())
         return forward(*arguments)
 
-    def noted_add(*arguments):
+    def noted_matrix(*arguments):
         products.append(torch.get_float32_matmul_precision())
-        return add(*arguments)
+        return matrix(*arguments)
 
     monkeypatch.setattr("pipeline.layout._STORED_FEATURE_BYTES", 0)
     monkeypatch.setattr(nn.Linear, "forward", noted_forward)
-    monkeypatch.setattr(Meeting, "add_outputs_", noted_add)
+    monkeypatch.setattr(Meeting, "matrix", noted_matrix)
     place = finished(tmp_path / "run", "compute.matmul_precision=medium", "kernel.contraction=means")
     manifest = read_manifest(RunStorage(str(place)))
     assert manifest is not None

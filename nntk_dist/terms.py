@@ -1,0 +1,211 @@
+"""Sums of a tile that are made of plain matrix products: which products, and how they are added up.
+
+A tile's time beyond its products goes into passes over memory. So a tile without standard errors is made by the
+products alone, which BLAS adds up in place (`multiply_into_`). Otherwise (`TermSums`) the products of a window, as
+large as BLAS likes it, stay in the features' dtype, and all that follows, from sums to statistics, is done for a few
+rows at a time, which stay in a core's cache. No models, no randomness.
+
+Axes: n1, n2 rows and columns; w slots of features, c outputs, k feature columns of one output; t products of a window,
+e entries of a stripe.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nntk_dist.block_sums import BETWEEN, INNER_TERMS, WITHIN, BlockSums, Meeting, Sum, block, group
+
+# Kernel rows and columns of a window at most, and numbers that its products (and sums of several passes) may take.
+_EDGE, _GPU_EDGE = 1024, 2048
+_WINDOW_NUMBERS, _GPU_WINDOW_NUMBERS = 1 << 23, 1 << 26
+_FEWEST_ROWS = 128
+_MOST_AT_ONCE, _MANY_AT_ONCE = 32, 8  # products that are all held, or some of more
+_STRIPE_NUMBERS = 1 << 20  # of a thread
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product of features that carry outputs, summed over their slots, each `weights` times where these are given;
+    and how often it is in each sum.
+    """
+
+    left: Float[Tensor, "n1 w c k"]
+    right: Float[Tensor, "n2 w c k"]
+    factors: Mapping[Sum, float]
+    weights: Float[Tensor, " w"] | None = None
+
+    def rows(self, selection: slice = slice(None)) -> Float[Tensor, "n w c k"]:
+        """Some of the left features, weighted: a copy where there are weights."""
+        rows = self.left[selection]
+        return rows if self.weights is None else rows * self.weights[:, None, None]
+
+
+def add_terms_(sums: BlockSums, terms: Sequence[Term], meeting: Meeting) -> None:
+    """Add the products of all rows and columns, or of each row with its column."""
+    if meeting.paired:
+        parts = sums.parts()
+        for term in terms:
+            product = meeting.paired_product(term.rows(), term.right)
+            for name, factor in term.factors.items():
+                parts[name].add_(product, alpha=factor)
+        return
+    for rows, part in TermSums(terms, meeting, sums).stripes():
+        sums.of_rows(rows).add_(part)
+
+
+def multiply_into_(
+    results: Mapping[str, Float[Tensor, "rows columns"]],
+    terms: Sequence[Term],
+    meeting: Meeting,
+    shares: Mapping[str, Mapping[Sum, float]],
+    rows: slice,
+    columns: slice,
+) -> None:
+    """Set results, each made of the sums so many times, by products that are added to them in their own dtype."""
+    started = set[str]()
+    for term in terms:
+        left, right = meeting.matrix(term.rows(rows)), meeting.matrix(term.right[columns])
+        often = {
+            name: sum(share * term.factors.get(each, 0.0) for each, share in of.items()) for name, of in shares.items()
+        }
+        names = [name for name, number in often.items() if number]
+        for position, name in enumerate(names):
+            result, alone = results[name], not started & {names[0], name}
+            if position and alone:  # what the first one holds is this product
+                torch.mul(results[names[0]], often[name] / often[names[0]], out=result)
+            else:
+                torch.addmm(result, left, right.T, beta=float(name in started), alpha=often[name], out=result)
+        started |= {*names}
+
+
+def can_multiply_into(terms: Sequence[Term], meeting: Meeting, dtype: torch.dtype) -> bool:
+    """Whether `multiply_into_` is as accurate as `TermSums`: for results of the features' dtype, of short products."""
+    return all(term.left.dtype == dtype and _length(term, full=meeting.full) <= INNER_TERMS for term in terms)
+
+
+class TermSums:
+    """The sums of a tile's windows, a stripe of rows at a time; rows and columns all meet. `edges` are the kernel rows
+    and columns that a window should have, `form` has the sums that are wanted, of any shape.
+
+    Inner products are of at most `INNER_TERMS` terms in the features' dtype. `within` and `between` are sums of these
+    in float64, and those by block and group too where they are of more than one pass.
+    """
+
+    def __init__(self, terms: Sequence[Term], meeting: Meeting, form: BlockSums) -> None:
+        self._terms, self._meeting, self._form = terms, meeting, form
+        self._device, self._dtype = terms[0].left.device, terms[0].left.dtype
+        self._portions = [
+            (index, slice(start, start + INNER_TERMS))
+            for index, term in enumerate(terms)
+            for start in range(0, _length(term, full=meeting.full), INNER_TERMS)
+        ]
+        self._at_once = num_at_once(len(self._portions))
+        self._several = self._at_once < len(self._portions)
+        by_part = torch.float64 if self._several else self._dtype
+        num_blocks = 0 if form.by_block is None else len(form.by_block)
+        num_groups = 0 if form.by_group is None else len(form.by_group)
+        self._pairs = self._factors([WITHIN] if form.between is None else [WITHIN, BETWEEN], torch.float64)
+        self._blocks = self._factors([block(r) for r in range(num_blocks)], by_part)
+        self._groups = self._factors([group(q) for q in range(num_groups)], by_part)
+        num_sums = len(self._pairs) + num_blocks + num_groups
+        self.edges = window_edges(len(self._portions), num_sums, self._device)
+        self._numbers_of_entry = self._at_once + 2 * num_sums + 8  # about: products, sums, statistics
+        self._products: Tensor | None = None
+
+    def _factors(self, names: Sequence[Sum], dtype: torch.dtype) -> Float[Tensor, "m t"]:
+        """How often every product is in some sums."""
+        rows = [[self._terms[index].factors.get(name, 0.0) for index, _ in self._portions] for name in names]
+        return torch.tensor(rows, dtype=dtype, device=self._device).reshape(len(names), len(self._portions))
+
+    def stripes(self, rows: slice = slice(None), columns: slice = slice(None)) -> Iterator[tuple[slice, BlockSums]]:
+        """Kernel rows within a window, and the sums of all its columns there."""
+        left = [self._meeting.matrix(term.rows(rows)) for term in self._terms]
+        right = [self._meeting.matrix(term.right[columns]) for term in self._terms]
+        shape = len(left[0]), len(right[0])
+        totals = self._nothing(shape) if self._several else None
+        for begin in range(0, len(self._portions), self._at_once):
+            chosen = slice(begin, begin + self._at_once)
+            products = self._room(len(self._portions[chosen]), *shape)
+            for (index, part), product in zip(self._portions[chosen], products, strict=True):
+                torch.mm(left[index][:, part], right[index][:, part].T, out=product)
+            for stripe in self._stripes_of(*shape):
+                sums = self._sums(products[:, stripe].flatten(1), chosen, shape[1])
+                if totals is not None:
+                    sums = totals.of_rows(stripe).add_(sums)
+                if chosen.stop >= len(self._portions):
+                    yield stripe, sums
+
+    def _nothing(self, shape: tuple[int, int]) -> BlockSums:
+        """Zeros of this shape for the sums of several passes."""
+        form = self._form
+
+        def zeros(stack: Tensor | None, *lead: int) -> Tensor | None:
+            return None if stack is None else stack.new_zeros(*lead, *shape, dtype=torch.float64)
+
+        within, by_block = zeros(form.within), zeros(form.by_block, len(self._blocks))
+        assert within is not None
+        return BlockSums(
+            form.num_blocks, within, zeros(form.between), by_block, zeros(form.by_group, len(self._groups))
+        )
+
+    def _sums(self, products: Float[Tensor, "t e"], chosen: slice, num_columns: int) -> BlockSums:
+        """Of a stripe."""
+
+        def stack(factors: Float[Tensor, "m t"]) -> Tensor | None:
+            if not len(factors):
+                return None
+            return (factors[:, chosen] @ products.to(factors.dtype)).unflatten(1, (-1, num_columns))
+
+        pairs = stack(self._pairs)
+        assert pairs is not None
+        between = pairs[1] if len(pairs) == 2 else None
+        return BlockSums(self._form.num_blocks, pairs[0], between, stack(self._blocks), stack(self._groups))
+
+    def _room(self, count: int, num_rows: int, num_columns: int) -> Float[Tensor, "t n1 n2"]:
+        """For products, in memory that is used again."""
+        size = count * num_rows * num_columns
+        if self._products is None or len(self._products) < size:
+            self._products = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._products[:size].view(count, num_rows, num_columns)
+
+    def _stripes_of(self, num_rows: int, num_columns: int) -> Iterator[slice]:
+        step = num_rows
+        if self._device.type == "cpu":
+            step = max(1, torch.get_num_threads() * _STRIPE_NUMBERS // (self._numbers_of_entry * num_columns))
+        for start in range(0, num_rows, step):
+            yield slice(start, min(start + step, num_rows))
+
+
+def num_at_once(num_products: int) -> int:
+    """Products of a window that are held at a time."""
+    return num_products if num_products <= _MOST_AT_ONCE else _MANY_AT_ONCE
+
+
+def window_edges(num_products: int, num_sums: int, device: torch.device | str) -> tuple[int, int]:
+    """Kernel rows and columns of a window: its products, and in float64 the sums of several passes, stay within what
+    `window_bytes` allows.
+    """
+    edge, numbers = _limits(device)
+    at_once = num_at_once(num_products)
+    held = at_once + (2 * num_sums if at_once < num_products else 0)
+    return min(edge, max(_FEWEST_ROWS, numbers // (edge * held))), edge
+
+
+def window_bytes(item: int, threads: int, device: torch.device | str) -> int:
+    """Most that `TermSums` takes on so many threads, numbers of so many bytes: a window, and a stripe in float64."""
+    return item * _limits(device)[1] + 8 * threads * _STRIPE_NUMBERS
+
+
+def _limits(device: torch.device | str) -> tuple[int, int]:
+    """Of a window's edge, and of its numbers."""
+    gpu = torch.device(device).type == "cuda"
+    return (_GPU_EDGE, _GPU_WINDOW_NUMBERS) if gpu else (_EDGE, _WINDOW_NUMBERS)
+
+
+def _length(term: Term, *, full: bool) -> int:
+    """Terms of its inner products."""
+    _, slots, outputs, columns = term.left.shape
+    return slots * columns * (1 if full else outputs)

@@ -10,6 +10,7 @@ Axes: s draws, r blocks, P parameters; m members, the vectors that draws are mad
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -235,18 +236,21 @@ class Drawing:
             lengths = self._multipliers(members, rows.square().sum(1)) * rows.norm(dim=1)
             q = orthonormal_rows(rows.unflatten(0, (-1, size))).flatten(0, 1)
             return (q[:, start:stop] * lengths[:, None]).to(dtype)
-        grams = self._no_grams(members)
+        grams, everything = self._no_grams(members), (start, stop) == (0, self.num_parameters)
+        kept = deque[Tensor]()  # or made twice, where few of the parameters are asked for
         for low, high in self._slices():
             rows = self._normals(members, low, high).unflatten(0, (-1, size))
             grams += rows @ rows.mT
+            if everything:
+                kept.append(rows)
         factors = triangular_factors(grams)
         squares = grams.diagonal(dim1=1, dim2=2).flatten()
         lengths = (self._multipliers(members, squares) * squares.sqrt())[:, None]
         result = torch.empty(len(members), stop - start, dtype=dtype, device=members.device)
         for low in range(start, stop, _SLICE):
             high = min(low + _SLICE, stop)
-            rows = solve_rows(factors, self._normals(members, low, high).unflatten(0, (-1, size)))
-            result[:, low - start : high - start] = rows.flatten(0, 1) * lengths
+            rows = kept.popleft() if kept else self._normals(members, low, high).unflatten(0, (-1, size))
+            result[:, low - start : high - start] = solve_rows(factors, rows).flatten(0, 1) * lengths
         return result
 
     def _no_grams(self, members: Tensor) -> Float64[Tensor, "g k k"]:

@@ -100,8 +100,7 @@ def group(number: int) -> Sum:
 
 @dataclass
 class BlockSums:
-    """Sums over blocks of the products of one tile, in float64; those by block and group in the features' dtype where
-    each is made of few products, whose rounding is theirs.
+    """Sums over blocks of the products of one tile, in float64.
 
     within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
     h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r. by_group, where features are
@@ -112,8 +111,8 @@ class BlockSums:
     num_blocks: int
     within: Float64[Tensor, "*tile"]
     between: Float64[Tensor, "*tile"] | None
-    by_block: Float[Tensor, "r *tile"] | None
-    by_group: Float[Tensor, "q *tile"] | None = None
+    by_block: Float64[Tensor, "r *tile"] | None
+    by_group: Float64[Tensor, "q *tile"] | None = None
     resolved: Bool[Tensor, "*tile"] | None = None
 
     def parts(self) -> dict[Sum, Float64[Tensor, "*tile"]]:
@@ -124,6 +123,19 @@ class BlockSums:
         for name, stack in ((block, self.by_block), (group, self.by_group)):
             named |= {} if stack is None else {name(index): part for index, part in enumerate(stack)}
         return named
+
+    def of_stack(self, stack: Float64[Tensor, "m *tile"]) -> "BlockSums":
+        """The same sums as views of a stack, in the order of `parts`."""
+        num_blocks = 0 if self.by_block is None else len(self.by_block)
+        first = 1 if self.between is None else 2
+        pairs, blocks, groups = stack.tensor_split((first, first + num_blocks))
+        return BlockSums(
+            self.num_blocks,
+            pairs[0],
+            None if self.between is None else pairs[1],
+            None if self.by_block is None else blocks,
+            None if self.by_group is None else groups,
+        )
 
     def of_rows(self, rows: slice) -> "BlockSums":
         """Those of some rows of the tile, as views."""

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from scipy import stats
 from torch import Tensor
 
@@ -53,16 +53,16 @@ class Estimates:
 
     plugin: Float64[Tensor, "*tile"]
     unbiased: Float64[Tensor, "*tile"] | None
-    stderr: Float[Tensor, "*tile"] | None
+    stderr: Float64[Tensor, "*tile"] | None
 
 
-def jackknife_variance(by_block: Float[Tensor, "r *tile"]) -> Float[Tensor, "*tile"]:
+def jackknife_variance(by_block: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
     """Delete-one-block variance of U from T_r: 4 Σ(T_r − T̄)² / (R(R−1)(R−2)²)."""
     blocks = len(by_block)
     return _squared_deviations(by_block).mul_(4.0 / (blocks * (blocks - 1) * (blocks - 2) ** 2))
 
 
-def _squared_deviations(values: Float[Tensor, "r *tile"]) -> Float[Tensor, "*tile"]:
+def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
     """Σ_r (v_r − v̄)², from differences to the first: 0 exactly where all are the same.
 
     Many times faster than `var` over the leading axis, whose steps are a tile long.
@@ -86,7 +86,7 @@ def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, T
     return unbiased, variance, by_block
 
 
-def sketch_variance(by_group: Float[Tensor, "q *tile"], num_blocks: int) -> Float[Tensor, "*tile"]:
+def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Float64[Tensor, "*tile"]:
     """Variance of U over sketches, from what each of Q independent groups adds to Σ_{r≠r'} h_rr': Q·Var_q/(R(R−1))²."""
     groups = len(by_group)
     return _squared_deviations(by_group).mul_(groups / (groups - 1) / (num_blocks * (num_blocks - 1)) ** 2)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nntk_dist.block_sums import BETWEEN, INNER_TERMS, WITHIN, BlockSums, Meeting, Sum, block, group
+from nntk_dist.block_sums import INNER_TERMS, BlockSums, Meeting, Sum
 
 # Kernel rows and columns of a window at most, and numbers that its products (and sums of several passes) may take.
 _EDGE, _GPU_EDGE = 1024, 2048
@@ -90,8 +90,7 @@ class TermSums:
     """The sums of a tile's windows, a stripe of rows at a time; rows and columns all meet. `edges` are the kernel rows
     and columns that a window should have, `form` has the sums that are wanted, of any shape.
 
-    Inner products are of at most `INNER_TERMS` terms in the features' dtype. `within` and `between` are sums of these
-    in float64, and those by block and group too where they are of more than one pass.
+    Inner products are of at most `INNER_TERMS` terms in the features' dtype, and sums of these in float64.
     """
 
     def __init__(self, terms: Sequence[Term], meeting: Meeting, form: BlockSums) -> None:
@@ -104,65 +103,34 @@ class TermSums:
         ]
         self._at_once = num_at_once(len(self._portions))
         self._several = self._at_once < len(self._portions)
-        by_part = torch.float64 if self._several else self._dtype
-        num_blocks = 0 if form.by_block is None else len(form.by_block)
-        num_groups = 0 if form.by_group is None else len(form.by_group)
-        self._pairs = self._factors([WITHIN] if form.between is None else [WITHIN, BETWEEN], torch.float64)
-        self._blocks = self._factors([block(r) for r in range(num_blocks)], by_part)
-        self._groups = self._factors([group(q) for q in range(num_groups)], by_part)
-        num_sums = len(self._pairs) + num_blocks + num_groups
+        self._names = list(form.parts())
+        factors = [[terms[index].factors.get(name, 0.0) for index, _ in self._portions] for name in self._names]
+        self._factors = torch.tensor(factors, dtype=torch.float64, device=self._device)
+        num_sums = len(self._names)
         self.edges = window_edges(len(self._portions), num_sums, self._device)
         self._numbers_of_entry = self._at_once + 2 * num_sums + 8  # about: products, sums, statistics
         self._products: Tensor | None = None
-
-    def _factors(self, names: Sequence[Sum], dtype: torch.dtype) -> Float[Tensor, "m t"]:
-        """How often every product is in some sums."""
-        rows = [[self._terms[index].factors.get(name, 0.0) for index, _ in self._portions] for name in names]
-        return torch.tensor(rows, dtype=dtype, device=self._device).reshape(len(names), len(self._portions))
 
     def stripes(self, rows: slice = slice(None), columns: slice = slice(None)) -> Iterator[tuple[slice, BlockSums]]:
         """Kernel rows within a window, and the sums of all its columns there."""
         left = [self._meeting.matrix(term.rows(rows)) for term in self._terms]
         right = [self._meeting.matrix(term.right[columns]) for term in self._terms]
         shape = len(left[0]), len(right[0])
-        totals = self._nothing(shape) if self._several else None
+        totals = None
+        if self._several:
+            totals = torch.zeros(len(self._names), *shape, dtype=torch.float64, device=self._device)
         for begin in range(0, len(self._portions), self._at_once):
             chosen = slice(begin, begin + self._at_once)
             products = self._room(len(self._portions[chosen]), *shape)
             for (index, part), product in zip(self._portions[chosen], products, strict=True):
                 torch.mm(left[index][:, part], right[index][:, part].T, out=product)
             for stripe in self._stripes_of(*shape):
-                sums = self._sums(products[:, stripe].flatten(1), chosen, shape[1])
+                some = products[:, stripe].flatten(1).to(torch.float64)
+                sums = (self._factors[:, chosen] @ some).unflatten(1, (-1, shape[1]))
                 if totals is not None:
-                    sums = totals.of_rows(stripe).add_(sums)
+                    sums = totals[:, stripe].add_(sums)
                 if chosen.stop >= len(self._portions):
-                    yield stripe, sums
-
-    def _nothing(self, shape: tuple[int, int]) -> BlockSums:
-        """Zeros of this shape for the sums of several passes."""
-        form = self._form
-
-        def zeros(stack: Tensor | None, *lead: int) -> Tensor | None:
-            return None if stack is None else stack.new_zeros(*lead, *shape, dtype=torch.float64)
-
-        within, by_block = zeros(form.within), zeros(form.by_block, len(self._blocks))
-        assert within is not None
-        return BlockSums(
-            form.num_blocks, within, zeros(form.between), by_block, zeros(form.by_group, len(self._groups))
-        )
-
-    def _sums(self, products: Float[Tensor, "t e"], chosen: slice, num_columns: int) -> BlockSums:
-        """Of a stripe."""
-
-        def stack(factors: Float[Tensor, "m t"]) -> Tensor | None:
-            if not len(factors):
-                return None
-            return (factors[:, chosen] @ products.to(factors.dtype)).unflatten(1, (-1, num_columns))
-
-        pairs = stack(self._pairs)
-        assert pairs is not None
-        between = pairs[1] if len(pairs) == 2 else None
-        return BlockSums(self._form.num_blocks, pairs[0], between, stack(self._blocks), stack(self._groups))
+                    yield stripe, self._form.of_stack(sums)
 
     def _room(self, count: int, num_rows: int, num_columns: int) -> Float[Tensor, "t n1 n2"]:
         """For products, in memory that is used again."""

@@ -24,7 +24,7 @@ from nntk_dist.terms import Term, TermSums, can_multiply_into, multiply_into_
 WINDOW_ROWS = 512
 WINDOW_COLUMNS = 512
 _GPU_WINDOW = 2048
-_MIRRORED_ROWS = 1024  # of a window of a symmetric tile that is made by products alone, to the right of the diagonal
+_FEW_ROWS = 1024  # of a tile that is made by products alone, where a window is not to be all of it
 
 
 Entries = tuple[slice, ...]
@@ -156,8 +156,9 @@ def _products_alone(
     counts, first = (len(terms[0].left), len(terms[0].right)), terms[0].left
     shape = meeting.shape(*counts, width)
     result = {name: empty(shape, dtype=first.dtype, device=first.device) for name in shares}
-    edges = (_MIRRORED_ROWS, shape[1]) if symmetric else shape
-    for window in _windows(counts, (edges[0], edges[1]), width, symmetric=symmetric):
+    height = _FEW_ROWS if symmetric or meeting.full else shape[0]
+    length = _FEW_ROWS if meeting.full else shape[1]  # features with outputs are copied for their products
+    for window in _windows(counts, (height, length), width, symmetric=symmetric):
         parts = {name: values[window.entries] for name, values in result.items()}
         multiply_into_(parts, terms, meeting, shares, window.rows, window.columns)
     return result

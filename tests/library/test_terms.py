@@ -64,7 +64,7 @@ def pieces(request, monkeypatch):
         limits = {"_EDGE": 5, "_WINDOW_NUMBERS": 64, "_FEWEST_ROWS": 3, "_STRIPE_NUMBERS": 200}
         for name, value in limits.items():
             monkeypatch.setattr(terms_module, name, value)
-        monkeypatch.setattr(tiles, "_MIRRORED_ROWS", 4)
+        monkeypatch.setattr(tiles, "_FEW_ROWS", 4)
     if request.param == "in passes":
         for name, value in {"_MOST_AT_ONCE": 1, "_MANY_AT_ONCE": 2, "INNER_TERMS": 7}.items():
             monkeypatch.setattr(terms_module, name, value)

@@ -182,7 +182,8 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     assert "Traceback" not in err
     assert_gone(descendants)
     stopped_at = gram_rows(run_dir)
-    assert len(gram_tiles(run_dir)) - len(stopped_at) <= 4  # two workers with calls of two tiles each
+    # Two workers, with two calls each that the driver has not seen the end of, of two tiles each.
+    assert len(gram_tiles(run_dir)) - len(stopped_at) <= 8
 
     gate = tmp_path / "gate"
     driver = start(*arguments("run", run_dir, *sets, resume=True), prelude=held_before(10, gate))

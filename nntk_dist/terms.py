@@ -163,8 +163,11 @@ def window_edges(num_products: int, num_sums: int, device: torch.device | str) -
 
 
 def window_bytes(item: int, threads: int, device: torch.device | str) -> int:
-    """Most that `TermSums` takes on so many threads, numbers of so many bytes: a window, and a stripe in float64."""
-    return item * _limits(device)[1] + 8 * threads * _STRIPE_NUMBERS
+    """What `TermSums` takes on so many threads, of numbers of so many bytes: a window, and in float64 a stripe, on a
+    GPU all of the window and its sums. Many blocks take more, where a window has its fewest rows.
+    """
+    numbers = _limits(device)[1]
+    return item * numbers + 8 * (2 * numbers if torch.device(device).type == "cuda" else threads * _STRIPE_NUMBERS)
 
 
 def _limits(device: torch.device | str) -> tuple[int, int]:

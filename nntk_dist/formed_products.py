@@ -111,9 +111,9 @@ def sketched_terms(
     if not by_block:
         return terms
     left, right = rows["sketch_groups"], columns["sketch_groups"]
-    of_contrasts = torch.full((num_blocks,), -1.0, dtype=left.dtype, device=left.device)
-    of_contrasts[0] += num_blocks
-    return [*terms, *(Term(left[:, q], right[:, q], {group(q): 1.0}, of_contrasts) for q in range(left.shape[1]))]
+    weights = torch.full((num_blocks, 1, 1), -1.0, dtype=left.dtype, device=left.device)
+    weights[0] += num_blocks
+    return [*terms, *(Term(left[:, q], right[:, q], {group(q): 1.0}, weights) for q in range(left.shape[1]))]
 
 
 def alone_terms(rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], *, by_block: bool) -> list[Term]:

@@ -37,12 +37,12 @@ from nntk_dist.formed_products import (
     terms_of_columns,
 )
 from nntk_dist.last_layers import add_readout_, bare_slopes_of_pass, slopes_of_pass
-from nntk_dist.layered_products import Layered, add_layered_, layered_products
+from nntk_dist.layered_products import Layered, layered_products, layered_terms
 from nntk_dist.sketched_layers import Pass, sketched_gradients
 from nntk_dist.sketching import KEPT_BYTES, Projector, Sketch
 from nntk_dist.slopes import pair_weights
 from nntk_dist.stochastic import fixed_noise
-from nntk_dist.terms import Term, add_terms_
+from nntk_dist.terms import Inputs, Term, add_terms_
 
 _AVERAGED = ("dense", "sketch", "readout")  # over the draws of a slot
 # What prepared arrays with an axis of outputs begin with.
@@ -307,7 +307,9 @@ class GradientFeatures:
             prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, by_block=by_block)
         for index in self.shared if self.pair_blocks else ():
             if f"gradient_{index}" in prepared:
-                gradients = prepared.pop(f"gradient_{index}").unflatten(1, (self.num_blocks, -1)).mean(2)
+                gradients = prepared.pop(f"gradient_{index}")
+                if self.draws_per_block > 1:
+                    gradients = gradients.unflatten(1, (self.num_blocks, -1)).mean(2)
                 prepared[f"gradient_columns_{index}"] = combined(gradients, by_block=by_block)
                 prepared[f"shared_input_{index}"] = prepared.pop(f"input_{index}")[:, 0]
         return prepared
@@ -340,32 +342,29 @@ class GradientFeatures:
         first = next(iter(rows.values()))
         shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
 
-        def nothing(num_groups: int = 0) -> BlockSums:
-            pair, blocks, device = self.pair_blocks, self.num_blocks, first.device
-            return empty_sums(shape, blocks, pair_blocks=pair, by_block=by_block, device=device, num_groups=num_groups)
-
-        sums = nothing(self.num_sketch_groups)
-        left, right = self._layered(rows), self._layered(others)
-        if left is not None and right is not None:
-            add_layered_(sums, left, right, meeting)
-        for index in self.shared if self.pair_blocks else ():
-            name, layer = f"gradient_columns_{index}", nothing()
-            add_terms_(layer, formed_terms(rows[name], others[name], self.num_blocks, by_block=by_block), meeting)
-            name = f"shared_input_{index}"
-            sums.add_(layer.scaled_(meeting.shared(rows[name], others[name], num_outputs)))
-        if terms := self._formed_terms(rows, others, by_block=by_block):
-            add_terms_(sums, terms, meeting)
+        sums = empty_sums(
+            shape,
+            self.num_blocks,
+            pair_blocks=self.pair_blocks,
+            by_block=by_block,
+            device=first.device,
+            num_groups=self.num_sketch_groups,
+        )
+        add_terms_(sums, self.terms(rows, others, by_block=by_block), meeting)
         return sums
 
-    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term] | None:
-        if self._layered(rows) is not None or (self.shared and self.pair_blocks):
-            return None
-        return self._formed_terms(rows, others, by_block=by_block)
-
-    def _formed_terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term]:
-        """Of everything that is not left in factors."""
-        names, blocks = ("readout_columns", "dense_columns"), self.num_blocks
-        return terms_of_columns(rows, others, names, blocks, pair_blocks=self.pair_blocks, by_block=by_block)
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term]:
+        terms, blocks, pair_blocks = list[Term](), self.num_blocks, self.pair_blocks
+        left, right = self._layered(rows), self._layered(others)
+        if left is not None and right is not None:
+            terms += layered_terms(left, right, blocks, pair_blocks=pair_blocks, by_block=by_block)
+        for index in self.shared if pair_blocks else ():
+            name, shared = f"gradient_columns_{index}", f"shared_input_{index}"
+            inputs = Inputs(rows[shared], others[shared])
+            of_layer = formed_terms(rows[name], others[name], blocks, by_block=by_block)
+            terms += [replace(term, inputs=inputs) for term in of_layer]
+        names = ("readout_columns", "dense_columns")
+        return terms + terms_of_columns(rows, others, names, blocks, pair_blocks=pair_blocks, by_block=by_block)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         terms = []

@@ -1,22 +1,21 @@
 """Block products of gradients in layers: outer products δ ⊗ h̃ that are never formed, ⟨h̃, h̃'⟩⟨δ, δ'⟩ a pair of draws.
 
-Many pairs of draws share a matrix product. A layer whose inputs are the same under every draw is not for this room:
-its pairs are those of mean gradients (`Layered.shared`). No models, no randomness.
+A layer whose inputs are the same under every draw is not for this room: its pairs are those of mean gradients. No
+models, no randomness.
 
 Axes: n rows, s/t draws, r/R blocks, c outputs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.block_sums import BlockSums, Meeting
-
-# Numbers of the products of one draw with several (2 MiB in float32, about a core's cache); three are held at a time.
-PRODUCT_ELEMENTS = 1 << 19
+from nntk_dist.block_sums import BETWEEN, WITHIN, Meeting, Sum, block
+from nntk_dist.terms import Inputs, Term
 
 Partner = tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]
 
@@ -45,13 +44,43 @@ class Layered:
         inputs, gradients = (tuple(part.double() for part in parts) for parts in (self.inputs, self.gradients))
         return Layered(inputs, gradients, tuple(None if w is None else w.double() for w in self.weights))
 
-    def partners(self, draws: range) -> list[Partner]:
-        """Some draws of every layer, draws first."""
-        chosen = slice(draws.start, draws.stop)
+    def partners(self) -> list[Partner]:
+        """Every layer, draws first."""
         return [
-            (h[:, chosen].transpose(0, 1).contiguous(), delta[:, chosen].transpose(0, 1).contiguous())
+            (h.transpose(0, 1).contiguous(), delta.transpose(0, 1).contiguous())
             for h, delta in zip(self.inputs, self.gradients, strict=True)
         ]
+
+
+def layered_terms(rows: Layered, columns: Layered, num_blocks: int, *, pair_blocks: bool, by_block: bool) -> list[Term]:
+    """The products of every pair of draws (or of each draw with itself), layer by layer."""
+    size = rows.num_draws // num_blocks
+    draws = range(rows.num_draws)
+    pairs = list(product(draws, draws)) if pair_blocks else [(s, s) for s in draws]
+    factors = [_factors(s // size, t // size, size, pair_blocks=pair_blocks, by_block=by_block) for s, t in pairs]
+    return [
+        Term(
+            delta[:, s : s + 1],
+            delta2[:, t : t + 1],
+            of_pair,
+            None if weights is None else weights[s, t],
+            Inputs(h[:, s], h2[:, t]),
+        )
+        for h, delta, weights, h2, delta2 in zip(
+            rows.inputs, rows.gradients, rows.weights, columns.inputs, columns.gradients, strict=True
+        )
+        for (s, t), of_pair in zip(pairs, factors, strict=True)
+    ]
+
+
+def _factors(r: int, q: int, size: int, *, pair_blocks: bool, by_block: bool) -> dict[Sum, float]:
+    """How often a product of draws of two blocks, of so many draws each, is in each sum."""
+    if not pair_blocks:
+        return {WITHIN: 1.0 / size} | ({block(r): 1.0 / size} if by_block else {})
+    share = 1.0 / size**2
+    if r == q:
+        return {WITHIN: share}
+    return {BETWEEN: share} | (dict.fromkeys((block(r), block(q)), 0.5 * share) if by_block else {})
 
 
 def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meeting) -> Tensor:
@@ -65,53 +94,14 @@ def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meet
     return total
 
 
-def add_layered_(sums: BlockSums, rows: Layered, columns: Layered, meeting: Meeting) -> None:
-    """Add the block products of layered features, S² (pairing "blocks") or S products of the layers' widths."""
-    size = rows.num_draws // sums.num_blocks
-    if sums.between is None:
-        for s in range(rows.num_draws):
-            product = draw_products(rows, columns, s, s, meeting).div_(size)
-            sums.within += product
-            if sums.by_block is not None:
-                sums.by_block[s // size] += product
-        return
-    step = max(1, PRODUCT_ELEMENTS // sums.within.numel())
-    for start in range(0, rows.num_draws, step):
-        draws = range(start, min(start + step, rows.num_draws))
-        partners = columns.partners(draws)
-        for s in range(rows.num_draws):
-            products = _products_with(rows, s, draws, partners, meeting)
-            _add_pairs_(sums, products, s // size, [t // size for t in draws], 1.0 / size**2)
-
-
-def _add_pairs_(
-    sums: BlockSums, products: Float[Tensor, "t *tile"], block: int, others: Sequence[int], factor: float
-) -> None:
-    """Add `factor` times the products of one draw with several, whose blocks ascend."""
-    assert sums.between is not None
-    for other in dict.fromkeys(others):
-        first, count = others.index(other), others.count(other)
-        # One product is added as it is, in float64 all the same: a sum would copy it twice.
-        total = products[first] if count == 1 else products[first : first + count].sum(0, dtype=torch.float64)
-        if block == other:
-            sums.within.add_(total, alpha=factor)
-            continue
-        sums.between.add_(total, alpha=factor)
-        if sums.by_block is not None:
-            sums.by_block[block].add_(total, alpha=0.5 * factor)
-            sums.by_block[other].add_(total, alpha=0.5 * factor)
-
-
-def _products_with(
-    rows: Layered, s: int, draws: range, partners: Sequence[Partner], meeting: Meeting
-) -> Float[Tensor, "t *tile"]:
-    """⟨g_s(x), g_t(x')⟩ of one draw with several: to the rows, partners are so many more columns."""
-    count = len(draws)
+def _products_with(rows: Layered, s: int, partners: Sequence[Partner], meeting: Meeting) -> Float[Tensor, "t *tile"]:
+    """⟨g_s(x), g_t(x')⟩ of one draw with all: to the rows, partners are so many more columns."""
+    count = rows.num_draws
     total: Tensor | None = None
     for h, delta, weights, (h2, delta2) in zip(rows.inputs, rows.gradients, rows.weights, partners, strict=True):
         h, delta = h[:, s], delta[:, s]
         if weights is not None:
-            delta2 = delta2 * weights[s, draws.start : draws.stop, None, None]
+            delta2 = delta2 * weights[s, :, None, None]
         if meeting.paired:
             h, delta = h.repeat(count, 1), delta.repeat(count, 1, 1)
         product = meeting.outputs(delta, delta2.flatten(0, 1))
@@ -133,10 +123,10 @@ def layered_products(
     if not pair_blocks:
         own = torch.stack([draw_products(rows, columns, s, s, meeting) for s in everything])
         return own.unflatten(0, (num_blocks, size)).mean(1)
-    partners = columns.partners(everything)
+    partners = columns.partners()
     total: Tensor | None = None
     for s in everything:
-        products = _products_with(rows, s, everything, partners, meeting).unflatten(0, (num_blocks, size)).mean(1)
+        products = _products_with(rows, s, partners, meeting).unflatten(0, (num_blocks, size)).mean(1)
         if total is None:
             total = products.new_zeros(num_blocks, *products.shape)
         total[s // size].add_(products, alpha=1.0 / size)

@@ -65,11 +65,16 @@ def jackknife_variance(by_block: Float64[Tensor, "r *tile"]) -> Float64[Tensor, 
 def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
     """Σ_r (v_r − v̄)², from differences to the first: 0 exactly where all are the same.
 
-    Many times faster than `var` over the leading axis, whose steps are a tile long.
+    One block at a time, which is many times faster than `var` over the leading axis, whose steps are a tile long, and
+    on two threads faster than all differences at once.
     """
-    differences = values[1:] - values[0]
-    total = differences.sum(0)
-    return differences.square_().sum(0).addcmul_(total, total, value=-1.0 / len(values))
+    total = torch.zeros_like(values[0])
+    squares, difference = torch.zeros_like(total), torch.empty_like(total)
+    for value in values[1:]:
+        torch.sub(value, values[0], out=difference)
+        total += difference
+        squares.addcmul_(difference, difference)
+    return squares.addcmul_(total, total, value=-1.0 / len(values))
 
 
 def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, Tensor, Tensor]:

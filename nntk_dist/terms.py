@@ -1,4 +1,4 @@
-"""Sums of a tile that are made of plain matrix products: which products, and how they are added up.
+"""Sums of a tile that are made of matrix products: which products, and how they are added up.
 
 A tile's time beyond its products goes into passes over memory. So a tile without standard errors is made by the
 products alone, which BLAS adds up in place (`multiply_into_`). Otherwise (`TermSums`) the products of a window, as
@@ -9,6 +9,7 @@ Axes: n1, n2 rows and columns; w slots of features, c outputs, k feature columns
 e entries of a stripe.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,20 +28,31 @@ _STRIPE_NUMBERS = 1 << 20  # of a thread
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """Features that all outputs share."""
+
+    left: Float[Tensor, "n1 i"]
+    right: Float[Tensor, "n2 i"]
+
+
+@dataclass(frozen=True)
 class Term:
-    """A product of features that carry outputs, summed over their slots, each `weights` times where these are given;
-    and how often it is in each sum.
+    """A product of features that carry outputs, summed over their slots, each number `weights` times where these are
+    given, and entry by entry times the product of `inputs`; and how often it is in each sum.
+
+    Terms that have the same object as inputs stand beside each other: its product is made once for them.
     """
 
     left: Float[Tensor, "n1 w c k"]
     right: Float[Tensor, "n2 w c k"]
     factors: Mapping[Sum, float]
-    weights: Float[Tensor, " w"] | None = None
+    weights: Float[Tensor, "#w #c #k"] | None = None
+    inputs: Inputs | None = None
 
     def rows(self, selection: slice = slice(None)) -> Float[Tensor, "n w c k"]:
         """Some of the left features, weighted: a copy where there are weights."""
         rows = self.left[selection]
-        return rows if self.weights is None else rows * self.weights[:, None, None]
+        return rows if self.weights is None else rows * self.weights
 
 
 def add_terms_(sums: BlockSums, terms: Sequence[Term], meeting: Meeting) -> None:
@@ -49,6 +61,8 @@ def add_terms_(sums: BlockSums, terms: Sequence[Term], meeting: Meeting) -> None
         parts = sums.parts()
         for term in terms:
             product = meeting.paired_product(term.rows(), term.right)
+            if term.inputs is not None:
+                product *= meeting.shared(term.inputs.left, term.inputs.right, term.left.shape[2])
             for name, factor in term.factors.items():
                 parts[name].add_(product, alpha=factor)
         return
@@ -82,15 +96,21 @@ def multiply_into_(
 
 
 def can_multiply_into(terms: Sequence[Term], meeting: Meeting, dtype: torch.dtype) -> bool:
-    """Whether `multiply_into_` is as accurate as `TermSums`: for results of the features' dtype, of short products."""
-    return all(term.left.dtype == dtype and _length(term, full=meeting.full) <= INNER_TERMS for term in terms)
+    """Whether `multiply_into_` makes these sums, as accurately as `TermSums`: results of the features' dtype, of short
+    products that nothing multiplies.
+    """
+    return all(
+        term.inputs is None and term.left.dtype == dtype and _length(term, full=meeting.full) <= INNER_TERMS
+        for term in terms
+    )
 
 
 class TermSums:
     """The sums of a tile's windows, a stripe of rows at a time; rows and columns all meet. `edges` are the kernel rows
     and columns that a window should have, `form` has the sums that are wanted, of any shape.
 
-    Inner products are of at most `INNER_TERMS` terms in the features' dtype, and sums of these in float64.
+    Inner products, but for those of inputs, are of at most `INNER_TERMS` terms in the features' dtype, and sums of
+    these in float64.
     """
 
     def __init__(self, terms: Sequence[Term], meeting: Meeting, form: BlockSums) -> None:
@@ -109,35 +129,29 @@ class TermSums:
         num_sums = len(self._names)
         self.edges = window_edges(len(self._portions), num_sums, self._device)
         self._numbers_of_entry = self._at_once + 2 * num_sums + 8  # about: products, sums, statistics
-        self._products: Tensor | None = None
+        self._products = _Memory(self._dtype, self._device)
+        self._exact, self._sums = (_Memory(torch.float64, self._device) for _ in range(2))
 
     def stripes(self, rows: slice = slice(None), columns: slice = slice(None)) -> Iterator[tuple[slice, BlockSums]]:
-        """Kernel rows within a window, and the sums of all its columns there."""
-        left = [self._meeting.matrix(term.rows(rows)) for term in self._terms]
-        right = [self._meeting.matrix(term.right[columns]) for term in self._terms]
-        shape = len(left[0]), len(right[0])
-        totals = None
+        """Kernel rows within a window, and the sums of all its columns there, in memory that the next ones take."""
+        window = _Window(self._terms, self._meeting, rows, columns)
+        shape, totals = window.shape, None
         if self._several:
             totals = torch.zeros(len(self._names), *shape, dtype=torch.float64, device=self._device)
         for begin in range(0, len(self._portions), self._at_once):
             chosen = slice(begin, begin + self._at_once)
-            products = self._room(len(self._portions[chosen]), *shape)
+            products = self._products.of((len(self._portions[chosen]), *shape))
             for (index, part), product in zip(self._portions[chosen], products, strict=True):
-                torch.mm(left[index][:, part], right[index][:, part].T, out=product)
+                window.multiply_into_(product, index, part)
             for stripe in self._stripes_of(*shape):
-                some = products[:, stripe].flatten(1).to(torch.float64)
-                sums = (self._factors[:, chosen] @ some).unflatten(1, (-1, shape[1]))
+                some = products[:, stripe].flatten(1)
+                exact = self._exact.of(some.shape).copy_(some)
+                sums = self._sums.of((len(self._names), some.shape[1]))
+                sums = torch.mm(self._factors[:, chosen], exact, out=sums).unflatten(1, (-1, shape[1]))
                 if totals is not None:
                     sums = totals[:, stripe].add_(sums)
                 if chosen.stop >= len(self._portions):
                     yield stripe, self._form.of_stack(sums)
-
-    def _room(self, count: int, num_rows: int, num_columns: int) -> Float[Tensor, "t n1 n2"]:
-        """For products, in memory that is used again."""
-        size = count * num_rows * num_columns
-        if self._products is None or len(self._products) < size:
-            self._products = torch.empty(size, dtype=self._dtype, device=self._device)
-        return self._products[:size].view(count, num_rows, num_columns)
 
     def _stripes_of(self, num_rows: int, num_columns: int) -> Iterator[slice]:
         step = num_rows
@@ -145,6 +159,65 @@ class TermSums:
             step = max(1, torch.get_num_threads() * _STRIPE_NUMBERS // (self._numbers_of_entry * num_columns))
         for start in range(0, num_rows, step):
             yield slice(start, min(start + step, num_rows))
+
+
+class _Memory:
+    """For tensors one after the other: fresh memory would be given page by page as it is first touched, which takes
+    longer than what is done in it.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._numbers = torch.empty(0, dtype=dtype, device=device)
+
+    def of(self, shape: Sequence[int]) -> Tensor:
+        """A tensor of this shape, in place of the one before."""
+        size = math.prod(shape)
+        if len(self._numbers) < size:
+            self._numbers = self._numbers.new_empty(size)
+        return self._numbers[:size].view(*shape)
+
+
+class _Window:
+    """Products of some kernel rows and columns, one after the other; those of one term beside each other."""
+
+    def __init__(self, terms: Sequence[Term], meeting: Meeting, rows: slice, columns: slice) -> None:
+        self._terms, self._meeting, self._rows, self._columns = terms, meeting, rows, columns
+        self._index = -1
+        self._inputs: Inputs | None = None
+        self._of_inputs: Tensor | None = None
+        self._take(0)
+
+    def _take(self, index: int) -> None:
+        """Make the matrices of a term."""
+        if index != self._index:
+            self._index, term = index, self._terms[index]
+            self._left = self._meeting.matrix(term.rows(self._rows))
+            self._right = self._meeting.matrix(term.right[self._columns])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self._left), len(self._right)
+
+    def multiply_into_(self, result: Float[Tensor, "n1 n2"], index: int, part: slice) -> None:
+        """Set to the product of a part of a term's features, times that of its inputs."""
+        self._take(index)
+        torch.mm(self._left[:, part], self._right[:, part].T, out=result)
+        if (inputs := self._terms[index].inputs) is not None:
+            of_inputs = self._product_of(inputs)
+            width = len(result) // len(of_inputs)
+            by_output = result.unflatten(1, (-1, width)).unflatten(0, (-1, width))
+            by_output.mul_(of_inputs[:, None, :, None])
+
+    def _product_of(self, inputs: Inputs) -> Float[Tensor, "n1 n2"]:
+        """Made unless it was the last one made, in memory that is used again."""
+        if inputs is not self._inputs:
+            left, right = inputs.left[self._rows], inputs.right[self._columns]
+            if self._of_inputs is None:
+                self._of_inputs = left.new_empty(len(left), len(right))
+            self._inputs = inputs
+            torch.mm(left, right.T, out=self._of_inputs)
+        assert self._of_inputs is not None
+        return self._of_inputs
 
 
 def num_at_once(num_products: int) -> int:

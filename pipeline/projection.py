@@ -20,7 +20,6 @@ from nntk_dist.differences import DifferenceFeatures
 from nntk_dist.drawing import DRAW_ELEMENTS
 from nntk_dist.features import FeatureMap
 from nntk_dist.gradients import GradientFeatures
-from nntk_dist.layered_products import PRODUCT_ELEMENTS
 from nntk_dist.pair_products import CHUNK_ELEMENTS
 from nntk_dist.statistics import SAMPLE_ENTRIES
 from nntk_dist.stochastic import is_random
@@ -262,7 +261,6 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
     tile = min(layout.tile, sizes.num_train)
     entries = (tile * width) ** 2
-    in_factors = any(spec.name.startswith(_FACTORS) for spec in features.arrays)
     window = min(entries, math.prod(window_edges(layout.device)))
     by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
     prepared = row_bytes * _prepared_share(job, features)
@@ -270,18 +268,13 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     parts = 1 if layout.store_features else -(-sizes.num_kernel_outputs // layout.outputs_at_once)
     kept = min(everything * parts, max(2 * tile * prepared, FEATURE_CACHE_BYTES))
     names = [spec.name for spec in features.arrays]
-    pairs = 0
-    if any(name.startswith("noise_") for name in names):
-        pairs = 4 * item * CHUNK_ELEMENTS
-    elif any(name.startswith("input_") for name in names):
-        pairs = 3 * item * min(PRODUCT_ELEMENTS, sizes.num_draws * window)
+    noise = any(name.startswith("noise_") for name in names)
     sums = entries * 8 * (by_block + 2) if parts > 1 else 0
-    if in_factors or parts > 1:
+    if noise or parts > 1:
         sums += window * 8 * (2 * by_block + _WINDOW_SUMS)
-    else:
-        sums += window_bytes(item, layout.threads, layout.device)
+    sums += 4 * item * CHUNK_ELEMENTS if noise else window_bytes(item, layout.threads, layout.device)
     arrays = len(statistics_of(job))
-    computing = tile * row_bytes + sums + pairs  # one row set at a time is made ready
+    computing = tile * row_bytes + sums  # one row set at a time is made ready
     written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed
     writing = min(2 * arrays, writing_threads(job)) * written * item * entries
     results = max(2 if job.spec.pair_blocks else 1, arrays) * item * entries

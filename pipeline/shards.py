@@ -4,7 +4,7 @@ copies.
 What this room is for: the codecs of the store's arrays, and the fast way to apply them. Plain zarr reads the shards as
 its own. For 64 MiB of a float32 kernel, zarr and the checksum of the values take a core 1.3 times as long as this
 does, 3.3 times for a transposed block: the difference goes into temporary copies.
-What it refuses to do: to know part of a shard, or arrays with other codecs (`can_encode` tells), to open a store.
+What it refuses to do: to write part of a shard, to know arrays with other codecs (`can_encode` tells), to open a store.
 
 A file holds the inner chunks, each bytes → Blosc → crc32c, in C order of the chunk grid; then for every place of the
 grid where its chunk begins and how long it is, as little-endian uint64, all ones where it lies outside of the array;
@@ -14,7 +14,7 @@ Axis legend: whatever the array's axes are; a stripe is one row of chunks along 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -32,6 +32,7 @@ _HEADER_BYTES = 16  # of what Blosc made: at 4 the length of what it compressed,
 _BLOSC: Any = {"cname": "lz4", "clevel": 1}
 
 Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
 Box = tuple[slice, ...]
 
 
@@ -52,14 +53,15 @@ def can_encode(array: zarr.Array) -> bool:
     )
 
 
-def encode(array: zarr.Array, values: Array) -> tuple[npt.NDArray[np.uint8], int]:
+def encode(array: zarr.Array, values: Array, empty: Callable[[int], Bytes] | None = None) -> tuple[Bytes, int]:
     """The content of a shard's file, and the crc32c of its values in C order.
 
     Args:
         array: one that `can_encode` accepts.
         values: what of the shard lies within the array, in the array's dtype (little-endian), in any order in memory.
+        empty: makes the memory for so many bytes, in which the content will lie.
     """
-    shard = _Shard(array)
+    shard = _Shard(array, empty or (lambda size: np.empty(size, np.uint8)))
     stripe = np.empty((min(array.chunks[0], len(values)), *values.shape[1:]), values.dtype)
     checksum = 0
     for row, start in enumerate(range(0, len(values), array.chunks[0])):
@@ -75,13 +77,21 @@ def encode(array: zarr.Array, values: Array) -> tuple[npt.NDArray[np.uint8], int
     return shard.finish(), checksum
 
 
-def decode(array: zarr.Array, content: npt.NDArray[np.uint8], out: Array) -> None:
-    """Fill `out` with the values that a shard's file holds, every checksum verified, cast where it has another dtype.
+def decode(
+    array: zarr.Array,
+    size: int,
+    read: Callable[[int, int], Bytes],
+    out: Array,
+    first: Sequence[int],
+) -> None:
+    """Fill `out` with values that a shard's file holds, every checksum verified, cast where it has another dtype.
 
     Args:
         array: one that `can_encode` accepts.
-        content: of the file.
-        out: as large as what of the shard lies within the array.
+        size: of the file in bytes.
+        read: gives so many bytes of the file from a position on, at least until it is called again.
+        out: as large as what is wanted, at most what of the shard lies within the array.
+        first: where in the shard `out` begins.
 
     Raises:
         ValueError, RuntimeError: the content is not what `encode` makes of any values.
@@ -89,26 +99,29 @@ def decode(array: zarr.Array, content: npt.NDArray[np.uint8], out: Array) -> Non
     shard = array.shards or array.chunks
     grid = tuple(edge // part for edge, part in zip(shard, array.chunks, strict=True))
     num_bytes = 16 * math.prod(grid) + _CRC_BYTES
-    if len(content) < num_bytes:
-        raise ValueError(f"{len(content)} bytes hold no index")
-    index = np.frombuffer(_checked(content[-num_bytes:], "the index").tobytes(), "<u8").reshape(*grid, 2)
+    if size < num_bytes:
+        raise ValueError(f"{size} bytes hold no index")
+    index = np.frombuffer(_checked(read(size - num_bytes, num_bytes), "the index").tobytes(), "<u8").reshape(*grid, 2)
     chunk = np.empty(array.chunks, array.dtype.newbyteorder("<"))
-    for place, box in _boxes(out.shape, array.chunks):
+    for place, box, inner in _overlaps(first, out.shape, array.chunks):
         part, (start, length) = out[box], map(int, index[place])
         if start == length == _ABSENT:  # as zarr leaves chunks of the fill value out, unless it is told not to
             part[...] = array.fill_value
             continue
-        if start + length > len(content):
+        if start + length > size:
             raise ValueError(f"chunk {place} lies outside of the file")
-        encoded = _checked(content[start : start + length], f"chunk {place}")
+        encoded = _checked(read(start, length), f"chunk {place}")
         header = np.frombuffer(encoded[:_HEADER_BYTES].tobytes().ljust(_HEADER_BYTES), "<u4")
         if header[1::2].tolist() != [chunk.nbytes, len(encoded)]:  # which decompressing does not look at
             raise ValueError(f"chunk {place} is of another size than those of '{array.path}'")
+        if part.shape == chunk.shape and part.dtype == chunk.dtype and part.flags.c_contiguous:
+            decompress(encoded, part)
+            continue
         decompress(encoded, chunk)
-        np.copyto(part, chunk[tuple(map(slice, part.shape))], casting="unsafe")  # as zarr's values are cast
+        np.copyto(part, chunk[inner], casting="unsafe")  # as zarr's values are cast
 
 
-def _checked(content: npt.NDArray[np.uint8], what: str) -> npt.NDArray[np.uint8]:
+def _checked(content: npt.NDArray[np.uint8], what: str) -> Bytes:
     """Bytes without the checksum behind them, which must be theirs."""
     data, expected = content[:-_CRC_BYTES], int.from_bytes(content[-_CRC_BYTES:].tobytes(), "little")
     if google_crc32c.value(data) != expected:
@@ -119,7 +132,7 @@ def _checked(content: npt.NDArray[np.uint8], what: str) -> npt.NDArray[np.uint8]
 class _Shard:
     """A file's content while chunks are added: one buffer for all of it, one for the chunk being compressed."""
 
-    def __init__(self, array: zarr.Array) -> None:
+    def __init__(self, array: zarr.Array, empty: Callable[[int], Bytes]) -> None:
         shard = array.shards or array.chunks
         grid = tuple(edge // part for edge, part in zip(shard, array.chunks, strict=True))
         self._blosc = Blosc(**_BLOSC, shuffle=Blosc.BITSHUFFLE, blocksize=0)
@@ -127,7 +140,7 @@ class _Shard:
         self._fill_value = array.fill_value
         self._index = np.full((*grid, 2), _ABSENT, dtype="<u8")
         most = math.prod(grid) * (self._chunk.nbytes + MAX_OVERHEAD + _CRC_BYTES) + self._index.nbytes + _CRC_BYTES
-        self._content = np.empty(most, np.uint8)  # pages that nothing is written to take no memory
+        self._content = empty(most)  # pages that nothing is written to take no memory
         self._end = 0
 
     def add(self, place: tuple[int, ...], values: Array) -> Array:
@@ -144,7 +157,7 @@ class _Shard:
         self._append(encoded)
         return inner
 
-    def finish(self) -> npt.NDArray[np.uint8]:
+    def finish(self) -> Bytes:
         """Append the index; the whole content."""
         self._append(self._index.tobytes())
         return self._content[: self._end]
@@ -159,6 +172,28 @@ def _boxes(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[tuple[tu
     """Place in the grid and slices of every chunk that has values, in C order."""
     for place in product(*(range(-(-length // edge)) for length, edge in zip(shape, chunks, strict=True))):
         yield place, tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip(place, chunks, strict=True))
+
+
+def _overlaps(
+    first: Sequence[int], shape: tuple[int, ...], chunks: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], Box, Box]]:
+    """Place in the grid of every chunk that reaches into a block, and slices of what they share: of the block's, of the
+    chunk's.
+    """
+    grid = [
+        range(start // edge, -(-(start + length) // edge))
+        for start, length, edge in zip(first, shape, chunks, strict=True)
+    ]
+    for place in product(*grid):
+        ends = [
+            (max(i * edge, start), min((i + 1) * edge, start + length))
+            for i, edge, start, length in zip(place, chunks, first, shape, strict=True)
+        ]
+        yield (
+            place,
+            tuple(slice(a - start, b - start) for (a, b), start in zip(ends, first, strict=True)),
+            tuple(slice(a - i * edge, b - i * edge) for (a, b), i, edge in zip(ends, place, chunks, strict=True)),
+        )
 
 
 def _copy(source: Array, target: Array) -> None:

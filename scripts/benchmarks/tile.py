@@ -3,17 +3,22 @@
 A tile is compared with one `torch.matmul` of its rows, its columns and the features' length. Where a formula needs
 other products, as layers and metrics do, the plain product's time is scaled to their length: a ratio of rates then.
 Features are random numbers of the shapes that a kernel's have. As in a worker, which goes through the rows of a column,
-columns are ready for products and rows are made ready for every tile. What writes also reads its rows, from the local
-store that it writes to: a tile of the test kernel, or one of the train kernel and its mirror image, twice as much.
+columns are ready for products and rows are made ready for every tile, in a process that keeps freed memory as workers
+do. What writes also reads its rows, from the local store that it writes to: a tile of the test kernel, or one of the
+train kernel and its mirror image, twice as much.
 
 Axes: n rows and columns of a tile, k numbers of a row (all blocks or draws together), R blocks, S draws, C outputs.
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +35,11 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration
 from nntk_dist.threads import torch_threads
 from nntk_dist.tiles import tile_estimates
+from pipeline.allocator import keep_freed_memory
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.result_memory import ResultMemory
-from pipeline.storage import RunStorage
+from pipeline.storage import KERNEL_STORE, RunStorage
 from pipeline.tile_task import tile_totals
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
@@ -79,13 +85,20 @@ def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
         least = 0.7 if stderr == "sample" else None
         settings.append(Setting("layered", stderr, narrow, size, 1, rounds, least=least, width=256))
     where = {} if device == "cpu" else {"device": device}
-    return [Cell(_key(each), vars(each) | where, partial(_measure, each, device)) for each in settings]
+    measure = _measure if quick else _measure_as_a_worker
+    return [Cell(_key(each), vars(each) | where, partial(measure, each, device)) for each in settings]
 
 
 def _key(setting: Setting) -> str:
     written = (", written" if setting.writes else "") + (" twice" if setting.mirrored else "")
     layers = f" of {setting.width}" if setting.features == "layered" else ""
     return f"{setting.features}{layers}, {setting.stderr}, {setting.threads} threads{written}"
+
+
+def _measure_as_a_worker(setting: Setting, device: str) -> Answer:
+    """In a process of its own: what the allocator is told there holds for all that comes after."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as process:
+        return process.submit(_measure, setting, device).result()
 
 
 def _measure(setting: Setting, device: str) -> Answer:
@@ -184,7 +197,7 @@ class _Store:
     """A local store: features of rows, laid out as a run of two tiles lays them out, and the arrays of tiles."""
 
     def __init__(self, folder: str, setting: Setting, features: FeatureMap, rows: Rows, device: str) -> None:
-        self._setting, self._device, n = setting, device, setting.size
+        self._folder, self._setting, self._device, n = Path(folder), setting, device, setting.size
         self._paths = {spec.name: f"train/features/{spec.name}" for spec in features.arrays}
         self._arrays = KernelArrays(RunStorage(folder))
         tiles = [StoredArray(_ARRAYS[name], (2 * n, 2 * n), (n, n), ("row", "col"), "float32") for name in _ARRAYS]
@@ -205,8 +218,13 @@ class _Store:
         }
 
     def write(self, tile: dict[str, Tensor]) -> object:
-        """Write a tile and add up what the driver wants to know, as the stages `test` and `gram` do."""
+        """Write a tile and add up what the driver wants to know, as the stages `test` and `gram` do.
+
+        Its files are new ones, as all of a run are: to put one in an old one's place, a file system may wait for disk.
+        """
         setting, n = self._setting, self._setting.size
+        for path in _ARRAYS.values():
+            shutil.rmtree(self._folder / KERNEL_STORE / path / "c", ignore_errors=True)
         totals, values = tile_totals(tile), {name: tile[name].to("cpu").numpy() for name in _ARRAYS}
         pieces = [(_ARRAYS[name], (n, 0), values[name].T) for name in _ARRAYS] if setting.mirrored else []
         pieces += [(_ARRAYS[name], (0, n), values[name]) for name in _ARRAYS]

@@ -16,7 +16,16 @@ from nntk_dist.feature_maps import make_feature_map
 from nntk_dist.resolution import Resolution
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration, Estimates, estimate, shares_of_sums
-from nntk_dist.terms import Term, TermSums, add_terms_, can_multiply_into, multiply_into_, num_at_once, window_edges
+from nntk_dist.terms import (
+    Inputs,
+    Term,
+    TermSums,
+    add_terms_,
+    can_multiply_into,
+    multiply_into_,
+    num_at_once,
+    window_edges,
+)
 from nntk_dist.tiles import tile_estimates
 from tests.library.tools import all_rows, assert_equal
 from tests.oracles.cases import case
@@ -30,14 +39,21 @@ KINDS = {
     "covariance": {"estimator": "weight", "kind": "covariance"},
     "averaged": {"estimator": "autodiff", "kind": "averaged", "contraction": "means"},
 }
+# Products that others multiply: those of layers.
+LAYERED = {
+    "layered": {"estimator": "autodiff", "contraction": "layered"},
+    "mixed": {"estimator": "autodiff", "contraction": "auto"},
+    "averaged, layered": {"estimator": "autodiff", "kind": "averaged", "contraction": "layered"},
+}
+ALL_KINDS = KINDS | LAYERED
 
 
 def small(kind: str, *, outputs: str = "trace", dtype: torch.dtype = torch.float64):
     """A kernel's spec, its features, and two row sets."""
-    spec = KernelSpec(outputs=outputs, gamma=0.6, draws=16, blocks=4, **KINDS[kind])
+    spec = KernelSpec(outputs=outputs, gamma=0.6, draws=16, blocks=4, **ALL_KINDS[kind])
     model = prepare_model(case("tanh_mlp").build(), dtype=dtype, device="cpu")
     x = case("tanh_mlp").inputs(24).to(dtype)
-    resolution = Resolution(KINDS[kind]["estimator"], "", 16, 100, 3, stacked=True)
+    resolution = Resolution(ALL_KINDS[kind]["estimator"], "", 16, 100, 3, stacked=True)
     features = make_feature_map(model, x, spec, resolution)
     return spec, features, all_rows(features, x[:13]), all_rows(features, x[13:])
 
@@ -72,7 +88,7 @@ def pieces(request, monkeypatch):
 
 
 @pytest.mark.parametrize("outputs", ["trace", "full"])
-@pytest.mark.parametrize("kind", ["means", "differences", "covariance", "averaged"])
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "sketch"])
 def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
     spec, features, rows, others = small(kind, outputs=outputs)
     assert features.terms(*(features.prepare(part, by_block=True) for part in (rows, others)), by_block=True)
@@ -99,7 +115,7 @@ def test_sketched_tiles_know_their_groups(pieces):
 
 
 @pytest.mark.parametrize("calibration", [None, CALIBRATION])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_tile_of_one_row_set_is_bitwise_symmetric(kind, calibration, pieces):
     spec, features, rows, _ = small(kind, dtype=torch.float32)
     options = {"dtype": torch.float32}
@@ -161,17 +177,48 @@ def test_shares_of_sums_are_those_of_the_statistics():
 def test_weights_of_slots_and_pairs_of_rows():
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randn(6, 3, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    weights = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    weights = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)[:, None, None]
     term = Term(a, b, {WITHIN: 1.0, block(1): -2.0}, weights)
     for paired, full in ((False, False), (True, False), (False, True), (True, True)):
         meeting = Meeting(paired=paired, full=full)
         sums = empty_sums(meeting.shape(6, 6, 2), 4, pair_blocks=True, by_block=True, device=a.device)
         add_terms_(sums, [term], meeting)
-        rows, columns = (a * weights[:, None, None]).transpose(1, 2).flatten(2), b.transpose(1, 2).flatten(2)
+        rows, columns = (a * weights).transpose(1, 2).flatten(2), b.transpose(1, 2).flatten(2)
         expected = meeting.outputs(rows, columns)
         assert_equal(sums.within, expected, 1e-12)
         assert_equal(sums.by_block[1], -2.0 * expected, 1e-12)
         assert not sums.between.any()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
+    """Terms that share their inputs and terms that do not, beside one without."""
+    generator = torch.Generator().manual_seed(4)
+
+    def features(*shape: int) -> torch.Tensor:
+        return torch.randn(6, *shape, generator=generator, dtype=torch.float64)
+
+    shared, own = (Inputs(features(4), features(4)) for _ in range(2))
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    terms = [
+        Term(features(1, 2, 3), features(1, 2, 3), {WITHIN: 1.0}, inputs=shared),
+        Term(features(2, 2, 5), features(2, 2, 5), {WITHIN: 0.5, BETWEEN: 2.0}, inputs=shared),
+        Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}, weights, own),
+        Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}),
+    ]
+    meeting = Meeting(full=full, paired=paired)
+    sums = empty_sums(meeting.shape(6, 6, 2), 4, pair_blocks=True, by_block=False, device=torch.device("cpu"))
+    add_terms_(sums, terms, meeting)
+    expected = {WITHIN: 0.0, BETWEEN: 0.0}
+    for term in terms:
+        product = meeting.outputs(*(part.transpose(1, 2).flatten(2) for part in (term.rows(), term.right)))
+        if term.inputs is not None:
+            product = product * meeting.shared(term.inputs.left, term.inputs.right, 2)
+        for name, factor in term.factors.items():
+            expected[name] = expected[name] + factor * product
+    assert_equal(sums.within, expected[WITHIN], 1e-12)
+    assert_equal(sums.between, expected[BETWEEN], 1e-12)
 
 
 def test_blocks_that_agree_have_no_error_at_all():

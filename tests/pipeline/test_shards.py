@@ -127,13 +127,46 @@ def test_what_zarr_writes_is_read_back(shape, shard, chunk, dtype, tmp_path, mon
         assert cast.tobytes() == values[part].astype("f8").tobytes()
 
 
-def test_parts_of_shards_are_read_by_zarr_and_cast(tmp_path):
+PARTS = [np.s_[1:3, :], np.s_[:, 0:5], np.s_[4:9, 6:12], np.s_[8:9, 2:13], np.s_[0:1, 0:1], np.s_[5:7, 7:10]]
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_parts_of_shards_are_read_and_cast(local, tmp_path, monkeypatch):
+    """On a local disk here, elsewhere by zarr."""
     values = random((9, 13), "f4")
-    array = make(values.shape, (4, 6), (2, 3), store=LocalStore(tmp_path))
+    values[4:6, 6:9] = np.nan
+    store = LocalStore(tmp_path) if local else ObjectStore(obstore.store.MemoryStore())
+    array = make(values.shape, (4, 6), (2, 3), store=store, config={"write_empty_chunks": False})
     array[...] = values
-    for part in (np.s_[1:3, :], np.s_[:, 0:5], np.s_[4:9, 6:12], np.s_[8:9, 2:13]):
+    if local:
+        monkeypatch.setattr(zarr.Array, "__getitem__", None)  # the slow way would raise
+    for part in PARTS:
         np.testing.assert_array_equal(read_block(array, part), values[part])
         np.testing.assert_array_equal(read_block(array, part, dtype="f8"), values[part].astype("f8"))
+
+
+def test_every_part_of_a_block_of_three_axes(tmp_path):
+    values = random((5, 7, 3), "f4")
+    array = make(values.shape, (4, 4, 3), (2, 4, 1), store=LocalStore(tmp_path))
+    array[...] = values
+    for first in np.ndindex(values.shape):
+        for last in np.ndindex(values.shape):
+            if all(a <= b for a, b in zip(first, last, strict=True)):
+                part = tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))
+                np.testing.assert_array_equal(read_block(array, part), values[part])
+
+
+def test_of_a_part_only_its_chunks_are_looked_at(tmp_path):
+    array = make((64, 64), (64, 64), (16, 16), store=LocalStore(tmp_path))
+    values = random((64, 64), "f4")
+    write_block(array, np.s_[:, :], values)
+    file = tmp_path / "a/c/0/0"
+    data = bytearray(file.read_bytes())
+    data[10] ^= 0x10  # of the first chunk
+    file.write_bytes(data)
+    np.testing.assert_array_equal(read_block(array, np.s_[16:, :]), values[16:])
+    with pytest.raises(NNTKError, match=r"is damaged"):
+        read_block(array, np.s_[15:, :])
 
 
 def test_chunks_that_zarr_left_out_hold_the_fill_value():
@@ -152,6 +185,16 @@ def test_threads_that_read_do_not_share_their_memory(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         for place, found in zip(places, pool.map(lambda place: read_block(array, place), places), strict=True):
             np.testing.assert_array_equal(found, values[place])
+
+
+def test_threads_that_write_do_not_share_their_memory(tmp_path):
+    values = random((256, 256), "f4")
+    array = make(values.shape, (64, 64), (32, 32), store=LocalStore(tmp_path))
+    places = [np.s_[i : i + 64, j : j + 64] for i in range(0, 256, 64) for j in range(0, 256, 64)]
+    for _ in range(10):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda place: write_block(array, place, values[place]), places))
+        np.testing.assert_array_equal(array[...], values)
 
 
 @pytest.mark.parametrize("fill", [np.nan, 0.0, -0.0])
@@ -173,7 +216,7 @@ def test_a_flipped_byte_shows(place, tmp_path):
     data = bytearray(file.read_bytes())
     data[int(place * (len(data) - 1))] ^= 0x10
     file.write_bytes(data)
-    for selection in (np.s_[:, :], np.s_[:63, :]):  # read here, and by zarr
+    for selection in (np.s_[:, :], np.s_[:63, :]):
         with pytest.raises(NNTKError, match=r"is damaged"):
             read_block(array, selection)
 

@@ -22,7 +22,7 @@ from nntk_dist.designs import GROUP_SIZES, check_draws, group_size
 from nntk_dist.distributions import Distribution, LowRank
 from nntk_dist.errors import check_choice
 from nntk_dist.low_rank import low_rank_factors, low_rank_normals
-from nntk_dist.orthogonal import needs_whole_vectors, orthonormal_rows, solve_rows, triangular_factors
+from nntk_dist.orthogonal import inverse_factors, needs_whole_vectors, orthonormal_rows, triangular_factors
 from nntk_dist.philox import Stream, normal, uniform
 
 _LAW = 1  # number of the draw's uniform in its stream, where its normals are number 0
@@ -95,7 +95,7 @@ class Drawing:
         whole = range(first * self.group_size, last * self.group_size)
         members = self._members(whole, device)
         if isinstance(self.distribution, LowRank):
-            values = self._normals(members, start, stop).mul_(self.distribution.gamma / math.sqrt(2.0)).to(dtype)
+            values = self._low_rank(members, start, stop, self.distribution.gamma / math.sqrt(2.0), dtype)
         elif self.design == "orthogonal":
             values = self._orthogonal(members, start, stop, dtype)
         else:
@@ -173,9 +173,9 @@ class Drawing:
                 part /= self._scale_vector(start, stop, device)
             products.addmm_(part, part.T)
         if grams is not None:
-            factors = triangular_factors(grams)
+            inverses = inverse_factors(triangular_factors(grams))
             for _ in range(2):  # from both sides
-                rows = solve_rows(factors, products.unflatten(0, (-1, self.group_size)))
+                rows = inverses @ products.unflatten(0, (-1, self.group_size))
                 products = rows.flatten(0, 1).T.contiguous()
         return self._finished(products, squares, members)
 
@@ -206,9 +206,16 @@ class Drawing:
     def _normals(self, members: Tensor, start: int, stop: int) -> Float64[Tensor, "m k"]:
         """A slice of the carriers before orthonormalisation, of unit variance."""
         if isinstance(self.distribution, LowRank):
-            rank = self.distribution.rank
-            return low_rank_normals(self.seed, self.stream, members, self.shapes, rank, start, stop)
+            return self._low_rank(members, start, stop)
         return normal(self.seed, self.stream, members, start, stop)
+
+    def _low_rank(
+        self, members: Tensor, start: int, stop: int, scale: float = 1.0, dtype: torch.dtype = torch.float64
+    ) -> Float[Tensor, "m k"]:
+        """A slice of low-rank carriers, so many times."""
+        assert isinstance(self.distribution, LowRank)
+        of = self.seed, self.stream, members, self.shapes, self.distribution.rank, start, stop
+        return low_rank_normals(*of, scale=scale, dtype=dtype)
 
     def _multipliers(self, members: Tensor, squares: Tensor | None = None) -> Float64[Tensor, " m"]:
         """u/n, which for some laws needs |n|²."""
@@ -243,14 +250,14 @@ class Drawing:
             grams += rows @ rows.mT
             if everything:
                 kept.append(rows)
-        factors = triangular_factors(grams)
         squares = grams.diagonal(dim1=1, dim2=2).flatten()
-        lengths = (self._multipliers(members, squares) * squares.sqrt())[:, None]
+        lengths = (self._multipliers(members, squares) * squares.sqrt()).reshape(-1, size, 1)
+        mixing = inverse_factors(triangular_factors(grams)).mul_(lengths)
         result = torch.empty(len(members), stop - start, dtype=dtype, device=members.device)
         for low in range(start, stop, _SLICE):
             high = min(low + _SLICE, stop)
             rows = kept.popleft() if kept else self._normals(members, low, high).unflatten(0, (-1, size))
-            result[:, low - start : high - start] = solve_rows(factors, rows).flatten(0, 1) * lengths
+            result[:, low - start : high - start] = (mixing @ rows).flatten(0, 1)
         return result
 
     def _no_grams(self, members: Tensor) -> Float64[Tensor, "g k k"]:

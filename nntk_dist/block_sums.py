@@ -157,13 +157,6 @@ class BlockSums:
             self.resolved |= other.resolved
         return self
 
-    def scaled_(self, factors: Float[Tensor, "*tile"]) -> "BlockSums":
-        """Multiply every entry's sums by a number of its own, in place."""
-        for part in (self.within, self.between, self.by_block, self.by_group):
-            if part is not None:
-                part *= factors
-        return self
-
 
 def empty_sums(
     shape: Sequence[int],

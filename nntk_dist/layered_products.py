@@ -54,23 +54,29 @@ class Layered:
 
 def layered_terms(rows: Layered, columns: Layered, num_blocks: int, *, pair_blocks: bool, by_block: bool) -> list[Term]:
     """The products of every pair of draws (or of each draw with itself), layer by layer."""
-    size = rows.num_draws // num_blocks
-    draws = range(rows.num_draws)
+    size, draws = rows.num_draws // num_blocks, range(rows.num_draws)
     pairs = list(product(draws, draws)) if pair_blocks else [(s, s) for s in draws]
-    factors = [_factors(s // size, t // size, size, pair_blocks=pair_blocks, by_block=by_block) for s, t in pairs]
-    return [
-        Term(
-            delta[:, s : s + 1],
-            delta2[:, t : t + 1],
-            of_pair,
-            None if weights is None else weights[s, t],
-            Inputs(h[:, s], h2[:, t]),
-        )
-        for h, delta, weights, h2, delta2 in zip(
-            rows.inputs, rows.gradients, rows.weights, columns.inputs, columns.gradients, strict=True
-        )
-        for (s, t), of_pair in zip(pairs, factors, strict=True)
-    ]
+    of_blocks = {
+        (r, q): _factors(r, q, size, pair_blocks=pair_blocks, by_block=by_block)
+        for r, q in product(range(num_blocks), repeat=2)
+    }
+    terms = []
+    for h, delta, weights, h2, delta2 in zip(
+        rows.inputs, rows.gradients, rows.weights, columns.inputs, columns.gradients, strict=True
+    ):
+        inputs, others = h.unbind(1), h2.unbind(1)  # one view for all pairs of a draw
+        left, right = delta.split(1, 1), delta2.split(1, 1)
+        terms += [
+            Term(
+                left[s],
+                right[t],
+                of_blocks[s // size, t // size],
+                None if weights is None else weights[s, t, None, None],
+                Inputs(inputs[s], others[t]),
+            )
+            for s, t in pairs
+        ]
+    return terms
 
 
 def _factors(r: int, q: int, size: int, *, pair_blocks: bool, by_block: bool) -> dict[Sum, float]:

@@ -1,7 +1,7 @@
 """Sums of a tile that are made of matrix products: which products, and how they are added up.
 
-A tile's time beyond its products goes into passes over memory. So a tile without standard errors is made by the
-products alone, which BLAS adds up in place (`multiply_into_`). Otherwise (`TermSums`) the products of a window, as
+A tile's time beyond its products goes into passes over memory. So a tile of plain products without standard errors is
+made by these alone, which BLAS adds up in place (`multiply_into_`). Otherwise (`TermSums`) the products of a window, as
 large as BLAS likes it, stay in the features' dtype, and all that follows, from sums to statistics, is done for a few
 rows at a time, which stay in a core's cache. No models, no randomness.
 
@@ -23,7 +23,7 @@ from nntk_dist.block_sums import INNER_TERMS, BlockSums, Meeting, Sum
 _EDGE, _GPU_EDGE = 1024, 2048
 _WINDOW_NUMBERS, _GPU_WINDOW_NUMBERS = 1 << 23, 1 << 26
 _FEWEST_ROWS = 128
-_MOST_AT_ONCE, _MANY_AT_ONCE = 32, 8  # products that are all held, or some of more
+_MOST_AT_ONCE, _MANY_AT_ONCE = 32, 8  # products that are all held, or of more at least so many
 _STRIPE_NUMBERS = 1 << 20  # of a thread
 
 
@@ -121,9 +121,9 @@ class TermSums:
             for index, term in enumerate(terms)
             for start in range(0, _length(term, full=meeting.full), INNER_TERMS)
         ]
-        self._at_once = num_at_once(len(self._portions))
-        self._several = self._at_once < len(self._portions)
         self._names = list(form.parts())
+        self._at_once = num_at_once(len(self._portions), len(self._names))
+        self._several = self._at_once < len(self._portions)
         factors = [[terms[index].factors.get(name, 0.0) for index, _ in self._portions] for name in self._names]
         self._factors = torch.tensor(factors, dtype=torch.float64, device=self._device)
         num_sums = len(self._names)
@@ -145,7 +145,7 @@ class TermSums:
                 window.multiply_into_(product, index, part)
             for stripe in self._stripes_of(*shape):
                 some = products[:, stripe].flatten(1)
-                exact = self._exact.of(some.shape).copy_(some)
+                exact = some if some.dtype == torch.float64 else self._exact.of(some.shape).copy_(some)
                 sums = self._sums.of((len(self._names), some.shape[1]))
                 sums = torch.mm(self._factors[:, chosen], exact, out=sums).unflatten(1, (-1, shape[1]))
                 if totals is not None:
@@ -220,27 +220,33 @@ class _Window:
         return self._of_inputs
 
 
-def num_at_once(num_products: int) -> int:
-    """Products of a window that are held at a time."""
-    return num_products if num_products <= _MOST_AT_ONCE else _MANY_AT_ONCE
+def num_at_once(num_products: int, num_sums: int) -> int:
+    """Products of a window that are held at a time: where all are too many, no fewer than there are sums, which are
+    gone through once for each time.
+    """
+    return min(num_products, _MOST_AT_ONCE if num_products <= _MOST_AT_ONCE else max(_MANY_AT_ONCE, num_sums))
 
 
 def window_edges(num_products: int, num_sums: int, device: torch.device | str) -> tuple[int, int]:
-    """Kernel rows and columns of a window: its products, and in float64 the sums of several passes, stay within what
-    `window_bytes` allows.
+    """Kernel rows and columns of a window: its products, and in float64 the sums of several passes, are no more numbers
+    than it may take, where it does not have its fewest rows.
     """
     edge, numbers = _limits(device)
-    at_once = num_at_once(num_products)
+    at_once = num_at_once(num_products, num_sums)
     held = at_once + (2 * num_sums if at_once < num_products else 0)
     return min(edge, max(_FEWEST_ROWS, numbers // (edge * held))), edge
 
 
-def window_bytes(item: int, threads: int, device: torch.device | str) -> int:
-    """What `TermSums` takes on so many threads, of numbers of so many bytes: a window, and in float64 a stripe, on a
-    GPU all of the window and its sums. Many blocks take more, where a window has its fewest rows.
+def window_bytes(item: int, num_sums: int, entries: int, threads: int, device: torch.device | str) -> int:
+    """What `TermSums` takes on so many threads for a tile of so many entries, of numbers of so many bytes: products and
+    sums of a window, the product of inputs, and in float64 a stripe, on a GPU all of the window and its sums.
     """
-    numbers = _limits(device)[1]
-    return item * numbers + 8 * (2 * numbers if torch.device(device).type == "cuda" else threads * _STRIPE_NUMBERS)
+    edge, numbers = _limits(device)
+    most = max(_MOST_AT_ONCE, num_sums)  # products that are held
+    of_entry = most * item + 8 * num_sums
+    window = min(max(item * numbers, _FEWEST_ROWS * edge * of_entry), entries * of_entry)
+    stripe = 2 * numbers if torch.device(device).type == "cuda" else threads * _STRIPE_NUMBERS
+    return window + item * min(edge**2, entries) + 8 * min(stripe, entries * (most + 2 * num_sums))
 
 
 def _limits(device: torch.device | str) -> tuple[int, int]:

@@ -189,6 +189,7 @@ class Context:
         """Give back the features and the memory that are kept for further tiles."""
         self._cache.clear()
         self.results.clear()
+        self.store.forget()
 
     def _make_room(self) -> None:
         """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs

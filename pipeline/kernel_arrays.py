@@ -15,6 +15,7 @@ import zarr
 from nntk_dist.errors import NNTKError
 from pipeline.arrays import StoredArray
 from pipeline.kernel_store import create_array, create_store, has_array, open_array, read_block, write_block
+from pipeline.shard_files import forget_memory
 from pipeline.storage import STORAGE_ERRORS, RunStorage, reason_of
 
 Piece = tuple[str, Sequence[int], np.ndarray]  # path of an array, start, values
@@ -90,8 +91,15 @@ class KernelArrays:
             self.array(path)  # opened here: the table of open arrays is not for several threads
         if len(pieces) == 1:
             return [self.write(*piece) for piece in pieces]
-        if self._pool is None:  # the same threads for ever: each new one would keep memory of its own
+        if self._pool is None:  # the same threads for all tiles: each new one would keep memory of its own
             self._pool = ThreadPoolExecutor(threads)
         writing = [self._pool.submit(self.write, *piece) for piece in pieces]
         wait(writing)
         return [each.result() for each in writing]
+
+    def forget(self) -> None:
+        """Give back the memory that reading in this thread, and writing, keep for the next call."""
+        forget_memory()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

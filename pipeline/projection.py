@@ -52,6 +52,7 @@ _EFFICIENCY = 0.4
 _READ_BYTES_PER_SECOND = 1e9  # of a local disk or its cache, checksums verified
 # Features of layers in factors, which are held as they are computed.
 _FACTORS = ("input_", "gradient_", "direction_", "noise_")
+_PAIR_BYTES = 1000  # of the pair of draws of a layer that is left in factors: measured
 _WINDOW_SUMS = 10  # of a window, in float64, beside the sums by block: of pairs, their parts, products, statistics
 
 
@@ -272,7 +273,10 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     sums = entries * 8 * (by_block + 2) if parts > 1 else 0
     if noise or parts > 1:
         sums += window * 8 * (2 * by_block + _WINDOW_SUMS)
-    sums += 4 * item * CHUNK_ELEMENTS if noise else window_bytes(item, layout.threads, layout.device)
+    products = window_bytes(item, by_block + 2, entries, layout.threads, layout.device)
+    sums += 4 * item * CHUNK_ELEMENTS if noise else products
+    if job.spec.pair_blocks:
+        sums += _PAIR_BYTES * sizes.num_draws**2 * sum(name.startswith("input_") for name in names)
     arrays = len(statistics_of(job))
     computing = tile * row_bytes + sums  # one row set at a time is made ready
     written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed

@@ -74,3 +74,8 @@ def kept_memory(size: int) -> npt.NDArray[np.uint8]:
         room = np.empty(size, np.uint8)
         _ROOM.memory = room if size <= _KEPT_BYTES else None
     return room[:size]
+
+
+def forget_memory() -> None:
+    """Give back what `kept_memory` keeps for this thread."""
+    _ROOM.memory = None

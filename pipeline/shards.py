@@ -1,5 +1,5 @@
-"""One whole shard of an array as the bytes of its file: Zarr's `sharding_indexed`, made and read without zarr's own
-copies.
+"""A shard of an array as the bytes of its file: Zarr's `sharding_indexed`, made as a whole and read in part or as a
+whole, without zarr's own copies.
 
 What this room is for: the codecs of the store's arrays, and the fast way to apply them. Plain zarr reads the shards as
 its own. For 64 MiB of a float32 kernel, zarr and the checksum of the values take a core 1.3 times as long as this
@@ -140,7 +140,7 @@ class _Shard:
         self._fill_value = array.fill_value
         self._index = np.full((*grid, 2), _ABSENT, dtype="<u8")
         most = math.prod(grid) * (self._chunk.nbytes + MAX_OVERHEAD + _CRC_BYTES) + self._index.nbytes + _CRC_BYTES
-        self._content = empty(most)  # pages that nothing is written to take no memory
+        self._content = empty(most)  # pages that nothing was ever written to take no memory
         self._end = 0
 
     def add(self, place: tuple[int, ...], values: Array) -> Array:

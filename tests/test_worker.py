@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def worker(monkeypatch):
     monkeypatch.setattr(pipeline.worker, "STAGES", stages)
     job = SimpleNamespace(layout=SimpleNamespace(batch=8, threads=2), run_dir="here")
     made = Worker(job, None, None, THREADS)
-    made.context.store = SimpleNamespace(write_all=lambda pieces, threads: [(0, 0) for _ in pieces])
+    write_all, forget = Mock(side_effect=lambda pieces, threads: [(0, 0) for _ in pieces]), Mock()
+    made.context.store = SimpleNamespace(write_all=write_all, forget=forget)
     return made
 
 
@@ -71,7 +73,9 @@ def test_what_is_kept_for_tiles_is_given_back_to_a_task_of_the_whole_kernel(work
     assert worker.context._cache
     assert shares(worker.context.results.empty((3,), dtype=memory.dtype, device=memory.device), memory)
     worker.context.results.give_back([memory])
+    assert not worker.context.store.forget.called
     worker.execute(Task("solve", "0"))
+    assert worker.context.store.forget.called
     assert not worker.context._cache
     assert not shares(worker.context.results.empty((3,), dtype=memory.dtype, device=memory.device), memory)
 

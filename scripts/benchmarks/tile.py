@@ -4,8 +4,8 @@ A tile is compared with one `torch.matmul` of its rows, its columns and the feat
 other products, as layers and metrics do, the plain product's time is scaled to their length: a ratio of rates then.
 Features are random numbers of the shapes that a kernel's have. As in a worker, which goes through the rows of a column,
 columns are ready for products and rows are made ready for every tile, in a process that keeps freed memory as workers
-do. What writes also reads its rows, from the local store that it writes to: a tile of the test kernel, or one of the
-train kernel and its mirror image, twice as much.
+do (but for `--quick`). What writes also reads its rows, from the local store that it writes to: a tile of the test
+kernel, or one of the train kernel and its mirror image, twice as much.
 
 Axes: n rows and columns of a tile, k numbers of a row (all blocks or draws together), R blocks, S draws, C outputs.
 """

@@ -200,7 +200,7 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
         return torch.randn(6, *shape, generator=generator, dtype=torch.float64)
 
     shared, own = (Inputs(features(4), features(4)) for _ in range(2))
-    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    weights = torch.tensor([[[1.0, -2.0, 0.5]]], dtype=torch.float64)
     terms = [
         Term(features(1, 2, 3), features(1, 2, 3), {WITHIN: 1.0}, inputs=shared),
         Term(features(2, 2, 5), features(2, 2, 5), {WITHIN: 0.5, BETWEEN: 2.0}, inputs=shared),
@@ -239,6 +239,6 @@ def test_windows_hold_what_they_may():
     assert window_edges(2, 2, "cpu") == (1024, 1024)
     for num_products, num_sums in ((2, 2), (9, 10), (17, 18), (40, 2), (1000, 10), (1000, 18)):
         rows, columns = window_edges(num_products, num_sums, "cpu")
-        several = num_at_once(num_products) < num_products
-        numbers = rows * columns * (num_at_once(num_products) + 2 * num_sums * several)
+        several = num_at_once(num_products, num_sums) < num_products
+        numbers = rows * columns * (num_at_once(num_products, num_sums) + 2 * num_sums * several)
         assert rows == terms_module._FEWEST_ROWS or numbers <= terms_module._WINDOW_NUMBERS

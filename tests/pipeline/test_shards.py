@@ -15,7 +15,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from nntk_dist.errors import NNTKError
-from pipeline import kernel_store, shards
+from pipeline import kernel_store, shard_files, shards
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.kernel_store import checksum, read_block, write_block
@@ -310,6 +310,39 @@ def test_checksums_go_by_the_values_and_not_by_their_order_in_memory(monkeypatch
     monkeypatch.setattr(kernel_store, "_STRIPE_BYTES", 1000)
     for form in (*forms(values), values[:0]):
         assert checksum(form) == google_crc32c.value(form.tobytes())
+
+
+def test_memory_that_reading_and_writing_keep_is_given_back(tmp_path):
+    store = KernelArrays(RunStorage(tmp_path))
+    store.create([StoredArray("train/gram", (8, 4), (4, 4), ("row", "col"), "float32")], {})
+    pieces = [("train/gram", (4 * i, 0), np.full((4, 4), i, np.float32)) for i in range(2)]
+    for _ in range(2):
+        store.write_all(pieces, threads=2)
+        threads = list(store._pool._threads)
+        values = store.read("train/gram")
+        assert shard_files._ROOM.memory is not None
+        store.forget()
+        assert shard_files._ROOM.memory is None
+        assert not any(thread.is_alive() for thread in threads)
+        assert values.tolist() == [[i] * 4 for i in (0, 1) for _ in range(4)]
+
+
+def test_memory_of_an_interrupted_write_is_not_used_again(tmp_path, monkeypatch):
+    """Zarr's own thread may still read from it."""
+    array = make((4, 4), (4, 4), (2, 2), store=LocalStore(tmp_path))
+    write_block(array, np.s_[:, :], random((4, 4), "f4"))
+    memory = shard_files._ROOM.memory
+
+    def interrupt(coroutine: object) -> None:
+        coroutine.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel_store, "sync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_block(array, np.s_[:, :], random((4, 4), "f4"))
+    monkeypatch.undo()
+    write_block(array, np.s_[:, :], random((4, 4), "f4"))
+    assert not np.shares_memory(shard_files._ROOM.memory, memory)
 
 
 def test_a_shard_that_cannot_be_written_is_told_of_and_leaves_nothing(tmp_path, monkeypatch):

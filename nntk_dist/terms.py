@@ -5,8 +5,8 @@ made by these alone, which BLAS adds up in place (`multiply_into_`). Otherwise (
 large as BLAS likes it, stay in the features' dtype, and all that follows, from sums to statistics, is done for a few
 rows at a time, which stay in a core's cache. No models, no randomness.
 
-Axes: n1, n2 rows and columns; w slots of features, c outputs, k feature columns of one output; t products of a window,
-e entries of a stripe.
+Axes: n1, n2 rows and columns; w slots of features, c outputs, k feature columns of one output, i of inputs; t products
+of a window, e entries of a stripe.
 """
 
 import math

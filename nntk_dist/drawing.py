@@ -99,8 +99,8 @@ class Drawing:
         elif self.design == "orthogonal":
             values = self._orthogonal(members, start, stop, dtype)
         else:
-            values = normal(self.seed, self.stream, members, start, stop, dtype=dtype)
-            values *= self._multipliers(members).to(dtype)[:, None]
+            times = self._multipliers(members)
+            values = normal(self.seed, self.stream, members, start, stop, dtype=dtype, times=times)
         if self.scales:
             values *= self._scale_vector(start, stop, device).to(dtype)
         if self.design == "antithetic":

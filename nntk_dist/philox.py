@@ -8,25 +8,29 @@ Axes: g groups (requested counters), i index within one group's vector.
 """
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import debug_unwrap
 from torch.nn import functional
 
-from nntk_dist.philox_cpu import philox_words, split_words
+from nntk_dist.philox_cpu import centred_words, philox_words, split_words
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 # Counters handled at a time: 256 KiB for each word of theirs, few enough for the second or third cache, many enough to
-# spread a call's overhead (measured: 14 ns a number, 24 with an eighth of them).
+# spread a call's overhead (with an eighth of them a number takes about twice as long).
 _COUNTERS_PER_CHUNK = 1 << 15
 _GPU_COUNTERS_PER_CHUNK = 1 << 21  # so many that a call's overhead is nothing there
 _INDEX_LIMIT = 1 << 50
+_UNIT = 2.0**-32  # from a word to the unit interval
 
 
 class Stream(IntEnum):
@@ -64,13 +68,11 @@ def philox(
 
 def _words(
     seed: int, stream: Stream, groups: Int64[Tensor, " g"], draw: int | Int64[Tensor, " g"], first: int, last: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words, each (g, last - first), of the counters `first` to `last` of every group."""
-    if groups.device.type == "cpu" and debug_unwrap(groups) is groups:  # no tensor of vmap or grad
-        draws = draw.numpy() if isinstance(draw, Tensor) else draw
-        pairs = philox_words((first, last), draws, groups.numpy(), int(stream), seed)
-        word0, word1, word2, word3 = (torch.from_numpy(word) for pair in pairs for word in split_words(pair))
-        return word0, word1, word2, word3
+) -> list[Int64[Tensor, "g p"]]:
+    """The four words of the counters `first` to `last` of every group."""
+    if _is_plain(groups):
+        pairs = _pairs_of_words(seed, stream, groups, draw, first, last)
+        return [torch.from_numpy(word.view(np.int64)) for pair in pairs for word in split_words(pair)]
     position = torch.arange(first, last, dtype=torch.int64, device=groups.device)
     high = draw << 16
     counter = (
@@ -79,12 +81,33 @@ def _words(
         groups[:, None],
         torch.full((1, 1), int(stream), dtype=torch.int64, device=groups.device),
     )
-    return philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
+    return list(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)))
 
 
-def _open_unit(word: Tensor) -> Tensor:
-    """A 32-bit word as a float64 in the open interval (0, 1)."""
-    return word.to(torch.float64).add_(0.5).mul_(2.0**-32)
+def _centred_words(
+    seed: int, stream: Stream, groups: Int64[Tensor, " g"], draw: int | Int64[Tensor, " g"], first: int, last: int
+) -> list[Float64[Tensor, "g p"]]:
+    """`_words` plus a half, from 0.5 to 2^32 − 0.5."""
+    if _is_plain(groups):
+        pairs = _pairs_of_words(seed, stream, groups, draw, first, last)
+        return [torch.from_numpy(word) for pair in pairs for word in centred_words(pair)]
+    return [_centred(word) for word in _words(seed, stream, groups, draw, first, last)]
+
+
+def _is_plain(groups: Tensor) -> bool:
+    """Whether NumPy can have it: on the CPU, and no tensor of vmap or grad."""
+    return groups.device.type == "cpu" and debug_unwrap(groups) is groups
+
+
+def _pairs_of_words(
+    seed: int, stream: Stream, groups: Tensor, draw: int | Tensor, first: int, last: int
+) -> NDArray[np.uint64]:
+    draws = draw.numpy() if isinstance(draw, Tensor) else draw
+    return philox_words((first, last), draws, groups.numpy(), int(stream), seed)
+
+
+def _centred(word: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    return word.to(torch.float64).add_(0.5)
 
 
 def uniform(
@@ -96,8 +119,8 @@ def uniform(
     """
     if start % 4 or not 0 <= start <= start + count <= _INDEX_LIMIT:
         raise ValueError(f"index range {start}:{start + count} is outside 0:{_INDEX_LIMIT}, or begins within a counter")
-    words = _words(seed, stream, groups, draw, start // 4, -(-(start + count) // 4))
-    return _open_unit(torch.stack(words, dim=-1).flatten(1)[:, :count])
+    words = _centred_words(seed, stream, groups, draw, start // 4, -(-(start + count) // 4))
+    return torch.stack(words, dim=-1).flatten(1)[:, :count].mul_(_UNIT)
 
 
 def normal(
@@ -109,11 +132,13 @@ def normal(
     *,
     draw: int | Int64[Tensor, " g"] = 0,
     dtype: torch.dtype = torch.float64,
-) -> Float64[Tensor, "g i"]:
+    times: Float[Tensor, " g"] | None = None,
+) -> Float[Tensor, "g i"]:
     """Standard normals of index `start` to `stop` of every group's vector, by Box and Muller's transform.
 
-    `draw` is below 2^16, one for all groups or one for each. Any two calls agree on the indices that they
-    share. Cost: about 100 elementwise operations for four numbers.
+    `draw` is below 2^16, one for all groups or one for each. `times`: what each group's numbers, once they are of
+    `dtype`, are multiplied by, while they are in the cache. Any two calls agree on the indices that they share. Cost:
+    about 100 elementwise operations for four numbers.
     Normals reach out to 6.8 standard deviations, beyond which 1 in 10^11 would lie.
     """
     if not 0 <= start <= stop <= _INDEX_LIMIT:
@@ -128,21 +153,23 @@ def normal(
         own = result[:, low - start : high - start]
         whole = own if own.shape[1] == 4 * (end - begin) else result.new_empty(len(groups), 4 * (end - begin))
         by_lane = whole.unflatten(1, (-1, 4))
-        for lane, values in enumerate(_box_muller(*_words(seed, stream, groups, draw, begin, end))):
+        for lane, values in enumerate(_box_muller(_centred_words(seed, stream, groups, draw, begin, end))):
             by_lane[..., lane] = values
         if whole is not own:  # begins or ends within a counter
             own.copy_(whole[:, low - 4 * begin : high - 4 * begin])
+        if times is not None:
+            own.mul_(times.to(dtype)[:, None])
     return result
 
 
-def _box_muller(word0: Tensor, word1: Tensor, word2: Tensor, word3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four standard normals, in float64, from the four words of a counter."""
+def _box_muller(words: Sequence[Float64[Tensor, "*shape"]]) -> list[Float64[Tensor, "*shape"]]:
+    """Four standard normals from the four words of a counter, each plus a half, which are used up."""
     lanes = []
-    for radial, angular in ((word0, word1), (word2, word3)):
-        radius = _open_unit(radial).log_().mul_(-2.0).sqrt_()
-        angle = _open_unit(angular).mul_(2.0 * math.pi)
+    for radial, angular in (words[:2], words[2:]):
+        radius = radial.mul_(_UNIT).log_().mul_(-2.0).sqrt_()
+        angle = angular.mul_(2.0 * math.pi * _UNIT)
         lanes += [angle.cos().mul_(radius), angle.sin_().mul_(radius)]
-    return lanes[0], lanes[1], lanes[2], lanes[3]
+    return lanes
 
 
 def normals_at(
@@ -155,7 +182,8 @@ def normals_at(
     """
     zero = torch.zeros_like(counters)  # all four words are batched where the counters are: philox works in place
     counter = (counters & _MASK, (counters >> 32) | (draw << 16), zero + group, zero + int(stream))
-    return torch.stack(_box_muller(*philox(counter, (seed & _MASK, (seed >> 32) & _MASK))), dim=-1)
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    return torch.stack(_box_muller([_centred(word) for word in philox(counter, key)]), dim=-1)
 
 
 def signs(

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from nntk_dist.philox import Stream, normal, normals_at, philox, uniform
-from nntk_dist.philox_cpu import philox_words, split_words
+from nntk_dist.philox_cpu import centred_words, philox_words, split_words
 
 GROUPS = torch.arange(5)
 
@@ -57,10 +57,10 @@ def test_any_counter_agrees_with_unbounded_integers():
         assert words(tuple(row[:4]), (row[4], row[5])) == reference_philox(tuple(row[:4]), (row[4], row[5]))
 
 
+@pytest.mark.parametrize("positions", [(2**32 - 3, 2**32 + 3), (5 * 2**32 + 1, 5 * 2**32 + 7), (9, 10), (9, 9)])
 @pytest.mark.parametrize("draw", [0, 65_535, [3, 0, 65_535]])
-def test_the_words_of_a_cpu_are_those_of_every_device(draw):
-    groups = [0, 5, 2**32 - 1]
-    positions, seed = (2**32 - 3, 2**32 + 3), (7 << 32) + 2**32 - 1
+def test_the_words_of_a_cpu_are_those_of_every_device(draw, positions):
+    groups, seed = [0, 5, 2**32 - 1], (7 << 32) + 2**32 - 1
     pairs = philox_words(positions, np.array(draw), np.array(groups), int(Stream.SKETCH), seed)
     ours = [word for pair in pairs for word in split_words(pair)]
     draws = draw if isinstance(draw, list) else [draw] * 3
@@ -69,6 +69,8 @@ def test_the_words_of_a_cpu_are_those_of_every_device(draw):
             counter = (position & 0xFFFFFFFF, (position >> 32) | (number << 16), group, int(Stream.SKETCH))
             expected = reference_philox(counter, (seed & 0xFFFFFFFF, 7))
             assert tuple(int(word[row, column]) for word in ours) == expected
+    centred = [word for pair in pairs for word in centred_words(pair)]
+    assert all(np.array_equal(word + 0.5, own) for word, own in zip(ours, centred, strict=True))
 
 
 def test_normals_come_from_the_words_that_the_contract_names():

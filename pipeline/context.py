@@ -178,12 +178,12 @@ class Context:
         split, start, stop = interval
         if not self.job.layout.store_features:
             return self.compute(split, slice(start, stop), columns)
-        return {
-            spec.name: torch.from_numpy(
-                self.store.read(feature_path(self.job, split, spec.name), slice(start, stop))
-            ).to(self.job.layout.device)
-            for spec in self.features.arrays
-        }
+        layout, rows = self.job.layout, {}
+        for spec in self.features.arrays:
+            path = feature_path(self.job, split, spec.name)
+            values = self.store.read(path, slice(start, stop), threads=layout.threads)
+            rows[spec.name] = torch.from_numpy(values).to(layout.device)
+        return rows
 
     def forget(self) -> None:
         """Give back the features and the memory that are kept for further tiles."""

@@ -27,7 +27,9 @@ class KernelArrays:
 
     storage: RunStorage
     _open: dict[str, zarr.Array] = field(default_factory=dict)
-    _pool: ThreadPoolExecutor | None = None
+    # Each its own: what is read for a tile does not wait for what is written of another.
+    _writers: ThreadPoolExecutor | None = None
+    _readers: ThreadPoolExecutor | None = None
 
     def create(self, arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> None:
         """Create the store and those arrays that it does not hold yet."""
@@ -49,13 +51,18 @@ class KernelArrays:
             self._open[path] = open_array(self.storage, path, read_only=False)
         return self._open[path]
 
-    def read(self, path: str, *selection: slice, dtype: npt.DTypeLike | None = None) -> np.ndarray:
+    def read(self, path: str, *selection: slice, dtype: npt.DTypeLike | None = None, threads: int = 1) -> np.ndarray:
         """The values of a selection, whole along axes not given, cast to a dtype where one is given.
+
+        Several threads, as many as the first call that takes them says, are for one caller at a time.
 
         Raises: NNTKError where data are missing or damaged.
         """
         array = self.array(path)
-        return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))), dtype=dtype)
+        if threads > 1 and self._readers is None:
+            self._readers = ThreadPoolExecutor(threads)
+        each = self._readers.map if threads > 1 and self._readers else map
+        return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))), dtype=dtype, each=each)
 
     def read_shard(self, path: str, start: Sequence[int]) -> np.ndarray:
         """What one `write` at this start wrote: a shard, or what of it lies within the array."""
@@ -91,15 +98,16 @@ class KernelArrays:
             self.array(path)  # opened here: the table of open arrays is not for several threads
         if len(pieces) == 1:
             return [self.write(*piece) for piece in pieces]
-        if self._pool is None:  # the same threads for all tiles: each new one would keep memory of its own
-            self._pool = ThreadPoolExecutor(threads)
-        writing = [self._pool.submit(self.write, *piece) for piece in pieces]
+        if self._writers is None:  # the same threads for all tiles: each new one would keep memory of its own
+            self._writers = ThreadPoolExecutor(threads)
+        writing = [self._writers.submit(self.write, *piece) for piece in pieces]
         wait(writing)
         return [each.result() for each in writing]
 
     def forget(self) -> None:
         """Give back the memory that reading in this thread, and writing, keep for the next call."""
         forget_memory()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        for pool in (self._writers, self._readers):
+            if pool is not None:
+                pool.shutdown()
+        self._writers = self._readers = None

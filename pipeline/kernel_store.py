@@ -13,7 +13,7 @@ Axis legend: whatever `dimension_names` of the array says.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import zarr
 from zarr.buffer import cpu
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
 from nntk_dist.errors import NNTKError
 from pipeline.shard_files import Bounds, forget_memory, has_content, kept_memory, opened, shard_files
@@ -38,6 +38,7 @@ SCHEMA_VERSION = 1
 CHUNK_EDGES = range(1024, 255, -1)
 
 Selection = tuple[slice, ...]
+Each = Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
 
 _STRIPE_BYTES = 2**22  # of values that have to be brought into C order for their checksum
 
@@ -202,7 +203,12 @@ def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) 
 
 
 def read_block(
-    array: zarr.Array, selection: Selection, *, required: bool = True, dtype: npt.DTypeLike | None = None
+    array: zarr.Array,
+    selection: Selection,
+    *,
+    required: bool = True,
+    dtype: npt.DTypeLike | None = None,
+    each: Each = map,
 ) -> npt.NDArray[Any]:
     """The values of a selection, checksums verified; from a local disk without zarr's temporary copies.
 
@@ -211,6 +217,7 @@ def read_block(
         selection: one slice an axis, not necessarily aligned.
         required: refuse where a shard has not been written; otherwise its place holds the fill value.
         dtype: to cast to, None for the array's own.
+        each: carries out the parts in which a block is read from a local disk, as `map` or the `map` of a pool does.
 
     Raises:
         NNTKError: damaged or missing data; names array, selection and, for missing data, the file. A StorageRefusal
@@ -226,7 +233,7 @@ def read_block(
     try:
         with _refusals_named(where, ACCESS_ERRORS):
             if required and _can_read(array, bounds):
-                return _read_shards(array, bounds, dtype)
+                return _read_shards(array, bounds, dtype, each)
             return np.asarray(array[selection], dtype=dtype)
     except StorageRefusal:
         raise
@@ -290,15 +297,27 @@ def _write_shards(array: zarr.Array, bounds: Bounds, block: npt.NDArray[Any]) ->
     return crcs[0] if len(crcs) == 1 else checksum(block)
 
 
-def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None) -> npt.NDArray[Any]:
-    """The values of a block, of whole shards or of parts."""
+def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None, each: Each) -> npt.NDArray[Any]:
+    """The values of a block, of whole shards or of parts; from a local disk a row of chunks at a time."""
     block = np.empty([stop - start for start, stop in bounds], array.dtype if dtype is None else dtype)
     edges = array.shards or array.chunks
+    parts = []
     for place, file in shard_files(array, bounds):
         first = [max(0, start - i * edge) for i, edge, (start, _) in zip(place, edges, bounds, strict=True)]
-        with opened(file) as (size, read):
-            decode(array, size, read, block[_box(array, place, bounds)], first)
+        values = block[_box(array, place, bounds)]
+        step = array.chunks[0] if isinstance(file.store, LocalStore) else edges[0]
+        for begin in range(first[0] - first[0] % step, first[0] + len(values), step):
+            rows = slice(max(begin - first[0], 0), begin + step - first[0])
+            parts.append((array, file, values[rows], [max(begin, first[0]), *first[1:]]))
+    list(each(_read_part, parts))
     return block
+
+
+def _read_part(part: tuple[zarr.Array, StorePath, npt.NDArray[Any], list[int]]) -> None:
+    """Fill a part of a block, which begins so far into the shard of this file."""
+    array, file, values, first = part
+    with opened(file) as (size, read):
+        decode(array, size, read, values, first)
 
 
 def _can_read(array: zarr.Array, bounds: Bounds) -> bool:

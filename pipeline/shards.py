@@ -23,8 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
+from numcodecs import blosc
 from numcodecs.blosc import MAX_OVERHEAD, Blosc, decompress
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
+
+blosc.use_threads = False  # which it has of its own in the main thread, as many as the machine has cores
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4

@@ -16,7 +16,7 @@ from pipeline.arrays import kernel_width, statistics_of
 from pipeline.context import Context, Interval, Written
 from pipeline.job import Task
 
-_STRIPE_ENTRIES = 1 << 17  # 1 MiB of each array in float64
+_STRIPE_ENTRIES = 1 << 16  # half a MiB of each array in float64: what two of them fill is in the second cache
 
 
 def compute_tile(
@@ -79,20 +79,23 @@ def write_tile(
 
 
 def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
-    """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time."""
+    """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time in the same memory."""
     sums: dict[str, Tensor] = {}
+    rooms = {
+        name: tile.new_empty(min(_STRIPE_ENTRIES, tile.numel()), dtype=torch.float64) for name, tile in values.items()
+    }
 
     def add(name: str, total: Tensor) -> None:
-        sums[name] = sums[name] + total.double() if name in sums else total.double()
+        sums[name] = sums[name] + total if name in sums else total
 
     for parts in zip(*(tile.flatten().split(_STRIPE_ENTRIES) for tile in values.values()), strict=True):
-        stripe = {name: part.double() for name, part in zip(values, parts, strict=True)}
+        stripe = {name: rooms[name][: len(part)].copy_(part) for name, part in zip(values, parts, strict=True)}
         if "unbiased" in stripe:
             add("squared_unbiased", stripe["unbiased"] @ stripe["unbiased"])
-            difference = stripe["plugin"] - stripe["unbiased"]
+            difference = stripe["plugin"].sub_(stripe["unbiased"])
             add("squared_difference", difference @ difference)
         if "stderr" in stripe:
-            known = stripe["stderr"].nan_to_num(0.0)
-            add("squared_stderr", known @ known)
             add("unresolved", torch.isnan(stripe["stderr"]).sum())
+            known = stripe["stderr"].nan_to_num_(0.0)
+            add("squared_stderr", known @ known)
     return {name: float(total) for name, total in sums.items()}  # read once: a GPU is waited for

@@ -214,7 +214,8 @@ class _Store:
         """The features of a tile's rows, which are half of a shard."""
         some = slice(0, self._setting.size)
         return {
-            name: torch.from_numpy(self._arrays.read(path, some)).to(self._device) for name, path in self._paths.items()
+            name: torch.from_numpy(self._arrays.read(path, some, threads=self._setting.threads)).to(self._device)
+            for name, path in self._paths.items()
         }
 
     def write(self, tile: dict[str, Tensor]) -> object:

@@ -4,6 +4,7 @@ Zarr lays the chunks of a file in another order; what counts are the chunks that
 """
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
@@ -11,6 +12,7 @@ import numpy as np
 import obstore.store
 import pytest
 import zarr
+from numcodecs import blosc
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
@@ -187,6 +189,30 @@ def test_threads_that_read_do_not_share_their_memory(tmp_path):
             np.testing.assert_array_equal(found, values[place])
 
 
+def test_a_block_is_read_by_several_threads(tmp_path):
+    store = KernelArrays(RunStorage(tmp_path))
+    store.create([StoredArray("train/features", (3000, 300), (1500, 300), ("row", "unit"), "float32")], {})
+    values, chunk = random((3000, 300), "f4"), store.array("train/features").chunks[0]
+    for start in (0, 1500):
+        store.write("train/features", (start, 0), values[start : start + 1500])
+    for rows in (slice(None), slice(7, 9), slice(chunk - 1, chunk + 1), slice(1499, 2999), slice(2000, 3000)):
+        for dtype in ("f4", "f8"):
+            found = store.read("train/features", rows, dtype=dtype, threads=2)
+            np.testing.assert_array_equal(found, values[rows].astype(dtype))
+    file = tmp_path / "kernel.zarr/train/features/c/1/0"
+    data = bytearray(file.read_bytes())
+    data[10] ^= 0x10
+    file.write_bytes(data)
+    with pytest.raises(NNTKError, match=r"is damaged"):
+        store.read("train/features", threads=2)
+
+
+def test_a_thread_that_compresses_is_one():
+    """Also the main one, in which Blosc would take as many as the machine has cores."""
+    assert threading.current_thread() is threading.main_thread()
+    assert not blosc._get_use_threads()
+
+
 def test_threads_that_write_do_not_share_their_memory(tmp_path):
     values = random((256, 256), "f4")
     array = make(values.shape, (64, 64), (32, 32), store=LocalStore(tmp_path))
@@ -318,8 +344,9 @@ def test_memory_that_reading_and_writing_keep_is_given_back(tmp_path):
     pieces = [("train/gram", (4 * i, 0), np.full((4, 4), i, np.float32)) for i in range(2)]
     for _ in range(2):
         store.write_all(pieces, threads=2)
-        threads = list(store._pool._threads)
-        values = store.read("train/gram")
+        values = store.read("train/gram", threads=2)
+        threads = [thread for pool in (store._writers, store._readers) for thread in pool._threads]
+        assert store.read("train/gram").tolist() == values.tolist()
         assert shard_files._ROOM.memory is not None
         store.forget()
         assert shard_files._ROOM.memory is None

@@ -9,11 +9,14 @@ Units: seconds.
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
+from pipeline.allocator import keep_freed_memory
 from scripts.studies.cells import Answer
 
 
@@ -34,6 +37,12 @@ class Figure:
 def answer(*figures: Figure) -> Answer:
     """Figures as a cell keeps them."""
     return {"figures": [asdict(figure) for figure in figures]}
+
+
+def as_a_worker(measure: Callable[..., Answer], *arguments: object) -> Answer:
+    """What a function answers in a process of its own with the allocator of a worker."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def best_seconds(actions: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:

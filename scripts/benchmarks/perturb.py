@@ -24,7 +24,7 @@ from nntk_dist.resolution import resolve
 from nntk_dist.spec import KernelSpec
 from nntk_dist.threads import torch_threads
 from pipeline.layout import automatic_batch
-from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.benchmarks.figures import Figure, answer, as_a_worker, best_seconds
 from scripts.studies.cells import Answer, Cell
 
 _BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -66,8 +66,9 @@ def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
     """A cell for each model."""
     rows = 64 if quick else 8192
     where = {} if device == "cpu" else {"device": device}
+    measure = _measure if quick else partial(as_a_worker, _measure)
     return [
-        Cell(case.name, {"rows": rows} | asdict(case) | where, partial(_measure, case, rows, device))
+        Cell(case.name, {"rows": rows} | asdict(case) | where, partial(measure, case, rows, device))
         for case in _CASES
         if not quick or case is _CASES[-1]
     ]

@@ -14,10 +14,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +33,12 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import Calibration
 from nntk_dist.threads import torch_threads
 from nntk_dist.tiles import tile_estimates
-from pipeline.allocator import keep_freed_memory
 from pipeline.arrays import StoredArray
 from pipeline.kernel_arrays import KernelArrays
 from pipeline.result_memory import ResultMemory
 from pipeline.storage import KERNEL_STORE, RunStorage
 from pipeline.tile_task import tile_totals
-from scripts.benchmarks.figures import Figure, answer, best_seconds
+from scripts.benchmarks.figures import Figure, answer, as_a_worker, best_seconds
 from scripts.studies.cells import Answer, Cell
 
 _BLOCKS = 8
@@ -85,7 +82,7 @@ def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
         least = 0.7 if stderr == "sample" else None
         settings.append(Setting("layered", stderr, narrow, size, 1, rounds, least=least, width=256))
     where = {} if device == "cpu" else {"device": device}
-    measure = _measure if quick else _measure_as_a_worker
+    measure = _measure if quick else partial(as_a_worker, _measure)
     return [Cell(_key(each), vars(each) | where, partial(measure, each, device)) for each in settings]
 
 
@@ -93,12 +90,6 @@ def _key(setting: Setting) -> str:
     written = (", written" if setting.writes else "") + (" twice" if setting.mirrored else "")
     layers = f" of {setting.width}" if setting.features == "layered" else ""
     return f"{setting.features}{layers}, {setting.stderr}, {setting.threads} threads{written}"
-
-
-def _measure_as_a_worker(setting: Setting, device: str) -> Answer:
-    """In a process of its own: what the allocator is told there holds for all that comes after."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as process:
-        return process.submit(_measure, setting, device).result()
 
 
 def _measure(setting: Setting, device: str) -> Answer:

@@ -25,9 +25,6 @@ FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbour
 # small operations, while they take eight times as much. Measured on one thread: plain passes of the built-in resnet
 # and cnn are fastest at 32, of the transformer at 64; at 8 they have 0.85, 0.93 and 0.84 of that rate.
 _BATCH_RANGE = (8, 1024)
-# Passes without gradients of a data set whose shards are larger anyway: those of an MLP 784-512-512-10 take 0.97 of the
-# time. Gradients of all its outputs take 1.1 times as long in such batches as in those of 1024.
-_MOST_WITHOUT_GRADIENTS = 2048
 _BATCH_BYTES = 32 << 20
 _FEW, _FEW_BYTES = 32, 256 << 20
 # A GPU wants much more work at a time, and has its own memory for it: a 64th for activations, of which gradients of all
@@ -66,25 +63,18 @@ def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
 
 def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: int) -> int:
     """Examples of one forward pass: what the configuration says, or `automatic_batch`."""
-    kernel, compute = config.kernel, config.compute
-    if compute.batch != "auto":
-        return compute.batch
-    without_gradients = kernel.estimator == "weight" or kernel.kind == "covariance"
-    return automatic_batch(model, x, num_rows, compute.dtype, without_gradients=without_gradients)
+    if config.compute.batch != "auto":
+        return config.compute.batch
+    return automatic_batch(model, x, num_rows, config.compute.dtype)
 
 
-def automatic_batch(
-    model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str, *, without_gradients: bool = False
-) -> int:
+def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str) -> int:
     """The largest power of two whose activations stay within 32 MiB, or within 256 MiB up to 32 examples, from 8 to
-    1024, or to 2048 where no gradient is taken and eight such batches are not more than all rows; and no larger than it
-    takes to hold all rows (batches are padded, so more would be computed for nothing). On a GPU within a 64th of its
-    memory, up to 8192.
+    1024, and no larger than it takes to hold all rows (batches are padded, so more would be computed for nothing). On a
+    GPU within a 64th of its memory, up to 8192.
     """
     each = (8 if dtype == "float64" else 4) * activation_elements(model, x)
     low, high = _BATCH_RANGE
-    if without_gradients and num_rows >= _SHARDS * _MOST_WITHOUT_GRADIENTS:
-        high = _MOST_WITHOUT_GRADIENTS
     fitting = max(_BATCH_BYTES // each, min(_FEW, _FEW_BYTES // each))
     if x.device.type == "cuda":
         high, fitting = _GPU_MOST, torch.cuda.get_device_properties(x.device).total_memory // _GPU_SHARE // each

@@ -31,7 +31,6 @@ _BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_TO_CHOOSE_BY = {"cpu": 2048, "cuda": 8192}
 _OUTPUTS = 10
 _BLOCKS = 4
-_SHARDS = 8  # of a data set whose shards have so many rows
 _OPTIONS = {
     "iid": {},
     "antithetic": {"design": "antithetic"},
@@ -87,7 +86,7 @@ def _figures(case: Case, rows: int, device: str) -> Iterator[Figure]:
     passes = case.draws + 1  # the unperturbed one is made too
     for label in case.options:
         spec = KernelSpec(estimator="weight", draws=_BLOCKS * case.draws, blocks=_BLOCKS, **_OPTIONS[label])
-        batch = min(rows, automatic_batch(model, x[:32], _SHARDS * rows, "float32", without_gradients=True))
+        batch = automatic_batch(model, x[:32], rows, "float32")
         resolution = resolve(model, x[:32], spec, batch=batch)
         features = make_feature_map(model, x[:32], spec, resolution)
         best = best_seconds(

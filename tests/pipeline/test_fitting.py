@@ -13,7 +13,6 @@ import torch
 from nntk_dist import NNTKError
 from nntk_dist.out_of_memory import is_out_of_memory
 from pipeline.fitting import FittingBatch, remembered_batch
-from pipeline.layout import automatic_batch
 from pipeline.ledger import Ledger, LedgerRow
 from pipeline.storage import RunStorage
 from tests.pipeline.tools import arrays, finished, nntk, run
@@ -117,26 +116,6 @@ def test_what_an_allocation_of_torch_says_is_known():
 
 def row(tile: str, **numbers: float) -> LedgerRow:
     return LedgerRow("features", tile, "w", 0.0, 1.0, 1, 1, None, 1, numbers)
-
-
-@pytest.mark.parametrize(
-    ("width", "rows", "without_gradients", "batch"),
-    [
-        (8, 100_000, False, 1024),
-        (8, 100_000, True, 2048),
-        (8, 16_384, True, 2048),
-        (8, 16_383, True, 1024),  # eight shards come first
-        (8, 300, True, 512),  # and batches that are not mostly padding
-        (8, 3, True, 8),
-        (1 << 14, 100_000, True, 512),  # 64 KiB each, 32 MiB in all
-        (1 << 20, 100_000, True, 32),  # 4 MiB each, but 32 of them
-        (1 << 24, 100_000, True, 8),
-    ],
-)
-def test_batches_follow_from_activations_and_rows(width, rows, without_gradients, batch):
-    model = torch.nn.Linear(2, width, device="meta")
-    x = torch.empty(4, 2, device="meta")
-    assert automatic_batch(model, x, rows, "float32", without_gradients=without_gradients) == batch
 
 
 def test_the_smallest_batch_that_tasks_came_to_counts():

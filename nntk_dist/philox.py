@@ -120,7 +120,7 @@ def uniform(
     if start % 4 or not 0 <= start <= start + count <= _INDEX_LIMIT:
         raise ValueError(f"index range {start}:{start + count} is outside 0:{_INDEX_LIMIT}, or begins within a counter")
     words = _centred_words(seed, stream, groups, draw, start // 4, -(-(start + count) // 4))
-    return torch.stack(words, dim=-1).flatten(1)[:, :count].mul_(_UNIT)
+    return torch.stack(words, dim=-1).flatten(1)[:, :count] * _UNIT
 
 
 def normal(

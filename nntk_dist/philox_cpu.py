@@ -34,7 +34,8 @@ def philox_words(
     if len(upper) and upper[0] == upper[-1]:
         upper = upper[:1]
     word1 = upper | (np.asarray(draw, dtype=np.uint64) << np.uint64(16)).reshape(-1, 1)
-    # Positions and groups meet in the second round: until then there is one number for each of them, not for each pair.
+    # Positions and groups meet in the second round: until then there is one number for each of them, not for each pair
+    # (but where the positions' upper half changes).
     first = (groups.astype(np.uint64)[:, None] * _MULTIPLIERS[1]) ^ (word1 << _HALF) ^ keys[0, 0]
     second = ((position & _MASK) * _MULTIPLIERS[0]) ^ (np.uint64(stream) << _HALF) ^ keys[0, 1]
     state = np.empty((2, len(groups), len(position)), dtype=np.uint64)

@@ -54,14 +54,14 @@ class KernelArrays:
     def read(self, path: str, *selection: slice, dtype: npt.DTypeLike | None = None, threads: int = 1) -> np.ndarray:
         """The values of a selection, whole along axes not given, cast to a dtype where one is given.
 
-        Several threads, as many as the first call that takes them says, are for one caller at a time.
+        Above 1, `threads` of a pool read parts of it, as many as the first such call says; one caller at a time.
 
         Raises: NNTKError where data are missing or damaged.
         """
         array = self.array(path)
         if threads > 1 and self._readers is None:
             self._readers = ThreadPoolExecutor(threads)
-        each = self._readers.map if threads > 1 and self._readers else map
+        each = self._readers.map if threads > 1 and self._readers else None
         return read_block(array, (*selection, *[slice(None)] * (array.ndim - len(selection))), dtype=dtype, each=each)
 
     def read_shard(self, path: str, start: Sequence[int]) -> np.ndarray:
@@ -105,7 +105,7 @@ class KernelArrays:
         return [each.result() for each in writing]
 
     def forget(self) -> None:
-        """Give back the memory that reading in this thread, and writing, keep for the next call."""
+        """Give back the memory that reading and writing keep for the next call, and the threads that they have."""
         forget_memory()
         for pool in (self._writers, self._readers):
             if pool is not None:

@@ -208,7 +208,7 @@ def read_block(
     *,
     required: bool = True,
     dtype: npt.DTypeLike | None = None,
-    each: Each = map,
+    each: Each | None = None,
 ) -> npt.NDArray[Any]:
     """The values of a selection, checksums verified; from a local disk without zarr's temporary copies.
 
@@ -217,7 +217,7 @@ def read_block(
         selection: one slice an axis, not necessarily aligned.
         required: refuse where a shard has not been written; otherwise its place holds the fill value.
         dtype: to cast to, None for the array's own.
-        each: carries out the parts in which a block is read from a local disk, as `map` or the `map` of a pool does.
+        each: the `map` of a pool, which then reads parts of the block from a local disk beside each other.
 
     Raises:
         NNTKError: damaged or missing data; names array, selection and, for missing data, the file. A StorageRefusal
@@ -297,19 +297,19 @@ def _write_shards(array: zarr.Array, bounds: Bounds, block: npt.NDArray[Any]) ->
     return crcs[0] if len(crcs) == 1 else checksum(block)
 
 
-def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None, each: Each) -> npt.NDArray[Any]:
-    """The values of a block, of whole shards or of parts; from a local disk a row of chunks at a time."""
+def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None, each: Each | None) -> npt.NDArray[Any]:
+    """The values of a block, of whole shards or of parts; by a pool a row of chunks at a time."""
     block = np.empty([stop - start for start, stop in bounds], array.dtype if dtype is None else dtype)
     edges = array.shards or array.chunks
     parts = []
     for place, file in shard_files(array, bounds):
         first = [max(0, start - i * edge) for i, edge, (start, _) in zip(place, edges, bounds, strict=True)]
         values = block[_box(array, place, bounds)]
-        step = array.chunks[0] if isinstance(file.store, LocalStore) else edges[0]
+        step = array.chunks[0] if each and isinstance(file.store, LocalStore) else edges[0]
         for begin in range(first[0] - first[0] % step, first[0] + len(values), step):
             rows = slice(max(begin - first[0], 0), begin + step - first[0])
             parts.append((array, file, values[rows], [max(begin, first[0]), *first[1:]]))
-    list(each(_read_part, parts))
+    list((each or map)(_read_part, parts))
     return block
 
 

@@ -282,9 +282,12 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed
     writing = min(2 * arrays, writing_threads(job)) * written * item * entries
     results = max(2 if job.spec.pair_blocks else 1, arrays) * item * entries
+    share = layout.chunk_draws / sizes.num_draws
+    chunk = item * share * chunk_edge(layout.shard_rows) * max(math.prod(spec.shape) for spec in features.arrays)
+    reading = 2 * layout.threads * chunk if layout.store_features else 0  # as it lies in the file, and decoded
     at_once = 2 if overlaps_writing(job) else 1
-    # Threads that write do not give back what they have used, or write while another tile is computed.
-    return int(kept + at_once * results + computing + writing)
+    # Threads that read or write do not give back what they have used, or do it while another tile is computed.
+    return int(kept + at_once * results + computing + reading + writing)
 
 
 def _prepared_share(job: Job, features: FeatureMap) -> float:

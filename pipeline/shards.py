@@ -27,7 +27,9 @@ from numcodecs import blosc
 from numcodecs.blosc import MAX_OVERHEAD, Blosc, decompress
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
-blosc.use_threads = False  # which it has of its own in the main thread, as many as the machine has cores
+blosc.use_threads = (
+    False  # up to eight of its own, which it takes in a process's main thread, whatever the process may use
+)
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4

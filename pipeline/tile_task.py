@@ -16,7 +16,8 @@ from pipeline.arrays import kernel_width, statistics_of
 from pipeline.context import Context, Interval, Written
 from pipeline.job import Task
 
-_STRIPE_ENTRIES = 1 << 16  # half a MiB of each array in float64: what two of them fill is in the second cache
+# In float64: what two arrays fill is in the second cache. A GPU wants fewer calls.
+_STRIPE_ENTRIES, _GPU_STRIPE_ENTRIES = 1 << 16, 1 << 22
 
 
 def compute_tile(
@@ -81,14 +82,13 @@ def write_tile(
 def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
     """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time in the same memory."""
     sums: dict[str, Tensor] = {}
-    rooms = {
-        name: tile.new_empty(min(_STRIPE_ENTRIES, tile.numel()), dtype=torch.float64) for name, tile in values.items()
-    }
+    entries = _GPU_STRIPE_ENTRIES if any(tile.is_cuda for tile in values.values()) else _STRIPE_ENTRIES
+    rooms = {name: tile.new_empty(min(entries, tile.numel()), dtype=torch.float64) for name, tile in values.items()}
 
     def add(name: str, total: Tensor) -> None:
         sums[name] = sums[name] + total if name in sums else total
 
-    for parts in zip(*(tile.flatten().split(_STRIPE_ENTRIES) for tile in values.values()), strict=True):
+    for parts in zip(*(tile.flatten().split(entries) for tile in values.values()), strict=True):
         stripe = {name: rooms[name][: len(part)].copy_(part) for name, part in zip(values, parts, strict=True)}
         if "unbiased" in stripe:
             add("squared_unbiased", stripe["unbiased"] @ stripe["unbiased"])

@@ -95,6 +95,15 @@ def test_any_slice_is_a_slice_of_the_whole(start, stop):
     assert torch.equal(normal(1, Stream.PARAMETER, GROUPS, start, stop), whole[:, start:stop])
 
 
+def test_multiplied_normals_are_normals_that_are_multiplied():
+    """In the dtype that was asked for, in several portions, from the middle of a counter on."""
+    times = torch.linspace(-2.2, 0.3, len(GROUPS), dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        plain = normal(1, Stream.PARAMETER, GROUPS, 5, 70_003, dtype=dtype)
+        ours = normal(1, Stream.PARAMETER, GROUPS, 5, 70_003, dtype=dtype, times=times)
+        assert torch.equal(ours, plain * times.to(dtype)[:, None])
+
+
 def test_numbers_at_scattered_counters_are_those_of_the_whole():
     """In any order and shape, beyond 32 bits too; and batched by vmap."""
     counters = torch.tensor([[7, 0, 7], [9_999, 3, 1]])
@@ -105,6 +114,14 @@ def test_numbers_at_scattered_counters_are_those_of_the_whole():
     assert torch.equal(normals_at(1, Stream.MODEL, 3, torch.tensor((1 << 47) + 1), draw=5), far)
     batched = torch.func.vmap(lambda counter: normals_at(1, Stream.MODEL, 3, counter, draw=5))(counters)
     assert torch.equal(batched, ours)
+
+
+def test_powers_of_uniforms_do_not_depend_on_how_many_are_made():
+    """Torch takes another function for numbers that do not lie beside each other, and radii are such powers."""
+    groups = torch.arange(2048)
+    one, several = (uniform(1, Stream.RADIUS, groups, count)[:, 0].contiguous() for count in (1, 5))
+    assert uniform(1, Stream.RADIUS, groups, 1).is_contiguous()
+    assert torch.equal(one ** (1 / 3), several ** (1 / 3))
 
 
 def test_uniforms_begin_anywhere_a_counter_does():

@@ -199,6 +199,7 @@ def test_a_block_is_read_by_several_threads(tmp_path):
         for dtype in ("f4", "f8"):
             found = store.read("train/features", rows, dtype=dtype, threads=2)
             np.testing.assert_array_equal(found, values[rows].astype(dtype))
+    assert len(store._readers._threads) == 2
     file = tmp_path / "kernel.zarr/train/features/c/1/0"
     data = bytearray(file.read_bytes())
     data[10] ^= 0x10
@@ -208,7 +209,7 @@ def test_a_block_is_read_by_several_threads(tmp_path):
 
 
 def test_a_thread_that_compresses_is_one():
-    """Also the main one, in which Blosc would take as many as the machine has cores."""
+    """Also the main one, in which Blosc would take up to eight."""
     assert threading.current_thread() is threading.main_thread()
     assert not blosc._get_use_threads()
 

@@ -20,7 +20,7 @@ from pipeline.kernel_arrays import KernelArrays
 from pipeline.kernel_store import checksum
 from pipeline.manifest import read_manifest
 from pipeline.storage import RunStorage
-from pipeline.tile_task import tile_order
+from pipeline.tile_task import tile_order, tile_totals
 from tests.pipeline.tools import arrays, config_file, finished, nntk
 
 
@@ -123,6 +123,27 @@ def test_precision_is_a_choice_that_a_run_keeps(tmp_path):
     wrong = nntk("plan", config, "--set", "compute.matmul_precision=tf32")
     assert wrong.code == 2
     assert "compute.matmul_precision is 'tf32'" in " ".join(wrong.err.split())
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("shape", [(300, 500), (3, 5)])  # some stripes and a part of one; less than one
+def test_totals_of_a_tile_are_sums_over_it(shape, dtype):
+    rng = np.random.default_rng(0)
+    plugin, unbiased, stderr = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+    stderr[0, :2] = np.nan
+    values = {"plugin": plugin, "unbiased": unbiased, "stderr": stderr}
+    before = {name: value.copy() for name, value in values.items()}
+    totals = tile_totals({name: torch.from_numpy(value) for name, value in values.items()})
+    plugin, unbiased, stderr = (value.astype("f8") for value in before.values())
+    expected = {
+        "squared_unbiased": (unbiased**2).sum(),
+        "squared_difference": ((plugin - unbiased) ** 2).sum(),
+        "squared_stderr": np.nansum(stderr**2),
+        "unresolved": 2,
+    }
+    assert totals == pytest.approx(expected, rel=1e-13)
+    assert all(np.array_equal(values[name], before[name], equal_nan=True) for name in values)
+    assert tile_totals({"plugin": torch.from_numpy(before["plugin"])}) == {}
 
 
 def test_pieces_written_beside_each_other_are_all_there(tmp_path):

@@ -67,7 +67,7 @@ def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
     """Factored tiles of one and two threads, with and without writing; then features of other kinds. On a GPU threads
     are those that write.
     """
-    size, rounds, layered, narrow = (512, 1, 128, 128) if quick else (4096, 4, 1024, 2048)
+    size, rounds, layered, narrow = (512, 1, 128, 128) if quick else (4096, 8, 1024, 2048)
     settings = []
     for threads in (1, 2):
         for stderr, least in (("sample", 0.85), ("entry", 0.42)):

@@ -31,6 +31,7 @@ _BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_TO_CHOOSE_BY = {"cpu": 2048, "cuda": 8192}
 _OUTPUTS = 10
 _BLOCKS = 4
+_SHORT, _ROUNDS = 16, (3, 8)  # so many draws or more are of models whose passes are short, and take more turns
 _OPTIONS = {
     "iid": {},
     "antithetic": {"design": "antithetic"},
@@ -94,7 +95,7 @@ def _figures(case: Case, rows: int, device: str) -> Iterator[Figure]:
                 "plain": partial(_infer, model, x, best_batch, passes=passes),
                 "perturbed": partial(_features, features, x, range(case.draws), batch),
             },
-            rounds=3,
+            rounds=_ROUNDS[case.draws >= _SHORT],
         )
         yield Figure(
             f"{case.name}, {label}",

@@ -27,9 +27,8 @@ from numcodecs import blosc
 from numcodecs.blosc import MAX_OVERHEAD, Blosc, decompress
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
-blosc.use_threads = (
-    False  # up to eight of its own, which it takes in a process's main thread, whatever the process may use
-)
+# In the main thread of a process Blosc takes up to eight threads of its own, whatever the process may use.
+blosc.use_threads = False
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4

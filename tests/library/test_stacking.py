@@ -19,10 +19,11 @@ from nntk_dist.stacking import StackingTrial, try_stacking
 from tests.oracles.cases import case
 
 
-def tried(model: nn.Module, x: Tensor) -> StackingTrial:
+def tried(model: nn.Module, x: Tensor, **options: object) -> StackingTrial:
     prepared = prepare_model(model, dtype=x.dtype, device="cpu")
     space = select_parameters(prepared)
-    return try_stacking(prepared, space, x, KernelSpec(estimator="weight", draws=16).drawing("weight", space, prepared))
+    spec = KernelSpec(**{"estimator": "weight", "draws": 16, **options})
+    return try_stacking(prepared, space, x, spec.drawing("weight", space, prepared))
 
 
 class Clock:
@@ -62,6 +63,19 @@ def test_the_faster_way_is_taken_and_remembered(monkeypatch, stacked, seconds):
     assert clock.calls == calls
     tried(model, torch.randn(3, 3))
     assert clock.calls > calls
+
+
+@pytest.mark.parametrize("design", ["iid", "antithetic", "orthogonal"])
+def test_the_number_of_draws_and_the_seed_change_no_answer(monkeypatch, design):
+    """A search for `rtol` begins with few draws; who asks at once for those it found gets the same evaluation."""
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 8)), torch.randn(4, 3)
+    Clock(monkeypatch, in_turn=1e-3, stacked=1e-4)
+    trial = tried(model, x, draws=64, design=design)
+    assert trial.stacked
+    Clock(monkeypatch, in_turn=1e-3, stacked=1e-2)  # what would be found now is the opposite
+    assert tried(model, x, draws=256, design=design) == trial
+    assert tried(model, x, draws=128, seed=1, design=design) == trial
+    assert not tried(model, x, draws=64, design=design, distribution="sphere").stacked  # asked for the first time
 
 
 def test_the_trial_has_the_threads_of_those_it_is_for(monkeypatch):

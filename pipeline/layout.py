@@ -2,7 +2,8 @@
 workers.
 
 Whatever changes rounding is decided here, by rules that do not look at the number of workers, the tile or the
-executor: so the same configuration gives the same features, bit for bit, however it is carried out.
+executor: so a plan gives the same features, bit for bit, however it is carried out. (A second plan of the same
+configuration may differ in one thing that is measured, and kept in the manifest: `nntk_dist.stacking`.)
 
 Axes: n rows, s draws, r blocks, c outputs.
 """

@@ -66,8 +66,9 @@ class SilentProgress:
 class TerminalProgress:
     """One bar a stage with count, percent, elapsed time and time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
+        self._clock = clock
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[StageProgress]:
@@ -79,7 +80,7 @@ class TerminalProgress:
             TaskProgressColumn(),
             _TimesColumn(),
         )
-        with Bars(*columns, console=self._console) as bars:
+        with Bars(*columns, console=self._console, get_time=self._clock) as bars:
             yield _TerminalStage(bars, name, total, done)
 
 

@@ -21,8 +21,9 @@ def test_scaling():
         "tiles a second, dispatched, done and in the ledger": (500, None),
         "the driver's own memory (USS) at the end over that at a tenth": (None, 1.1),
     }
-    overhead = figures["scheduling overhead, tiles of a second, two workers"]["details"]
-    assert overhead["seconds in tiles"] == pytest.approx(4.0, abs=0.2)
-    assert overhead["wall seconds"] >= 2.0
+    overhead = figures["scheduling overhead, tiles of a second, two workers"]
+    spent, wall = (overhead["details"][name] for name in ("seconds in tiles", "wall seconds"))
+    assert 4.0 <= spent <= 2 * wall  # four tiles of a second, or of more where a core was taken from them
+    assert overhead["value"] == pytest.approx(1 - spent / (2 * wall))
     memory = figures["the driver's own memory (USS) at the end over that at a tenth"]["details"]
     assert list(memory) == [f"{kind} at {share}, MB" for share in ("10%", "50%", "100%") for kind in ("USS", "RSS")]

@@ -59,7 +59,7 @@ def dead_process():
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)

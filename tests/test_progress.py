@@ -88,11 +88,12 @@ def test_advances_of_many_threads_add_up(kind):
     assert "4000/4000" in lines(console)[-1]
 
 
-def test_bars_show_count_percent_elapsed_and_time_left():
+def test_bars_show_count_percent_elapsed_and_time_left(clock):
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with TerminalProgress(console).stage("gram", total=8, done=2) as stage:
+    with TerminalProgress(console, clock).stage("gram", total=8, done=2) as stage:
+        clock.now += 3
         stage.advance()
-    assert re.search(r"gram .* 3/8 +38% 0:00:00 elapsed, 0:00:00 left", lines(console)[-1])
+    assert re.search(r"gram .* 3/8 +38% 0:00:03 elapsed, 0:00:15 left", lines(console)[-1])
 
 
 def test_a_resumed_bar_does_not_take_earlier_tasks_for_its_own_pace():

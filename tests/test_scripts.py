@@ -62,7 +62,7 @@ class Place:
         path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
         variables = {**os.environ, "PATH": path, "PYTHON": str(self.python), **environment}
         command = [str(self.root / "scripts" / "setup")]
-        return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False, timeout=180)
 
     def log(self) -> list[str]:
         """What was done since the last look, one line each."""

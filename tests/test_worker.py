@@ -199,16 +199,36 @@ def test_a_task_computes_while_the_one_before_it_is_written_and_never_beside_ano
 
 
 def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
+    """A task takes one second of the clock, and does so when the other has asked for its turn."""
+    now, second_asks = 0.0, threading.Event()
+
+    class Turn:
+        """A lock that says when somebody waits for it."""
+
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __enter__(self):
+            if not self.lock.acquire(blocking=False):
+                second_asks.set()
+                self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+
     def execute(context, task):
-        time.sleep(0.3)
+        nonlocal now
+        assert second_asks.wait(60)
+        now += 1.0
         return Written()
 
     monkeypatch.setattr(pipeline.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)})
-    began = time.perf_counter()
+    monkeypatch.setattr(pipeline.worker, "time", SimpleNamespace(time=lambda: now, perf_counter=lambda: now))
+    worker._turn = Turn()
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
-    # The first may still be about its writing when the second begins; with the wait it would be 1.5 times as much.
-    assert sum(outcome.seconds for outcome in outcomes) < 1.25 * (time.perf_counter() - began)
+    last = max(outcomes, key=lambda outcome: outcome.started)
+    assert (last.started, last.seconds) == (1.0, 1.0)
 
 
 def test_a_worker_writes_beside_its_computing_where_one_of_the_two_waits():

@@ -251,8 +251,10 @@ def test_directions_that_overflow_are_refused():
         covariance_kernel(model, x, gamma=0.3, **options)
 
 
-def test_noise_at_the_threshold_does_to_a_covariance_kernel_what_the_warning_says():
+@pytest.mark.parametrize("stacked", [True, False])
+def test_noise_at_the_threshold_does_to_a_covariance_kernel_what_the_warning_says(monkeypatch, stacked):
     """Its diagonal is inflated by the square of the noise: seen where the noise is large."""
+    monkeypatch.setattr("nntk_dist.resolution.try_stacking", lambda *_, **__: StackingTrial(stacked))
     model, x = case("tanh_mlp").build().float(), case("tanh_mlp").inputs(6).float()
     with pytest.warns(NNTKWarning, match="rounding in float32"):
         rough = covariance_kernel(model, x, gamma=1e-7, draws=512)

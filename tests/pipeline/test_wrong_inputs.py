@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pipeline.test_stops import WAIT_SECONDS
 from tests.pipeline.tools import arguments, assert_same_bits, finished, nntk, run, snapshot, start
 
 MODULE = """
@@ -237,7 +238,7 @@ def test_a_disk_that_fills_up(good_run, tmp_path):
     """As good as full: no file may grow beyond 12 KiB, which is enough for the manifest and not for features."""
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 10, resource.RLIM_INFINITY))"
     driver = start(*arguments("run", tmp_path / "run"), prelude=prelude)
-    _, err = driver.communicate(timeout=60)
+    _, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 2, err
     assert "Traceback" not in err
     assert re.search("error: train/features/.* cannot be written .*--resume$", err.splitlines()[-1])
@@ -253,7 +254,7 @@ def test_an_error_inside_a_ray_task_is_one_line_too(tmp_path):
     shard.write_bytes(content)
     sets = ("compute.tile=149", "spectrum.top_k=3", "compute.executor=ray", "compute.workers=1")
     driver = start(*arguments("run", run_dir, *sets, resume=True))
-    _, err = driver.communicate(timeout=90)
+    _, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 2, err
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("error: ")
@@ -267,7 +268,7 @@ def test_an_error_inside_a_ray_task_is_one_line_too(tmp_path):
 )
 def test_the_real_command_ends_the_same_way(arguments_, match, tmp_path):
     command = start(*(str(tmp_path / part) if part.startswith("nowhere") else part for part in arguments_))
-    out, err = command.communicate(timeout=60)
+    out, err = command.communicate(timeout=WAIT_SECONDS)
     assert (command.returncode, out) == (2, "")
     assert err.startswith("error: ")
     assert match in err

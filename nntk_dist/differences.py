@@ -29,6 +29,8 @@ from nntk_dist.metric_products import PLAIN, by_blocks, metric_products, metric_
 from nntk_dist.shared_product import SharedProduct
 from nntk_dist.terms import Term, add_terms_
 
+_PORTION = 2**22  # numbers of a row set that are copied in float64 at a time
+
 
 @dataclass(frozen=True)
 class DifferenceFeatures:
@@ -173,6 +175,19 @@ class DifferenceFeatures:
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left, right = (part["differences"].transpose(1, 2) for part in (rows, others))
+        if meeting.full:
+            return self._products(left, right, meeting)
+        step = max(1, _PORTION // (max(len(left), len(right)) * self.num_draws))
+        total: Tensor | None = None
+        for some, those in zip(left.split(step, 1), right.split(step, 1), strict=True):
+            part = self._products(some, those, meeting)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
+
+    def _products(
+        self, left: Float[Tensor, "n1 c s"], right: Float[Tensor, "n2 c s"], meeting: Meeting
+    ) -> Float64[Tensor, "..."]:
         if self.pair_blocks:
             return metric_products(left, right, self._block_metric, self.num_blocks, meeting)
         weighted = by_blocks(left.double() * (self._weights * self.num_blocks), self.num_blocks)

@@ -193,9 +193,8 @@ def _fit(
     if workers < 1 or projection.worker_bytes > each:
         raise NNTKError(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
-            f"({_gib(usable)} usable for {max(1, workers)} worker(s)); make compute.tile smaller than "
-            f"{job.layout.tile}, set compute.stderr to sample, use fewer compute.workers or raise "
-            f"compute.memory_per_worker{_other_contraction(job)}"
+            f"({_gib(usable)} usable for {max(1, workers)} worker(s)); {_smaller_tiles(job.layout)}use fewer "
+            f"compute.workers or raise compute.memory_per_worker{_other_contraction(job)}"
         )
     if projection.solve_bytes > usable:
         raise NNTKError(
@@ -214,9 +213,14 @@ def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:
     if wanted * workers_per_gpu > usable:
         raise NNTKError(
             f"a worker needs {_gib(wanted)} of its GPU's memory at its peak, {_gib(usable)} are usable for "
-            f"{workers_per_gpu} worker(s); make compute.tile smaller than {layout.tile}, set compute.stderr to sample "
-            "or use fewer compute.workers_per_gpu"
+            f"{workers_per_gpu} worker(s); {_smaller_tiles(layout)}use fewer compute.workers_per_gpu"
         )
+
+
+def _smaller_tiles(layout: Layout) -> str:
+    """What makes a worker's tiles take less, as the first items of a list; empty where nothing does."""
+    smaller = f"make compute.tile smaller than {layout.tile}, " if layout.tile > 1 else ""
+    return smaller + ("set compute.stderr to sample, " if layout.stderr == "entry" else "")
 
 
 def _other_contraction(job: Job) -> str:

@@ -28,6 +28,7 @@ from nntk_dist.threads import torch_threads
 from nntk_dist.tiles import window_edges
 from pipeline.arrays import (
     StoredArray,
+    feature_arrays,
     holds_differences,
     holds_metric,
     holds_sketch,
@@ -36,7 +37,7 @@ from pipeline.arrays import (
 )
 from pipeline.build import DTYPES, state_bytes
 from pipeline.job import Job, intervals
-from pipeline.kernel_store import chunk_edge
+from pipeline.kernel_store import chunk_edge, inner_chunks
 from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
 from pipeline.reference import num_reference
 from pipeline.solvers import SOLVED, Solver, solver_bytes, solver_operations, solver_reads
@@ -282,9 +283,9 @@ def _tile_bytes(job: Job, features: FeatureMap, row_bytes: int) -> int:
     written = 1.0 + 2.0 * chunk_edge(tile * width) / (tile * width)  # a shard; a row of its chunks in order, compressed
     writing = min(2 * arrays, writing_threads(job)) * written * item * entries
     results = max(2 if job.spec.pair_blocks else 1, arrays) * item * entries
-    share = layout.chunk_draws / sizes.num_draws
-    chunk = item * share * chunk_edge(layout.shard_rows) * max(math.prod(spec.shape) for spec in features.arrays)
-    reading = 2 * layout.threads * chunk if layout.store_features else 0  # as it lies in the file, and decoded
+    stored = feature_arrays(job, features.arrays)
+    chunk = item * max((math.prod(inner_chunks(array.shards, item)) for array in stored), default=0)
+    reading = 2 * layout.threads * chunk  # as it lies in the file, and decoded
     at_once = 2 if overlaps_writing(job) else 1
     # Threads that read or write do not give back what they have used, or do it while another tile is computed.
     return int(kept + at_once * results + computing + reading + writing)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from nntk_dist.errors import NNTKError
+from nntk_dist.out_of_memory import is_out_of_memory
 from nntk_dist.precision import full_precision
 from nntk_dist.threads import torch_threads
 from pipeline.allocator import keep_freed_memory
@@ -49,16 +51,19 @@ class Worker:
     def execute(self, task: Task) -> Outcome:
         """Carry out a task with the threads that its stage may use, and say what it took, not counting the wait for
         another that computes.
+
+        Raises: NNTKError where memory runs out; whatever else the stage raises.
         """
         stage = STAGES[task.stage]
-        with self._turn:
+        with _memory_told(task), self._turn:
             started, clock = time.time(), time.perf_counter()
             if stage.USES_ALL_THREADS:  # of the whole kernel, which needs the memory itself
                 self.context.forget()
             threads = self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own
             with self._limited(task.stage, threads), full_precision():
                 written = stage.execute(self.context, task)
-        self.context.finish(written)
+        with _memory_told(task):
+            self.context.finish(written)
         return Outcome(
             stage=task.stage,
             tile=task.tile,
@@ -81,6 +86,21 @@ class Worker:
             self._pools = stage, ThreadpoolController()
         with self._pools[1].limit(limits=num_threads), torch_threads(num_threads):
             yield
+
+
+@contextmanager
+def _memory_told(task: Task) -> Iterator[None]:
+    """Memory that runs out where no smaller batch helps becomes an NNTKError that names the task."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise NNTKError(
+            f"{task.stage} {task.tile} does not fit into memory ({reason}); use fewer workers, a smaller compute.tile "
+            "or kernel.sketch, or a device with more memory, then continue with --resume"
+        ) from error
 
 
 def peak_bytes() -> int:

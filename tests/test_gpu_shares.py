@@ -96,7 +96,7 @@ def test_where_there_is_no_gpu_the_refusal_says_who_wanted_one(monkeypatch):
 
 def test_workers_are_to_fit_into_what_is_free_of_their_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
-    layout = SimpleNamespace(device="cuda", tile=4096)
+    layout = SimpleNamespace(device="cuda", tile=4096, stderr="sample")
     check_gpu_memory(3 << 30, layout, 3)
     with pytest.raises(NNTKError, match=r"needs 3.00 GiB of its GPU's memory .* 9.00 GiB are usable for 4 worker"):
         check_gpu_memory(3 << 30, layout, 4)

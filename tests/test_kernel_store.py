@@ -1,6 +1,7 @@
 """The arrays of kernel.zarr: what is written comes back, what is damaged or missing shows, others can open them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask.array
@@ -11,6 +12,7 @@ import xarray
 import zarr
 
 from nntk_dist.errors import NNTKError
+from pipeline import kernel_store
 from pipeline.kernel_store import (
     chunk_edge,
     create_array,
@@ -118,6 +120,25 @@ def test_inner_chunks_divide_the_shard(shard, chunk):
     assert chunk_edge(shard) == chunk
 
 
+def test_no_inner_chunk_is_more_than_its_codec_takes(storage):
+    """Outputs by the ten thousand: axes that are each small enough, and 50,257 = 29 · 1,733."""
+    shape, names = (400, 256, 50257), ("row", "draw", "output")
+    array = create_array(storage, "large", shape=shape, dtype="f4", shard=(1024, 32, 50257), dimension_names=names)
+    assert array.chunks == (100, 32, 50257)
+    assert array.shards == (400, 32, 50257)
+
+
+def test_shards_of_chunks_that_were_cut_smaller_are_read_back(storage, monkeypatch):
+    monkeypatch.setattr(kernel_store, "_CHUNK_BYTES", 1000)
+    values = np.random.default_rng(2).standard_normal((24, 6, 59)).astype("f4")
+    names = ("row", "draw", "output")
+    array = create_array(storage, "small", shape=values.shape, dtype="f4", shard=(12, 6, 59), dimension_names=names)
+    assert array.chunks == (1, 3, 59)
+    write_block(array, np.s_[:, :, :], values)
+    np.testing.assert_array_equal(read_block(array, np.s_[5:20, 1:5, :]), values[5:20, 1:5])
+    np.testing.assert_array_equal(array[...], values)
+
+
 def test_a_ragged_last_shard_costs_no_padding_on_disk(storage):
     values = np.random.default_rng(1).standard_normal((ROWS, ROWS)).astype("f4")
     array = make_gram(storage, shard=(128, 128))
@@ -166,6 +187,15 @@ def test_a_flipped_byte_shows(storage, matrix, place):
     ):
         read_block(array, np.s_[64:128, :64])
     np.testing.assert_array_equal(read_block(array, np.s_[:64, :]), matrix[:64])
+
+
+def test_threads_that_cannot_be_had_are_no_damage(storage, matrix):
+    array = make_gram(storage)
+    fill(array, matrix)
+    pool = ThreadPoolExecutor(2)
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures"):
+        read_block(array, np.s_[:, :], each=pool.map)
 
 
 def test_a_truncated_file_shows(storage, matrix):

@@ -18,6 +18,7 @@ import torch
 from threadpoolctl import threadpool_info
 
 import pipeline.worker
+from nntk_dist.errors import NNTKError
 from pipeline.context import Written
 from pipeline.cpus import Threads
 from pipeline.layout import overlaps_writing, writing_threads
@@ -229,6 +230,19 @@ def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
         outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
     last = max(outcomes, key=lambda outcome: outcome.started)
     assert (last.started, last.seconds) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), MemoryError()])
+def test_memory_that_runs_out_in_a_tile_is_told_with_its_name(worker, monkeypatch, error):
+    stages = {"gram": SimpleNamespace(USES_ALL_THREADS=False, execute=Mock(side_effect=error))}
+    monkeypatch.setattr(pipeline.worker, "STAGES", stages)
+    reason = r"CUDA out of memory\. Tried" if str(error) else "MemoryError"
+    for _ in range(2):  # the turn was given back
+        with pytest.raises(NNTKError, match=rf"^gram train/3/4 does not fit into memory \({reason}\); use .*--resume$"):
+            worker.execute(Task("gram", "train/3/4"))
+    stages["gram"].execute.side_effect = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        worker.execute(Task("gram", "train/3/4"))
 
 
 def test_a_worker_writes_beside_its_computing_where_one_of_the_two_waits():

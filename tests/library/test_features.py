@@ -239,6 +239,25 @@ def test_sums_are_sums_of_products(kind, estimator, full, paired):
     assert_equal(without.between, sums.between)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("kind", ["nonlocal", "covariance"])
+def test_products_of_many_outputs_are_added_up_in_portions(kind, paired, monkeypatch):
+    _, features = small(kind, "weight")
+    rows, others = two_row_sets(features)
+    others, meeting = rows if paired else others, Meeting(full=False, paired=paired)
+    products = features.block_products(rows, others, meeting)
+    portions, original = [], DifferenceFeatures._products
+
+    def one(self, left, right, meeting):
+        portions.append(left.shape[1])
+        return original(self, left, right, meeting)
+
+    monkeypatch.setattr(DifferenceFeatures, "_products", one)
+    monkeypatch.setattr("nntk_dist.differences._PORTION", 1)
+    assert_equal(features.block_products(rows, others, meeting), products)
+    assert portions == [1, 1, 1]
+
+
 def test_row_sets_join_and_part():
     rows = {"a": torch.arange(6).reshape(3, 2), "b": torch.arange(3)}
     parts = [slice_rows(rows, slice(0, 1)), slice_rows(rows, torch.tensor([1, 2]))]

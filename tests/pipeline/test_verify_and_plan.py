@@ -233,6 +233,15 @@ def test_as_many_workers_as_memory_allows(sets, expected, tmp_path, monkeypatch)
     assert prepare(config, resume=False).plan.num_workers == expected
 
 
+def test_a_few_rows_of_a_large_model_are_read_in_the_chunks_that_they_are_stored_in(tmp_path):
+    """Ten gradients of 270,000 parameters a row are 0.3 GiB for 31 rows; a whole run takes 1.2 GiB."""
+    sets = ["data.train=31", "data.test=11", "compute.tile=4", "compute.stderr=none", "kernel.kind=local"]
+    sets += [f"run_dir={tmp_path / 'run'}", "model.builder=resnet", "model.args={}"]
+    plan = prepare(load_config(config_file(tmp_path / "run"), sets), resume=False).plan
+    assert plan.job.layout.store_features
+    assert 1.2 * 2**30 < plan.projection.worker_bytes < 2.5 * 2**30
+
+
 def test_what_was_made_of_wrong_values_that_could_be_read_is_done_again_too(damaged):
     run_dir, shard = damaged
     content, expected = shard.read_bytes(), snapshot(run_dir / "tables")

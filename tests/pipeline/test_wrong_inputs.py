@@ -120,7 +120,14 @@ WRONG = {
         "the model jumps in its parameters",
     ),
     "differences as an average": (("kernel.kind=averaged", "kernel.estimator=weight"), "allowed: auto, autodiff"),
-    "too little memory": (("compute.memory_per_worker=100MiB",), "needs .* GiB at its peak and may take 0.10 GiB"),
+    "too little memory": (
+        ("compute.memory_per_worker=100MiB",),
+        r"needs .* GiB at its peak and may take 0.10 GiB \(.*\); make compute.tile smaller than 64, set compute.stderr",
+    ),
+    "too little memory for any tile": (
+        ("compute.memory_per_worker=100MiB", "compute.tile=1", "compute.stderr=none"),
+        r"worker\(s\)\); use fewer compute.workers or raise compute.memory_per_worker",
+    ),
     "an unknown device": (("compute.device=tpu",), "auto, cpu, cuda"),
     "no GPU": (("compute.device=cuda",), "torch sees no GPU"),
     "no GPU to share": (("compute.workers_per_gpu=2", "compute.device=cpu"), "workers_per_gpu is 2, but the run is on"),

@@ -36,6 +36,7 @@ from pipeline.arrays import (
     statistics_of,
 )
 from pipeline.build import DTYPES, state_bytes
+from pipeline.calibrating import most_sampled_rows
 from pipeline.job import Job, intervals
 from pipeline.kernel_store import chunk_edge, inner_chunks
 from pipeline.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
@@ -237,7 +238,7 @@ def worker_bytes(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) ->
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0
     tile_task = _tile_bytes(job, features, int(row_bytes * share))
     in_factors = any(spec.name.startswith(_FACTORS) for spec in features.arrays)
-    sample = 2 * min(64, sizes.num_train) * row_bytes * share * (1 + (8 / item if in_factors else 0))
+    sample = most_sampled_rows(job) * row_bytes * share * (1 + (8 / item if in_factors else 0))
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products
     return int(held + max(feature_task, calibration_task) + tile_task)

@@ -15,6 +15,7 @@ import zarr
 
 import pipeline.plan
 from nntk_dist import open_kernel
+from pipeline.calibrating import most_sampled_rows
 from pipeline.config import load_config
 from pipeline.run import prepare
 from tests.pipeline.tools import arguments, config_file, finished, ledger, nntk, snapshot
@@ -240,6 +241,14 @@ def test_a_few_rows_of_a_large_model_are_read_in_the_chunks_that_they_are_stored
     plan = prepare(load_config(config_file(tmp_path / "run"), sets), resume=False).plan
     assert plan.job.layout.store_features
     assert 1.2 * 2**30 < plan.projection.worker_bytes < 2.5 * 2**30
+
+
+@pytest.mark.parametrize(("test", "sampled"), [(41, 41 + 99), (2, 2 + 149), (700, 256)])
+def test_the_rows_whose_features_are_sampled_at_once(test, sampled, tmp_path):
+    """4,096 entries in all, 256 of a diagonal: few test rows meet many columns, many are sampled by themselves."""
+    sets = [f"run_dir={tmp_path / 'run'}", f"data.test={test}", "compute.stderr=sample"]
+    plan = prepare(load_config(config_file(tmp_path / "run"), sets), resume=False).plan
+    assert most_sampled_rows(plan.job) == sampled
 
 
 def test_what_was_made_of_wrong_values_that_could_be_read_is_done_again_too(damaged):

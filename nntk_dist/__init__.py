@@ -8,18 +8,24 @@ import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from nntk_dist.black_box import BlackBox
-from nntk_dist.brownian import BrownianActivation
-from nntk_dist.dropout import Dropout, replace_dropout
 from nntk_dist.errors import NNTKError, NNTKWarning
-from nntk_dist.kernels import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
-from nntk_dist.model_probes import ModelProbes
-from nntk_dist.stochastic import StochasticModule, fixed_noise
-from nntk_dist.weighting import Weighting
+from nntk_dist.kernels.functions import (
+    KernelEstimate,
+    averaged_kernel,
+    covariance_kernel,
+    local_kernel,
+    nonlocal_kernel,
+)
+from nntk_dist.models.black_box import BlackBox
+from nntk_dist.models.brownian import BrownianActivation
+from nntk_dist.models.dropout import Dropout, replace_dropout
+from nntk_dist.models.noise import StochasticModule, fixed_noise
+from nntk_dist.planning.model_probes import ModelProbes
+from nntk_dist.weighting.options import Weighting
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
-    from nntk_dist.reading import StoredKernel, open_kernel
+    from nntk_dist.store.stored_kernel import StoredKernel, open_kernel
 
 __all__ = [
     "BlackBox",
@@ -48,8 +54,8 @@ _HOMES = MappingProxyType(
     {
         "NNTKClassifier": "nntk_dist.learning",
         "NNTKRegressor": "nntk_dist.learning",
-        "StoredKernel": "nntk_dist.reading",
-        "open_kernel": "nntk_dist.reading",
+        "StoredKernel": "nntk_dist.store.stored_kernel",
+        "open_kernel": "nntk_dist.store.stored_kernel",
     }
 )
 

@@ -21,16 +21,16 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from nntk_dist.analysis.dense_regression import fit_ridge_path
 from nntk_dist.errors import NNTKError, NNTKWarning
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.features import FeatureMap, Rows
-from nntk_dist.precision import full_precision
-from nntk_dist.regression import fit_ridge_path
-from nntk_dist.resolution import Resolution, resolve
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import Resolution, resolve
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.runtime.precision import full_precision
 from nntk_dist.spec import KernelSpec
-from nntk_dist.tiles import tile_estimates
-from nntk_dist.weighting import ScoreFunction, Weighting, as_weighting
+from nntk_dist.statistics.tile_estimates import tile_estimates
+from nntk_dist.weighting.options import ScoreFunction, Weighting, as_weighting
 
 Array = np.ndarray
 ModelOrBuilder = nn.Module | Callable[[int, int], nn.Module]

@@ -1,7 +1,7 @@
 """What a kernel is, whatever the model and the data: `KernelSpec`, checked when it is made.
 
 The words are those of the section `kernel` of a configuration and of the public functions. Which estimator computes it
-for a given model is decided in `nntk_dist.resolution`; no model is met here.
+for a given model is decided in `nntk_dist.planning.decision`; no model is met here.
 
 Axes: none.
 """
@@ -14,16 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from nntk_dist.accuracy import check_accuracy
-from nntk_dist.block_sums import Meeting
-from nntk_dist.designs import automatic_draws, check_combination, group_size
-from nntk_dist.distributions import OPTIONS, Distribution, Student, make_distribution
-from nntk_dist.drawing import Drawing
 from nntk_dist.errors import NNTKError, check_choice
-from nntk_dist.parameters import ParameterSpace
-from nntk_dist.sketching import columns_of_sketch
-from nntk_dist.statistics import STATISTICS
-from nntk_dist.weighting import Weighting, as_weighting, check_weighting
+from nntk_dist.layers.sketch import columns_of_sketch
+from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.products.block_sums import Meeting
+from nntk_dist.sampling.designs import automatic_draws, check_combination, group_size
+from nntk_dist.sampling.draws import Drawing
+from nntk_dist.sampling.laws import OPTIONS, Distribution, Student, make_distribution
+from nntk_dist.statistics.estimates import STATISTICS
+from nntk_dist.statistics.required_draws import check_accuracy
+from nntk_dist.weighting.options import Weighting, as_weighting, check_weighting
 
 KINDS = ("nonlocal", "covariance", "averaged", "local")
 ESTIMATORS = ("auto", "weight", "autodiff", "activation")

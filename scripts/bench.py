@@ -21,7 +21,7 @@ from rich.console import Console  # noqa: E402
 from rich.markdown import Markdown  # noqa: E402
 
 from nntk_dist.errors import NNTKError, check_choice  # noqa: E402
-from pipeline.progress import make_progress  # noqa: E402
+from pipeline.driver.progress import make_progress  # noqa: E402
 from scripts.benchmarks import NEEDS_DATA, NEEDS_GPU, SECTIONS  # noqa: E402
 from scripts.benchmarks.page import page  # noqa: E402
 from scripts.studies.cells import Answers, answer_all  # noqa: E402

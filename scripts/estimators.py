@@ -18,7 +18,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from nntk_dist.errors import NNTKError, check_choice  # noqa: E402
-from pipeline.progress import make_progress  # noqa: E402
+from pipeline.driver.progress import make_progress  # noqa: E402
 from scripts.studies import SECTIONS  # noqa: E402
 from scripts.studies.cells import Answers, answer_all  # noqa: E402
 from scripts.studies.page import write_page  # noqa: E402

@@ -18,8 +18,8 @@ from obstore.store import from_url
 from zarr.storage import ObjectStore
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.models import import_function
-from nntk_dist.models.arguments import call_checked
+from nntk_dist.models.builders import import_function
+from nntk_dist.registration.callables import call_checked
 from pipeline.data.source import Rows, Source, existing_path
 
 # What stores, checksum codecs and decompressors raise.

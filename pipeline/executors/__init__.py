@@ -6,7 +6,7 @@ An executor is thin: it knows tasks and outcomes, neither stages nor the ledger.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from pipeline.task import Outcome, Task
+from pipeline.job.task import Outcome, Task
 
 
 class Executor(Protocol):

@@ -9,7 +9,7 @@ Units: seconds.
 
 from collections.abc import Callable, Sequence
 
-from pipeline.task import Outcome, Task
+from pipeline.job.task import Outcome, Task
 
 MOST_TASKS = 64
 CALL_SECONDS = 0.25

@@ -1,9 +1,9 @@
 """The Ray executor: model-holding actors, a bounded number of calls in flight, lost actors replaced.
 
 What workers are made of (data, model state) is put into the object store once. Short tasks go in one call
-(`pipeline.executors.calls`), neighbours to the same worker (`pipeline.executors.runs`). A task is lost only with its
-actor: it is then given to another, up to a limit, because a task that kills its worker (out of memory) would do so for
-ever; and alone, with nothing beside it or behind it, so that no other is blamed. An error inside a task is not
+(`pipeline.executors.calls`), neighbours to the same worker (`pipeline.executors.neighbours`). A task is lost only with
+its actor: it is then given to another, up to a limit, because a task that kills its worker (out of memory) would do so
+for ever; and alone, with nothing beside it or behind it, so that no other is blamed. An error inside a task is not
 repeated: tasks are deterministic.
 """
 
@@ -21,11 +21,11 @@ import ray
 import ray.exceptions
 
 from nntk_dist.errors import NNTKError
-from pipeline.cpus import available_cpus
 from pipeline.executors.calls import Pace
-from pipeline.executors.runs import Runs
+from pipeline.executors.neighbours import Runs
 from pipeline.executors.worker_actor import WorkerActor
-from pipeline.task import Outcome, Task
+from pipeline.job.task import Outcome, Task
+from pipeline.runtime.cpus import available_cpus
 
 _CALLS_PER_WORKER = 2  # one running, one waiting or writing what it has: a worker never idles between calls
 _ATTEMPTS = 4

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from pipeline.cpus import Threads, available_cpus
 from pipeline.data import Dataset
-from pipeline.job import Job
-from pipeline.task import Outcome, Task
-from pipeline.worker import Worker
+from pipeline.job.job import Job
+from pipeline.job.task import Outcome, Task
+from pipeline.runtime.cpus import Threads, available_cpus
+from pipeline.work.worker import Worker
 
 
 class SerialExecutor:

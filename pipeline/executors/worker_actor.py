@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import ray
 
-from pipeline.cpus import Threads, available_cpus
 from pipeline.executors.calls import carry_out
-from pipeline.task import Outcome, Task
+from pipeline.job.task import Outcome, Task
+from pipeline.runtime.cpus import Threads, available_cpus
 
 
 class Executes(Protocol):

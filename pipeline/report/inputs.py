@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from nntk_dist.model_probes import ModelProbes
-from nntk_dist.regression import RidgeRow
+from nntk_dist.analysis.dense_regression import RidgeRow
+from nntk_dist.planning.model_probes import ModelProbes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nntk_dist.model_probes import NOTABLE_NOISE, ModelProbes
+from nntk_dist.planning.model_probes import NOTABLE_NOISE, ModelProbes
 from pipeline.report.formatting import number, percent
 
 _NOT_PROBED = "not probed"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nntk_dist import local_kernel, nonlocal_kernel
 from nntk_dist.errors import NNTKError
-from pipeline.build import build_dataset, build_model
-from pipeline.config import load_config
+from pipeline.config.schema import load_config
+from pipeline.decisions.build import build_dataset, build_model
 from scripts.benchmarks.figures import Figure, answer
 from scripts.benchmarks.runs import ROOT, run_and_watch
 from scripts.studies.cells import Answer, Cell

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.allocator import keep_freed_memory
+from pipeline.runtime.allocator import keep_freed_memory
 from scripts.studies.cells import Answer
 
 

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from nntk_dist import local_kernel, nonlocal_kernel
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.features import FeatureMap
-from nntk_dist.kernels import whole_kernel
-from nntk_dist.models import build_model
-from nntk_dist.precision import full_precision
-from nntk_dist.resolution import resolve
-from nntk_dist.sketching import AUTO_COLUMNS
+from nntk_dist.kernels.functions import whole_kernel
+from nntk_dist.layers.sketch import AUTO_COLUMNS
+from nntk_dist.models.builders import build_model
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap
+from nntk_dist.runtime.precision import full_precision
+from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics import Calibration
-from nntk_dist.threads import torch_threads
-from nntk_dist.tiles import tile_estimates
+from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.projection import BASE_BYTES
+from pipeline.planning.projection import BASE_BYTES
 from scripts.benchmarks.figures import Figure, answer
 from scripts.benchmarks.runs import run_and_watch
 from scripts.studies.cells import Answer, Cell

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nntk_dist import local_kernel
 from nntk_dist.errors import NNTKError
-from nntk_dist.threads import torch_threads
+from nntk_dist.runtime.threads import torch_threads
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.benchmarks.local import FULL, LOCAL, Effort, prepared, problem
 from scripts.studies.cells import Answer, Cell

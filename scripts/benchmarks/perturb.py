@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.features import FeatureMap
-from nntk_dist.models import build_model
-from nntk_dist.precision import full_precision
-from nntk_dist.resolution import resolve
+from nntk_dist.models.builders import build_model
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap
+from nntk_dist.runtime.precision import full_precision
+from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
-from nntk_dist.threads import torch_threads
-from pipeline.layout import automatic_batch
+from pipeline.decisions.layout import automatic_batch
 from scripts.benchmarks.figures import Figure, answer, as_a_worker, best_seconds
 from scripts.studies.cells import Answer, Cell
 

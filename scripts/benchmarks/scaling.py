@@ -29,18 +29,18 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.config import config_from_dict
+from pipeline.config.schema import config_from_dict
+from pipeline.driver.progress import SilentProgress
+from pipeline.driver.run import prepare, state_of
+from pipeline.driver.stage_runner import StageRunner
 from pipeline.executors.on_ray import RayExecutor, connect
-from pipeline.kernel_arrays import KernelArrays
-from pipeline.ledger import Ledger
-from pipeline.lock import RunLock
-from pipeline.progress import SilentProgress
-from pipeline.run import prepare, state_of
-from pipeline.stage_run import StageRunner
-from pipeline.stages import calibration, features, gram, metric
-from pipeline.storage import RunStorage
-from pipeline.task import Outcome, Task
-from pipeline.worker import Worker
+from pipeline.job.task import Outcome, Task
+from pipeline.records.ledger import Ledger
+from pipeline.records.lock import RunLock
+from pipeline.storage.kernel_arrays import KernelArrays
+from pipeline.storage.run_storage import RunStorage
+from pipeline.work.stages import calibration, features, gram, metric
+from pipeline.work.worker import Worker
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
 
@@ -268,7 +268,7 @@ class _Sampling(SilentProgress):
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Any]:
-        """See `pipeline.progress.Progress`."""
+        """See `pipeline.driver.progress.Progress`."""
 
         def advance(n: int = 1) -> None:
             nonlocal done

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from nntk_dist.factored import column_products
-from nntk_dist.factors import FactorRows
-from nntk_dist.read_ahead import read_ahead
-from nntk_dist.threads import torch_threads
-from pipeline.arrays import StoredArray
-from pipeline.kernel_arrays import KernelArrays
-from pipeline.storage import RunStorage
-from pipeline.tiled import stored_tiles
+from nntk_dist.analysis.factor_solvers import column_products
+from nntk_dist.products.factor_form import FactorRows
+from nntk_dist.runtime.read_ahead import read_ahead
+from nntk_dist.runtime.threads import torch_threads
+from pipeline.storage.array_table import StoredArray
+from pipeline.storage.kernel_arrays import KernelArrays
+from pipeline.storage.run_storage import RunStorage
+from pipeline.storage.streamed_kernels import stored_tiles
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
 

@@ -22,22 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.block_sums import Meeting
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.features import FeatureMap, Rows
-from nntk_dist.gradients import GradientFeatures
-from nntk_dist.models import build_model
-from nntk_dist.resolution import resolve
+from nntk_dist.estimators.gradients import GradientFeatures
+from nntk_dist.models.builders import build_model
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.block_sums import Meeting
+from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics import Calibration
-from nntk_dist.threads import torch_threads
-from nntk_dist.tiles import tile_estimates
-from pipeline.arrays import StoredArray
-from pipeline.kernel_arrays import KernelArrays
-from pipeline.result_memory import ResultMemory
-from pipeline.storage import KERNEL_STORE, RunStorage
-from pipeline.tile_task import tile_totals
+from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.tile_estimates import tile_estimates
+from pipeline.runtime.result_memory import ResultMemory
+from pipeline.storage.array_table import StoredArray
+from pipeline.storage.kernel_arrays import KernelArrays
+from pipeline.storage.run_storage import KERNEL_STORE, RunStorage
+from pipeline.work.gram_tiles import tile_totals
 from scripts.benchmarks.figures import Figure, answer, as_a_worker, best_seconds
 from scripts.studies.cells import Answer, Cell
 

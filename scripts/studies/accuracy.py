@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.pilot import find_draws
-from nntk_dist.resolution import Resolution, resolve, with_draws
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import Resolution, resolve, with_draws
+from nntk_dist.planning.draw_search import find_draws
+from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.spec import KernelSpec
-from nntk_dist.tiles import tile_estimates
+from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.studies.cells import Answer, Cell
 from tests.library.many_seeds import Problem
 from tests.oracles.cases import Activate

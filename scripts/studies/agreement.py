@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import nonlocal_kernel
-from nntk_dist.distributions import DISTRIBUTIONS
-from nntk_dist.models import build_model
+from nntk_dist.models.builders import build_model
+from nntk_dist.sampling.laws import DISTRIBUTIONS
 from scripts.studies.cells import Answer, Cell
 from tests.library.many_seeds import Problem, runs
 from tests.oracles import brute_force, closed_forms, quantised, radial, sampling, two_layer

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from nntk_dist.threads import torch_threads
-from pipeline.manifest import environment_versions, git_commit
-from pipeline.progress import Progress
+from nntk_dist.runtime.threads import torch_threads
+from pipeline.driver.progress import Progress
+from pipeline.records.manifest import environment_versions, git_commit
 
 Answer = dict[str, Any]
 _SHOWN = ("python", "torch", "numpy", "scipy")

@@ -26,15 +26,15 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from nntk_dist import local_kernel
-from nntk_dist.designs import GROUP_SIZES
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.features import FeatureMap
-from nntk_dist.models import build_model
-from nntk_dist.resolution import resolve
+from nntk_dist.models.builders import build_model
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap
+from nntk_dist.sampling.designs import GROUP_SIZES
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics import relative_distance
-from nntk_dist.tiles import tile_estimates
+from nntk_dist.statistics.estimates import relative_distance
+from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.studies.cells import Answer, Cell
 from tests.library.tools import all_rows
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nntk_dist.distributions import RADIAL
+from nntk_dist.sampling.laws import RADIAL
 from nntk_dist.spec import KernelSpec
 from scripts.studies.agreement import DESIGNS, unit_kernel
 from scripts.studies.cells import Answer, Cell

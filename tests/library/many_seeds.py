@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import covariance_kernel, nonlocal_kernel
-from nntk_dist.drawing import Drawing
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.gradients import GradientFeatures
-from nntk_dist.resolution import Resolution
+from nntk_dist.estimators.gradients import GradientFeatures
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.sampling.draws import Drawing
 from nntk_dist.spec import KernelSpec
 from tests.library.tools import estimates_of
 from tests.oracles import closed_forms, radial

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nntk_dist.activation import ActivationFeatures
-from nntk_dist.features import Rows
-from nntk_dist.gradients import GradientFeatures
-from nntk_dist.sketching import Sketch
+from nntk_dist.estimators.activation_noise import ActivationFeatures
+from nntk_dist.estimators.gradients import GradientFeatures
+from nntk_dist.layers.sketch import Sketch
+from nntk_dist.products.features import Rows
 
 
 def sketch_of_formed(features: ActivationFeatures, rows: Rows, sketch: Sketch) -> dict[str, Tensor]:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.evaluation import prepare_model
-from nntk_dist.feature_maps import make_feature_map
-from nntk_dist.features import FeatureMap, Rows, slice_rows
-from nntk_dist.parameters import select_parameters
-from nntk_dist.resolution import Resolution, resolve
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.models.parameters import select_parameters
+from nntk_dist.planning.decision import Resolution, resolve
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap, Rows, slice_rows
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics import Calibration, sample_entries
-from nntk_dist.tiles import calibrate_sample, tile_estimates
+from nntk_dist.statistics.estimates import Calibration, sample_entries
+from nntk_dist.statistics.tile_estimates import calibrate_sample, tile_estimates
 from tests.oracles import brute_force
 from tests.oracles.cases import case
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import zarr
 
-from pipeline import cli
+from pipeline.cli import commands as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 # Primes, so that no tile, batch or shard divides them.
@@ -86,7 +86,7 @@ def start(*command: str, prelude: str = "") -> "subprocess.Popen[str]":
 
     `prelude` is Python that it carries out first.
     """
-    program = ["-c", f"{prelude}\nfrom pipeline.cli import main\nmain()"] if prelude else ["-m", "pipeline"]
+    program = ["-c", f"{prelude}\nfrom pipeline.cli.commands import main\nmain()"] if prelude else ["-m", "pipeline"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(

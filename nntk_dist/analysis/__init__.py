@@ -1,0 +1,1 @@
+"""What is done with a finished kernel: spectrum, ridge regression, iterative solvers. No models and no stores."""

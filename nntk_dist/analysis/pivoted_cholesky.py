@@ -1,0 +1,141 @@
+"""A low-rank part of a kernel, `K ≈ U Σ Uᵀ ≤ K`, from some of its columns: what preconditions a solve with `K + μI`.
+
+Randomly pivoted Cholesky (Chen, Epperly, Tropp & Webber 2022; as a preconditioner Díaz et al. 2023). Columns are read
+with all the tiles that they lie in, so pivots are drawn stripe by stripe: stripes with a chance like what is left of
+their trace, each at most once, and within a stripe rows with a chance like what is left of their diagonal.
+
+Axes: n kernel rows, r pivots (the rank), v vectors, d rows of one example.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from jaxtyping import Float, Int
+
+from nntk_dist.analysis.streamed_kernel import TiledKernel
+from nntk_dist.sampling.philox import Stream, uniform
+
+_GROUP = 1 << 25  # of the pivots, beyond the random starts of `leading`, which share the stream
+_ROWS_AT_ONCE = 4096
+_SPENT = 1e-6  # of the largest diagonal entry: less is rounding, where entries were stored in float32
+
+
+@dataclass(frozen=True)
+class LowRankPart:
+    """Orthonormal U (n, r) and Σ; `trace_left` is the share of the kernel's trace that it leaves out."""
+
+    basis: Float[np.ndarray, "n r"]
+    eigenvalues: Float[np.ndarray, " r"]
+    trace_left: float
+
+    def solve(self, vectors: Float[np.ndarray, "n v"], ridges: Float[np.ndarray, " v"]) -> Float[np.ndarray, "n v"]:
+        """`(U Σ Uᵀ + μI)⁻¹·vectors`, each vector with a ridge of its own; symmetric and positive definite."""
+        inner = self.basis.T @ vectors
+        gain = 1.0 / (self.eigenvalues[:, None] + ridges) - 1.0 / ridges
+        return vectors / ridges + self.basis @ (gain * inner)
+
+    def blocks(self, size: int) -> Float[np.ndarray, "n/d d d"]:
+        """Blocks on the diagonal of `U Σ Uᵀ`."""
+        return self._blocks(self.eigenvalues, size)
+
+    def inverse_blocks(self, ridge: float, size: int) -> Float[np.ndarray, "n/d d d"]:
+        """Blocks on the diagonal of `(U Σ Uᵀ + μI)⁻¹`."""
+        return self._blocks(1.0 / (self.eigenvalues + ridge) - 1.0 / ridge, size) + np.eye(size) / ridge
+
+    def _blocks(self, gains: Float[np.ndarray, " r"], size: int) -> Float[np.ndarray, "n/d d d"]:
+        """Blocks on the diagonal of `U diag(gains) Uᵀ`, some rows at a time."""
+        blocks = np.empty((len(self.basis) // size, size, size))
+        for rows in _stripes(len(blocks)):
+            own = self.basis[rows.start * size : rows.stop * size].reshape(-1, size, len(gains))
+            blocks[rows] = (own * gains) @ own.transpose(0, 2, 1)
+        return blocks
+
+
+def low_rank_part(
+    kernel: TiledKernel, diagonal: Float[np.ndarray, " n"], *, rank: int, least: float = 0.0, seed: int = 0
+) -> LowRankPart:
+    """At most `rank` pivots, fewer where what is left of the trace falls below `least`.
+
+    Assumes a positive semidefinite kernel; of another one it is some matrix of low rank, and the solver finds out.
+    Cost: at most one pass over the whole square (two of the upper triangle), 6·n·r² operations, n·r numbers.
+    """
+    num_rows, stripes = kernel.num_rows, kernel.stripes
+    rank = min(rank, num_rows)
+    share = math.ceil(rank / len(stripes))
+    factor = np.empty((num_rows, rank), order="F")
+    left, count = np.maximum(diagonal, 0.0), 0
+    spent = _SPENT * float(left.max(initial=0.0))
+    unread = list(range(len(stripes)))
+    chances = uniform(seed, Stream.SAMPLE, torch.tensor([_GROUP]), len(stripes))[0].numpy()
+    for chance in chances:
+        if count == rank or left.sum() <= least:
+            break
+        weights = np.array([left[stripes[index]].sum() for index in unread])
+        position = _drawn(weights, float(chance))
+        index = unread.pop(position)
+        rows, own = stripes[index], slice(count, min(rank, count + share))
+        known = factor[:, :count]
+        diagonal_tile = np.asarray(kernel.read(rows, rows), dtype=np.float64) - known[rows] @ known[rows].T
+        pivots = _pivots(diagonal_tile, own.stop - own.start, spent, seed, index)
+        if not len(pivots):
+            continue
+        columns = kernel.rows(rows, pivots).T - known @ known[rows][pivots].T
+        lower = np.linalg.cholesky(columns[rows][pivots])
+        new = slice(count, count + len(pivots))
+        factor[:, new] = scipy.linalg.solve_triangular(lower, columns.T, lower=True).T
+        left -= np.square(factor[:, new]).sum(axis=1)
+        np.maximum(left, 0.0, out=left)
+        count = new.stop
+    total = float(np.maximum(diagonal, 0.0).sum())
+    basis, values = _orthonormal(factor[:, :count])
+    return LowRankPart(basis, values, float(left.sum()) / total if total > 0 else 0.0)
+
+
+def _orthonormal(
+    factor: Float[np.ndarray, "n r"],
+) -> tuple[Float[np.ndarray, "n q"], Float[np.ndarray, " q"]]:
+    """U and Σ with `F Fᵀ = U Σ Uᵀ` in the memory of F, from `Fᵀ F`; without the directions that rounding hides there.
+
+    Σ to about ε·‖Σ‖/σ of each, which is far better than what a preconditioner needs.
+    """
+    values, inner = np.linalg.eigh(factor.T @ factor)
+    kept = values > len(values) * np.finfo(np.float64).eps * values.max(initial=0.0)
+    values, inner = values[kept][::-1], inner[:, kept][:, ::-1]
+    inner = inner / np.sqrt(values)
+    for rows in _stripes(len(factor)):
+        factor[rows, : len(values)] = factor[rows] @ inner
+    return factor[:, : len(values)], values
+
+
+def _stripes(count: int) -> Iterator[slice]:
+    for start in range(0, count, _ROWS_AT_ONCE):
+        yield slice(start, min(start + _ROWS_AT_ONCE, count))
+
+
+def _drawn(weights: Float[np.ndarray, " s"], chance: float) -> int:
+    """The index that falls to a number from (0, 1) with these weights; the first where all are 0."""
+    sums = np.cumsum(weights)
+    return int(min(np.searchsorted(sums, chance * sums[-1]), len(weights) - 1))
+
+
+def _pivots(left: Float[np.ndarray, "h h"], most: int, spent: float, seed: int, index: int) -> Int[np.ndarray, " b"]:
+    """Up to so many rows of a stripe by random pivoting on what is left of its own tile, which is changed."""
+    chances = uniform(seed, Stream.SAMPLE, torch.tensor([_GROUP + 1 + index]), most)[0].numpy()
+    chosen: list[int] = []
+    diagonal = np.diagonal(left).copy()
+    columns = np.empty((len(left), most))
+    for position, chance in enumerate(chances):
+        weights = np.where(diagonal > spent, diagonal, 0.0)
+        if not weights.any():
+            break
+        pivot = _drawn(weights, float(chance))
+        column = left[:, pivot] - columns[:, :position] @ columns[pivot, :position]
+        columns[:, position] = column / np.sqrt(column[pivot])
+        diagonal -= np.square(columns[:, position])
+        diagonal[pivot] = 0.0
+        chosen.append(pivot)
+    return np.array(chosen, dtype=np.int64)

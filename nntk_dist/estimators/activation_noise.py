@@ -1,0 +1,277 @@
+"""Features of the estimator `activation`: gradients by Stein's identity, every layer with noise of its own an example.
+
+One draw is one forward pass with noise (`nntk_dist.estimators.noisy_passes`). With D = (f(noisy) − f(x; θ))/σ its
+gradient is D Σ_k η_k ⊗ q_k in a noisy layer, D n in weight space, and h̃ of the noisy pass, exactly, in a layer whose
+output is the model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²], and its error hardly feels P: a layer's
+noise has as many numbers as it has units. Gaussian ρ, the nonlocal kernel; any activation, jumps included.
+
+Products: layers in factors over all pairs of draws (`nntk_dist.products.noise_pairs`), from block-mean gradients, or
+from their sketch (`nntk_dist.estimators.noise_contraction`); weight space from D and ⟨n_s, n_t⟩; the readout from block
+means of h̃.
+
+Axes: n rows, s draws, r blocks, c outputs, k basis vectors, i inputs and u units of a layer, p formed parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from nntk_dist.estimators.noise_contraction import NoiseContraction
+from nntk_dist.estimators.noisy_passes import NoisyDraws, NoisyPass
+from nntk_dist.layers.noise import NoiseSite
+from nntk_dist.layers.noise_plan import NoisePlan
+from nntk_dist.layers.sketch import Sketch
+from nntk_dist.models.evaluation import Evaluator, check_finite, output_index
+from nntk_dist.models.noise import fixed_noise
+from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
+from nntk_dist.products.features import ArraySpec, Rows, block_range, join_batches
+from nntk_dist.products.formed import combined, formed_products, formed_terms, prepared_sketch, terms_of_columns
+from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
+from nntk_dist.products.noise_pairs import NoiseFeatures, add_pairs_, pair_products
+from nntk_dist.products.weighted_products import add_terms_
+from nntk_dist.sampling.draws import Drawing
+
+
+@dataclass(frozen=True)
+class ActivationFeatures:
+    """Features under all draws, contracted as `contraction` says; `sketch` is None where it sketches nothing.
+
+    Entries of examples whose output no draw changed have no standard error (`BlockSums.resolved`); the readout's part
+    of them is known in any case.
+    """
+
+    evaluator: Evaluator
+    plan: NoisePlan
+    drawing: Drawing
+    columns: tuple[int, ...]
+    contraction: NoiseContraction
+    sketch: Sketch | None = None
+    pair_blocks: bool = True
+    shows_unresolved: bool = False
+
+    @property
+    def num_draws(self) -> int:
+        return self.drawing.num_draws
+
+    @property
+    def num_blocks(self) -> int:
+        return self.drawing.num_blocks
+
+    @property
+    def num_parameters(self) -> int:
+        return self.drawing.num_parameters
+
+    @property
+    def num_sketch_groups(self) -> int:
+        return 0 if self.sketch is None else self.sketch.num_groups
+
+    @cached_property
+    def draws(self) -> NoisyDraws:
+        """The noise and the passes."""
+        return NoisyDraws(self.evaluator, self.plan, self.drawing)
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        outputs = len(self.columns)
+        specs = [ArraySpec("differences", ("draw", "output"), (self.num_draws, outputs))]
+        for index, each in enumerate(self._factors):
+            axes, shape = ("draw", f"basis_{index}"), (self.num_draws, each.rank)
+            specs.append(ArraySpec(f"direction_{index}", (*axes, f"input_unit_{index}"), (*shape, each.width)))
+            specs.append(ArraySpec(f"noise_{index}", (*axes, f"unit_{index}"), (*shape, each.units)))
+        if self._num_formed:
+            specs.append(
+                ArraySpec("dense", ("block", "output", "parameter"), (self.num_blocks, outputs, self._num_formed))
+            )
+        if self.sketch is not None:
+            columns = (self.num_blocks, outputs, self.sketch.num_columns)
+            specs.append(ArraySpec("sketch", ("block", "output", "column"), columns))
+        if self.plan.readout is not None:
+            specs.append(ArraySpec("readout", ("block", "readout_unit"), (self.num_blocks, self.plan.readout.width)))
+        return tuple(specs)
+
+    @property
+    def _factors(self) -> tuple[NoiseSite, ...]:
+        others = self.contraction.formed | self.contraction.sketched
+        return tuple(each for each in self.plan.noisy if each.module not in others)
+
+    @property
+    def _num_formed(self) -> int:
+        layers = sum(each.num_parameters for each in self.plan.noisy if each.module in self.contraction.formed)
+        return layers + (self.draws.num_weight_space if self.contraction.forms_weight_space else 0)
+
+    @property
+    def _has_metric(self) -> bool:
+        return bool(self.plan.weight_space) and not self.contraction.forms_weight_space
+
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        return self.evaluator.expected(x, self.drawing.seed, batch)
+
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        return join_batches(lambda rows, names: self._one_batch(rows, names, draws, columns), x, ids, batch)
+
+    def _one_batch(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of a batch: noise is the examples' own, so that nothing would be shared by taking them together."""
+        base = self.evaluator.base(x)
+        check_finite(base, "the model's output")
+        size = self.drawing.draws_per_block
+        blocks = [
+            self._one_block(x, ids, base, range(block * size, (block + 1) * size), columns)
+            for block in block_range(draws, size)
+        ]
+        result = {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
+        for array in result.values():
+            check_finite(array, f"the model's output under draws {draws.start} to {draws.stop - 1}")
+        return result
+
+    def _one_block(
+        self, x: Tensor, ids: Tensor, base: Tensor, block: range, columns: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Every array of one block of draws: draw by draw, or the block's mean."""
+        by_draw: dict[str, list[Tensor]] = {}
+        sums: dict[str, Tensor] = {}
+        for draws in self.draws.stacks(block, x):
+            passed, unmoved = self._passes(x, ids, base, draws)
+            changes = (passed.outputs - unmoved)[:, :, output_index(columns)] / passed.sigma[:, None, None]
+            differences = changes.transpose(0, 1)
+            by_draw.setdefault("differences", []).append(differences)
+            for index, each in enumerate(self._factors):
+                by_draw.setdefault(f"direction_{index}", []).append(passed.directions[each.module])
+                by_draw.setdefault(f"noise_{index}", []).append(passed.noise[each.module])
+            means = {"dense": self._formed_gradients(passed, differences)} if self._num_formed else {}
+            if self.sketch is not None:
+                means["sketch"] = self._sketched_gradients(self.sketch, passed, differences)
+            if passed.readout is not None:
+                means["readout"] = passed.readout.sum(1)
+            sums = {name: sums[name] + part if sums else part for name, part in means.items()}
+        result = {name: torch.cat(parts, dim=1) for name, parts in by_draw.items()}
+        return result | {name: (total / len(block))[:, None] for name, total in sums.items()}
+
+    def _passes(self, x: Tensor, ids: Tensor, base: Tensor, draws: range) -> tuple[NoisyPass, Tensor]:
+        """The pass under some draws, and f(x; θ): of a model with noise, both under that of the group they are."""
+        if not self.evaluator.is_random:
+            return self.draws.evaluate(x, ids, draws), base
+        with fixed_noise(self.evaluator.model, self.drawing.seed, draws.start // self.drawing.group_size):
+            return self.draws.evaluate(x, ids, draws), self.evaluator.base(x)
+
+    def _formed_gradients(self, passed: NoisyPass, differences: Float[Tensor, "n s c"]) -> Float[Tensor, "n c p"]:
+        """Gradients of the formed layers, unit by unit, and of weight space, summed over the draws of one pass."""
+        parts = []
+        for each in self.plan.noisy:
+            if each.module in self.contraction.formed:
+                noise, basis = passed.noise[each.module], passed.directions[each.module]
+                weighted = differences[:, :, None, :, None] * noise[:, :, :, None]  # n s k c u
+                product = torch.bmm(weighted.flatten(3).flatten(1, 2).mT, basis.flatten(1, 2))
+                parts.append(product.reshape(len(product), differences.shape[2], -1))
+        if self.contraction.forms_weight_space and passed.weights is not None:
+            parts.append(torch.einsum("nsc,sp->ncp", differences, passed.weights))
+        return torch.cat(parts, dim=2)
+
+    def _sketched_gradients(
+        self, sketch: Sketch, passed: NoisyPass, differences: Float[Tensor, "n s c"]
+    ) -> Float[Tensor, "n c k"]:
+        """The sketch of the sketched layers' gradients, summed over the draws of one pass."""
+        total = differences.new_zeros(len(differences), differences.shape[2], sketch.num_columns)
+        for each in self.plan.noisy:
+            if each.module in self.contraction.sketched:
+                noise, basis = passed.noise[each.module].flatten(1, 2), passed.directions[each.module].flatten(1, 2)
+                weights, names = differences.repeat_interleave(each.rank, dim=1), dict(each.site.parameters)
+                if "weight" in names:
+                    inputs = basis[:, :, :-1] if "bias" in names else basis
+                    total += sketch.of_shared(names["weight"], weights, noise, inputs)
+                if "bias" in names:
+                    biases = (weights * basis[:, :, -1:]).mT @ noise
+                    total += sketch.of_gradient(names["bias"], biases)
+        return total
+
+    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
+        prepared = dict(rows)
+        if "dense" in prepared:
+            prepared["dense_columns"] = combined(prepared.pop("dense"), by_block=by_block)
+        if "sketch" in prepared:
+            prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, by_block=by_block)
+        if "readout" in prepared:
+            prepared["readout_columns"] = combined(prepared.pop("readout")[:, :, None], by_block=by_block)
+        if self._has_metric:
+            if PLAIN not in prepared:
+                prepared[PLAIN] = by_blocks(prepared["differences"].transpose(1, 2), self.num_blocks)
+            prepared = mixed_by_metric(prepared, self.draws.weight_metric, by_block=by_block, only_rows=only_rows)
+        return prepared
+
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
+        rows = self.prepare(rows, by_block=by_block, only_rows=True)
+        others = self.prepare(others, by_block=by_block)
+        first, second = rows["differences"], others["differences"]
+        shape = meeting.shape(len(first), len(second), first.shape[2])
+        groups = self.num_sketch_groups
+        sums = empty_sums(
+            shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=first.device, num_groups=groups
+        )
+        if self._factors:
+            add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
+        if self._has_metric:
+            add_terms_(sums, metric_terms(rows, others, by_block=by_block), meeting)
+        names, blocks = ("dense_columns",), self.num_blocks
+        if terms := terms_of_columns(rows, others, names, blocks, pair_blocks=True, by_block=by_block):
+            add_terms_(sums, terms, meeting)
+        if (name := "readout_columns") in rows:
+            _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
+        if self.plan.noisy or self.plan.weight_space:
+            sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
+        return sums
+
+    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> None:
+        """None: noise pairs, and which entries are resolved, are no products."""
+
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
+        left, right = (
+            {name: array if name in ("dense", "sketch") else array.double() for name, array in part.items()}
+            for part in (rows, others)
+        )
+        first, second, blocks = left["differences"], right["differences"], self.num_blocks
+        shape = meeting.shape(len(first), len(second), first.shape[2])
+        total = torch.zeros(blocks, blocks, *shape, dtype=torch.float64, device=first.device)
+        if self._factors:
+            total += pair_products(self._noise_features(left), self._noise_features(right), meeting, blocks)
+        if self._has_metric:
+            differences = first.transpose(1, 2), second.transpose(1, 2)
+            total += metric_products(*differences, self.draws.weight_metric, blocks, meeting)
+        if self._num_formed:
+            total += formed_products(left["dense"], right["dense"], meeting)
+        if self.sketch is not None:
+            total += formed_products(left["sketch"], right["sketch"], meeting)
+        if self.plan.readout is not None:
+            plain = Meeting(paired=meeting.paired)
+            product = formed_products(left["readout"][:, :, None], right["readout"][:, :, None], plain)
+            total += meeting.same_output(product, first.shape[2])
+        return total
+
+    def _noise_features(self, rows: Rows) -> NoiseFeatures:
+        indices = range(len(self._factors))
+        directions, noise = (tuple(rows[f"{name}_{i}"] for i in indices) for name in ("direction", "noise"))
+        return NoiseFeatures(rows["differences"], directions, noise)
+
+
+def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meeting, num_outputs: int) -> None:
+    """Add ⟨h̃, h̃'⟩ of block means: the same for every output with itself, 0 for two different ones."""
+    plain, has_blocks = Meeting(paired=meeting.paired), sums.by_block is not None
+    shape = plain.shape(len(rows), len(others), 1)
+    shared = empty_sums(shape, sums.num_blocks, pair_blocks=True, by_block=has_blocks, device=rows.device)
+    add_terms_(shared, formed_terms(rows, others, sums.num_blocks, by_block=has_blocks), plain)
+    spread = [
+        None if part is None else meeting.same_output(part, num_outputs)
+        for part in (shared.within, shared.between, shared.by_block)
+    ]
+    assert spread[0] is not None
+    sums.add_(BlockSums(sums.num_blocks, spread[0], spread[1], spread[2]))
+
+
+def _changed(differences: Float[Tensor, "n s c"], meeting: Meeting) -> Bool[Tensor, "n *c"]:
+    """Rows (with `full`, rows and outputs) that some draw changed."""
+    changed = (differences != 0).any(1)
+    return changed if meeting.full else changed.any(1)

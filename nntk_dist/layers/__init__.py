@@ -1,0 +1,1 @@
+"""Networks layer by layer: gradient rules, recorded passes, sketches, noise in pre-activations. No kernels."""

@@ -1,0 +1,148 @@
+"""Low-rank perturbations of Linear layers without their weights: one matrix product with W for all draws at once.
+
+A layer moved by A·Bᵀ puts out h Wᵀ + (h B) Aᵀ: the first product is that of θ, shared by the rows of all draws, and the
+second takes r·(i + u) multiply-adds a row. So neither perturbations of length P nor perturbed weights are ever made,
+which on small batches is most of the work. Equal to the perturbed model to rounding, which is tried before it is used.
+No kernels here.
+
+Axes: s draws, n examples, t positions, i/u inputs and units of a layer, r rank, c outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.models.evaluation import Evaluator, draws_at_once, in_float64, outputs
+from nntk_dist.models.parameters import aliases
+from nntk_dist.runtime.batches import in_batches
+from nntk_dist.runtime.memory import is_out_of_memory
+from nntk_dist.sampling.draws import Drawing
+from nntk_dist.sampling.laws import LowRank
+
+Factors = tuple[Float[Tensor, "s u r"], Float[Tensor, "s i r"] | None]
+_EXAMPLES = 3
+_AGREEMENT = 1e3  # in units of rounding, relative to the largest output
+
+
+@dataclass(frozen=True)
+class SharedProduct:
+    """Perturbed passes of a model whose selected parameters all belong to Linear layers; see `shared_product`."""
+
+    evaluator: Evaluator
+    drawing: Drawing
+
+    @property
+    def numbers_of_a_draw(self) -> int:
+        """How many numbers a draw's factors are."""
+        assert isinstance(self.drawing.distribution, LowRank)
+        rank = self.drawing.distribution.rank
+        return sum(rank * sum(shape) if len(shape) == 2 else sum(shape) for shape in self.drawing.shapes)
+
+    @property
+    def trial_bytes(self) -> int:
+        """What finding out took: the model in float64 twice, as it is and moved, and a group of perturbations twice."""
+        return 8 * (2 + 2 * self.drawing.group_size) * self.drawing.num_parameters
+
+    def perturbed(self, x: Tensor, draws: range, batch: int | None = None) -> Float[Tensor, "s n c"]:
+        """f(x; θ + z) of whole groups of draws."""
+        model, space = self.evaluator.model, self.evaluator.space
+        dtype = next(model.parameters()).dtype
+        factors = self.drawing.low_rank_factors(draws, dtype=dtype, device=x.device)
+        named = dict(zip(space.names, factors, strict=True))
+        result: Tensor | None = None
+        for rows, own in in_batches(x, batch):
+            step = draws_at_once(self.numbers_of_a_draw, rows)
+            for start in range(0, len(draws), step):
+                part = slice(start, min(start + step, len(draws)))
+                values = self._pass(rows, {name: _of_draws(each, part) for name, each in named.items()}, part)
+                if result is None:
+                    result = values.new_empty(len(draws), len(x), values.shape[2])
+                result[part, own] = values[:, : own.stop - own.start]
+        assert result is not None
+        return result
+
+    def _pass(self, x: Tensor, factors: Mapping[str, Factors], draws: slice) -> Float[Tensor, "s n c"]:
+        """One batch under some draws, draw by draw along the rows of one pass."""
+        model, count = self.evaluator.model, draws.stop - draws.start
+        handles = [
+            module.register_forward_hook(_moved(*(factors.get(name) for name in _names(path)), count=count))
+            for path, module in _linears(model).items()
+        ]
+        try:
+            with torch.no_grad():
+                values = outputs(model, x.repeat(count, *[1] * (x.ndim - 1)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return values.unflatten(0, (count, len(x)))
+
+
+def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedProduct | None:
+    """Shared products for a stacked evaluator and low-rank draws, or None where the model does not allow them.
+
+    It does where every selected parameter is the weight or bias of one Linear layer, and a few examples come out as
+    under the perturbed model: in float64, where a weight's second use outside of its layer is not lost in rounding,
+    and two groups of draws at once, so that layers whose first axis is not that of the examples show.
+    """
+    if not (evaluator.stacked and isinstance(drawing.distribution, LowRank)) or evaluator.is_random:
+        return None
+    names = {name for path in _linears(evaluator.model) for name in _names(path)}
+    groups = aliases(evaluator.model)
+    if any(name not in names or len(groups[name]) > 1 for name in evaluator.space.names):
+        return None
+    return SharedProduct(evaluator, drawing) if _agrees(evaluator, drawing, x[:_EXAMPLES]) else None
+
+
+def _agrees(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> bool:
+    draws = range(min(drawing.num_draws, 2 * drawing.group_size))
+    try:
+        model, x = in_float64(evaluator.model, x)
+    except NNTKError:
+        return False
+    exact = replace(evaluator, model=model)
+    parts = []
+    for _, members in drawing.by_group(draws):
+        z = drawing.perturbations(members, dtype=torch.float64, device=x.device)
+        parts.append(replace(exact, stacked=False).perturbed(x, z))
+    expected = torch.cat(parts)
+    try:
+        difference = (SharedProduct(exact, drawing).perturbed(x, draws) - expected).abs().max()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False  # shapes that do not go with several draws at once
+    return bool(difference <= _AGREEMENT * torch.finfo(torch.float64).eps * expected.abs().max())
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _names(path: str) -> tuple[str, str]:
+    """Of a layer's weight and bias."""
+    prefix = f"{path}." if path else ""
+    return f"{prefix}weight", f"{prefix}bias"
+
+
+def _of_draws(factors: Factors, part: slice) -> Factors:
+    left, right = factors
+    return left[part], None if right is None else right[part]
+
+
+def _moved(weight: Factors | None, bias: Factors | None, *, count: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    """A hook that adds a layer's own part of every draw to its output."""
+
+    def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        by_draw = out.reshape(count, -1, out.shape[-1])
+        if weight is not None and weight[1] is not None:
+            h = args[0].reshape(count, by_draw.shape[1], -1)
+            by_draw = torch.baddbmm(by_draw, h @ weight[1], weight[0].mT)
+        if bias is not None:
+            by_draw = by_draw + bias[0].mT
+        return by_draw.reshape(out.shape)
+
+    return hook

@@ -1,0 +1,113 @@
+"""Noise in pre-activations instead of weights: what a random weight matrix does to one example, and nothing else of it.
+
+A layer applies W to the vectors h̃_t of an example (one vector, tokens, or the patches of a convolution), rows of H̃.
+Of a Gaussian matrix σΞ added to W the example sees only σ H̃ Ξᵀ, hence only the part of Ξ in the span of its vectors:
+with an orthonormal basis q_k of that span, σ H̃ Qᵀ η, η = Q Ξᵀ again standard normal. For one vector this is σ|h̃| ξ.
+By Stein's identity the gradient of E f(W + σΞ) is E[(f − constant) Σ_k η_k ⊗ q_k / σ]. It draws no numbers.
+
+Axes: n rows, t positions, k basis vectors, i inputs of a layer (the 1 for its bias included), u units.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.layers.capture import Site
+from nntk_dist.models.evaluation import outputs
+
+# (input of a layer, its output) -> what is added to the output, or None where the call is only looked at
+Shift = Callable[[Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class NoiseSite:
+    """A layer with noise of its own for every example: `rank` vectors q_k of `width` numbers, `units` normals each."""
+
+    site: Site
+    rank: int
+    width: int
+    units: int
+
+    @property
+    def module(self) -> str:
+        return self.site.module
+
+    @property
+    def num_noise(self) -> int:
+        return self.rank * self.units
+
+    @property
+    def num_parameters(self) -> int:
+        return self.width * self.units
+
+
+def layer_vectors(module: nn.Module, site: Site, h: Tensor) -> Float[Tensor, "n t i"]:
+    """H̃: the vectors that the selected weight multiplies, a 1 behind each where the bias is selected."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        unfolded = functional.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
+        vectors = unfolded.transpose(1, 2)
+    else:
+        vectors = h.reshape(len(h), -1, h.shape[-1])
+    parts = [vectors] if "weight" in site.attributes else []
+    if "bias" in site.attributes:
+        parts.append(vectors.new_ones(*vectors.shape[:2], 1))
+    return torch.cat(parts, dim=2)
+
+
+def as_output(module: nn.Module, values: Float[Tensor, "n t u"], out: Tensor) -> Tensor:
+    """Numbers by position and unit in the shape of the layer's output."""
+    return (values.transpose(1, 2) if isinstance(module, nn.Conv2d) else values).reshape(out.shape)
+
+
+def span_basis(vectors: Float[Tensor, "n t i"]) -> tuple[Float[Tensor, "n k i"], Float[Tensor, "n t k"]]:
+    """Q, L with H̃ = L Q, the rows of Q orthonormal, or 0 where no vector has a part along them (as for h̃ = 0).
+
+    From a QR decomposition, so the span of Q holds that of H̃ whatever its rank: nothing but rounding is ever cut off.
+    """
+    if vectors.shape[1] == 1:
+        norms = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
+        return torch.where(norms > 0, vectors / norms, 0.0), norms
+    q, r = torch.linalg.qr(vectors.mT)
+    largest = r.abs().amax(dim=2)
+    rounding = max(vectors.shape[1:]) * torch.finfo(r.dtype).eps
+    seen = largest > rounding * largest.amax(dim=1, keepdim=True)
+    return torch.where(seen[:, :, None], q.mT, 0.0), r.mT
+
+
+def shifted_outputs(
+    model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], shifts: Mapping[str, Shift]
+) -> Float[Tensor, "n c"]:
+    """Outputs of f with something added to the outputs of some modules, each called once; no gradients.
+
+    Raises: NNTKError naming a module that this pass calls more than once, or never.
+    """
+    calls = dict.fromkeys(shifts, 0)
+
+    def hook_for(path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+            calls[path] += 1
+            added = shifts[path](args[0] if args else next(iter(kwargs.values())), out)
+            return out if added is None else out + added
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(hook_for(path), with_kwargs=True) for path in shifts]
+    try:
+        with torch.no_grad():
+            values = outputs(model, x, parameters)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, count in calls.items():
+        if count != 1:
+            raise NNTKError(
+                f"estimator is 'activation', but module '{path}' is called {count} times for some inputs and once for "
+                "others; use estimator: weight, or leave its parameters out by kernel.parameters"
+            )
+    return values

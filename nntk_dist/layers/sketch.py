@@ -1,0 +1,301 @@
+"""An unbiased sketch of gradients: k numbers in place of P, made without ever forming the gradient of a layer.
+
+Column j of the sketch is Σ_p u_pjᵀ G_p v_pj, summed over the parameters p, G_p the gradient of parameter p as a matrix
+(its first axis by all others; v_pj = 1 where there are no others) and u, v independent random *complex* vectors with
+entries (±1 ± i)/√2. Real and imaginary part are two of the k numbers, all scaled by √(2/k), so that products of
+sketches are on average products of gradients: E⟨φ(G), φ(G')⟩ = Σ_p ⟨G_p, G'_p⟩. Where G_p = Σ_t δ_t ⊗ h_t, the
+column is Σ_t (u·δ_t)(v·h_t): k·(|δ| + |h|) multiply-adds a position.
+A *joint* sketch has all outputs in the same k numbers, for kernels that sum over them: the rows of G_p are pairs
+(output, row of the parameter), u has an entry for each, and E⟨φ, φ'⟩ = Σ_p Σ_c ⟨G_pc, G'_pc⟩ at the same variance:
+C times fewer numbers, and k·(C|δ| + |h|) multiply-adds a position. Sketches of a few outputs each are independent of
+each other, so that their products add up to the same on average.
+Variance of ⟨φ(G), φ(G)⟩, relative to |G|⁴: 6/k where G is one outer product, 2/k where it is none or many; 8/k with
+real vectors, which is why they are complex (Wacker, Ohana, Filippone, "Complex-to-real sketches for tensor products",
+AISTATS 2023). Projections of both sides to b×b blocks would cost less for a column, but 4(b + 1)/k at the same k.
+
+The probes are a function of (seed, parameter, side, coordinate, column): the same for all rows, draws and processes.
+Columns form Q independent groups, from whose scatter `nntk_dist.statistics.estimates` tells the sketch's own error. No
+models, no draws and no kernels here.
+
+Axes: n examples, c outputs, e sketches (1 where joint, else c), t positions, o/i units out/in, r rows of a parameter's
+gradient ((output, unit) where joint, else unit), k columns, m = k/2 complex columns.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.sampling.philox import Stream, signs
+
+AUTO_COLUMNS = 1024
+_MOST_GROUPS = 32
+_FEWEST_GROUPS = 8
+# Complex columns: with one, intervals of nominal 95 % cover 0.89 where the sketch rules (measured); with four, 0.935.
+# At the worst, a whole gradient that is one outer product of long vectors, 0.90 with four, 0.93 with sixteen.
+_FEWEST_IN_A_GROUP = 4
+_ELEMENTS_AT_ONCE = 1 << 21  # 8 MiB of products in float32, to be multiplied while they are in the cache
+KEPT_BYTES = 256 << 20  # of probes
+_SIGNS_OF_A_COUNTER = 128
+_OUT, _IN = 0, 1  # the two sides of a parameter
+
+
+def columns_of_sketch(sketch: int | str) -> int:
+    """The numbers of a sketch, k.
+
+    Raises: NNTKError unless eight groups get equally many complex columns, and enough that their scatter is nearly
+    normal.
+    """
+    if isinstance(sketch, str):
+        return AUTO_COLUMNS
+    unit, least = 2 * _FEWEST_GROUPS, 2 * _FEWEST_GROUPS * _FEWEST_IN_A_GROUP
+    if sketch < least or sketch % unit:
+        nearest = max(least, round(sketch / unit) * unit)
+        raise NNTKError(
+            f"sketch is {sketch}; allowed: auto, or a multiple of {unit} ({_FEWEST_GROUPS} groups of complex numbers) "
+            f"from {least}; the nearest is {nearest}"
+        )
+    return sketch
+
+
+def groups_of_columns(num_columns: int, num_blocks: int) -> int:
+    """Q: at least 8, and about as many as blocks where that leaves enough columns to each.
+
+    Intervals take Student's t with R − 1 degrees of freedom: with fewer groups than blocks they would be too short
+    where the sketch's error rules (nominal 95 % cover 0.91 at the worst, Q = 8 and R = ∞).
+    """
+    groups = _FEWEST_GROUPS
+    while (
+        groups < min(num_blocks, _MOST_GROUPS)
+        and num_columns % (4 * groups) == 0
+        and num_columns >= 4 * groups * _FEWEST_IN_A_GROUP
+    ):
+        groups *= 2
+    return groups
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """The probes of every parameter of a space; `names` are all its parameters, whichever of them are sketched.
+
+    `joint` sketches all outputs in the same numbers, otherwise each has its own, under the same probes.
+    """
+
+    seed: int
+    num_columns: int
+    num_groups: int
+    names: tuple[str, ...]
+    joint: bool = False
+
+    def probes(
+        self, name: str, side: int, coordinates: Tensor, dtype: torch.dtype, columns: slice | None = None
+    ) -> Float[Tensor, "coordinate k"]:
+        """√2 u or √2 v of a parameter at some coordinates; real and imaginary parts alternate."""
+        number = 2 * self.names.index(name) + side
+        start, stop = (0, self.num_columns) if columns is None else (columns.start, columns.stop)
+        return signs(self.seed, Stream.SKETCH, coordinates, stop - start, draw=number, start=start, dtype=dtype)
+
+    def of_gradient(
+        self, name: str, gradient: Float[Tensor, "n c ..."], outputs: Sequence[int] | None = None
+    ) -> Float[Tensor, "n *c k"]:
+        """The sketch of a parameter's gradient that is there already; `outputs` are those of its axis c, if not all."""
+        projector = Projector(self, range(gradient.shape[1]) if outputs is None else outputs)
+        total = projector.start(gradient)
+        projector.add_gradient_(total, name, gradient)
+        return projector.finished(total)
+
+    def of_shared(
+        self, name: str, weights: Float[Tensor, "n t c"], a: Float[Tensor, "n t o"], b: Float[Tensor, "n t i"]
+    ) -> Float[Tensor, "n c k"]:
+        """The sketch of Σ_t w_tc a_t ⊗ b_t, each output's own: outer products that outputs share but for a number."""
+        projector = Projector(self, range(weights.shape[2]))
+        total = projector.start(weights.mT)
+        for columns in projector.chunks(a.shape[0] * a.shape[1]):
+            left = _complex(a @ projector.probes(name, _OUT, a.shape[2], a, columns))
+            products = left.mul_(_complex(b @ projector.probes(name, _IN, b.shape[2], b, columns)))
+            total[..., _pairs(columns)] += weights.mT.to(products.dtype) @ products
+        return projector.finished(total)
+
+
+class Projector:
+    """A sketch of some outputs at work: what is sketched is added to sums, (n, e, m), in place.
+
+    Its probes are made once and kept while they fit into 256 MiB; others are made anew, some columns at a time.
+    """
+
+    def __init__(self, sketch: Sketch, outputs: Sequence[int]) -> None:
+        self.sketch, self.outputs = sketch, tuple(outputs)
+        self._kept: dict[tuple[str, int, int], Tensor] = {}
+        self._folded: dict[str, Tensor] = {}
+
+    def start(self, gradient: Float[Tensor, "n c ..."]) -> Complex[Tensor, "n e m"]:
+        """A sum of nothing, for the examples and outputs of this gradient and of its type."""
+        num_sketches = 1 if self.sketch.joint else gradient.shape[1]
+        return _complex(gradient.new_zeros(len(gradient), num_sketches, self.sketch.num_columns))
+
+    def finished(self, total: Complex[Tensor, "n e m"]) -> Float[Tensor, "n *c k"]:
+        """√(2/k) Σ u·v of sums over √2 u and √2 v, real and imaginary parts as columns."""
+        columns = torch.view_as_real(total).flatten(2).mul_((2.0 * self.sketch.num_columns) ** -0.5)
+        return columns[:, 0] if self.sketch.joint else columns
+
+    def forget_weights(self) -> None:
+        """Before the model's parameters move: what `add_slopes_` made of a readout's weights belongs to them."""
+        self._folded.clear()
+
+    def probes(self, name: str, side: int, length: int, like: Tensor, columns: slice) -> Float[Tensor, "coordinate k"]:
+        """Some columns of a side's probes, at every one of its coordinates."""
+        key, size = (name, side, length), like.element_size()
+        if key in self._kept:
+            return self._kept[key][:, columns]
+        coordinates = torch.arange(length, device=like.device)
+        if self.sketch.joint and side == _OUT:
+            outputs = torch.tensor(self.outputs, device=like.device)
+            coordinates = (outputs[:, None] * length + coordinates).flatten()
+        held = sum(array.numel() for array in self._kept.values())
+        if size * (held + len(coordinates) * self.sketch.num_columns) > KEPT_BYTES:
+            return self.sketch.probes(name, side, coordinates, like.dtype, columns)
+        self._kept[key] = self.sketch.probes(name, side, coordinates, like.dtype)
+        return self._kept[key][:, columns]
+
+    def add_factors_(
+        self,
+        total: Complex[Tensor, "n e m"],
+        name: str,
+        delta: Float[Tensor, "n c t o"],
+        h: Float[Tensor, "n t i"],
+        bias: str | None = None,
+    ) -> None:
+        """Add Σ_t δ_t ⊗ h_t, by whichever takes fewer operations: both sides apart, or the sum itself.
+
+        A `bias` that goes with the layer is one more input, always 1: its probe stands beside those of h.
+        """
+        o, (n, t, i) = delta.shape[3], h.shape
+        if self.sketch.joint:
+            delta = delta.transpose(1, 2).reshape(n, 1, t, -1)
+        size = delta.shape[1] * delta.shape[3]
+        if size * i < t * (size + i):
+            h = h if bias is None else torch.cat((h, h.new_ones(n, t, 1)), dim=2)
+            matrix = torch.einsum("netr,nti->neri", delta, h)
+            self._add_matrix_(total, name, matrix, o, bias)
+            return
+        for columns in self.chunks(n * t * delta.shape[1]):
+            left = _complex(delta @ self.probes(name, _OUT, o, delta, columns))
+            right = _complex(self._inputs(name, h, columns, bias))
+            _add_products_(total[..., _pairs(columns)], left, right[:, None])
+
+    def add_slopes_(
+        self,
+        total: Complex[Tensor, "n e m"],
+        name: str,
+        slopes: Float[Tensor, "n o"],
+        shares: Float[Tensor, "c o"],
+        h: Float[Tensor, "n i"],
+        bias: str | None = None,
+    ) -> None:
+        """Add δ ⊗ h for δ_c = B_c ⊙ s, into a joint sketch: Σ_c B_c u_c is made once for all rows, k·(o + i) a row."""
+        if name not in self._folded:
+            self._folded[name] = self._folded_probes(name, shares)
+        for columns in self.chunks(len(h)):
+            left = _complex(slopes @ self._folded[name][:, columns])
+            right = _complex(self._inputs(name, h, columns, bias))
+            total[:, 0, _pairs(columns)].addcmul_(left, right)
+
+    def add_gradient_(self, total: Complex[Tensor, "n e m"], name: str, gradient: Float[Tensor, "n c ..."]) -> None:
+        """Add a parameter's gradient that is there already."""
+        if gradient.ndim > 3:
+            matrix = gradient.flatten(3)
+            self._add_matrix_(
+                total, name, matrix.flatten(1, 2)[:, None] if self.sketch.joint else matrix, matrix.shape[2]
+            )
+            return
+        vectors = gradient.reshape(*gradient.shape[:2], -1)
+        rows = vectors.flatten(1)[:, None] if self.sketch.joint else vectors
+        for columns in self.chunks(rows.shape[0] * rows.shape[1]):
+            product = rows @ self.probes(name, _OUT, vectors.shape[2], rows, columns)
+            total[..., _pairs(columns)].add_(_complex(product), alpha=math.sqrt(2.0))  # v is 1, where others have √2 v
+
+    def add_tokens_(
+        self,
+        total: Complex[Tensor, "n e m"],
+        name: str,
+        delta: Float[Tensor, "n c t i"],
+        tokens: Float[Tensor, "n t"],
+        num_tokens: int,
+    ) -> None:
+        """Add an embedding table's gradient: probes of the rows that occur are gathered, no table is made."""
+        distinct, position = tokens.unique(return_inverse=True)
+        coordinates = distinct
+        if self.sketch.joint:
+            outputs = torch.tensor(self.outputs, device=tokens.device)
+            coordinates = (outputs[:, None] * num_tokens + distinct).flatten()
+        for columns in self.chunks(delta[..., 0].numel()):
+            u = _complex(self.sketch.probes(name, _OUT, coordinates, delta.dtype, columns).contiguous())
+            right = _complex(delta @ self.probes(name, _IN, delta.shape[3], delta, columns))
+            if self.sketch.joint:
+                left = u.unflatten(0, (len(self.outputs), -1))[:, position].transpose(0, 1)
+                total[:, 0, _pairs(columns)] += left.mul(right).sum((1, 2))
+            else:
+                _add_products_(total[..., _pairs(columns)], right, u[position][:, None])
+
+    def chunks(self, num_vectors: int) -> Iterator[slice]:
+        """Columns in portions, so that products of this many vectors stay within 2^21 numbers, or the fewest there are
+        to make.
+        """
+        step = _SIGNS_OF_A_COUNTER * max(1, _ELEMENTS_AT_ONCE // (_SIGNS_OF_A_COUNTER * num_vectors))
+        for start in range(0, self.sketch.num_columns, step):
+            yield slice(start, min(start + step, self.sketch.num_columns))
+
+    def _inputs(self, name: str, h: Float[Tensor, "n *t i"], columns: slice, bias: str | None) -> Tensor:
+        """v·h, with the bias's own probe where there is one."""
+        v = self.probes(name, _IN, h.shape[-1], h, columns)
+        return h @ v if bias is None else (h @ v).add_(self.probes(bias, _IN, 1, h, columns))
+
+    def _folded_probes(self, name: str, shares: Float[Tensor, "c o"]) -> Float[Tensor, "o k"]:
+        """Σ_c B_c u_c."""
+        c, o = shares.shape
+        folded = shares.new_empty(o, self.sketch.num_columns)
+        for columns in self.chunks(c * o):
+            u = self.probes(name, _OUT, o, shares, columns).unflatten(0, (c, o))
+            torch.sum(u * shares[:, :, None], 0, out=folded[:, columns])
+        return folded
+
+    def _add_matrix_(
+        self,
+        total: Complex[Tensor, "n e m"],
+        name: str,
+        matrix: Float[Tensor, "n e r i"],
+        rows: int,
+        bias: str | None = None,
+    ) -> None:
+        """Add a gradient as a matrix, its longer side first; `rows` are those of the parameter, of one output."""
+        n, e, r, i = matrix.shape
+        for columns in self.chunks(n * e * min(r, i)):
+            u = self.probes(name, _OUT, rows, matrix, columns)
+            v = self.probes(name, _IN, i - (bias is not None), matrix, columns)
+            if bias is not None:
+                v = torch.cat((v, self.probes(bias, _IN, 1, matrix, columns)))
+            first, second = (matrix.mT @ u, v) if r >= i else (matrix @ v, u)
+            _add_products_(total[..., _pairs(columns)], _complex(first), _complex(second.contiguous()))
+
+
+def _add_products_(
+    total: Complex[Tensor, "n e m"], left: Complex[Tensor, "n e t m"], right: Complex[Tensor, "*n_e t m"]
+) -> None:
+    """Add Σ_t of products of the two sides."""
+    if left.shape[2] == 1:
+        total.addcmul_(left[:, :, 0], right[..., 0, :])
+    else:
+        total += left.mul_(right).sum(2)
+
+
+def _complex(columns: Float[Tensor, "... k"]) -> Complex[Tensor, "... m"]:
+    return torch.view_as_complex(columns.unflatten(-1, (-1, 2)))
+
+
+def _pairs(columns: slice) -> slice:
+    """Real columns as complex ones."""
+    return slice(columns.start // 2, columns.stop // 2)

@@ -1,0 +1,85 @@
+"""The sketch of a network's gradient, layer by layer, from one pass: which of its parameters are sketched how.
+
+Where a layer's gradient is Σ_t δ_t ⊗ h_t the two sides are projected apart; its bias, if no other layer has the same,
+is one more input. Slopes (`nntk_dist.layers.penultimate`) spare the layer before the readout its outputs. What is
+shared is summed over its uses. What a sketch is, `nntk_dist.layers.sketch` says; here are no draws and no kernels.
+
+Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex columns, e sketches (1 where joint, else c).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+from nntk_dist.layers.capture import Call, Recording, Site, SitePlan, whole_gradients
+from nntk_dist.layers.rules import factors_for, rule_for
+from nntk_dist.layers.sketch import Projector
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a batch: its inputs, the calls, their output gradients, and the parameters that it was made at.
+
+    `slopes` and `shares` are s and B of the layer before the readout, whose name is `sloped`; where it has none, None.
+    """
+
+    x: Tensor
+    recording: Recording
+    deltas: Mapping[str, Sequence[Float[Tensor, "n c ..."]]]
+    parameters: Mapping[str, Tensor]
+    columns: Sequence[int]
+    sloped: str | None = None
+    slopes: Float[Tensor, "n o"] | None = None
+    shares: Float[Tensor, "c o"] | None = None
+
+
+def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, passed: Pass) -> Float[Tensor, "n *c k"]:
+    """The sketch of the gradient of all parameters of a plan without outer sites."""
+    uses = Counter(name for site in plan.dense for _, name in site.parameters)
+    like = next(iter(passed.parameters.values()))
+    total = projector.start(like.new_empty(len(passed.x), len(passed.columns)))
+    for site in plan.dense:
+        for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
+            _add_site_(total, model.get_submodule(site.module), site, projector, passed, call, delta, uses)
+    if plan.whole:
+        for name, gradient in whole_gradients(model, plan.whole, passed.x, passed.parameters, passed.columns).items():
+            projector.add_gradient_(total, name, gradient)
+    return projector.finished(total)
+
+
+def _add_site_(
+    total: Complex[Tensor, "n e m"],
+    module: nn.Module,
+    site: Site,
+    projector: Projector,
+    passed: Pass,
+    call: Call,
+    delta: Tensor,
+    uses: Mapping[str, int],
+) -> None:
+    """Add one call of one module."""
+    names, h = dict(site.parameters), call.h
+    factors, rule = factors_for(module), rule_for(module)
+    assert rule is not None
+    if factors is not None:
+        weight, bias = names.get("weight"), names.get("bias")
+        joined = bias if weight is not None and bias is not None and uses[bias] == 1 else None
+        if weight is not None and site.module == passed.sloped and projector.sketch.joint:
+            assert passed.slopes is not None
+            assert passed.shares is not None
+            projector.add_slopes_(total, weight, passed.slopes, passed.shares, h, joined)
+        elif weight is not None:
+            projector.add_factors_(total, weight, *factors(module, h, delta), joined)
+        if bias is not None and joined is None:
+            projector.add_gradient_(total, bias, factors(module, h, delta)[0].sum(2))
+    elif isinstance(module, nn.Embedding):
+        tokens = h.reshape(len(h), -1)
+        deltas = delta.reshape(*delta.shape[:2], tokens.shape[1], -1)
+        projector.add_tokens_(total, names["weight"], deltas, tokens, module.num_embeddings)
+    else:
+        gradients = rule(module, passed.parameters, h, delta)
+        for attribute, name in site.parameters:
+            projector.add_gradient_(total, name, gradients[attribute])

@@ -1,0 +1,246 @@
+"""A model as a function f(x; θ): outputs at given parameters, one set or many.
+
+Two ways to evaluate many perturbed models on batches, equal to rounding: *sequential*, one draw after the other moved
+into the model's own parameters, which then passes over all batches; and *stacked*, one vmapped call for a batch and a
+chunk of draws, which spares small models the overhead of a call. The choice changes rounding, so it is made once, when
+a run is planned (`nntk_dist.planning.stacking`). A model with noise (`nntk_dist.models.noise`) is one fixed function of
+θ here, sequential, and which one is said for every call. No gradients here.
+
+Axes: n examples, s draws, c outputs, P parameters.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.models.noise import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
+from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.runtime.batches import by_batches, in_batches
+from nntk_dist.runtime.memory import is_out_of_memory
+from nntk_dist.sampling.draws import Drawing
+
+_STACK_ELEMENTS = 1 << 22
+_OUTPUT_ELEMENTS = 1 << 22  # of perturbed models, held at a time
+
+
+def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """A private copy of the model in eval mode (torch's dropout off, running statistics), at a dtype and device.
+
+    Modules with noise are those of one fixed random function, wherever `fixed_noise` does not say which.
+    """
+    prepared = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    fix_noise(prepared)
+    return prepared
+
+
+def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """A copy of a prepared model and the inputs in float64, in which what a model is like is found out.
+
+    Raises: NNTKError where the model does not run in it.
+    """
+    exact = prepare_model(model, dtype=torch.float64, device=x.device)
+    x = x.to(torch.float64) if x.is_floating_point() else x
+    try:
+        with torch.no_grad():
+            outputs(exact, x)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise NNTKError(
+            f"the model does not run in float64, in which its derivatives are checked ({reason}); keep its constants "
+            "in buffers and make new tensors in the dtype of its inputs, or use estimator: weight"
+        ) from error
+    return exact, x
+
+
+def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:
+    """f(x; θ) with the given parameters in place of the model's own; a model of one number per example gives c = 1.
+
+    Raises: NNTKError where the output is not a floating tensor of shape (n,) or (n, C).
+    """
+    result = model(x) if parameters is None else call_with(model, parameters, x)
+    return as_outputs(result, len(x))
+
+
+def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> object:
+    """The model's return value with the given parameters in place of its own, under all the names that they go by.
+
+    Each module that holds a parameter is given it once. `functional_call` could tie names by itself, but where one
+    *module* is registered twice it restores the replacement instead of the original, and silently changes the model.
+    """
+    replaced: dict[str, Tensor] = {}
+    first_names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{path}.{attribute}" if path else attribute
+            first = first_names.setdefault(id(parameter), name)
+            if first in parameters:
+                replaced[name] = parameters[first]
+    return functional_call(model, replaced, (x,), tie_weights=False)
+
+
+def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
+    """The model's return value as (n, c), or an NNTKError that says what it was instead."""
+    if not isinstance(result, Tensor):
+        raise NNTKError(f"the model returned a {type(result).__name__}; allowed: one tensor of shape (n,) or (n, C)")
+    if result.ndim not in (1, 2) or result.shape[0] != num_examples:
+        raise NNTKError(
+            f"the model returned shape {tuple(result.shape)} for {num_examples} examples; allowed: ({num_examples},) "
+            f"or ({num_examples}, C): flatten or pool further axes inside the model"
+        )
+    if not result.is_floating_point():
+        raise NNTKError(f"the model returned dtype {result.dtype}; allowed: real floating point")
+    return result if result.ndim == 2 else result[:, None]
+
+
+def output_index(columns: Sequence[int]) -> slice | list[int]:
+    """An index for some outputs: a slice where they are neighbours, which copies nothing and for which no GPU waits."""
+    neighbours = range(columns[0], columns[0] + len(columns))
+    return slice(neighbours.start, neighbours.stop) if tuple(columns) == tuple(neighbours) else list(columns)
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise an NNTKError that counts the examples (leading axis) with NaN or infinite values, if there are any."""
+    if math.isfinite(float(values.detach().sum())):  # one pass over what is almost always finite
+        return
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        bad = (~finite).flatten(1).any(1).nonzero()[:, 0]
+        raise NNTKError(
+            f"{what}: NaN or infinity for {len(bad)} of {len(values)} examples, the first at row {int(bad[0])} of its "
+            "batch; check the checkpoint, the scale of the inputs and gamma"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """f at perturbed parameters for a prepared model; `stacked` fixes how many draws are evaluated."""
+
+    model: nn.Module
+    space: ParameterSpace
+    stacked: bool = False
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether f has noise, which then is to be fixed by `nntk_dist.models.noise.fixed_noise`."""
+        return is_random(self.model)
+
+    def base(self, x: Tensor, batch: int | None = None) -> Float[Tensor, "n c"]:
+        """f(x; θ); of a model with noise, that of its present random function."""
+        with torch.no_grad():
+            return by_batches(lambda rows: outputs(self.model, rows), x, batch)
+
+    def expected(self, x: Tensor, seed: int, batch: int | None = None) -> Float[Tensor, "n c"]:
+        """f(x; θ); of a model with noise, the mean of 64 random functions of that seed, of which no draw has one."""
+        if not self.is_random:
+            return self.base(x, batch)
+        first = self.base(x, batch)
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for group in MEAN_FUNCTIONS:
+            with fixed_noise(self.model, seed, group):
+                total += self.base(x, batch)
+        return (total / len(MEAN_FUNCTIONS)).to(first.dtype)
+
+    def pairs(
+        self,
+        x: Tensor,
+        base: Float[Tensor, "n c"],
+        drawing: Drawing,
+        draws: range,
+        displacements: Float[Tensor, "s P"],
+        batch: int | None = None,
+    ) -> Iterator[tuple[range, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
+        """(draws, f(x; θ), f(x; θ+z)) of all these draws, some at a time; of a model with noise group by group.
+
+        Both are then under the noise of the group: one further pass for each. `base` is f(x; θ) without noise.
+        """
+        if not self.is_random:
+            step = max(1, _OUTPUT_ELEMENTS // base.numel())
+            for start in range(0, len(draws), step):
+                yield draws[start : start + step], base, self.perturbed(x, displacements[start : start + step], batch)
+            return
+        for group, members in drawing.by_group(draws):
+            with fixed_noise(self.model, drawing.seed, group):
+                z = displacements[members.start - draws.start : members.stop - draws.start]
+                unmoved, moved = self.base(x, batch), self.perturbed(x, z, batch)
+            yield members, unmoved, moved
+
+    def perturbed(
+        self, x: Tensor, displacements: Float[Tensor, "s P"], batch: int | None = None
+    ) -> Float[Tensor, "s n c"]:
+        """f(x; θ + z) for each displacement z."""
+        batches = list(in_batches(x, batch))
+        with torch.no_grad():
+            parts = self._stacked(batches, displacements) if self.stacked else self._in_turn(batches, displacements)
+            result: Tensor | None = None
+            for draws, rows, values in parts:
+                if result is None:
+                    result = values.new_empty(len(displacements), len(x), values.shape[2])
+                result[draws, rows] = values[:, : rows.stop - rows.start]
+        assert result is not None
+        return result
+
+    def _in_turn(
+        self, batches: list[tuple[Tensor, slice]], displacements: Float[Tensor, "s P"]
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "1 n c"]]]:
+        """Draw by draw, all batches of each."""
+        with moved_in_place(self.model, self.space) as move:
+            for s, displacement in enumerate(displacements):
+                move(displacement)
+                for x, rows in batches:
+                    yield slice(s, s + 1), rows, outputs(self.model, x)[None]
+
+    def _stacked(
+        self, batches: list[tuple[Tensor, slice]], displacements: Float[Tensor, "s P"]
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "s n c"]]]:
+        """Batch by batch, a chunk of draws in one call."""
+        base = self.space.values(self.model)
+        for x, rows in batches:
+            step = draws_at_once(self.space.num_parameters, x)
+
+            def one(displacement: Tensor, x: Tensor = x) -> Tensor:
+                return outputs(self.model, x, self.space.moved(base, displacement))
+
+            for start in range(0, len(displacements), step):
+                part = displacements[start : start + step]
+                yield slice(start, start + len(part)), rows, vmap(one, randomness="error")(part)
+
+
+def draws_at_once(numbers: int, x: Tensor) -> int:
+    """How many models of so many numbers are stacked on a batch x: 2^22 of them, or of inputs, are held at a time."""
+    return max(1, _STACK_ELEMENTS // max(numbers, x.numel()))
+
+
+@contextmanager
+def moved_in_place(model: nn.Module, space: ParameterSpace) -> Iterator[Callable[[Float[Tensor, " P"]], None]]:
+    """A function that moves the selected parameters to θ + z, which every pass over the model then has; θ comes back.
+
+    The parameters get other memory meanwhile, the same for every z: nothing is allocated for a draw, and θ is restored
+    bit for bit. The model is to be a private copy, as `prepare_model` makes.
+    """
+    named = dict(model.named_parameters())
+    parameters = [named[name] for name in space.names]
+    theta = [parameter.data for parameter in parameters]
+    moved = [torch.empty_like(values) for values in theta]
+
+    def move(displacement: Float[Tensor, " P"]) -> None:
+        for values, part, room in zip(theta, space.split(displacement).values(), moved, strict=True):
+            torch.add(values, part, out=room)
+
+    try:
+        for parameter, room in zip(parameters, moved, strict=True):
+            parameter.data = room
+        yield move
+    finally:
+        for parameter, values in zip(parameters, theta, strict=True):
+            parameter.data = values

@@ -1,0 +1,198 @@
+"""Modules with noise: a random function f(·; θ, ω), whose ω is a pure function of (seed, group, module, number).
+
+A kernel's nonlocal gradient is that of the expectation, g(x) = E_{z,ω}[P (f(x; θ+z, ω) − f(x; θ, ω)) z/|z|²]. Each
+group of draws has an ω of its own, shared by the two evaluations of a draw, by the dependent draws of a group and by
+all examples: one group is one random function, so no example depends on its batch. Here a model's modules are told
+which ω the present pass has, and take numbers of it; which one that is, estimators decide. Noise of an example's own
+has no place here: it would make f(x) a function of more than x.
+
+Axes: n examples; the axes of a unit are those behind the examples' axis.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.sampling.philox import Stream, normal, uniform
+
+# Of the 50 bits of an index 18 count the requests of a module in a pass, 32 the numbers of a request.
+_REQUEST_NUMBERS = 1 << 32
+_MOST_REQUESTS = 1 << 18
+_MOST_MODULES = 1 << 16
+_ROUGH_AGREEMENT = 1e-3
+# The random functions whose mean stands for the expectation of a model's output: far from draws, which count from 0.
+MEAN_FUNCTIONS = range(1 << 31, (1 << 31) + 64)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Which random function a module is part of: ω = `group` of `seed`; `module` is its number in the model."""
+
+    seed: int = 0
+    group: int = 0
+    module: int = 0
+
+
+class StochasticModule(nn.Module):
+    """A module whose forward pass takes random numbers from `normals` and `uniforms`, and from nowhere else.
+
+        class Jitter(StochasticModule):
+            def forward(self, u):
+                return u + 0.1 * self.normals(u.shape[1:], like=u)
+
+    In eval mode they are numbers of the present ω (`nntk_dist.models.noise`): every request of a pass, in its order,
+    gets numbers of its own, so a module that is called twice has fresh noise in each call. Shapes leave out the
+    examples' axis: all examples share them. (A request with that axis would tie an example to its place in the batch,
+    which is refused when a kernel is planned.) Set `differentiable` to False in a subclass that is not Lipschitz in its
+    input: then no gradient of it is taken.
+
+    In training mode the numbers are torch's own. Outside a kernel and `fixed_noise`, in eval mode, every request gets
+    the same numbers, those of the first request of function 0 of seed 0.
+    """
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noise: Noise | None = None
+        self._num_requests = 0
+
+    def normals(self, shape: tuple[int, ...], *, like: Tensor) -> Float[Tensor, "..."]:
+        """Standard normals, of the dtype and device of `like`."""
+        if self.training:
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+        noise, start, count = self._request(shape)
+        groups = torch.tensor([noise.group], dtype=torch.int64, device=like.device)
+        stop = start + count
+        values = normal(noise.seed, Stream.MODEL, groups, start, stop, draw=noise.module, dtype=like.dtype)
+        return values.reshape(shape)
+
+    def uniforms(self, shape: tuple[int, ...], *, like: Tensor) -> Float[Tensor, "..."]:
+        """Uniform(0, 1) numbers in float64, on the device of `like`."""
+        if self.training:
+            return torch.rand(shape, dtype=torch.float64, device=like.device)
+        noise, start, count = self._request(shape)
+        groups = torch.tensor([noise.group], dtype=torch.int64, device=like.device)
+        return uniform(noise.seed, Stream.MODEL, groups, count, draw=noise.module, start=start).reshape(shape)
+
+    @property
+    def noise(self) -> Noise:
+        """The present ω, for a module that makes numbers of its own counters in `Stream.MODEL`, with no request.
+
+        In training mode it is a function that torch's generator chooses anew each time.
+        """
+        if self.training:
+            return Noise(group=int(torch.randint(1 << 32, ())))
+        return self._noise or Noise()
+
+    def _request(self, shape: tuple[int, ...]) -> tuple[Noise, int, int]:
+        """The present ω, and where the numbers of this request begin and how many they are."""
+        count = math.prod(shape)
+        if self._num_requests >= _MOST_REQUESTS or count > _REQUEST_NUMBERS:
+            raise NNTKError(
+                f"a {type(self).__name__} asks for noise the {self._num_requests + 1}th time in one pass, for {count} "
+                f"numbers; allowed: {_MOST_REQUESTS} times, {_REQUEST_NUMBERS} numbers"
+            )
+        start = self._num_requests * _REQUEST_NUMBERS
+        if self._noise is not None:
+            self._num_requests += 1
+        return self.noise, start, count
+
+
+def noise_modules(model: nn.Module) -> dict[str, StochasticModule]:
+    """The modules of a model that take random numbers, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, StochasticModule)}
+
+
+def is_random(model: nn.Module) -> bool:
+    """Whether some part of the model takes random numbers."""
+    return any(isinstance(module, StochasticModule) for module in model.modules())
+
+
+@contextmanager
+def fixed_noise(model: nn.Module, seed: int = 0, group: int = 0) -> Iterator[None]:
+    """Inside, every pass through the model in eval mode is the same random function: number `group` of `seed`.
+
+    Two models of equal structure are the same function of their parameters. `group` counts from 0 to 2^32 − 1.
+    Raises: NNTKError for a group or a number of modules out of range.
+    """
+    modules = list(noise_modules(model).values())
+    before = [module._noise for module in modules]
+    registered = bool(modules) and _begin_pass not in model._forward_pre_hooks.values()
+    handle = model.register_forward_pre_hook(_begin_pass) if registered else None
+    _set_noise(modules, seed, group)
+    try:
+        yield
+    finally:
+        for module, noise in zip(modules, before, strict=True):
+            module._noise, module._num_requests = noise, 0
+        if handle is not None:
+            handle.remove()
+
+
+def fix_noise(model: nn.Module) -> None:
+    """Make a private model one fixed random function, number 0 of seed 0, wherever `fixed_noise` does not choose."""
+    modules = list(noise_modules(model).values())
+    if modules and _begin_pass not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_begin_pass)
+    _set_noise(modules, 0, 0)
+
+
+def _set_noise(modules: list[StochasticModule], seed: int, group: int) -> None:
+    if len(modules) > _MOST_MODULES:
+        raise NNTKError(f"the model has {len(modules)} modules with noise; allowed: {_MOST_MODULES}")
+    if not 0 <= group < 1 << 32:
+        raise NNTKError(f"group is {group}; allowed: 0 to {(1 << 32) - 1}")
+    for number, module in enumerate(modules):
+        module._noise, module._num_requests = Noise(seed, group, number), 0
+
+
+def _begin_pass(model: nn.Module, args: tuple) -> None:
+    """A pass begins: requests count from 0 again. A hook of the model as a whole, found on copies of it too."""
+    for module in model.modules():
+        if isinstance(module, StochasticModule):
+            module._num_requests = 0
+
+
+def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
+    """Why no gradients of a random model are to be taken, in words, or None where they may be.
+
+    Raises: NNTKError where the kernel is asked for and made of nothing else.
+    """
+    modules = noise_modules(model)
+    if modules and kind == "local":
+        raise NNTKError(
+            f"kind is 'local', but the model draws noise (module '{next(iter(modules))}'), so that it has no one "
+            "gradient; use kind: averaged, which is the mean over noise and draws and tends to the mean of the local "
+            "kernels as gamma does to 0"
+        )
+    rough = next((path for path, module in modules.items() if not module.differentiable), None)
+    if rough is None:
+        return None
+    reason = f"the noise of module '{rough}' makes the model nowhere differentiable"
+    if kind == "averaged":
+        raise NNTKError(f"kind is 'averaged', which is made of gradients, but {reason}; use kind: nonlocal, covariance")
+    if estimator == "autodiff":
+        raise NNTKError(f"estimator is 'autodiff', but {reason}; use estimator: weight, activation or auto")
+    return reason
+
+
+def agreement(model: nn.Module, usual: float) -> float:
+    """The relative tolerance of checks that two passes through a model are equal but for rounding: `usual`, or 1e-3.
+
+    Noise that is not Lipschitz magnifies rounding from layer to layer; what the checks look for changes far more.
+    """
+    rough = any(not module.differentiable for module in noise_modules(model).values())
+    return _ROUGH_AGREEMENT if rough else usual
+
+
+def noise_text(model: nn.Module) -> str:
+    """What a random model adds to the reasons of a plan."""
+    count = len(noise_modules(model))
+    return f"; the noise of {count} module{'s' * (count > 1)} is part of the expectation" if count else ""

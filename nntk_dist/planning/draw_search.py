@@ -1,0 +1,72 @@
+"""The pilot of a kernel with an asked accuracy: looks at a sample of its rows until the draws are enough.
+
+The sample is a quarter of the one that calibrates the whole kernel's standard errors, its draws divided into more
+blocks where that is the same kernel, so as to know the error better. Every look computes its draws anew: a function of
+their number alone, and together the looks cost a few times the last one, on at most 32 + 32 rows (more where one side
+has few).
+
+Axes: n1, n2 rows and columns of the kernel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from nntk_dist.planning.decision import Resolution, with_draws
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap
+from nntk_dist.spec import KernelSpec
+from nntk_dist.statistics.estimates import PILOT_ENTRIES, Calibration, sample_entries, sample_limit
+from nntk_dist.statistics.required_draws import Look, blocks_to_look_at, next_draws
+from nntk_dist.statistics.tile_estimates import calibrate_sample
+
+
+def find_draws(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    spec: KernelSpec,
+    resolution: Resolution,
+    *,
+    batch: int,
+) -> tuple[Resolution, Look]:
+    """The decision with as many draws as `spec.rtol` takes, and the last look; `inputs` are x1, or x1 and x2.
+
+    Cost: the features of the sampled rows, at most about four times over. Raises: NNTKError as `with_draws`.
+    """
+    assert spec.rtol is not None
+    unit = spec.draw_unit(resolution.num_draws, resolution.num_parameters)
+    looks: list[Look] = []
+    num_draws: int | None = resolution.num_draws
+    while num_draws is not None:
+        looked_at = spec_to_look_at(spec, num_draws, resolution.num_parameters)
+        features = make_feature_map(
+            model, inputs[0], looked_at, with_draws(model, inputs[0], looked_at, resolution, num_draws)
+        )
+        calibration = _calibration(features, inputs, ids, looked_at, batch)
+        looks.append(Look.of(num_draws, calibration, looked_at=looked_at.blocks, blocks=spec.blocks))
+        num_draws = next_draws(looks, rtol=spec.rtol, max_draws=spec.max_draws, unit=unit)
+    return with_draws(model, inputs[0], spec, resolution, looks[-1].draws), looks[-1]
+
+
+def spec_to_look_at(spec: KernelSpec, num_draws: int, num_parameters: int) -> KernelSpec:
+    """The kernel with its draws in more blocks, where that is the same kernel: not so with weights of draws, which are
+    normalised within a block, nor with orthogonal groups, whose size depends on it.
+    """
+    if spec.design == "orthogonal" or not spec.weighting.is_fixed:
+        return spec
+    group = spec.draw_unit(num_draws, num_parameters) // spec.blocks
+    return replace(spec, blocks=blocks_to_look_at(num_draws, spec.blocks, group), draws=num_draws)
+
+
+def _calibration(
+    features: FeatureMap, inputs: Sequence[Tensor], ids: Sequence[Tensor], spec: KernelSpec, batch: int
+) -> Calibration:
+    width = len(features.columns) if spec.meeting.full else 1
+    chosen = sample_entries(spec.seed, len(inputs[0]), len(inputs[-1]), sample_limit(width, PILOT_ENTRIES))
+    rows = [
+        features.compute(x[some], names[some], range(features.num_draws), features.columns, batch=min(batch, len(some)))
+        for x, names, some in zip((inputs[0], inputs[-1]), (ids[0], ids[-1]), chosen, strict=True)
+    ]
+    return calibrate_sample(features, [(rows[0], rows[1])], spec.meeting)

@@ -1,0 +1,162 @@
+"""What a model was found to be like before its kernel is computed, as one value of plain numbers and words.
+
+It is kept with the decision that it led to, shown with a plan and on the report's page. What no kernel can be made of
+is refused elsewhere (`nntk_dist.planning.decision`); here is said what was seen, and which numbers are not to be
+trusted.
+
+Axes: n examples, c outputs.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nntk_dist.layers.noise_plan import plan_noise
+from nntk_dist.models.evaluation import Evaluator
+from nntk_dist.planning.jumps import JumpProbe
+from nntk_dist.planning.noise_floor import NoiseFloor, probe_noise
+from nntk_dist.spec import KernelSpec
+
+# Noise of 1 % in differences adds 1e-4 of itself to the variance of `weight`, and to a covariance kernel's diagonal.
+NOTABLE_NOISE = 0.01
+# Estimators that are made of differences of outputs; gradients have no such cancellation.
+_DIFFERENCES = ("weight", "activation")
+
+
+@dataclass(frozen=True)
+class ModelProbes:
+    """What was tried and found. Relative changes are of the largest output; None is what was not probed.
+
+    repeat_change: largest change of an output between two equal calls; 0 for a deterministic model.
+    batch_change: largest change of an output where its batch is another one; None for a single example.
+    jump_residual: share of the change of f along segments that the integrated gradient misses; None also where f
+        did not change on them, as `jump_gradients`, the gradients taken, tells.
+    jump_size: of a jump met on long chords, relative to the output's range there; 0 where none was met.
+    change_size, noise_size: root mean squares of the differences f(x; θ+z) − f(x; θ) and of their rounding noise.
+    noise_measured: whether against float64; otherwise the noise is estimated from the rounding unit.
+    training_modules: modules that would do something else in training mode; eval mode is what is used.
+    cautions: sentences, one for every number that is not to be trusted.
+    """
+
+    repeat_change: float
+    batch_change: float | None = None
+    jump_residual: float | None = None
+    jump_gradients: int | None = None
+    jump_size: float | None = None
+    change_size: float | None = None
+    noise_size: float | None = None
+    noise_measured: bool | None = None
+    training_modules: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("training_modules", "cautions"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def jumps(self) -> bool | None:
+        """Whether f was found to jump in θ; None where that was not probed, or where nothing changed f."""
+        if self.jump_residual is None or self.jump_gradients is None:
+            return None
+        return not JumpProbe(self.jump_residual, self.jump_gradients, self.jump_size or 0.0).differentiable
+
+    @property
+    def noise(self) -> float | None:
+        """Noise over signal in differences of outputs: infinite where there is no signal, NaN where neither is."""
+        if self.change_size is None or self.noise_size is None:
+            return None
+        return NoiseFloor(self.change_size, self.noise_size, bool(self.noise_measured)).ratio
+
+
+def call_changes(evaluator: Evaluator, x: Tensor, values: Float[Tensor, "n c"]) -> tuple[float, float | None]:
+    """How far outputs `values` of x change in a second call, and in a batch without the last row, turned round.
+
+    Relative to the largest output. Cost: two forward passes.
+    """
+    scale = float(values.abs().max())
+
+    def change(others: Tensor, kept: Tensor) -> float:
+        largest = float((others - kept).abs().max())
+        return largest / scale if scale > 0 else (math.inf if largest > 0 else 0.0)
+
+    repeat = change(evaluator.base(x), values)
+    return repeat, change(evaluator.base(x[:-1].flip(0)).flip(0), values[:-1]) if len(x) > 1 else None
+
+
+def probe_model(
+    evaluator: Evaluator,
+    spec: KernelSpec,
+    x: Tensor,
+    estimator: str,
+    *,
+    calls: tuple[float, float | None],
+    jumps: JumpProbe | None,
+) -> ModelProbes:
+    """All that was found, the noise floor added to it: `evaluator` evaluates perturbed models as the run will.
+
+    Cost: the noise floor's eighteen forward passes of up to 32 examples; a local kernel perturbs nothing and has none.
+    """
+    floor = None if spec.kind == "local" else _noise_floor(evaluator, spec, x, estimator)
+    notable = floor is not None and estimator in _DIFFERENCES and floor.ratio > NOTABLE_NOISE
+    return ModelProbes(
+        repeat_change=calls[0],
+        batch_change=calls[1],
+        jump_residual=None if jumps is None or not math.isfinite(jumps.residual) else jumps.residual,
+        jump_gradients=None if jumps is None else jumps.num_gradients,
+        jump_size=None if jumps is None else jumps.jump,
+        change_size=None if floor is None else floor.change,
+        noise_size=None if floor is None else floor.noise,
+        noise_measured=None if floor is None else floor.measured,
+        training_modules=modules_by_mode(evaluator.model),
+        cautions=(_noise_caution(floor, evaluator, spec, x, jumps),) if notable and floor is not None else (),
+    )
+
+
+def modules_by_mode(model: nn.Module) -> tuple[str, ...]:
+    """Modules of torch that behave differently in training mode, counted by class: `2 BatchNorm2d`, `1 Dropout`.
+
+    A module of one's own that looks at `self.training` is not known here.
+    """
+    found = Counter(type(module).__name__ for module in model.modules() if _depends_on_mode(module))
+    return tuple(f"{number} {name}" for name, number in found.items())
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.running_mean is not None
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return module.dropout > 0
+    return isinstance(module, nn.RReLU)
+
+
+def _noise_floor(evaluator: Evaluator, spec: KernelSpec, x: Tensor, estimator: str) -> NoiseFloor | None:
+    """Of the kernel's own perturbations. Noise in pre-activations moves an example as noise in its weights does, the
+    readout's apart, which `activation` leaves alone.
+    """
+    model, space = evaluator.model, evaluator.space
+    columns = (spec.outputs,) if isinstance(spec.outputs, int) else range(evaluator.base(x[:1]).shape[1])
+    still: tuple[str, ...] = ()
+    if estimator == "activation" and (readout := plan_noise(model, space, x).readout) is not None:
+        still = tuple(name for _, name in readout.site.parameters)
+    return probe_noise(evaluator, spec.drawing(estimator, space, model), x, columns, still=still)
+
+
+def _noise_caution(
+    floor: NoiseFloor, evaluator: Evaluator, spec: KernelSpec, x: Tensor, jumps: JumpProbe | None
+) -> str:
+    dtype = str(evaluator.base(x[:1]).dtype).removeprefix("torch.")
+    remedies = ["a larger gamma"]
+    if floor.measured:  # otherwise it is float64 already
+        remedies.append("dtype float64")
+        if spec.kind == "nonlocal" and jumps is None:
+            remedies.append("estimator autodiff, where the model has no jumps")
+    size = "all" if math.isinf(floor.ratio) else f"{floor.ratio:.2g}"
+    return (
+        f"rounding in {dtype} on {x.device.type} is {size} of the differences f(x; θ+z) − f(x; θ) at gamma "
+        f"{spec.gamma:g} (harmless: up to {NOTABLE_NOISE}), and adds noise to the kernel; take {' or '.join(remedies)}"
+    )

@@ -1,0 +1,181 @@
+"""Sums of block products over a tile: all that the statistics of a kernel need, whatever features they are made of.
+
+A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. This room holds the sums and how
+two row sets meet; how features become sums is the business of `nntk_dist.products.formed` (features are columns),
+`metric_products` (columns and a matrix between them), `layered_products` and `pair_products` (outer products that are
+never formed). No models, no randomness; standard errors are made of these sums in `nntk_dist.statistics.estimates`.
+
+Axes: n rows, r/R blocks, c outputs, k feature columns of one output, w slots of features (blocks, draws, or
+combinations of blocks), q/Q groups of sketch columns.
+Pairings: "blocks" pairs all blocks (nonlocal kernel), "draws" only a draw with itself (averaged, covariance, local).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+Sum = tuple[str, int]  # the name of one: what it sums, and the number of its block or group
+WITHIN, BETWEEN = ("within", 0), ("between", 0)
+
+# So many terms of an inner product are summed in the features' dtype; further ones join them in float64.
+INNER_TERMS = 4096
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How two row sets meet: all rows with all (`cross`) or each with its namesake (`paired`), outputs summed or kept.
+
+    Shapes of a product: cross (n1, n2) or, with `full`, (n1·C, n2·C); paired (n,) or (n, C, C).
+    """
+
+    full: bool = False
+    paired: bool = False
+
+    def outputs(self, a: Float[Tensor, "n1 c k"], b: Float[Tensor, "n2 c k"]) -> Tensor:
+        """Products of features that carry outputs."""
+        if self.paired:
+            return torch.einsum("nck,ndk->ncd", a, b) if self.full else torch.einsum("nck,nck->n", a, b)
+        if self.full:
+            return a.flatten(0, 1) @ b.flatten(0, 1).T
+        return a.flatten(1) @ b.flatten(1).T
+
+    def paired_product(self, a: Float[Tensor, "n w c k"], b: Float[Tensor, "n w c k"]) -> Float64[Tensor, "n *c"]:
+        """Products of each row with its column, summed over their slots: at most `INNER_TERMS` terms in the features'
+        dtype, the rest in float64.
+        """
+        left, right = (part.transpose(1, 2).flatten(2) for part in (a, b))
+        if not self.full:
+            return (left * right).sum((1, 2), dtype=torch.float64)
+        portions = zip(left.split(INNER_TERMS, -1), right.split(INNER_TERMS, -1), strict=True)
+        return torch.stack([self.outputs(some, others).double() for some, others in portions]).sum(0)
+
+    def matrix(self, features: Float[Tensor, "n w c k"]) -> Float[Tensor, "rows inner"]:
+        """One row for each of the kernel's; a view wherever the features lie so."""
+        return features.transpose(1, 2).flatten(2).flatten(0, 1) if self.full else features.flatten(1)
+
+    def shared(self, a: Float[Tensor, "n1 k"], b: Float[Tensor, "n2 k"], num_outputs: int) -> Tensor:
+        """Products of features that all outputs share, shaped to multiply those of `outputs`."""
+        if self.paired:
+            product = torch.einsum("nk,nk->n", a, b)
+            return product[:, None, None] if self.full else product
+        product = a @ b.T
+        if self.full:
+            return product.repeat_interleave(num_outputs, 0).repeat_interleave(num_outputs, 1)
+        return product
+
+    def shape(self, num_rows: int, num_columns: int, num_outputs: int) -> tuple[int, ...]:
+        if self.paired:
+            return (num_rows, num_outputs, num_outputs) if self.full else (num_rows,)
+        width = num_outputs if self.full else 1
+        return (num_rows * width, num_columns * width)
+
+    def both(self, a: Bool[Tensor, "n1 *c"], b: Bool[Tensor, "n2 *c"]) -> Bool[Tensor, "*tile"]:
+        """Where a row's property and a column's are both true; with `full` each output has its own."""
+        if self.paired:
+            return a[:, :, None] & b[:, None, :] if self.full else a & b
+        return a.flatten()[:, None] & b.flatten()[None, :]
+
+    def same_output(self, values: Float[Tensor, "*lead tile"], num_outputs: int) -> Tensor:
+        """Products that are `values` for an output with itself and 0 for two different ones."""
+        if not self.full:
+            return values * num_outputs
+        identity = torch.eye(num_outputs, dtype=values.dtype, device=values.device)
+        if self.paired:
+            return values[..., None, None] * identity
+        return torch.kron(values.contiguous(), identity)
+
+
+def block(number: int) -> Sum:
+    """The name of `by_block[number]`."""
+    return "block", number
+
+
+def group(number: int) -> Sum:
+    """The name of `by_group[number]`."""
+    return "group", number
+
+
+@dataclass
+class BlockSums:
+    """Sums over blocks of the products of one tile, in float64.
+
+    within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
+    h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r. by_group, where features are
+    sketched: what each group of sketch columns contributes to `between`, its leading axis is q. resolved: entries of
+    whose every part some draw told something; None where all are, or where `by_block` shows it.
+    """
+
+    num_blocks: int
+    within: Float64[Tensor, "*tile"]
+    between: Float64[Tensor, "*tile"] | None
+    by_block: Float64[Tensor, "r *tile"] | None
+    by_group: Float64[Tensor, "q *tile"] | None = None
+    resolved: Bool[Tensor, "*tile"] | None = None
+
+    def parts(self) -> dict[Sum, Float64[Tensor, "*tile"]]:
+        """The sums by name, as views: `WITHIN`, `BETWEEN`, `block(r)`, `group(q)`."""
+        named = {WITHIN: self.within}
+        if self.between is not None:
+            named[BETWEEN] = self.between
+        for name, stack in ((block, self.by_block), (group, self.by_group)):
+            named |= {} if stack is None else {name(index): part for index, part in enumerate(stack)}
+        return named
+
+    def of_stack(self, stack: Float64[Tensor, "m *tile"]) -> "BlockSums":
+        """The same sums as views of a stack, in the order of `parts`."""
+        num_blocks = 0 if self.by_block is None else len(self.by_block)
+        first = 1 if self.between is None else 2
+        pairs, blocks, groups = stack.tensor_split((first, first + num_blocks))
+        return BlockSums(
+            self.num_blocks,
+            pairs[0],
+            None if self.between is None else pairs[1],
+            None if self.by_block is None else blocks,
+            None if self.by_group is None else groups,
+        )
+
+    def of_rows(self, rows: slice) -> "BlockSums":
+        """Those of some rows of the tile, as views."""
+        assert self.resolved is None
+        within, between = self.within[rows], None if self.between is None else self.between[rows]
+        by_block, by_group = (None if stack is None else stack[:, rows] for stack in (self.by_block, self.by_group))
+        return BlockSums(self.num_blocks, within, between, by_block, by_group)
+
+    def add_(self, other: "BlockSums") -> "BlockSums":
+        """Add the sums of further outputs or layers, in place."""
+        self.within += other.within
+        if self.between is not None and other.between is not None:
+            self.between += other.between
+        if self.by_block is not None and other.by_block is not None:
+            self.by_block += other.by_block
+        if self.by_group is not None and other.by_group is not None:
+            self.by_group += other.by_group
+        if self.resolved is not None and other.resolved is not None:
+            self.resolved |= other.resolved
+        return self
+
+
+def empty_sums(
+    shape: Sequence[int],
+    num_blocks: int,
+    *,
+    pair_blocks: bool,
+    by_block: bool,
+    device: torch.device,
+    num_groups: int = 0,
+) -> BlockSums:
+    """Sums of nothing; groups are kept apart only together with blocks, for the standard error."""
+
+    def zeros(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64, device=device)
+
+    return BlockSums(
+        num_blocks,
+        zeros(*shape),
+        zeros(*shape) if pair_blocks else None,
+        zeros(num_blocks, *shape) if by_block else None,
+        zeros(num_groups, *shape) if by_block and num_groups else None,
+    )

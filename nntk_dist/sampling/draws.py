@@ -1,0 +1,290 @@
+"""Which perturbation every draw is: its law, its group, its block, as a pure function of its number.
+
+z = D·u: u of the asked law, D one scale per tensor, or 1. Draws that depend on each other (±z of an antithetic pair,
+orthonormal directions) form a group, and a group never straddles two blocks: blocks are independent and identically
+distributed, on which every standard error rests. A draw's *direction* v is what its output difference is multiplied by,
+g = mean Δ_s v_s: v = P·D⁻¹u/|u|² for radial laws, v = D⁻¹·2u/γ² for the low-rank one. Nothing here evaluates a model.
+
+Axes: s draws, r blocks, P parameters; m members, the vectors that draws are made of: one for both draws of a pair.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from nntk_dist.errors import check_choice
+from nntk_dist.sampling.designs import GROUP_SIZES, check_draws, group_size
+from nntk_dist.sampling.laws import Distribution, LowRank
+from nntk_dist.sampling.low_rank import low_rank_factors, low_rank_normals
+from nntk_dist.sampling.orthogonal import inverse_factors, needs_whole_vectors, orthonormal_rows, triangular_factors
+from nntk_dist.sampling.philox import Stream, normal, uniform
+
+_LAW = 1  # number of the draw's uniform in its stream, where its normals are number 0
+_SLICE = 1 << 14  # parameters at a time wherever a sum over all of them belongs to a perturbation
+_SLICE_ELEMENTS = 1 << 24
+DRAW_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """S perturbations in R blocks, a pure function of the seed; draw s lies in block s // (S/R).
+
+    `shapes` are those of the tensors that the vector is made of, in its order, which `lowrank` needs; `scales` the
+    diagonal of D, one number for each of these tensors, or () for 1.
+    Raises: NNTKError where S is not a multiple of R times the design's group size, or R < 4 where groups are not
+    complete.
+    """
+
+    distribution: Distribution
+    num_draws: int
+    num_blocks: int
+    num_parameters: int
+    design: str = "iid"
+    seed: int = 0
+    stream: Stream = Stream.PARAMETER
+    shapes: tuple[tuple[int, ...], ...] = ()
+    scales: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("design", self.design, GROUP_SIZES)
+        check_draws(self.num_draws, self.num_blocks, self.design, self.num_parameters)
+        if (self.shapes or self.scales or isinstance(self.distribution, LowRank)) and (
+            sum(map(math.prod, self.shapes)) != self.num_parameters or len(self.scales) not in (0, len(self.shapes))
+        ):
+            raise ValueError(f"shapes {self.shapes} and scales {self.scales} do not fit {self.num_parameters} numbers")
+
+    @property
+    def group_size(self) -> int:
+        return group_size(self.design, self.draws_per_block, self.num_parameters)
+
+    @property
+    def draws_per_block(self) -> int:
+        return self.num_draws // self.num_blocks
+
+    def by_group(self, draws: range) -> Iterator[tuple[int, range]]:
+        """The groups that consecutive draws belong to, each with its draws among them; noise of a model is a group's.
+
+        An antithetic pair, an orthogonal group or a single draw: group g holds draws g·k to (g+1)·k, k its size.
+        """
+        size = self.group_size
+        for group in range(draws.start // size, -(-draws.stop // size)):
+            yield group, range(max(draws.start, group * size), min(draws.stop, (group + 1) * size))
+
+    def perturbations(
+        self,
+        draws: range,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Float[Tensor, "s P"]:
+        """Coordinates `start` to `stop` of the perturbations z of consecutive draws.
+
+        The same call gives the same bits; slices agree to rounding. Cost O(s·(stop − start)), more by the passes over
+        all coordinates that a length or an orthonormal group takes; whole groups are made, so ask for whole groups.
+        """
+        stop = self.num_parameters if stop is None else stop
+        first, last = draws.start // self.group_size, -(-draws.stop // self.group_size)
+        whole = range(first * self.group_size, last * self.group_size)
+        members = self._members(whole, device)
+        if isinstance(self.distribution, LowRank):
+            values = self._low_rank(members, start, stop, self.distribution.gamma / math.sqrt(2.0), dtype)
+        elif self.design == "orthogonal":
+            values = self._orthogonal(members, start, stop, dtype)
+        else:
+            times = self._multipliers(members)
+            values = normal(self.seed, self.stream, members, start, stop, dtype=dtype, times=times)
+        if self.scales:
+            values *= self._scale_vector(start, stop, device).to(dtype)
+        if self.design == "antithetic":
+            values = torch.stack((values, -values), dim=1).flatten(0, 1)
+        offset = draws.start - whole.start
+        return values[offset : offset + len(draws)]
+
+    def low_rank_factors(
+        self, draws: range, *, dtype: torch.dtype, device: torch.device | str
+    ) -> list[tuple[Float[Tensor, "s out r"], Float[Tensor, "s rest r"] | None]]:
+        """The tensors of low-rank perturbations as products A·Bᵀ, vectors as (s, size, 1) and None; whole groups."""
+        assert isinstance(self.distribution, LowRank)
+        members = self._members(draws, device)
+        scales = self.scales or (1.0,) * len(self.shapes)
+        signed = torch.tensor([1.0, -1.0] if self.design == "antithetic" else [1.0], dtype=dtype, device=device)
+        parts = low_rank_factors(self.seed, self.stream, members, self.shapes, self.distribution.rank)
+        result = []
+        for scale, (left, right) in zip(scales, parts, strict=True):
+            left = left.mul_(scale * self.distribution.gamma / math.sqrt(2.0)).to(dtype)
+            left = (left[:, None] * signed[:, None, None]).flatten(0, 1)
+            result.append((left, None if right is None else right.to(dtype).repeat_interleave(len(signed), 0)))
+        return result
+
+    def directions(self, z: Float[Tensor, "s P"]) -> Float64[Tensor, "s P"]:
+        """v_s of whole perturbations z_s as they were used, rounding included."""
+        u = z.to(torch.float64, copy=True)
+        if not self.scales:
+            return u.mul_(self._direction_factor(u.square().sum(1))[:, None])
+        scale = self._scale_vector(0, self.num_parameters, z.device)
+        u /= scale
+        return u.mul_(self._direction_factor(u.square().sum(1))[:, None]).div_(scale)
+
+    def shrinkage(self, draws: range, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
+        """U^{1/P} of each draw, U ~ Uniform(0, 1): the radial factor of `autodiff` (DESIGN §1); a pair shares its U."""
+        numbers = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=device)
+        groups = numbers // GROUP_SIZES[self.design]
+        return uniform(self.seed, Stream.RADIUS, groups, 1)[:, 0] ** (1.0 / self.num_parameters)
+
+    def shrunken(self, draws: range, *, device: torch.device | str = "cpu") -> Iterator[Float64[Tensor, " P"]]:
+        """U^{1/P} z of each draw, one after the other; memory of a group."""
+        for part in draw_chunks(draws, self.num_parameters, self.group_size):
+            z = self.perturbations(part, dtype=torch.float64, device=device)
+            yield from z.mul_(self.shrinkage(part, device=device)[:, None])
+
+    def squared_norms(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
+        """|u_s|² of all draws of a radial law, a slice of parameters at a time; memory O(S + 2^24)."""
+        members = self._members(range(self.num_draws), device)
+        squares = self._member_squares(members) * self._multipliers(members).square()
+        return squares.repeat_interleave(2) if self.design == "antithetic" else squares
+
+    def direction_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
+        """⟨v_s, v_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S² + 2^24), 2·S²·P
+        operations.
+        """
+        if self.design == "orthogonal" and needs_whole_vectors(self.group_size, self.num_parameters):
+            z = self.perturbations(range(self.num_draws), dtype=torch.float64, device=device)
+            v = self.directions(z)  # no larger than the result: P < 2k ≤ S
+            return v @ v.T
+        members = self._members(range(self.num_draws), device)
+        squares = torch.zeros(len(members), dtype=torch.float64, device=device)
+        products = torch.zeros(len(members), len(members), dtype=torch.float64, device=device)
+        grams = self._no_grams(members) if self.design == "orthogonal" else None
+        for start, stop in self._slices(len(members)):
+            part = self._normals(members, start, stop)
+            squares += part.square().sum(1)
+            if grams is not None:
+                rows = part.unflatten(0, (-1, self.group_size))
+                grams += rows @ rows.mT
+            if self.scales:
+                part /= self._scale_vector(start, stop, device)
+            products.addmm_(part, part.T)
+        if grams is not None:
+            inverses = inverse_factors(triangular_factors(grams))
+            for _ in range(2):  # from both sides
+                rows = inverses @ products.unflatten(0, (-1, self.group_size))
+                products = rows.flatten(0, 1).T.contiguous()
+        return self._finished(products, squares, members)
+
+    def _finished(self, products: Tensor, squares: Tensor, members: Tensor) -> Float64[Tensor, "s s"]:
+        """From products of the members' carriers (n, or orthonormal q) to those of the draws' directions."""
+        if isinstance(self.distribution, LowRank):
+            products *= 2.0 / self.distribution.gamma**2
+        else:
+            factor = self.num_parameters / self._multipliers(members, squares)
+            factor /= squares.sqrt() if self.design == "orthogonal" else squares
+            products *= factor[:, None] * factor[None, :]
+        if self.design != "antithetic":
+            return products
+        signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64, device=products.device)
+        return torch.kron(products, signs)
+
+    def _direction_factor(self, squares: Float64[Tensor, " s"]) -> Float64[Tensor, " s"]:
+        """What u is multiplied by to give D·v, from |u|²."""
+        if isinstance(self.distribution, LowRank):
+            return torch.full_like(squares, 2.0 / self.distribution.gamma**2)
+        return self.num_parameters / squares
+
+    def _members(self, draws: range, device: torch.device | str) -> Tensor:
+        """The numbers of the members of whole groups of draws: a pair has one, every other draw its own."""
+        sharing = GROUP_SIZES[self.design]
+        return torch.arange(draws.start // sharing, draws.stop // sharing, dtype=torch.int64, device=device)
+
+    def _normals(self, members: Tensor, start: int, stop: int) -> Float64[Tensor, "m k"]:
+        """A slice of the carriers before orthonormalisation, of unit variance."""
+        if isinstance(self.distribution, LowRank):
+            return self._low_rank(members, start, stop)
+        return normal(self.seed, self.stream, members, start, stop)
+
+    def _low_rank(
+        self, members: Tensor, start: int, stop: int, scale: float = 1.0, dtype: torch.dtype = torch.float64
+    ) -> Float[Tensor, "m k"]:
+        """A slice of low-rank carriers, so many times."""
+        assert isinstance(self.distribution, LowRank)
+        of = self.seed, self.stream, members, self.shapes, self.distribution.rank, start, stop
+        return low_rank_normals(*of, scale=scale, dtype=dtype)
+
+    def _multipliers(self, members: Tensor, squares: Tensor | None = None) -> Float64[Tensor, " m"]:
+        """u/n, which for some laws needs |n|²."""
+        assert not isinstance(self.distribution, LowRank)
+        scale = self.distribution.scale(
+            self.num_parameters, lambda: uniform(self.seed, self.stream, members, 1, draw=_LAW)[:, 0]
+        )
+        multipliers = torch.as_tensor(scale, dtype=torch.float64, device=members.device).expand(len(members))
+        if not self.distribution.normalised:
+            return multipliers
+        return multipliers / (self._member_squares(members) if squares is None else squares).sqrt()
+
+    def _member_squares(self, members: Tensor) -> Float64[Tensor, " m"]:
+        """|n|² of members, a slice at a time."""
+        squares = torch.zeros(len(members), dtype=torch.float64, device=members.device)
+        for start, stop in self._slices():
+            squares += self._normals(members, start, stop).square().sum(1)
+        return squares
+
+    def _orthogonal(self, members: Tensor, start: int, stop: int, dtype: torch.dtype) -> Float[Tensor, "m k"]:
+        """A slice of orthogonal perturbations: orthonormal directions with the lengths of independent draws."""
+        size = self.group_size
+        if needs_whole_vectors(size, self.num_parameters):
+            rows = self._normals(members, 0, self.num_parameters)
+            lengths = self._multipliers(members, rows.square().sum(1)) * rows.norm(dim=1)
+            q = orthonormal_rows(rows.unflatten(0, (-1, size))).flatten(0, 1)
+            return (q[:, start:stop] * lengths[:, None]).to(dtype)
+        grams, everything = self._no_grams(members), (start, stop) == (0, self.num_parameters)
+        kept = deque[Tensor]()  # or made twice, where few of the parameters are asked for
+        for low, high in self._slices():
+            rows = self._normals(members, low, high).unflatten(0, (-1, size))
+            grams += rows @ rows.mT
+            if everything:
+                kept.append(rows)
+        squares = grams.diagonal(dim1=1, dim2=2).flatten()
+        lengths = (self._multipliers(members, squares) * squares.sqrt()).reshape(-1, size, 1)
+        mixing = inverse_factors(triangular_factors(grams)).mul_(lengths)
+        result = torch.empty(len(members), stop - start, dtype=dtype, device=members.device)
+        for low in range(start, stop, _SLICE):
+            high = min(low + _SLICE, stop)
+            rows = kept.popleft() if kept else self._normals(members, low, high).unflatten(0, (-1, size))
+            result[:, low - start : high - start] = (mixing @ rows).flatten(0, 1)
+        return result
+
+    def _no_grams(self, members: Tensor) -> Float64[Tensor, "g k k"]:
+        size = self.group_size
+        return torch.zeros(len(members) // size, size, size, dtype=torch.float64, device=members.device)
+
+    def _scale_vector(self, start: int, stop: int, device: torch.device | str) -> Float64[Tensor, " k"]:
+        """A slice of D's diagonal."""
+        ends = list(itertools.accumulate(map(math.prod, self.shapes)))
+        overlaps = [
+            max(0, min(stop, end) - max(start, end - math.prod(shape)))
+            for end, shape in zip(ends, self.shapes, strict=True)
+        ]
+        values = torch.tensor(self.scales, dtype=torch.float64, device=device)
+        return values.repeat_interleave(torch.tensor(overlaps, device=device))
+
+    def _slices(self, num_rows: int | None = None) -> Iterator[tuple[int, int]]:
+        """Intervals that cover the parameters: narrower where many rows are held, and otherwise always the same."""
+        width = _SLICE if num_rows is None else max(256, min(1 << 16, _SLICE_ELEMENTS // num_rows))
+        for start in range(0, self.num_parameters, width):
+            yield start, min(start + width, self.num_parameters)
+
+
+def draw_chunks(draws: range, num_parameters: int, group_size: int = 1) -> Iterator[range]:
+    """Consecutive parts of a range of draws: whole groups whose perturbations take at most 2^22 numbers, or one
+    group.
+    """
+    step = max(1, DRAW_ELEMENTS // (num_parameters * group_size)) * group_size
+    for start in range(draws.start, draws.stop, step):
+        yield range(start, min(start + step, draws.stop))

@@ -1,0 +1,241 @@
+"""One tile of a kernel from the features of its rows and columns: the step that memory and a cluster share.
+
+A tile is made in windows of rows and columns that stay in a core's cache, sums in float64 and all; only results are as
+large as the tile. It computes and returns; where rows come from and where tiles go is the caller's business.
+
+Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.products.block_sums.Meeting` says.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
+from nntk_dist.products.features import FeatureMap, Rows, slice_rows
+from nntk_dist.products.weighted_products import Term, TermSums, can_multiply_into, multiply_into_
+from nntk_dist.statistics.estimates import Calibration, calibrate, estimate, shares_of_sums
+
+# Kernel rows and columns of a window: large enough for a matrix product's full rate on two threads, small enough for
+# its sums (2 MiB each in float64) to stay near; on a GPU large enough to have work for all of it.
+WINDOW_ROWS = 512
+WINDOW_COLUMNS = 512
+_GPU_WINDOW = 2048
+_FEW_ROWS = 1024  # of a tile that is made by products alone, where a window is not to be all of it
+
+
+Entries = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a tile: examples of its rows and columns, and where their entries lie."""
+
+    rows: slice
+    columns: slice
+    entries: Entries
+
+
+def window_edges(device: torch.device | str) -> tuple[int, int]:
+    """Kernel rows and columns of a window."""
+    return (_GPU_WINDOW, _GPU_WINDOW) if torch.device(device).type == "cuda" else (WINDOW_ROWS, WINDOW_COLUMNS)
+
+
+class Parts(Protocol):
+    """Features of a tile's rows and columns, some outputs at a time: so many, and one after the other."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]: ...
+
+
+def tile_estimates(
+    features: FeatureMap,
+    parts: Parts,
+    meeting: Meeting,
+    calibration: Calibration | None,
+    scale: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    empty: Callable[..., Tensor] = torch.empty,
+) -> dict[str, Tensor]:
+    """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in the kernel's scale; sums are of float64, and
+    results rounded to `dtype`, in memory that `empty` makes (called as `torch.empty` is).
+
+    `parts` are the features of rows and columns (computed, or prepared by the feature map with by_block where there is
+    a calibration), all outputs at once or (for `trace`) a few outputs at a time; several parts keep the sums of the
+    whole tile, and one is forgotten before the next is asked for. Rows and columns that are one object give a tile that
+    is bitwise symmetric, of which only what lies on and above the diagonal is computed. Without a calibration no
+    standard error is made, which spares operations. The standard error of an entry is NaN where differences gave every
+    block the same value, as where no draw changed the output of its row or column: such an entry is not known to be
+    zero, it is not known.
+    """
+    if not len(parts):
+        raise ValueError("a tile needs at least one part")
+    by_block, symmetric = calibration is not None, False
+    totals: dict[int, tuple[Window, BlockSums]] = {}
+    result: dict[str, Tensor] = {}
+
+    def place_(entries: Entries, sums: BlockSums) -> None:
+        for name, value in _estimates(features, sums, calibration, scale).items():
+            if name not in result:
+                result[name] = empty(shape, dtype=dtype, device=value.device)
+            result[name][entries] = value
+
+    for part in parts:
+        symmetric = part[0] is part[1] and not meeting.paired
+        shape = _shape(features, part, meeting)
+        others = features.prepare(part[1], by_block=by_block)
+        rows = others if part[0] is part[1] else features.prepare(part[0], by_block=by_block, only_rows=True)
+        terms = None if meeting.paired or len(parts) > 1 else features.terms(rows, others, by_block=by_block)
+        if terms is not None and not by_block and can_multiply_into(terms, meeting, dtype):
+            result |= _products_alone(features, terms, meeting, scale, symmetric=symmetric, empty=empty)
+        elif terms is None:
+            for index, (window, sums) in enumerate(_sums_by_window(features, rows, others, meeting, by_block=by_block)):
+                if len(parts) == 1:
+                    place_(window.entries, sums)
+                else:
+                    totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
+        else:
+            for entries, sums in _sums_of_terms(features, terms, meeting, by_block=by_block, symmetric=symmetric):
+                place_(entries, sums)
+        del part, rows, others, terms  # before the features of the next part are made
+    for window, total in totals.values():
+        place_(window.entries, total)
+    if symmetric:
+        for values in result.values():
+            mirror_(values)
+    return result
+
+
+def _sums_by_window(
+    features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool
+) -> Iterator[tuple[Window, BlockSums]]:
+    """Windows of a tile, or of its part that is not mirrored, and their sums; rows and columns are prepared."""
+    counts = [len(next(iter(part.values()))) for part in (rows, others)]
+    edges = window_edges(next(iter(rows.values())).device)
+    for window in _windows(counts, edges, _width(features, meeting), paired=meeting.paired, symmetric=rows is others):
+        chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
+        yield window, features.block_sums(*chosen, meeting, by_block=by_block)
+
+
+def _sums_of_terms(
+    features: FeatureMap, terms: Sequence[Term], meeting: Meeting, *, by_block: bool, symmetric: bool
+) -> Iterator[tuple[Entries, BlockSums]]:
+    """Places in a tile, or in its part that is not mirrored, and their sums."""
+    blocks, device = features.num_blocks, terms[0].left.device
+    groups = features.num_sketch_groups
+    form = empty_sums(
+        (0, 0), blocks, pair_blocks=features.pair_blocks, by_block=by_block, device=device, num_groups=groups
+    )
+    sums_of, counts = TermSums(terms, meeting, form), (len(terms[0].left), len(terms[0].right))
+    for window in _windows(counts, sums_of.edges, _width(features, meeting), symmetric=symmetric):
+        rows, columns = window.entries
+        for stripe, sums in sums_of.stripes(window.rows, window.columns):
+            yield (slice(rows.start + stripe.start, rows.start + stripe.stop), columns), sums
+
+
+def _products_alone(
+    features: FeatureMap,
+    terms: Sequence[Term],
+    meeting: Meeting,
+    scale: str,
+    *,
+    symmetric: bool,
+    empty: Callable[..., Tensor],
+) -> dict[str, Tensor]:
+    """The statistics of a tile, or of its part that is not mirrored, as products alone; no standard error."""
+    factor, width = scale_factor(scale, features.num_parameters), _width(features, meeting)
+    shares = {
+        name: {each: factor * share for each, share in of.items()}
+        for name, of in shares_of_sums(features.num_blocks, pair_blocks=features.pair_blocks).items()
+    }
+    counts, first = (len(terms[0].left), len(terms[0].right)), terms[0].left
+    shape = meeting.shape(*counts, width)
+    result = {name: empty(shape, dtype=first.dtype, device=first.device) for name in shares}
+    height = _FEW_ROWS if symmetric or meeting.full else shape[0]
+    length = _FEW_ROWS if meeting.full else shape[1]  # features with outputs are copied for their products
+    for window in _windows(counts, (height, length), width, symmetric=symmetric):
+        parts = {name: values[window.entries] for name, values in result.items()}
+        multiply_into_(parts, terms, meeting, shares, window.rows, window.columns)
+    return result
+
+
+def _width(features: FeatureMap, meeting: Meeting) -> int:
+    """Kernel rows of an example."""
+    return len(features.columns) if meeting.full else 1
+
+
+def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> tuple[int, ...]:
+    """The tile's."""
+    counts = [len(next(iter(rows.values()))) for rows in part]
+    return meeting.shape(counts[0], counts[1], len(features.columns))
+
+
+def _windows(
+    counts: Sequence[int], edges: tuple[int, int], width: int, *, paired: bool = False, symmetric: bool = False
+) -> Iterator[Window]:
+    """The windows of so many rows and columns, at most so large in kernel rows; of a symmetric tile those that reach
+    the diagonal or lie above it.
+    """
+    height, length = (max(1, edge // width) for edge in edges)
+    for top in range(0, counts[0], height):
+        rows = slice(top, min(top + height, counts[0]))
+        if paired:
+            yield Window(rows, rows, (rows,))
+            continue
+        for left in range(top if symmetric else 0, counts[1], length):
+            columns = slice(left, min(left + length, counts[1]))
+            yield Window(rows, columns, tuple(slice(part.start * width, part.stop * width) for part in (rows, columns)))
+
+
+def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration | None, scale: str) -> dict[str, Tensor]:
+    """The statistics of a window that exist, float64; no standard error where it is not known."""
+    result = estimate(sums, calibration)
+    factor = scale_factor(scale, features.num_parameters)
+    values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
+    present = {name: value for name, value in values.items() if value is not None}
+    if factor != 1.0:
+        present = {name: value * factor for name, value in present.items()}
+    if "stderr" in present and features.shows_unresolved:
+        present["stderr"] = present["stderr"].masked_fill(present["stderr"] == 0, torch.nan)
+    if "stderr" in present and sums.resolved is not None:
+        present["stderr"] = present["stderr"].masked_fill(~sums.resolved, torch.nan)
+    return present
+
+
+def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], meeting: Meeting) -> Calibration:
+    """What the features of sampled rows and columns say of the whole kernel's error; `parts` as in `tile_estimates`."""
+    products: Tensor | None = None
+    by_group: Tensor | None = None
+    for rows, others in parts:
+        product = features.block_products(rows, others, meeting)
+        products = product if products is None else products.add_(product)
+        if features.num_sketch_groups:
+            grouped = features.block_sums(rows, others, meeting, by_block=True).by_group
+            by_group = grouped if by_group is None or grouped is None else by_group + grouped
+    if products is None:
+        raise ValueError("a sample needs at least one part")
+    return calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
+
+
+def scale_factor(scale: str, num_parameters: int) -> float:
+    """What turns a localized kernel into the asked scale: `raw` is localized / P²."""
+    return num_parameters**-2 if scale == "raw" else 1.0
+
+
+def mirror_(values: Tensor) -> None:
+    """Copy the upper triangle of a square matrix onto the lower, in place and in pieces that stay in the cache.
+
+    Bitwise symmetric then, as products of a row set with itself need not be.
+    """
+    edges = [*range(0, len(values), WINDOW_ROWS), len(values)]
+    for top, bottom in pairwise(edges):
+        square = values[top:bottom, top:bottom]
+        square.copy_(square.triu() + square.triu(1).T)
+        for left, right in pairwise(edges):
+            if left >= bottom:
+                values[left:right, top:bottom] = values[top:bottom, left:right].T

@@ -1,0 +1,1 @@
+"""Reading a stored kernel. The only package of the library that opens a Zarr store."""

@@ -1,0 +1,1 @@
+"""Attention weights of draws: options, scores, softmax. No features."""

@@ -1,0 +1,179 @@
+"""The command line `nntk`, the same as `python -m pipeline`: run, plan, status, verify, report.
+
+A wrong configuration, path or store ends with one line on stderr and exit code 2; Ctrl-C with the command that
+continues the run and exit code 130. Everything else that goes wrong is a bug and keeps its traceback.
+"""
+
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from nntk_dist.errors import NNTKError
+from pipeline.config.schema import load_config
+from pipeline.driver import display
+from pipeline.driver.progress import make_progress
+from pipeline.records.lock import driver_alive, read_heartbeat
+from pipeline.records.manifest import Manifest, read_manifest
+from pipeline.storage.run_storage import RunStorage
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Nonlocal neural tangent kernels over whole data sets: computed, stored, decomposed and regressed with.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Override a configuration key.")]
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster; without it Ray is started on this machine."),
+]
+RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run, or redo changed stages.")] = False,
+    address: Address = None,
+) -> None:
+    """Run all stages of CONFIG. Exit code 0 only if every stage finished, 3 if an asked accuracy was not reached."""
+    from pipeline.driver.run import execute, prepare
+
+    settings = load_config(config, overrides or [])
+    with _interruptible(_resume_command(config, overrides or [], address)):
+        prepared = prepare(settings, resume=resume)
+        if prepared.nothing_to_do:
+            assert prepared.stored is not None
+            out.print(f"{settings.run_dir} already holds this run, finished; nothing was done.", soft_wrap=True)
+            results = prepared.stored.results
+        else:
+            display.print_choice(out, prepared.plan, searching=prepared.searching)
+            results = execute(prepared, address=address, progress=make_progress(err))
+        display.print_results(out, results, settings.run_dir)
+    if results.get("rtol_reached") is False:
+        raise typer.Exit(3)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show what would run: tiles, operations, time, bytes on disk and in memory, the estimator and why."""
+    from pipeline.driver.run import prepare
+
+    settings = load_config(config, overrides or [])
+    with _interruptible(None):
+        prepared = prepare(settings, resume=True)
+        display.print_plan(out, prepared.plan, searching=prepared.searching)
+
+
+@app.command()
+def status(run_dir: RunDir) -> None:
+    """Show how far a run is, and whether its driver is alive."""
+    from pipeline.decisions.continuation import stored_job
+    from pipeline.records.ledger import Ledger
+
+    storage, manifest = _open(run_dir)
+    heartbeat = read_heartbeat(storage) if driver_alive(storage) else None
+    display.print_status(out, manifest, stored_job(manifest), Ledger(storage), heartbeat)
+
+
+@app.command()
+def verify(
+    run_dir: RunDir,
+    recompute: Annotated[int, typer.Option(min=0, help="Tiles to compute again and compare.")] = 3,
+    forget: Annotated[bool, typer.Option("--forget", help="Let run --resume do damaged tasks again.")] = False,
+) -> None:
+    """Check a store: completeness, checksums, symmetry, NaN, some tiles computed again. Exit code 1 if one fails."""
+    from pipeline.driver.verify import Damage
+    from pipeline.driver.verify import forget as forget_tasks
+    from pipeline.driver.verify import verify as checks
+
+    storage, manifest = _open(run_dir)
+    failed = False
+    damaged: list[Damage] = []
+    with _interruptible(None):
+        for finding in checks(storage, manifest, recompute=recompute):
+            display.print_finding(out, finding)
+            failed |= not finding.passed
+            damaged += finding.damaged
+    tasks = {(each.stage, each.tile) for each in damaged}
+    if damaged and forget:
+        forget_tasks(storage, damaged)
+        out.print(f"forgot {len(tasks)} damaged task(s); run the configuration with --resume to do them again")
+    elif damaged:
+        out.print(f"{len(tasks)} damaged task(s); add --forget, then run with --resume, to do them again")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Make the HTML report of a run again."""
+    from pipeline.driver.report_inputs import write_report
+
+    storage, manifest = _open(run_dir)
+    if manifest.completed is None:
+        raise NNTKError(f"{run_dir} holds an unfinished run; continue it with nntk run … --resume, then report")
+    write_report(storage, manifest)
+    out.print(f"report: {storage.url}/report/index.html", soft_wrap=True)
+
+
+def main() -> NoReturn:
+    """Entry point: turns errors that a user can put right into one line and exit code 2."""
+    if "" not in sys.path:
+        sys.path.insert(
+            0, ""
+        )  # python:module:function finds modules of the current folder, also under the console script
+    try:
+        app(prog_name="nntk")
+    except NNTKError as error:
+        err.print("error:", style="bold red", end=" ")
+        err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _open(run_dir: str) -> tuple[RunStorage, Manifest]:
+    storage = RunStorage(run_dir)
+    manifest = read_manifest(storage)
+    if manifest is None:
+        raise NNTKError(f"{run_dir} holds no run: there is no manifest.json; give the run_dir of a configuration")
+    return storage, manifest
+
+
+def _resume_command(config: Path, overrides: list[str], address: str | None) -> str:
+    sets = [part for override in overrides for part in ("--set", override)]
+    place = ["--address", address] if address else []
+    program = ["nntk"] if shutil.which("nntk") else [sys.executable, "-m", "pipeline"]
+    return shlex.join([*program, "run", str(config), *sets, "--resume", *place])
+
+
+@contextmanager
+def _interruptible(resume_command: str | None) -> Iterator[None]:
+    """Ctrl-C, or the SIGTERM of a scheduler, ends cleanly with exit code 130 and says how to go on."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("\nstopped; finished tasks are kept.", style="yellow")
+        if resume_command:
+            err.print(f"continue with: {resume_command}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,28 @@
+"""What sections of the configuration are made of: the base class, and numbers and texts with what is allowed of them.
+
+Each description is the text that an error message gives as allowed (see `pipeline.config.schema`).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, Strict
+
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n]+$", description="text, not empty")]
+Flag = Annotated[bool, Field(description="true or false")]
+Count = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
+CountOrAll = Annotated[Count | None, Field(description="a whole number, 1 or more, or null for all there are")]
+CountOrAuto = Annotated[Literal["auto"] | Count, Field(description="auto, or a whole number, 1 or more")]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False, description="a number above 0")]
+MemoryOrAuto = Annotated[
+    Literal["auto"] | Annotated[ByteSize, Field(gt=0)],
+    Field(description="auto, or bytes as a whole number or with a unit, such as 4GiB"),
+]
+# Lists are held as tuples, so that no part of a section can change; strictness would refuse to make one of a list.
+Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of one or more names")]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, no unknown key, no silent conversion (`"3"` and `true` are no numbers)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

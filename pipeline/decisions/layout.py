@@ -1,0 +1,154 @@
+"""The layout of a run: batch, shards, draw chunks, threads, chosen from the model and the data and never from the
+workers.
+
+Whatever changes rounding is decided here, by rules that do not look at the number of workers, the tile or the
+executor: so a plan gives the same features, bit for bit, however it is carried out. (A second plan of the same
+configuration may differ in one thing that is measured, and kept in the manifest: `nntk_dist.planning.stacking`.)
+
+Axes: n rows, s draws, r blocks, c outputs.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from nntk_dist.models.evaluation import outputs
+from nntk_dist.products.features import FeatureMap
+from nntk_dist.sampling.designs import MINIMUM_BLOCKS
+from nntk_dist.spec import KernelSpec
+from pipeline.config.schema import ComputeConfig, Config
+from pipeline.job.job import Job, Layout, Sizes
+from pipeline.storage.run_storage import RunStorage
+
+FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbouring tiles share rows
+# Activations of one batch: about the size of the last cache; but 32 examples, below which a pass loses more by its many
+# small operations, while they take eight times as much. Measured on one thread: plain passes of the built-in resnet
+# and cnn are fastest at 32, of the transformer at 64; at 8 they have 0.85, 0.93 and 0.84 of that rate.
+_BATCH_RANGE = (8, 1024)
+_BATCH_BYTES = 32 << 20
+_FEW, _FEW_BYTES = 32, 256 << 20
+# A GPU wants much more work at a time, and has its own memory for it: a 64th for activations, of which gradients of all
+# outputs keep several times as much.
+_GPU_MOST = 8192
+_GPU_SHARE = 64
+# Perturbations are made once for a shard of rows: the more rows, the less they cost; but there are to be shards enough
+# for several workers, also of a small data set.
+_SHARD_ROWS = (1024, 8192)
+_SHARDS = 8
+_PREPARED_COPIES = 3  # at most, of a row set that is ready for products
+_CHUNK_DRAWS = 16
+_CHUNK_BYTES = 64 << 20
+_STORED_FEATURE_BYTES = 1 << 30
+_OUTPUT_BYTES = 256 << 20  # features of one row set held at once when they are recomputed for every tile
+
+
+def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
+    """Numbers that the leaf modules of a model put out for one example: what a batch's memory is proportional to."""
+    count = 0
+
+    def add(_module: nn.Module, _args: object, out: object) -> None:
+        nonlocal count
+        if isinstance(out, torch.Tensor):
+            count += out.numel()
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if not list(m.children())]
+    try:
+        with torch.no_grad():
+            outputs(model, x[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(count, x[:1].numel())
+
+
+def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: int) -> int:
+    """Examples of one forward pass: what the configuration says, or `automatic_batch`."""
+    if config.compute.batch != "auto":
+        return config.compute.batch
+    return automatic_batch(model, x, num_rows, config.compute.dtype)
+
+
+def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str) -> int:
+    """The largest power of two whose activations stay within 32 MiB, or within 256 MiB up to 32 examples, from 8 to
+    1024, and no larger than it takes to hold all rows (batches are padded, so more would be computed for nothing). On a
+    GPU within a 64th of its memory, up to 8192.
+    """
+    each = (8 if dtype == "float64" else 4) * activation_elements(model, x)
+    low, high = _BATCH_RANGE
+    fitting = max(_BATCH_BYTES // each, min(_FEW, _FEW_BYTES // each))
+    if x.device.type == "cuda":
+        high, fitting = _GPU_MOST, torch.cuda.get_device_properties(x.device).total_memory // _GPU_SHARE // each
+    holding_all = 2 ** math.ceil(math.log2(num_rows))
+    return int(min(high, max(low, 2 ** int(math.log2(max(1, fitting)))), max(low, holding_all)))
+
+
+def overlaps_writing(job: Job) -> bool:
+    """Whether a worker computes one task while it writes another: where one of the two waits for a GPU or a network.
+
+    Where both need the worker's own cores, there is nothing to gain, and a second tile to hold.
+    """
+    return job.layout.device.startswith("cuda") or RunStorage(job.run_dir).local_path is None
+
+
+def writing_threads(job: Job) -> int:
+    """Threads that compress and write at once: the worker's own, and one more where they wait for a network."""
+    return job.layout.threads + (1 if RunStorage(job.run_dir).local_path is None else 0)
+
+
+def threads_of(compute: ComputeConfig) -> int:
+    """Threads of a worker: one, of which there are then as many as CPUs, unless the configuration says."""
+    return 1 if compute.threads == "auto" else compute.threads
+
+
+def row_feature_bytes(features: FeatureMap, dtype: str) -> int:
+    """Bytes of one row's features under all draws."""
+    item = 8 if dtype == "float64" else 4
+    return item * sum(math.prod(spec.shape) for spec in features.arrays)
+
+
+def make_layout(
+    config: Config, spec: KernelSpec, features: FeatureMap, sizes: Sizes, *, batch: int, device: str
+) -> Layout:
+    """The layout for a kernel's features; differences are always stored, gradients where that costs little disk.
+
+    Features are stored where they take at most 1 GiB, or no more than the kernel itself, and where they are to stand
+    for tiles; else every tile recomputes its rows.
+    """
+    compute = config.compute
+    row_bytes = row_feature_bytes(features, compute.dtype)
+    fewest, most = _SHARD_ROWS
+    wanted_rows = max(fewest, min(most, sizes.num_train // _SHARDS, _CHUNK_BYTES * sizes.num_blocks // row_bytes))
+    shard_rows = batch * max(1, wanted_rows // batch)
+    draws_per_block = sizes.num_draws // sizes.num_blocks
+    block_bytes = max(1, shard_rows * row_bytes // sizes.num_blocks)
+    wanted = max(1, min(_CHUNK_DRAWS // draws_per_block, _CHUNK_BYTES // block_bytes))
+    blocks = max(d for d in range(1, sizes.num_blocks + 1) if sizes.num_blocks % d == 0 and d <= wanted)
+    item = 8 if compute.dtype == "float64" else 4
+    width = sizes.num_kernel_outputs if spec.outputs == "full" else 1
+    kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
+    total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
+    tiles = compute.write_tiles is not False
+    stored = not tiles or features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
+    # Only arrays that carry outputs grow smaller by taking fewer at once.
+    carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
+    tile_rows = min(compute.tile, sizes.num_train)
+    tile_bytes = carrying * tile_rows
+    at_once = sizes.num_kernel_outputs
+    if not stored and spec.outputs != "full":
+        at_once = max(1, min(at_once, at_once * _OUTPUT_BYTES // max(1, tile_bytes)))
+    return Layout(
+        tile=compute.tile,
+        batch=batch,
+        shard_rows=shard_rows,
+        chunk_draws=blocks * draws_per_block,
+        threads=threads_of(compute),
+        device=device,
+        dtype=compute.dtype,
+        stderr="none" if sizes.num_blocks < MINIMUM_BLOCKS else compute.stderr,
+        store_features=stored,
+        outputs_at_once=at_once,
+        write_tiles=tiles,
+        matmul_precision=compute.matmul_precision,
+        tile_group=max(1, FEATURE_CACHE_BYTES // (_PREPARED_COPIES * max(1, row_bytes) * tile_rows) - 2),
+    )

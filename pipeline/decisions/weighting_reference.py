@@ -1,0 +1,56 @@
+"""The reference batch on which weights of draws are compared: a seeded choice of training examples, never of test ones.
+
+A function of the seed and of the number of training examples alone: driver and workers, first runs and resumed ones
+choose the same. Beside it stands what a store says of its weighting. No score is computed here.
+
+Axes: n reference examples.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.spec import KernelSpec
+from nntk_dist.weighting.options import Reference
+from pipeline.data import Dataset
+
+_GROUP = 1 << 20  # beyond the rows of Q and K, which share the stream
+
+
+def num_reference(spec: KernelSpec, num_train: int) -> int:
+    """How many training examples the weights look at; 0 where they look at none."""
+    if not spec.weighting.compares_outputs:
+        return 0
+    assert isinstance(spec.weighting.reference, int)
+    return min(spec.weighting.reference, num_train)
+
+
+def reference_rows(spec: KernelSpec, num_train: int) -> np.ndarray:
+    """Which training rows these are, in the order of the rows."""
+    keys = uniform(spec.seed, Stream.ATTENTION, torch.tensor([_GROUP]), num_train)[0]
+    return np.sort(keys.argsort(stable=True)[: num_reference(spec, num_train)].numpy())
+
+
+def reference_batch(spec: KernelSpec, dataset: Dataset, dtype: torch.dtype, device: str) -> Reference | None:
+    """The batch with its targets, at the model's dtype and device; None where weights need none."""
+    rows = reference_rows(spec, len(dataset.train.ids))
+    if not len(rows):
+        return None
+    inputs = torch.from_numpy(np.ascontiguousarray(dataset.train.inputs[rows]))
+    targets = torch.from_numpy(dataset.train.targets[rows])
+    return Reference(inputs.to(device, dtype if inputs.is_floating_point() else inputs.dtype), targets.to(device))
+
+
+def weighting_attributes(spec: KernelSpec, num_train: int) -> dict[str, Any]:
+    """How draws are weighted, as a store says it; features of weighted draws carry their factors."""
+    weighting = spec.weighting
+    named: dict[str, Any] = {"weighting": weighting.label}
+    if weighting.is_fixed:
+        return named
+    named["weighting_temperature"] = None if math.isinf(weighting.tau) else weighting.tau
+    named["weighting_per_example"] = weighting.per_example
+    named["weighting_reference"] = num_reference(spec, num_train)
+    return named | ({"weighting_dimension": weighting.dimension} if weighting.name == "parameter" else {})

@@ -1,0 +1,1 @@
+"""The driver: runs, resumes, searches draws, verifies, and shows progress."""

@@ -1,0 +1,84 @@
+"""The headline numbers of a run, added up from the ledger: small, named, in the manifest and on the report's first
+lines.
+
+It reads rows and computes nothing that a task could have computed.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nntk_dist.statistics.required_draws import verdict
+from pipeline.driver.draw_search import looks_of
+from pipeline.job.job import Job
+from pipeline.records.ledger import Ledger
+
+
+def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
+    """Results by name; a number that does not exist for this kind of kernel is absent."""
+    results: dict[str, Any] = {
+        "estimator": job.resolution.estimator,
+        "draws": job.sizes.num_draws,
+        "blocks": job.sizes.num_blocks,
+        "parameters": job.sizes.num_parameters,
+        "train": job.sizes.num_train,
+        "test": job.sizes.num_test,
+    }
+    for row in ledger.rows("calibration"):
+        results[f"{row.tile}_relative_error_bound"] = row.numbers["bound"]
+        results[f"{row.tile}_relative_error"] = row.numbers["relative_error"]
+        results[f"{row.tile}_stderr_level"] = row.numbers["level"]
+        if "bias" in row.numbers and row.tile != "diagonal":
+            results[f"{row.tile}_relative_bias"] = row.numbers["bias"]
+    if looks := looks_of(ledger):
+        assert job.spec.rtol is not None
+        last, rtol = looks[-1], job.spec.rtol
+        results |= {
+            "rtol": rtol,
+            "rtol_reached": last.reaches(rtol),
+            "rtol_verdict": verdict(last, rtol=rtol, max_draws=job.spec.max_draws),
+            # what the pilot knows of the error, from more blocks than the kernel has
+            "train_relative_error": last.relative_error,
+            "train_relative_error_bound": last.bound,
+        }
+    for stage, prefix in (("gram", "train/gram"), ("test", "test/gram")):
+        sums = ledger.sums(stage, f"{prefix}:")
+        results |= _tile_results(
+            {name.split(":")[1]: total for name, total in sums.items()}, stage if stage == "test" else "train"
+        )
+    for row in ledger.rows("spectrum"):
+        numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
+        results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in numbers.items()}
+        results |= _solver_results("spectrum", row.numbers)
+    for row in ledger.rows("regression"):
+        numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
+        results |= {key: value for key, value in numbers.items() if key != "selected"}
+        results |= _solver_results("regression", row.numbers)
+    return {key: _plain(value) for key, value in results.items()}
+
+
+def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
+    """The bias that Frobenius norms over all tiles of one array show, and its unresolved entries."""
+    results = {}
+    if sums.get("squared_unbiased", 0.0) > 0:
+        results[f"{split}_relative_bias"] = math.sqrt(sums["squared_difference"] / sums["squared_unbiased"])
+    if "squared_stderr" in sums:
+        results[f"{split}_unresolved_entries"] = sums["unresolved"]
+    return results
+
+
+def _solver_results(stage: str, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """How a stage was solved, where not densely; `converged` is about everything that it iterated for."""
+    own = {key.removeprefix("solver:"): value for key, value in numbers.items() if key.startswith("solver:")}
+    converged = [value for key, value in numbers.items() if key.endswith(":converged")]
+    if not own:
+        return {}
+    method = "factored" if "columns" in own else "iterative"
+    results: dict[str, Any] = {f"{stage}_{key}": value for key, value in own.items() if key != "converged"}
+    results[f"{stage}_method"] = method
+    return results | ({f"{stage}_converged": all(converged)} if converged else {})
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: an error that could not be resolved is None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,243 @@
+"""A run from start to end: plan, lock, stages in their order, report; and its continuation after any kind of stop.
+
+The driver alone writes manifest and ledger. A task counts as done when its row is in the ledger; whatever was in
+flight or not yet flushed at a stop is done again, with the same bits.
+
+Units: seconds, bytes.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.sampling.laws import OPTIONS
+from pipeline.config.schema import Config
+from pipeline.data import Dataset
+from pipeline.decisions.build import build_dataset, build_model, identity
+from pipeline.decisions.continuation import check_kernel, stages_to_rerun, stored_job
+from pipeline.decisions.layout import overlaps_writing
+from pipeline.decisions.weighting_reference import weighting_attributes
+from pipeline.driver.draw_search import search_draws
+from pipeline.driver.progress import Progress
+from pipeline.driver.report_inputs import write_report
+from pipeline.driver.results import collect_results
+from pipeline.driver.stage_runner import StageRunner, is_finished
+from pipeline.executors import Executor
+from pipeline.executors.serial import SerialExecutor
+from pipeline.job.job import as_plain
+from pipeline.planning.plan import Plan, make_plan, stage_fingerprints
+from pipeline.records.ledger import FOLDER, Ledger
+from pipeline.records.lock import RunLock
+from pipeline.records.manifest import (
+    Manifest,
+    StageRecord,
+    environment_versions,
+    git_commit,
+    read_manifest,
+    write_manifest,
+)
+from pipeline.runtime.fitting_batch import BATCHED, remembered_batch
+from pipeline.storage.kernel_arrays import KernelArrays
+from pipeline.storage.run_storage import KERNEL_STORE, RunStorage
+from pipeline.work.stages import ORDER, pilot
+from pipeline.work.worker import Worker
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A planned run and what its workers are given; `stored` is the manifest of the run that it continues."""
+
+    config: Config
+    plan: Plan
+    dataset: Dataset
+    model: nn.Module
+    storage: RunStorage
+    stored: Manifest | None
+    rerun: tuple[str, ...]
+
+    @property
+    def searching(self) -> bool:
+        """Whether the draws that an asked accuracy takes are still to be found."""
+        found = self.stored is not None and self.stored.finished(pilot.NAME) is not None
+        return self.config.kernel.rtol is not None and not found
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether the run directory already holds this run, finished."""
+        return self.stored is not None and self.stored.completed is not None and not self.rerun
+
+
+def prepare(config: Config, *, resume: bool) -> Prepared:
+    """Load data and model, compare with what the run directory holds, and plan. Nothing is written."""
+    storage = RunStorage(config.run_dir)
+    stored = read_manifest(storage)
+    dataset = build_dataset(config)
+    model = build_model(config, dataset)
+    rerun: tuple[str, ...] = ()
+    decisions = None
+    if stored is not None:
+        job = stored_job(stored)
+        parts = identity(config, dataset, model)
+        check_kernel(stored, config, parts, config.run_dir)
+        rerun = stages_to_rerun(stored, config, stage_fingerprints(config, parts), config.run_dir, resume=resume)
+        decisions = job.layout, job.resolution
+    elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
+        raise NNTKError(
+            f"{config.run_dir} holds results, but no manifest.json that says of what; restore it, or choose another "
+            "run_dir"
+        )
+    storage.check_writable()
+    return Prepared(config, make_plan(config, dataset, model, decisions), dataset, model, storage, stored, rerun)
+
+
+def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> dict[str, Any]:
+    """Carry out what is left of a prepared run and write the report; returns the results by name."""
+    storage = prepared.storage
+    with RunLock(storage) as lock, ExitStack() as resources:
+        if read_manifest(storage) != prepared.stored:
+            raise NNTKError(f"{prepared.config.run_dir} was written by another driver just now; give the command again")
+        storage.remove_partial_files()
+        ledger = Ledger(storage)
+        prepared = _with_fitting_batch(prepared, ledger)
+        prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock, resources)
+        plan = prepared.plan
+        left = [each for each in ORDER if each.NAME in prepared.rerun or not is_finished(each, plan.job, ledger)]
+        executor = _make_executor(prepared, address) if left else None
+        if executor is not None:
+            resources.callback(executor.close)
+        resources.callback(ledger.flush)  # the first to be called: whoever stops a run may not wait for Ray to end
+        for stage in prepared.rerun:
+            ledger.forget(stage)
+        manifest = _manifest(prepared)
+        if searched is not None:
+            manifest = manifest.with_stage(pilot.NAME, searched)
+        write_manifest(storage, manifest)
+        KernelArrays(storage).create(plan.arrays, _attributes(plan))
+        if executor is not None:
+            runner = StageRunner(ledger, executor, progress, lock)
+            for module in left:
+                record = runner.run(module, plan.job, manifest.stages.get(module.NAME))
+                manifest = manifest.with_stage(module.NAME, record)
+                write_manifest(storage, manifest)
+        ledger.compact()
+        results = collect_results(plan.job, ledger)
+        manifest = manifest.model_copy(update={"results": results, "completed": datetime.now(UTC)})
+        write_report(storage, manifest)
+        write_manifest(storage, manifest)
+    return results
+
+
+def _with_fitting_batch(prepared: Prepared, ledger: Ledger) -> Prepared:
+    """The run with the smallest batch that its finished tasks came to, where memory ran out before."""
+    if prepared.stored is None:
+        return prepared
+    job = prepared.plan.job
+    rows = chain.from_iterable(ledger.rows(stage) for stage in BATCHED)
+    layout = replace(job.layout, batch=remembered_batch(rows, job.layout.batch))
+    return replace(prepared, plan=replace(prepared.plan, job=replace(job, layout=layout)))
+
+
+def _with_enough_draws(
+    prepared: Prepared,
+    ledger: Ledger,
+    address: str | None,
+    progress: Progress,
+    lock: RunLock,
+    resources: ExitStack,
+) -> tuple[Prepared, StageRecord | None]:
+    """The run with the draws that an asked accuracy takes, and the pilot's record; unchanged where none is searched."""
+    if not prepared.searching:
+        return prepared, None
+    executor = _make_executor(prepared, address)
+    resources.callback(executor.close)
+    resources.callback(ledger.flush)
+    manifest = _manifest(prepared)
+    write_manifest(prepared.storage, manifest)
+    plan, record = search_draws(
+        prepared.config,
+        prepared.dataset,
+        prepared.model,
+        prepared.plan,
+        StageRunner(ledger, executor, progress, lock),
+        manifest.stages.get(pilot.NAME),
+    )
+    executor.stop_workers()
+    return replace(prepared, plan=plan), record
+
+
+def _make_executor(prepared: Prepared, address: str | None) -> Executor:
+    """The executor that the configuration asks for."""
+    job, state = prepared.plan.job, state_of(prepared.model)
+    if prepared.config.compute.executor == "serial":
+        return SerialExecutor(job, prepared.dataset, state)
+    from pipeline.executors.on_ray import RayExecutor  # seconds of imports that a serial run does without
+
+    compute = prepared.config.compute
+    return RayExecutor(
+        Worker,
+        job,
+        prepared.dataset,
+        state,
+        num_workers=prepared.plan.num_workers,
+        num_cpus=job.layout.threads,
+        workers_per_gpu=compute.workers_per_gpu if job.layout.device.startswith("cuda") else 0,
+        calls_at_once=2 if overlaps_writing(job) else 1,
+        grow=compute.workers == "auto",
+        address=address,
+    )
+
+
+def _manifest(prepared: Prepared) -> Manifest:
+    """The manifest of a new run; of a continued one, with the stages that stand and its first versions."""
+    config, plan = prepared.config, prepared.plan
+    stored = prepared.stored
+    stages = {} if stored is None else {k: v for k, v in stored.stages.items() if k not in prepared.rerun}
+    return Manifest(
+        created=datetime.now(UTC) if stored is None else stored.created,
+        config=config.model_dump(mode="json"),
+        identity=json.loads(json.dumps(plan.parts)),
+        fingerprints=dict(plan.fingerprints),
+        seeds={"data": config.data.seed, "model": config.model.seed, "kernel": config.kernel.seed},
+        versions=environment_versions() if stored is None else stored.versions,
+        git_commit=git_commit() if stored is None else stored.git_commit,
+        layout=as_plain(plan.job.layout),
+        sizes=as_plain(plan.job.sizes),
+        resolution=as_plain(replace(plan.job.resolution, sites=None)),  # which follow from the model
+        projection=as_plain(plan.projection),
+        stages=stages,
+    )
+
+
+def _attributes(plan: Plan) -> dict[str, Any]:
+    """What `kernel.zarr` says of itself."""
+    spec, job = plan.job.spec, plan.job
+    return {
+        "schema": "nntk-kernel",
+        "version": 1,
+        "fingerprint": job.fingerprint,
+        "kind": spec.kind,
+        "estimator": job.resolution.estimator,
+        "statistic": spec.statistic,
+        "outputs": spec.outputs,
+        "scale": spec.scale,
+        "gamma": spec.gamma,
+        "gamma_scale": spec.gamma_scale,
+        "distribution": spec.distribution,
+        **{option: getattr(spec, option) for option in OPTIONS if getattr(spec, option) is not None},
+        **weighting_attributes(spec, job.sizes.num_train),
+        "draws": job.sizes.num_draws,
+        "blocks": job.sizes.num_blocks,
+        "parameters": job.sizes.num_parameters,
+        **({} if job.layout.write_tiles else {"tiles": False}),
+    }
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, as workers are given them."""
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}

@@ -1,0 +1,269 @@
+"""`nntk verify`: what is in the store is what the ledger says was written, whole, symmetric, finite, and can be made
+again.
+
+Reads the whole kernel once, a stripe of tiles at a time. It repairs nothing; `forget` lets a resumed run do so.
+
+Axes: i, j tiles; k recomputed tiles.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+import torch
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.runtime.precision import full_precision
+from nntk_dist.sampling.philox import Stream, uniform
+from pipeline.decisions.build import build_dataset, build_model, identity
+from pipeline.decisions.continuation import check_kernel, stored_job
+from pipeline.driver.run import state_of
+from pipeline.job.job import Job, Task, intervals
+from pipeline.planning.plan import make_plan
+from pipeline.records.ledger import Ledger, LedgerRow
+from pipeline.records.lock import RunLock
+from pipeline.records.manifest import Manifest, read_manifest, write_manifest
+from pipeline.storage.array_table import StoredArray, feature_arrays, kernel_arrays, kernel_width
+from pipeline.storage.kernel_store import checksum, former_checksum
+from pipeline.storage.run_storage import RunStorage, StorageRefusal
+from pipeline.work.context import Context
+from pipeline.work.stages import ORDER, STAGES
+
+_ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation order, far below any wrong entry
+_SOLVES = ("spectrum", "regression")
+_READERS = {  # stages that read, by themselves or through others, what a stage has written
+    "features": ("calibration", "gram", "test", *_SOLVES),
+    "metric": ("calibration", "gram", "test", *_SOLVES),
+    "gram": _SOLVES,
+    "test": ("regression",),
+}
+_CHECKSUMS = {"crc32c": checksum, "crc": former_checksum}  # by what the names of the ledger's numbers begin with
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A task one of whose pieces is not what it wrote; `readable` where others can have taken it for that."""
+
+    stage: str
+    tile: str
+    readable: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it passed, what was seen, and the tasks whose pieces are damaged."""
+
+    check: str
+    passed: bool
+    detail: str
+    damaged: tuple[Damage, ...] = ()
+
+
+def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterator[Finding]:
+    """The checks one by one, as they finish.
+
+    Raises: NNTKError where the data or the model that the configuration names are no longer what they were.
+    """
+    stored = stored_job(manifest)
+    # the store that is asked about, also where it was moved since, or is looked at from another folder
+    config = stored.config.model_copy(update={"run_dir": storage.url})
+    dataset = build_dataset(config)
+    model = build_model(config, dataset)
+    check_kernel(manifest, config, identity(config, dataset, model), config.run_dir)
+    job = make_plan(config, dataset, model, (stored.layout, stored.resolution)).job
+    context = Context(job, dataset, state_of(model))
+    ledger = Ledger(storage)
+    checks = {
+        "completeness": lambda: _completeness(job, ledger),
+        "checksums": lambda: _checksums(context, ledger),
+        "symmetry": lambda: _symmetry(context),
+        "finiteness": lambda: _finiteness(context),
+        "recomputation": lambda: _recomputed(context, ledger, recompute),
+    }
+    for name, check in checks.items():
+        try:
+            with full_precision():
+                finding = check()
+        except NNTKError as error:  # a piece that cannot be read fails every check that needs it, and ends none
+            finding = Finding(name, False, f"not to be had: {error}")
+        yield finding
+
+
+def forget(storage: RunStorage, damaged: Iterable[Damage]) -> None:
+    """Take damaged tasks out of the ledger, so that a resumed run does them again, with the same bits; and the whole
+    of the stages that may have read damaged pieces as good ones.
+    """
+    with RunLock(storage):
+        ledger = Ledger(storage)
+        by_stage: dict[str, set[str]] = {}
+        later: set[str] = set()
+        for each in damaged:
+            by_stage.setdefault(each.stage, set()).add(each.tile)
+            if each.readable:
+                later.update(_READERS[each.stage])
+        for name, tiles in by_stage.items():
+            ledger.forget(name, tiles)
+        for name in later:
+            ledger.forget(name)
+        manifest = read_manifest(storage)
+        if manifest is not None:
+            stages = {
+                name: record.model_copy(update={"finished": None}) if name in later | by_stage.keys() else record
+                for name, record in manifest.stages.items()
+            }
+            write_manifest(storage, manifest.model_copy(update={"stages": stages, "completed": None}))
+
+
+def _completeness(job: Job, ledger: Ledger) -> Finding:
+    total, missing, first = 0, 0, ""
+    for stage in ORDER:
+        done = ledger.done(stage.NAME)
+        for task in stage.tasks(job):
+            total += 1
+            if task.tile not in done:
+                missing += 1
+                first = first or f"; the first missing: {stage.NAME} {task.tile}"
+    return Finding("completeness", not missing, f"{total - missing} of {total} tasks are in the ledger{first}")
+
+
+def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    """(array path, start, kind of checksum, checksum) of everything that a task wrote to the kernel store."""
+    for key, value in row.numbers.items():
+        kind, _, piece = key.partition(":")
+        if kind in _CHECKSUMS:
+            path, _, start = piece.partition("@")
+            yield path, tuple(map(int, start.split(","))), kind, int(value)
+
+
+def _checksums(context: Context, ledger: Ledger) -> Finding:
+    """Every piece read back; a flipped byte fails in the codec or here."""
+    count, wrong, damaged = 0, [], []
+    for row in ledger.rows():
+        for path, start, kind, expected in _pieces(row):
+            count += 1
+            reason = _fault(context, path, start, kind, expected)
+            if reason is not None:
+                wrong.append(f"{path} at {start}{reason}")
+                damaged.append(Damage(row.stage, row.tile, readable=not reason))
+    detail = f"{count - len(wrong)} of {count} pieces hold what was written"
+    detail += f"; the first that does not: {wrong[0]}" if wrong else ""
+    return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))
+
+
+def _fault(context: Context, path: str, start: tuple[int, ...], kind: str, expected: int) -> str | None:
+    """Why a piece is not what was written, empty where its values merely differ; None where it is.
+
+    Raises: StorageRefusal where the storage does not let us look, which is no damage.
+    """
+    try:
+        values = context.store.read_shard(path, start)
+    except StorageRefusal:
+        raise
+    except NNTKError as error:
+        return f" ({error})"
+    return None if _CHECKSUMS[kind](values) == expected else ""
+
+
+def _stripes(job: Job) -> list[tuple[int, int]]:
+    width = kernel_width(job)
+    return [(start * width, stop * width) for start, stop in intervals(job.sizes.num_train, job.layout.tile)]
+
+
+def _symmetry(context: Context) -> Finding:
+    """Every train array equals its transpose, bit for bit."""
+    wrong = []
+    for array in kernel_arrays(context.job):
+        if not array.path.startswith("train/"):
+            continue
+        stripes = _stripes(context.job)
+        for i, (start, stop) in enumerate(stripes):
+            rows = context.store.read(array.path, slice(start, stop), slice(start, None))
+            columns = context.store.read(array.path, slice(start, None), slice(start, stop))
+            if not np.array_equal(rows, columns.T, equal_nan=True):
+                wrong.append(f"{array.path} in tile row {i}")
+    return Finding(
+        "symmetry",
+        not wrong,
+        f"differs: {wrong[0]}" if wrong else _symmetric_text(context.job),
+    )
+
+
+def _symmetric_text(job: Job) -> str:
+    tiles = "every train array equals its transpose, bit for bit"
+    return tiles if job.layout.write_tiles else "no tiles are stored; Φ M Φᵀ is symmetric by itself"
+
+
+def _finiteness(context: Context) -> Finding:
+    """No NaN or infinity; NaN in a standard error marks an unresolved entry and is counted apart."""
+    bad, unresolved = 0, 0
+    for array in _kernel_or_factor(context):
+        for start, stop in intervals(array.shape[0], array.shards[0]):
+            values = context.store.read(array.path, slice(start, stop))
+            count = int(np.count_nonzero(~np.isfinite(values)))
+            if array.path.endswith("_stderr"):
+                unresolved += int(np.count_nonzero(np.isnan(values)))
+                count -= int(np.count_nonzero(np.isnan(values)))
+            bad += count
+    return Finding(
+        "finiteness", bad == 0, f"{bad} entries are NaN or infinite; {unresolved} standard errors are unresolved"
+    )
+
+
+def _kernel_or_factor(context: Context) -> list[StoredArray]:
+    """The arrays that hold the kernel: tiles, or where there are none the features that stand for them."""
+    tiles = context.job.layout.write_tiles
+    return kernel_arrays(context.job) + ([] if tiles else feature_arrays(context.job, context.features.arrays))
+
+
+def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
+    """Some tiles, chosen by a fixed seed, computed again from the features and compared: same bits, or rounding
+    elsewhere. Where there are no tiles, features are computed again from the model.
+    """
+    stages = ("gram", "test") if context.job.layout.write_tiles else ("features", "metric", "test")
+    num_rows = sum(len(ledger.done(stage)) for stage in stages)
+    keys = uniform(0, Stream.SAMPLE, torch.tensor([2]), num_rows)[0] if num_rows else torch.empty(0)
+    chosen = keys.argsort()[:count].tolist()
+    wanted, every = set(chosen), chain.from_iterable(map(ledger.rows, stages))
+    rows = {index: row for index, row in enumerate(every) if index in wanted}
+    levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
+    comparison = _Comparison(context)
+    shadow = replace(context, sink=comparison)
+    distances = {}
+    for row in map(rows.__getitem__, chosen):
+        level = levels.get(row.tile.split("/")[0])
+        comparison.distance = 0.0
+        task = Task(row.stage, row.tile, {} if level is None else {"level": level})
+        shadow.finish(STAGES[row.stage].execute(shadow, task))
+        distances[row.tile] = comparison.distance
+    same = sum(1 for distance in distances.values() if distance == 0)
+    detail = f"{same} of {len(distances)} recomputed tiles have the same bits"
+    if same < len(distances):
+        worst = max(distances, key=distances.__getitem__)
+        detail += f"; {worst} differs by {distances[worst]:.1e} of its largest entry"
+    tolerance = _ROUNDING * float(torch.finfo(context.dtype).eps)
+    return Finding("recomputation", all(distance <= tolerance for distance in distances.values()), detail)
+
+
+@dataclass
+class _Comparison:
+    """A sink that compares with the store what a task would write; `distance` is relative to the largest entry."""
+
+    context: Context
+    distance: float = 0.0
+
+    def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
+        stored = self.context.store.read_shard(path, start)
+        if not np.array_equal(stored, values, equal_nan=True):
+            self.distance = max(self.distance, _distance(stored, values))
+        return 0, 0
+
+
+def _distance(stored: np.ndarray, values: np.ndarray) -> float:
+    """Largest difference over the largest of `values`; infinite where one has a number and the other has none."""
+    finite = np.isfinite(values)
+    scale = float(np.abs(values[finite]).max(initial=0.0))
+    if scale == 0.0 or not np.array_equal(finite, np.isfinite(stored)):
+        return math.inf
+    return float(np.abs(stored[finite] - values[finite]).max()) / scale

@@ -1,0 +1,299 @@
+"""The plan of a run: everything that is decided before it starts, and the refusal of what cannot fit.
+
+From a configuration, the data and the model it makes the job (what workers need), the fingerprints (what is compared on
+resume) and the projection (what it will take). It writes nothing and starts nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import Resolution, resolve, with_draws
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.factor_form import WITH_FACTOR
+from nntk_dist.products.features import ArraySpec, FeatureMap
+from nntk_dist.runtime.precision import full_precision
+from pipeline.config.schema import ComputeConfig, Config
+from pipeline.data import Dataset
+from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
+from pipeline.decisions.layout import choose_batch, make_layout, threads_of
+from pipeline.decisions.solvers import SOLVED, Solver, choose_solver, factor_form
+from pipeline.decisions.weighting_reference import reference_batch
+from pipeline.job.job import SPLITS, Job, Layout, Sizes
+from pipeline.planning.projection import BASE_BYTES, Projection, project
+from pipeline.records.manifest import fingerprint
+from pipeline.runtime.cpus import available_cpus
+from pipeline.runtime.fitting_batch import FittingBatch
+from pipeline.storage.array_table import StoredArray, all_arrays, holds_factor
+from pipeline.storage.run_storage import RunStorage
+
+_PROBE_EXAMPLES = 32
+_USABLE_SHARE = 0.9  # of the memory that is free now
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run. `parts` are the nameable inputs of the kernel's fingerprint, `solvers` how later stages solve."""
+
+    job: Job
+    arrays: tuple[StoredArray, ...]
+    parts: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    projection: Projection
+    solvers: Mapping[str, Solver]
+    num_workers: int
+    memory_per_worker: int
+
+
+@full_precision()
+def make_plan(
+    config: Config,
+    dataset: Dataset,
+    model: nn.Module,
+    stored: tuple[Layout, Resolution] | None = None,
+    num_draws: int | None = None,
+) -> Plan:
+    """Plan a run, or with a stored layout and resolution its continuation, or the same with another number of draws.
+
+    Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
+    """
+    device = resolve_device(config) if stored is None else stored[0].device
+    check_device(device, config.compute, continued=stored is not None)
+    dtype = DTYPES[config.compute.dtype]
+    prepared = prepare_model(model, dtype=dtype, device=device)
+    x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
+    # a copy: a model may write to its input, and the dataset's fingerprint is yet to be taken
+    x = x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
+    spec = build_spec(config.kernel)
+    batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
+    fitting = FittingBatch(batch)
+    if stored is None:
+        threads = threads_of(config.compute)
+        resolution = fitting.run(lambda fitted: resolve(prepared, x, spec, batch=fitted, threads=threads))
+        batch = fitting.size
+    else:
+        resolution = stored[1]
+    if num_draws is not None:
+        resolution = with_draws(prepared, x, spec, resolution, num_draws)
+    features = make_feature_map(prepared, x, spec, resolution, reference=reference_batch(spec, dataset, dtype, device))
+    sizes = Sizes(
+        num_train=len(dataset.train.ids),
+        num_test=len(dataset.test.ids),
+        num_outputs=resolution.num_outputs,
+        num_kernel_outputs=len(features.columns),
+        num_parameters=resolution.num_parameters,
+        num_draws=features.num_draws,
+        num_blocks=features.num_blocks,
+        num_classes=dataset.num_classes,
+    )
+    _check_sizes(config, dataset, sizes)
+    kept = stored[0] if stored is not None and num_draws is None else None
+    layout = kept or make_layout(config, spec, features, sizes, batch=batch, device=device)
+    parts = identity(config, dataset, model)
+    prints = stage_fingerprints(config, parts)
+    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, resolution, layout, sizes)
+    arrays = describe_arrays(job, features.arrays, dataset)
+    if kept is None:
+        job, arrays = _with_or_without_tiles(job, arrays, features.arrays, dataset)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
+    plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
+    if device.startswith("cuda") and num_draws is None:  # later the run itself is on it
+        check_gpu_memory(plan.projection.worker_bytes - BASE_BYTES, layout, config.compute.workers_per_gpu)
+    if kept is None:
+        check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
+    return plan
+
+
+def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
+    """What neither the data nor the model alone can know."""
+    if sizes.num_test == 0:
+        raise NNTKError("data.train leaves no test examples; make it smaller, or give data.test at least 1")
+    expected = dataset.num_outputs
+    needs_match = config.regression.center_outputs or config.kernel.outputs == "full"
+    if needs_match and sizes.num_outputs != expected:
+        raise NNTKError(
+            f"the model has {sizes.num_outputs} outputs and the data {expected} targets; regression with "
+            "kernel.outputs 'full' or regression.center_outputs needs as many outputs as targets"
+        )
+
+
+def _with_or_without_tiles(
+    job: Job, arrays: tuple[StoredArray, ...], specs: tuple[ArraySpec, ...], dataset: Dataset
+) -> tuple[Job, tuple[StoredArray, ...]]:
+    """Without tiles where they are more than the disk has room for and a factor says the same.
+
+    Raises: NNTKError where no tiles are asked for and there is no factor.
+    """
+    asked = job.config.compute.write_tiles
+    if asked is False and not holds_factor(job):
+        raise NNTKError(
+            f"compute.write_tiles is false, and this kernel has no factor to work from instead; {WITH_FACTOR}, unless "
+            "'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true"
+        )
+    free = free_disk(RunStorage(job.run_dir))
+    wanted = sum(array.num_bytes for array in arrays)
+    if asked != "auto" or not holds_factor(job) or free is None or wanted <= free[0]:
+        return job, arrays
+    job = replace(job, layout=replace(job.layout, write_tiles=False))
+    return job, describe_arrays(job, specs, dataset)
+
+
+def describe_arrays(job: Job, specs: tuple[ArraySpec, ...], dataset: Dataset) -> tuple[StoredArray, ...]:
+    """All arrays of the store for this job and data."""
+    targets = {split: getattr(dataset, split).targets for split in SPLITS}
+    ids = {split: getattr(dataset, split).ids for split in SPLITS}
+    return tuple(all_arrays(job, specs, targets, ids))
+
+
+def stage_fingerprints(config: Config, parts: Mapping[str, Any]) -> dict[str, str]:
+    """One hash for the kernel and one for each later stage, which adds its own section."""
+    kernel = fingerprint(parts)
+    return {
+        "kernel": kernel,
+        "spectrum": fingerprint({"kernel": kernel, "spectrum": config.spectrum.model_dump(mode="json")}),
+        "regression": fingerprint({"kernel": kernel, "regression": config.regression.model_dump(mode="json")}),
+    }
+
+
+def _fit(
+    config: Config,
+    job: Job,
+    features: FeatureMap,
+    arrays: tuple[StoredArray, ...],
+    model: nn.Module,
+    x: torch.Tensor,
+    parts: Mapping[str, Any],
+    prints: Mapping[str, str],
+) -> Plan:
+    """The number of workers that fit, and the refusal where none does."""
+    wanted = wanted_workers(config, job.layout)
+    stored = next((array for array in arrays if array.path == "train/features"), None)
+    factor = None if stored is None or not holds_factor(job) else factor_form(job, stored)
+    solvers = {stage: choose_solver(job, stage, factor) for stage in SOLVED}
+    cpus = available_cpus()
+    projection = project(job, features, list(arrays), model, x, num_workers=wanted, solvers=solvers, num_cpus=cpus)
+    usable = int(_USABLE_SHARE * available_memory())
+    workers = wanted
+    if config.compute.memory_per_worker == "auto":
+        fitting = usable // projection.worker_bytes
+        workers = min(wanted, fitting) if config.compute.workers == "auto" else wanted
+        each = usable // max(1, workers)
+    else:
+        each = int(config.compute.memory_per_worker)
+        if config.compute.workers == "auto":  # one at least: the driver of a cluster may have less than its workers
+            workers = min(wanted, max(1, usable // each))
+    if workers < 1 or projection.worker_bytes > each:
+        raise NNTKError(
+            f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
+            f"({_gib(usable)} usable for {max(1, workers)} worker(s)); {_smaller_tiles(job.layout)}use fewer "
+            f"compute.workers or raise compute.memory_per_worker{_other_contraction(job)}"
+        )
+    if projection.solve_bytes > usable:
+        raise NNTKError(
+            f"spectrum and regression of {job.sizes.num_train} train rows need {_gib(projection.solve_bytes)} in one "
+            f"process, {_gib(usable)} are usable; set their method to factored or iterative where it is dense, make "
+            "data.train smaller or take a machine with more memory"
+        )
+    if workers != wanted:
+        projection = project(job, features, list(arrays), model, x, num_workers=workers, solvers=solvers, num_cpus=cpus)
+    return Plan(job, arrays, parts, prints, projection, solvers, workers, each)
+
+
+def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:
+    """Raise an NNTKError where the workers of a GPU, each with so many bytes on it, do not fit beside what is there."""
+    usable = int(_USABLE_SHARE * torch.cuda.mem_get_info(layout.device)[0])
+    if wanted * workers_per_gpu > usable:
+        raise NNTKError(
+            f"a worker needs {_gib(wanted)} of its GPU's memory at its peak, {_gib(usable)} are usable for "
+            f"{workers_per_gpu} worker(s); {_smaller_tiles(layout)}use fewer compute.workers_per_gpu"
+        )
+
+
+def _smaller_tiles(layout: Layout) -> str:
+    """What makes a worker's tiles take less, as the first items of a list; empty where nothing does."""
+    smaller = f"make compute.tile smaller than {layout.tile}, " if layout.tile > 1 else ""
+    return smaller + ("set compute.stderr to sample, " if layout.stderr == "entry" else "")
+
+
+def _other_contraction(job: Job) -> str:
+    """What else would make features smaller, where they are exact gradients."""
+    sketchable = job.resolution.estimator == "autodiff" and job.spec.pair_blocks and not job.resolution.num_columns
+    return "; or set kernel.contraction to sketch, which takes less for an error of its own" if sketchable else ""
+
+
+def wanted_workers(config: Config, layout: Layout) -> int:
+    """As many as this machine has places for, unless the configuration says."""
+    if config.compute.executor == "serial":
+        return 1
+    if config.compute.workers != "auto":
+        return config.compute.workers
+    if layout.device.startswith("cuda"):
+        return max(1, torch.cuda.device_count()) * config.compute.workers_per_gpu
+    return max(1, available_cpus() // layout.threads)
+
+
+def check_disk(storage: RunStorage, wanted: int) -> None:
+    """Raise an NNTKError where a local run directory's disk has less room than the arrays take before compression."""
+    free = free_disk(storage)
+    if free is not None and wanted > free[0]:
+        raise NNTKError(
+            f"the arrays take {_gib(wanted)} on disk and {_gib(free[0])} are free at {free[1]}; choose another "
+            "run_dir, set compute.stderr to sample, or make data.train smaller"
+        )
+
+
+def free_disk(storage: RunStorage) -> tuple[int, Path] | None:
+    """Bytes that are free where a local run directory lies or would lie, and where that is; None in object stores."""
+    if storage.local_path is None:
+        return None
+    nearest = next(folder for folder in (storage.local_path, *storage.local_path.parents) if folder.exists())
+    return psutil.disk_usage(str(nearest)).free, nearest
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free now."""
+    return int(psutil.virtual_memory().available)
+
+
+def check_device(device: str, compute: ComputeConfig, *, continued: bool = False) -> None:
+    """Raise an NNTKError where the asked device is not there, or that of a run that is `continued`, or where workers
+    are to share a GPU and there is none.
+    """
+    if compute.workers_per_gpu > 1 and not device.startswith("cuda"):
+        raise NNTKError(
+            f"compute.workers_per_gpu is {compute.workers_per_gpu}, but the run is on {device}; set "
+            "compute.device=cuda, or leave compute.workers_per_gpu at 1"
+        )
+    if not device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
+        if continued:
+            raise NNTKError(
+                f"the run was laid out on '{device}', and torch sees no GPU here; continue and verify it where there "
+                "is one"
+            )
+        raise NNTKError(
+            f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu (the driver tries the "
+            "model on the device that workers use; ray job submit --entrypoint-num-gpus 1 gives it one)"
+        )
+    number = torch.device(device).index or 0
+    if number >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise NNTKError(f"compute.device is '{device}', but torch sees cuda:0 to cuda:{last} here")
+    if number > 0 and compute.executor == "ray":
+        raise NNTKError(
+            f"compute.device is '{device}', but Ray gives every worker GPUs of its own, and it sees its first as "
+            "cuda:0; set compute.device=cuda, or compute.executor=serial"
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

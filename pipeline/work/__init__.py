@@ -1,0 +1,1 @@
+"""The work of a task: its context, tiles, workers; one file per stage in `stages`."""

@@ -1,0 +1,254 @@
+"""What a task works with: the job, the data, the prepared model and its features, the store; and rows of features from
+either.
+
+Everything is built on first use and could be rebuilt after a restart. Stages get a `Context` and a `Task`; they know
+neither Ray nor the ledger.
+
+Axes: n rows, s draws, c outputs.
+"""
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.estimators.gradients import feature_bytes
+from nntk_dist.estimators.output_differences import DifferenceFeatures
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.runtime.precision import full_precision
+from nntk_dist.statistics.tile_estimates import scale_factor
+from pipeline.data import Dataset
+from pipeline.decisions.build import DTYPES, build_architecture
+from pipeline.decisions.layout import FEATURE_CACHE_BYTES, writing_threads
+from pipeline.decisions.weighting_reference import reference_batch
+from pipeline.job.job import SPLITS, Job
+from pipeline.runtime.fitting_batch import FittingBatch
+from pipeline.runtime.result_memory import ResultMemory
+from pipeline.storage.array_table import feature_path, holds_differences
+from pipeline.storage.kernel_arrays import KernelArrays, Piece
+from pipeline.storage.run_storage import RunStorage
+
+_CHECK_ROWS = 3
+
+Interval = tuple[str, int, int]  # split, start, stop
+
+
+@dataclass
+class Written:
+    """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up.
+
+    `pending` are pieces that `Context.finish` has yet to write; `results` is memory that is free once they are written.
+    """
+
+    num_bytes: int = 0
+    checksums: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    pending: list[Piece] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
+
+    @property
+    def checksum(self) -> int:
+        """One checksum for all arrays, in the order of their paths."""
+        return zlib.crc32(repr(sorted(self.checksums.items())).encode())
+
+
+class Sink(Protocol):
+    """Where tasks write: the kernel store, or whatever wants to see what they would write."""
+
+    def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
+        """Take whole shards of an array, beginning at the given index; bytes and checksum."""
+        ...
+
+
+@dataclass
+class Context:
+    """`state` is the model's state dict as the driver built or loaded it; the dataset comes from the driver too.
+
+    `sink` None writes to the kernel store.
+    """
+
+    job: Job
+    dataset: Dataset
+    state: Mapping[str, Tensor]
+    sink: Sink | None = None
+    results: ResultMemory = field(default_factory=ResultMemory)
+    _cache: "OrderedDict[tuple[object, ...], tuple[Rows, bool]]" = field(default_factory=OrderedDict)
+
+    @cached_property
+    def fitting(self) -> FittingBatch:
+        """The batch of passes over the model, which falls where it does not fit."""
+        return FittingBatch(self.job.layout.batch)
+
+    @cached_property
+    def storage(self) -> RunStorage:
+        return RunStorage(self.job.run_dir)
+
+    @cached_property
+    def store(self) -> KernelArrays:
+        return KernelArrays(self.storage)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.job.layout.dtype]
+
+    @cached_property
+    def model(self) -> nn.Module:
+        built = build_architecture(self.job.config, self.dataset)
+        built.load_state_dict(dict(self.state))
+        return prepare_model(built, dtype=self.dtype, device=self.job.layout.device)
+
+    @cached_property
+    def features(self) -> FeatureMap:
+        examples = self.inputs("train", slice(0, _CHECK_ROWS))
+        spec = self.job.spec
+        reference = reference_batch(spec, self.dataset, self.dtype, self.job.layout.device)
+        return make_feature_map(self.model, examples, spec, self.job.resolution, reference=reference)
+
+    @cached_property
+    def features_with_metric(self) -> FeatureMap:
+        """The features with the stored metric, for products of differences; without one, the same as `features`."""
+        if not (holds_differences(self.job) and self.job.spec.pair_blocks):
+            return self.features
+        factor = scale_factor(self.job.spec.scale, self.job.sizes.num_parameters)
+        metric = torch.from_numpy(self.store.read("metric")) / factor
+        assert isinstance(self.features, DifferenceFeatures)
+        return replace(self.features, metric=metric.to(self.job.layout.device))  # scores of draws are shared
+
+    def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
+        """Model inputs of some rows, at the job's dtype and device: a copy, since a model may write to its input."""
+        values = torch.from_numpy(np.ascontiguousarray(getattr(self.dataset, split).inputs[selection]))
+        device, dtype = self.job.layout.device, self.dtype if values.is_floating_point() else values.dtype
+        if device.startswith("cuda"):  # from pinned memory a copy runs beside what the GPU does
+            values = values.pin_memory()
+        return values.to(device, dtype, non_blocking=True, copy=True)
+
+    def output_parts(self) -> list[tuple[int, ...]]:
+        """The kernel's outputs in the portions in which features are held."""
+        columns = self.features.columns
+        step = len(columns) if self.job.layout.store_features else self.job.layout.outputs_at_once
+        return [columns[i : i + step] for i in range(0, len(columns), step)]
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """f(x; θ), in batches of the layout, or in such as fit."""
+        return self.fitting.run(lambda batch: self.features.outputs(x, batch=batch))
+
+    def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
+        """What an example's own noise is a function of: its split and its id there, as a number from 0 to 2^32 − 1."""
+        ids = torch.from_numpy(getattr(self.dataset, split).ids[selection])
+        return ((ids & 0x7FFFFFFF) + (SPLITS.index(split) << 31)).to(self.job.layout.device)
+
+    def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
+        """Features of some rows under all draws, from the model."""
+        x, ids, draws = self.inputs(split, selection), self.keys(split, selection), range(self.job.sizes.num_draws)
+        with full_precision():  # also where a tile asks for its rows amid its products
+            return self.fitting.run(
+                lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x)))
+            )
+
+    def feature_parts(self, row: Interval, column: Interval) -> "FeatureParts":
+        """Features of two row intervals, some outputs at a time: from the store, or recomputed."""
+        return FeatureParts(self, row, column)
+
+    def rows(self, interval: Interval, columns: tuple[int, ...], *, only_rows: bool = False) -> Rows:
+        """Features of one interval, prepared for products, with `only_rows` perhaps as rows of tiles alone; remembered
+        while they fit, since neighbours share them.
+        """
+        key, by_block = (interval, columns), self.job.layout.stderr == "entry"
+        kept, lacks_columns = self._cache.get(key, (None, True))
+        if kept is None or (lacks_columns and not only_rows):
+            if kept is not None:
+                self._cache.move_to_end(key)  # it stays
+            self._make_room()
+            rows = self._computed_rows(interval, columns) if kept is None else kept
+            prepared = self.features_with_metric.prepare(rows, by_block=by_block, only_rows=only_rows)
+            self._cache[key] = prepared, only_rows
+        self._cache.move_to_end(key)
+        return self._cache[key][0]
+
+    def _computed_rows(self, interval: Interval, columns: tuple[int, ...]) -> Rows:
+        """From the store, or from the model."""
+        split, start, stop = interval
+        if not self.job.layout.store_features:
+            return self.compute(split, slice(start, stop), columns)
+        layout, rows = self.job.layout, {}
+        for spec in self.features.arrays:
+            path = feature_path(self.job, split, spec.name)
+            values = self.store.read(path, slice(start, stop), threads=layout.threads)
+            rows[spec.name] = torch.from_numpy(values).to(layout.device)
+        return rows
+
+    def forget(self) -> None:
+        """Give back the features and the memory that are kept for further tiles."""
+        self._cache.clear()
+        self.results.clear()
+        self.store.forget()
+
+    def _make_room(self) -> None:
+        """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs
+        two. Before the new one is made, not after: three would be held at once otherwise.
+        """
+        sizes = [feature_bytes(rows) for rows, _ in self._cache.values()]
+        while len(sizes) > 1 and sum(sizes) + max(sizes) > FEATURE_CACHE_BYTES:
+            self._cache.popitem(last=False)
+            del sizes[0]
+
+    def write(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
+        """Write whole shards of an array, beginning at the given index, and note bytes and checksum."""
+        self.write_later(written, path, start, values)
+        self.finish(written)
+
+    def write_later(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
+        """Let `finish` write this; it is in main memory from now on, so that the next task may have the device."""
+        written.pending.append((path, start, _as_array(values)))
+
+    def finish(self, written: Written) -> None:
+        """Write what is pending, beside each other: compression and checksums let other threads run.
+
+        All is on storage when this returns; the first error is raised then. Another task may compute meanwhile.
+        """
+        pieces, written.pending = written.pending, []
+        if self.sink is not None:
+            results = [self.sink.write(*piece) for piece in pieces]
+        else:
+            results = self.store.write_all(pieces, threads=writing_threads(self.job))
+            self.results.give_back(written.results)
+            written.results = []  # memory that is given back twice would hold two tiles
+        for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
+            written.num_bytes += num_bytes
+            written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
+
+
+@dataclass(frozen=True)
+class FeatureParts:
+    """Features of two row intervals for each portion of the outputs, had when they are asked for."""
+
+    context: Context
+    row: Interval
+    column: Interval
+
+    def __len__(self) -> int:
+        return len(self.context.output_parts())
+
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+        for part in self.context.output_parts():
+            yield self._pair(part)
+
+    def _pair(self, part: tuple[int, ...]) -> tuple[Rows, Rows]:
+        """Rows and columns, one object where they are the same interval."""
+        columns = self.context.rows(self.column, part)
+        if self.row == self.column:
+            return columns, columns
+        return self.context.rows(self.row, part, only_rows=True), columns
+
+
+def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
+    """In main memory; a transposed tile stays a view, which the store brings into order a row of chunks at a time."""
+    return values.detach().to("cpu").numpy() if isinstance(values, Tensor) else values

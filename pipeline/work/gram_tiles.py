@@ -1,0 +1,101 @@
+"""A Gram tile as a task: features of its rows and columns in, arrays out. What the stages `gram` and `test` share.
+
+Axes: rows and columns of one tile, in kernel rows (C for an example of a `full` kernel).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nntk_dist.products.block_sums import Meeting
+from nntk_dist.runtime.precision import multiplying
+from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.tile_estimates import tile_estimates
+from pipeline.job.job import Task
+from pipeline.storage.array_table import kernel_width, statistics_of
+from pipeline.work.context import Context, Interval, Written
+
+# In float64: what two arrays fill is in the second cache. A GPU wants fewer calls.
+_STRIPE_ENTRIES, _GPU_STRIPE_ENTRIES = 1 << 16, 1 << 22
+
+
+def compute_tile(
+    context: Context, task: Task, row: Interval, column: Interval, *, paired: bool = False
+) -> dict[str, Tensor]:
+    """plugin, unbiased and stderr (those that exist) of the rows and columns in two intervals, in the stored dtype."""
+    job = context.job
+    calibration = None
+    if job.layout.stderr == "entry":
+        calibration = Calibration(level=float(task.arguments["level"]), relative_error=float("nan"), num_entries=0)
+    meeting = Meeting(full=job.spec.meeting.full, paired=paired)
+    parts = context.feature_parts(row, column)
+    features, dtype = context.features_with_metric, context.dtype
+    with multiplying(job.layout.matmul_precision):
+        return tile_estimates(
+            features, parts, meeting, calibration, job.spec.scale, dtype=dtype, empty=context.results.empty
+        )
+
+
+def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:
+    """The tiles (i, j) of a matrix, those with i ≤ j where `upper`, in an order that needs few features at a time.
+
+    Columns go in groups whose features a worker can keep beside those of two rows (the last one is the oldest only once
+    all columns were used after it): within a group row after row, so that a row is needed once for each group, and a
+    column once in all.
+    """
+    for first in range(0, num_columns, group):
+        columns = range(first, min(first + group, num_columns))
+        for i in range(min(num_rows, columns.stop) if upper else num_rows):
+            for j in columns:
+                if not upper or i <= j:
+                    yield i, j
+
+
+def write_tile(
+    context: Context,
+    written: Written,
+    prefix: str,
+    start: tuple[int, ...],
+    values: dict[str, Tensor],
+    *,
+    mirrored: bool = False,
+) -> None:
+    """Let the arrays of one tile be written, with `mirrored` their transposed too, and add up what the driver wants to
+    know of it; `start` counts examples.
+    """
+    width = kernel_width(context.job)
+    totals = tile_totals(values)
+    written.results.extend(values.values())
+    values = {name: each.to("cpu") for name, each in values.items()}  # once, also where it is written twice
+    place = tuple(position * width for position in start) if len(start) == 2 else start
+    statistics = statistics_of(context.job)
+    for suffix, name in statistics.items() if mirrored else ():  # first, since these take the longest
+        context.write_later(written, f"{prefix}{suffix}", place[::-1], values[name].T)
+    for suffix, name in statistics.items():
+        context.write_later(written, f"{prefix}{suffix}", place, values[name])
+    for name, total in totals.items():
+        key = f"{prefix}:{name}"
+        written.numbers[key] = written.numbers.get(key, 0.0) + total * (2 if mirrored else 1)
+
+
+def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
+    """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time in the same memory."""
+    sums: dict[str, Tensor] = {}
+    entries = _GPU_STRIPE_ENTRIES if any(tile.is_cuda for tile in values.values()) else _STRIPE_ENTRIES
+    rooms = {name: tile.new_empty(min(entries, tile.numel()), dtype=torch.float64) for name, tile in values.items()}
+
+    def add(name: str, total: Tensor) -> None:
+        sums[name] = sums[name] + total if name in sums else total
+
+    for parts in zip(*(tile.flatten().split(entries) for tile in values.values()), strict=True):
+        stripe = {name: rooms[name][: len(part)].copy_(part) for name, part in zip(values, parts, strict=True)}
+        if "unbiased" in stripe:
+            add("squared_unbiased", stripe["unbiased"] @ stripe["unbiased"])
+            difference = stripe["plugin"].sub_(stripe["unbiased"])
+            add("squared_difference", difference @ difference)
+        if "stderr" in stripe:
+            add("unresolved", torch.isnan(stripe["stderr"]).sum())
+            known = stripe["stderr"].nan_to_num_(0.0)
+            add("squared_stderr", known @ known)
+    return {name: float(total) for name, total in sums.items()}  # read once: a GPU is waited for

@@ -1,0 +1,36 @@
+"""Stage `calibration`: the level of the standard errors and the relative error, from a fixed sample of entries.
+
+One task for each array that carries standard errors: tile train, test or diagonal. Nothing is written but numbers.
+
+Axes: none.
+"""
+
+from collections.abc import Iterator
+
+from pipeline.job.job import Job, Task
+from pipeline.work.context import Context, Written
+from pipeline.work.sampled_calibration import CALIBRATED, calibrate_array
+
+NAME = "calibration"
+USES_ALL_THREADS = False
+
+
+def tasks(job: Job) -> Iterator[Task]:
+    """Three tasks where there are standard errors or a relative error to state."""
+    if job.layout.stderr != "none":
+        for tile in CALIBRATED:
+            yield Task(NAME, tile)
+
+
+def execute(context: Context, task: Task) -> Written:
+    """Calibrate one array."""
+    result = calibrate_array(context, context.features_with_metric, task.tile)
+    numbers = {
+        "level": result.level,
+        "relative_error": result.relative_error,
+        "bound": result.bound,
+        "num_entries": float(result.num_entries),
+    }
+    if not context.job.layout.write_tiles and context.job.spec.statistic == "both":
+        numbers["bias"] = result.bias  # of tiles, which are all entries, where there are tiles
+    return Written(numbers=numbers)

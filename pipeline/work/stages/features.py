@@ -1,0 +1,51 @@
+"""Stage `features`: outputs, targets, ids, and the features of one shard of rows under one chunk of draws.
+
+Tile: split/row shard/draw chunk. A task writes whole shards and nothing else; the first chunk of a shard also writes
+what belongs to the rows themselves. Where features are recomputed for every tile, only the first chunk exists.
+
+Axes: n rows, s draws, c outputs.
+"""
+
+from collections.abc import Iterator
+
+from pipeline.job.job import SPLITS, Job, Task, intervals
+from pipeline.storage.array_table import chunk_length, feature_path
+from pipeline.work.context import Context, Written
+
+NAME = "features"
+USES_ALL_THREADS = False
+
+
+def tasks(job: Job) -> Iterator[Task]:
+    """One task for each row shard and draw chunk."""
+    chunks = len(intervals(job.sizes.num_draws, job.layout.chunk_draws)) if job.layout.store_features else 1
+    for split in SPLITS:
+        for shard in range(len(intervals(job.sizes.rows(split), job.layout.shard_rows))):
+            for chunk in range(chunks):
+                yield Task(NAME, f"{split}/{shard}/{chunk}")
+
+
+def execute(context: Context, task: Task) -> Written:
+    """Compute and write one task's shards."""
+    job = context.job
+    split, shard, chunk = task.tile.split("/")[0], *map(int, task.tile.split("/")[1:])
+    start, stop = intervals(job.sizes.rows(split), job.layout.shard_rows)[shard]
+    rows = slice(start, stop)
+    x = context.inputs(split, rows)
+    written = Written()
+    if chunk == 0:
+        data = getattr(context.dataset, split)
+        context.write(written, f"{split}/targets", (start,), data.targets[rows])
+        context.write(written, f"{split}/id", (start,), data.ids[rows])
+        context.write(written, f"{split}/outputs", (start,), context.outputs(x))
+    if job.layout.store_features:
+        first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
+        features = context.fitting.run(
+            lambda batch: context.features.compute(
+                x, context.keys(split, rows), range(first, last), context.features.columns, batch=batch
+            )
+        )
+        for spec in context.features.arrays:
+            position = (start, chunk * chunk_length(job, spec))
+            context.write(written, feature_path(job, split, spec.name), position, features[spec.name])
+    return written

@@ -1,0 +1,46 @@
+"""Stage `pilot`: one look at a sample of the train kernel with some number of draws, where an accuracy is asked for.
+
+Tile: the number of draws. Looks follow from each other, so they are no list known beforehand: the driver asks for one
+after the other (`pipeline.driver.draw_search`), each with the job that it would be. Nothing is written but numbers.
+
+Axes: none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from nntk_dist.planning.decision import with_draws
+from nntk_dist.planning.draw_search import spec_to_look_at
+from nntk_dist.statistics.estimates import PILOT_ENTRIES
+from nntk_dist.statistics.required_draws import Look
+from pipeline.job.job import Job, Task
+from pipeline.work.context import Context, Written
+from pipeline.work.sampled_calibration import calibrate_array
+
+NAME = "pilot"
+USES_ALL_THREADS = False
+_EXAMPLES = 8  # on which layer formulas are checked
+
+
+def look_task(job: Job) -> Task:
+    """The look with as many draws as a job has."""
+    return Task(NAME, str(job.sizes.num_draws), {"job": job})
+
+
+def tasks(job: Job) -> Iterator[Task]:
+    """None that could be told before the looks themselves."""
+    yield from ()
+
+
+def execute(context: Context, task: Task) -> Written:
+    """Calibrate the train kernel with the draws of the task's job, in as many blocks as tell most."""
+    job: Job = task.arguments["job"]
+    num_draws = job.sizes.num_draws
+    spec = spec_to_look_at(job.spec, num_draws, job.sizes.num_parameters)
+    examples = context.inputs("train", slice(0, _EXAMPLES))
+    resolution = with_draws(context.model, examples, spec, job.resolution, num_draws)
+    sizes = replace(job.sizes, num_blocks=spec.blocks)
+    look_at = Context(replace(job, spec=spec, resolution=resolution, sizes=sizes), context.dataset, context.state)
+    calibration = calibrate_array(look_at, look_at.features, "train", entries=PILOT_ENTRIES)
+    look = Look.of(num_draws, calibration, looked_at=spec.blocks, blocks=job.spec.blocks)
+    return Written(numbers=look.numbers)

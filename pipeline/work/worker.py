@@ -1,0 +1,109 @@
+"""A worker: one process that carries out tasks and measures them.
+
+The same class runs in the driver (serial) and inside a Ray actor. It returns small numbers; results go to the store.
+Asked for two tasks at once, from two threads, it computes the one while it writes what the other has computed.
+
+Units: seconds, bytes.
+"""
+
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from nntk_dist.errors import NNTKError
+from nntk_dist.runtime.memory import is_out_of_memory
+from nntk_dist.runtime.precision import full_precision
+from nntk_dist.runtime.threads import torch_threads
+from pipeline.data import Dataset
+from pipeline.job.job import Job
+from pipeline.job.task import Outcome, Task
+from pipeline.runtime.allocator import keep_freed_memory
+from pipeline.runtime.cpus import Threads
+from pipeline.work.context import Context
+from pipeline.work.stages import STAGES
+
+
+@dataclass
+class Worker:
+    """Executes tasks of one job with so many threads; see `Context` for the other arguments."""
+
+    job: Job
+    dataset: Dataset
+    state: Mapping[str, Tensor]
+    threads: Threads
+    context: Context = field(init=False)
+    _turn: threading.Lock = field(init=False, default_factory=threading.Lock)
+    _pools: tuple[str, ThreadpoolController] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        keep_freed_memory()
+        self.context = Context(self.job, self.dataset, self.state)
+
+    def execute(self, task: Task) -> Outcome:
+        """Carry out a task with the threads that its stage may use, and say what it took, not counting the wait for
+        another that computes.
+
+        Raises: NNTKError where memory runs out; whatever else the stage raises.
+        """
+        stage = STAGES[task.stage]
+        with _memory_told(task), self._turn:
+            started, clock = time.time(), time.perf_counter()
+            if stage.USES_ALL_THREADS:  # of the whole kernel, which needs the memory itself
+                self.context.forget()
+            threads = self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own
+            with self._limited(task.stage, threads), full_precision():
+                written = stage.execute(self.context, task)
+        with _memory_told(task):
+            self.context.finish(written)
+        return Outcome(
+            stage=task.stage,
+            tile=task.tile,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            started=started,
+            seconds=time.perf_counter() - clock,
+            written_bytes=written.num_bytes,
+            checksum=written.checksum,
+            peak_bytes=peak_bytes(),
+            numbers=written.numbers
+            | self.context.fitting.numbers()
+            | {f"crc32c:{path}": float(value) for path, value in written.checksums.items()},
+        )
+
+    @contextmanager
+    def _limited(self, stage: str, num_threads: int) -> Iterator[None]:
+        """So many threads for torch, BLAS and OpenMP, and what there were before when it is over."""
+        if self._pools is None or self._pools[0] != stage:
+            # Looking for loaded libraries takes milliseconds: once for a stage, since one may load another.
+            self._pools = stage, ThreadpoolController()
+        with self._pools[1].limit(limits=num_threads), torch_threads(num_threads):
+            yield
+
+
+@contextmanager
+def _memory_told(task: Task) -> Iterator[None]:
+    """Memory that runs out where no smaller batch helps becomes an NNTKError that names the task."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise NNTKError(
+            f"{task.stage} {task.tile} does not fit into memory ({reason}); use fewer workers, a smaller compute.tile "
+            "or kernel.sketch, or a device with more memory, then continue with --resume"
+        ) from error
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,303 @@
+"""What streams over tiles against the whole matrix: products, leading eigenpairs, low-rank part, ridge regression."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.stats import ortho_group
+
+from nntk_dist.analysis.block_krylov import leading_eigenpairs
+from nntk_dist.analysis.conjugate_gradients import solve
+from nntk_dist.analysis.dense_regression import ridge_regression
+from nntk_dist.analysis.iterative_regression import streamed_regression
+from nntk_dist.analysis.leave_one_out import estimate_left_out, sampled_examples
+from nntk_dist.analysis.pivoted_cholesky import low_rank_part
+from nntk_dist.analysis.ridge_problem import ridge_problem
+from nntk_dist.analysis.spectrum import kernel_spectrum
+from nntk_dist.analysis.streamed_kernel import TiledKernel, TiledRows
+from nntk_dist.errors import NNTKError
+
+NUM_TRAIN, NUM_TEST = 150, 40
+
+
+def tiled(matrix, edge=32, reads=None):
+    """A matrix read tile by tile; `reads` collects which."""
+
+    def read(rows, columns):
+        if reads is not None:
+            reads.append((rows.start, columns.start))
+        return matrix[rows, columns]
+
+    return TiledKernel(len(matrix), edge, read)
+
+
+def kernels(width=1, seed=0, dtype=np.float32):
+    """A smooth kernel of scattered points, train by train and test by train; with `width` outputs."""
+    generator = np.random.default_rng(seed)
+    points = generator.standard_normal((NUM_TRAIN + NUM_TEST, 3))
+    squared = np.square(points[:, None] - points[None]).sum(axis=-1)
+    kernel = (np.exp(-squared / 8) + 0.3).astype(dtype)
+    if width > 1:
+        mixing = generator.standard_normal((width, width)).astype(dtype)
+        kernel = np.kron(kernel, mixing @ mixing.T + np.eye(width, dtype=dtype))
+    train = NUM_TRAIN * width
+    return kernel[:train, :train], kernel[train:, :train], points
+
+
+def test_a_product_reads_the_upper_tiles_once_and_sums_the_squares():
+    matrix, reads = kernels()[0].astype(np.float64), []
+    vectors = np.random.default_rng(1).standard_normal((NUM_TRAIN, 4))
+    kernel = tiled(matrix, 32, reads)
+    product, squares = kernel.product_and_norm(vectors)
+    np.testing.assert_allclose(product, matrix @ vectors, rtol=1e-12)
+    assert squares == pytest.approx(np.square(matrix).sum(), rel=1e-12)
+    assert sorted(reads) == [(32 * i, 32 * j) for i in range(5) for j in range(i, 5)]
+    np.testing.assert_array_equal(kernel.product(vectors), product)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_diagonal_blocks_and_rows(size):
+    matrix = np.arange(36.0**2).reshape(36, 36)
+    matrix = matrix + matrix.T
+    kernel = tiled(matrix, 15)
+    expected = [matrix[i : i + size, i : i + size] for i in range(0, 36, size)]
+    np.testing.assert_array_equal(kernel.diagonal_blocks(size), expected)
+    np.testing.assert_array_equal(kernel.rows(slice(15, 30), np.array([2, 7])), matrix[[17, 22]])
+
+
+def test_a_rectangle_times_vectors():
+    matrix, vectors = (
+        np.random.default_rng(0).standard_normal((23, 31)),
+        np.random.default_rng(1).standard_normal((31, 2)),
+    )
+    rectangle = TiledRows((23, 31), (7, 10), lambda rows, columns: matrix[rows, columns])
+    np.testing.assert_allclose(rectangle.product(vectors), matrix @ vectors, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 10])
+def test_leading_pairs_are_those_of_the_whole_matrix(top_k):
+    matrix = kernels()[0]
+    found = leading_eigenpairs(tiled(matrix), top_k=top_k)
+    expected = kernel_spectrum(matrix, top_k=top_k)
+    assert found.converged
+    assert (found.residuals <= 1e-6 * found.eigenvalues).all()
+    errors = np.abs(found.eigenvalues - expected.eigenvalues[:top_k])
+    assert (errors <= found.residuals + 1e-13 * expected.eigenvalues[0]).all()
+    np.testing.assert_allclose(found.eigenvectors, expected.eigenvectors, atol=1e-5)
+    dense = matrix.astype(np.float64)
+    true = np.linalg.norm(dense @ found.eigenvectors - found.eigenvectors * found.eigenvalues, axis=0)
+    np.testing.assert_allclose(found.residuals, true, atol=1e-12 * expected.eigenvalues[0])
+    assert found.numbers()["trace"] == pytest.approx(np.trace(dense), rel=1e-12)
+    assert found.numbers()["participation_ratio"] == pytest.approx(expected.participation_ratio, rel=1e-9)
+
+
+def test_clusters_negative_eigenvalues_and_restarts():
+    """Twelve equal eigenvalues, a slow decay that fills the basis, and the largest magnitude negative."""
+    known = np.concatenate([np.full(12, 3.0), np.linspace(2.0, 0.01, 237), [-10.0]])
+    basis = ortho_group.rvs(250, random_state=0)
+    matrix = (basis * known) @ basis.T
+    found = leading_eigenpairs(tiled((matrix + matrix.T) / 2, 64), top_k=14)
+    assert found.converged
+    np.testing.assert_allclose(found.eigenvalues, known[:14], rtol=1e-9)
+    assert found.passes > 6  # more blocks than the basis holds
+
+
+def test_a_kernel_of_low_rank_or_of_few_rows_gives_all_that_there_is():
+    low = np.random.default_rng(0).standard_normal((60, 4))
+    found = leading_eigenpairs(tiled(low @ low.T), top_k=10)
+    assert found.converged
+    np.testing.assert_allclose(found.eigenvalues[4:], 0, atol=1e-10)
+    few = leading_eigenpairs(tiled(np.diag([3.0, 1.0, 2.0])), top_k=10)
+    np.testing.assert_allclose(few.eigenvalues, [3, 2, 1], rtol=1e-12)
+
+
+def test_too_few_passes_are_said_to_be_too_few():
+    found = leading_eigenpairs(tiled(kernels()[0]), top_k=20, most_passes=1)
+    assert not found.converged
+    assert found.passes == 1
+    assert found.residuals.max() > 1e-6 * found.eigenvalues[0]
+
+
+def test_refusals_of_leading_pairs():
+    with pytest.raises(NNTKError, match="top_k is 0; allowed: 1 or more"):
+        leading_eigenpairs(tiled(np.eye(3)), top_k=0)
+    with pytest.raises(NNTKError, match=r"a product with the kernel holds .* NaN or infinite"):
+        leading_eigenpairs(tiled(np.full((3, 3), np.nan)), top_k=1)
+
+
+@pytest.mark.parametrize(("rank", "share"), [(40, 0.05), (150, 1e-5)])
+def test_the_low_rank_part_is_below_the_kernel_and_close_to_it(rank, share):
+    matrix = kernels(dtype=np.float64)[0]
+    part = low_rank_part(tiled(matrix), np.diagonal(matrix).copy(), rank=rank)
+    approximation = (part.basis * part.eigenvalues) @ part.basis.T
+    assert np.linalg.eigvalsh(matrix - approximation)[0] > -1e-9
+    assert part.trace_left < share
+    assert part.trace_left == pytest.approx(1 - np.trace(approximation) / np.trace(matrix), abs=1e-12)
+    ridge = 0.05
+    inverse = np.linalg.inv(approximation + ridge * np.eye(NUM_TRAIN))
+    vectors = np.random.default_rng(2).standard_normal((NUM_TRAIN, 3))
+    np.testing.assert_allclose(part.solve(vectors, np.full(3, ridge)), inverse @ vectors, rtol=1e-8, atol=1e-8)
+    blocks = [inverse[i : i + 3, i : i + 3] for i in range(0, NUM_TRAIN, 3)]
+    np.testing.assert_allclose(part.inverse_blocks(ridge, 3), blocks, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(part.blocks(1)[:, 0, 0], np.diagonal(approximation), rtol=1e-8)
+
+
+def test_pivots_are_no_more_than_are_needed():
+    matrix = kernels()[0].astype(np.float64)
+    part = low_rank_part(tiled(matrix), np.diagonal(matrix).copy(), rank=100, least=0.2 * np.trace(matrix))
+    assert len(part.eigenvalues) < 50
+    low = np.random.default_rng(0).standard_normal((60, 4))
+    part = low_rank_part(tiled(low @ low.T), np.square(low).sum(axis=1), rank=30)
+    assert len(part.eigenvalues) == 4
+
+
+def arguments(kind, points):
+    """Labels of three classes, or three float columns with an offset, both smooth in the points."""
+    values = np.tanh(points) + 0.1 * np.random.default_rng(9).standard_normal(points.shape)
+    if kind == "labels":
+        labels = values.argmax(axis=1)
+        return {"targets": labels[:NUM_TRAIN], "test_targets": labels[NUM_TRAIN:]}
+    return {
+        "targets": values[:NUM_TRAIN],
+        "test_targets": values[NUM_TRAIN:],
+        "offset": 0.3 * points[:NUM_TRAIN, ::-1],
+        "test_offset": 0.3 * points[NUM_TRAIN:, ::-1],
+    }
+
+
+def streamed(width, given, ridges, **options):
+    train, test, _ = kernels(width)
+    rectangle = TiledRows(test.shape, (32 * width, 32 * width), lambda rows, columns: test[rows, columns])
+    return streamed_regression(tiled(train, 32 * width), rectangle, ridge_problem(**given), ridges, **options)
+
+
+@pytest.mark.parametrize("kind", ["labels", "floats"])
+@pytest.mark.parametrize("width", [1, 3], ids=["trace", "full"])
+def test_regression_is_that_of_the_kernel(kind, width):
+    """Solutions to the tolerance of their residuals; leave-one-out within Student's quantile of 1e-4 over 24 rows."""
+    ridges = (1e-3, 1e-2, 0.5)
+    train, test, points = kernels(width)
+    given = arguments(kind, points)
+    found = streamed(width, given, ridges, rank=60, tolerance=1e-6)
+    expected = ridge_regression(train, given.pop("targets"), test, given.pop("test_targets"), ridges=ridges, **given)
+    quantile = stats.t.isf(1e-4 / 48, 32 // width - 1)
+    assert found.converged
+    assert found.regression.selected.ridge == expected.selected.ridge
+    for row, other in zip(found.regression.rows, expected.rows, strict=True):
+        assert row.solve_residual <= 1e-6
+        assert row.absolute_ridge == pytest.approx(other.absolute_ridge, rel=1e-6)
+        assert row.train_error == pytest.approx(other.train_error, rel=1e-4)
+        assert row.test_error == pytest.approx(other.test_error, rel=1e-4)
+        assert row.test_accuracy == other.test_accuracy
+        # A solve for an exact column errs by 1e-4, the square of its tolerance.
+        assert abs(row.loo_error - other.loo_error) < quantile * row.loo_stderr + 1e-3 * other.loo_error
+        assert row.loo_stderr < 0.2 * other.loo_error
+    np.testing.assert_allclose(found.regression.scores, expected.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 3], ids=["trace", "full"])
+def test_leave_one_out_is_exact_where_every_example_is_sampled(width):
+    train, test, points = kernels(width)
+    given = arguments("labels", points)
+    found = streamed(width, given, (1e-2,), num_sampled=NUM_TRAIN * width, rank=60).regression.selected
+    expected = ridge_regression(train, given["targets"], test, given["test_targets"], ridges=(1e-2,)).selected
+    assert found.loo_error == pytest.approx(expected.loo_error, rel=2e-3)
+    assert found.loo_accuracy == expected.loo_accuracy
+    assert found.loo_stderr == 0.0
+
+
+def test_the_error_bars_of_leave_one_out_cover_it():
+    """30 samples: the mean of the estimates within four of its errors, and the spread that they claim."""
+    train, test, points = kernels()
+    given = arguments("labels", points)
+    truth = ridge_regression(train, given["targets"], test, given["test_targets"], ridges=(0.1,)).selected.loo_error
+    rows = [streamed(1, given, (0.1,), rank=30, seed=seed).regression.selected for seed in range(30)]
+    errors = np.array([row.loo_error for row in rows])
+    spread = errors.std(ddof=1)
+    assert abs(errors.mean() - truth) < 4 * spread / np.sqrt(30)
+    claimed = np.sqrt(np.mean([row.loo_stderr**2 for row in rows]))
+    assert 0.5 < claimed / spread < 2
+    assert spread < 0.05 * truth
+
+
+@pytest.mark.parametrize("rank", [0, 20, 60, 140])
+def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
+    """Also where the low-rank part is nearly the kernel, and a column is done after a step or two."""
+    matrix = kernels()[0].astype(np.float64)
+    ridge, units = 0.03, np.eye(NUM_TRAIN)
+    part = low_rank_part(tiled(matrix), np.diagonal(matrix), rank=rank)
+    inverse = np.linalg.inv(matrix + ridge * units)
+    found = solve(
+        tiled(matrix).product,
+        units,
+        np.full(NUM_TRAIN, ridge),
+        part,
+        tolerances=np.full(NUM_TRAIN, 1e-2),
+        most_passes=100,
+    )
+    assert (found.residuals <= 1e-2).all()
+    missed = units - (matrix + ridge * units) @ found.x
+    energies = np.einsum("nj,nj->j", missed, inverse @ missed)  # bᵀA⁻¹b − bᵀx, if x is orthogonal to what is missed
+    # to rounding, which costs conjugate gradients some orthogonality where steps are many
+    np.testing.assert_allclose(np.diagonal(inverse) - np.diagonal(found.x), energies, rtol=0.05)
+    assert (energies / np.diagonal(inverse)).max() < 1e-3
+
+
+def test_estimates_without_a_low_rank_part():
+    """A diagonal kernel that B misses whole: κ = 1 is right for all examples, sampled or not."""
+    diagonal = np.linspace(1.0, 2.0, 20)
+    solved = np.linspace(-1.0, 1.0, 40).reshape(20, 1, 2)
+    sampled = sampled_examples(20, 5, seed=0)
+    columns = np.zeros((20, 1, 8, 1))
+    columns[sampled, 0, np.arange(8), 0] = 1 / (diagonal[sampled] + 0.5)
+    known, missing = np.full((20, 1, 1), 1 / 0.5), diagonal[:, None, None]
+    found = estimate_left_out(solved, columns, sampled, known, missing)
+    np.testing.assert_allclose(found.residuals[:, 0], solved[:, 0] * (diagonal + 0.5)[:, None], rtol=1e-12)
+    assert found.stderr == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_solve_that_is_cut_short_says_so():
+    found = streamed(1, arguments("labels", kernels()[2]), (1e-4,), rank=5, most_passes=2)
+    assert not found.converged
+    assert found.regression.selected.solve_residual > 1e-6
+
+
+def test_a_tolerance_is_met_and_not_worked_beyond():
+    given = arguments("labels", kernels()[2])
+    loose, tight = (streamed(1, given, (1e-3,), rank=20, tolerance=each) for each in (1e-2, 1e-6))
+    assert loose.converged
+    assert tight.converged
+    assert loose.passes < tight.passes
+    assert 1e-6 < loose.regression.selected.solve_residual <= 1e-2
+    assert tight.regression.selected.solve_residual <= 1e-6
+
+
+def test_the_low_rank_part_lies_below_the_kernel_in_orthonormal_directions(monkeypatch):
+    """U and Σ by stripes of seven rows; K − U Σ Uᵀ is positive semidefinite, and its trace what is said to be left."""
+    monkeypatch.setattr("nntk_dist.analysis.pivoted_cholesky._ROWS_AT_ONCE", 7)
+    kernel = kernels()[0]
+    part = low_rank_part(tiled(kernel), np.diag(kernel), rank=30)
+    np.testing.assert_allclose(part.basis.T @ part.basis, np.eye(30), atol=1e-9)
+    low = (part.basis * part.eigenvalues) @ part.basis.T
+    assert np.linalg.eigvalsh(kernel - low).min() > -1e-8 * part.eigenvalues[0]  # the kernel is of float32
+    assert part.trace_left == pytest.approx(np.trace(kernel - low) / np.trace(kernel), rel=1e-6)
+    assert 0 < part.trace_left < 0.5
+    np.testing.assert_allclose(part.blocks(1)[:, 0, 0], np.diag(low), rtol=1e-9)
+    inverse = np.linalg.inv(low + 0.5 * np.eye(len(kernel)))
+    np.testing.assert_allclose(part.inverse_blocks(0.5, 1)[:, 0, 0], np.diag(inverse), rtol=1e-9)
+
+
+def test_refusals_of_the_regression():
+    given = arguments("labels", kernels()[2])
+    with pytest.raises(NNTKError, match=r"allowed: one or more positive numbers, relative to tr K / n"):
+        streamed(1, given, (0.0,))
+    with pytest.raises(NNTKError, match="train kernel has 600 rows and the targets 150 examples of 3"):
+        streamed(4, given, (0.1,))
+    rectangle = TiledRows((NUM_TEST, NUM_TRAIN), (32, 32), lambda rows, columns: np.zeros((NUM_TEST, NUM_TRAIN)))
+    matrix = kernels()[0] - 0.4 * np.eye(NUM_TRAIN)
+    with pytest.raises(NNTKError, match=r"indefinite at the absolute ridge μ = .*'statistic: plugin'"):
+        streamed_regression(tiled(matrix), rectangle, ridge_problem(**given), (1e-3,), rank=20)
+    matrix[3, 3] = np.nan
+    with pytest.raises(NNTKError, match="the kernel's diagonal holds 1 values that are NaN"):
+        streamed_regression(tiled(matrix), rectangle, ridge_problem(**given), (1e-3,), rank=20)
+    with pytest.raises(NNTKError, match="mean diagonal is 0"):
+        streamed_regression(tiled(np.zeros((NUM_TRAIN, NUM_TRAIN))), rectangle, ridge_problem(**given), (1e-3,))

@@ -1,0 +1,66 @@
+"""Every kernel under every radial law against quadrature, at a corrected 0.1 % and with power; one seed, many draws.
+
+The Gaussian's own tests are in `test_unbiased`; what a law is, in `test_laws`.
+
+Axes: S draws, n examples.
+"""
+
+import pytest
+
+from nntk_dist.sampling.laws import RADIAL
+from tests.library.many_seeds import Problem, runs
+from tests.oracles import closed_forms
+from tests.oracles.statistics import assert_agrees, assert_power
+
+LAWS = [name for name in RADIAL if name != "gaussian"]
+BLOCKS = 32
+
+
+def enough(unit: str, name: str) -> int:
+    """Draws for the power: the fractional law is dense where a sign rarely flips."""
+    return 1 << 19 if (unit, name) == ("sign", "fractional") else 1 << 17
+
+
+def assert_unbiased(problem: Problem, estimator: str, *, draws: int, design: str = "iid") -> None:
+    """One estimate, its own standard error and Student's t."""
+    result = runs(problem, estimator, range(1), draws=draws, blocks=BLOCKS, design=design)
+    exact = problem.exact()
+    assert_agrees(result.centre[0], exact, result.stderr[0], BLOCKS, rounding=1e-12)
+    assert_power(result.stderr[0], exact, problem.local())
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("unit", closed_forms.UNITS)
+def test_weight(unit, name):
+    assert_unbiased(Problem(unit, 3, distribution=name), "weight", draws=enough(unit, name))
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("unit", closed_forms.LIPSCHITZ_UNITS)
+def test_autodiff(unit, name):
+    assert_unbiased(Problem(unit, 3, distribution=name), "autodiff", draws=1 << 16, design="antithetic")
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("unit", closed_forms.UNITS)
+def test_covariance(unit, name):
+    assert_unbiased(Problem(unit, 2, "covariance", distribution=name), "weight", draws=1 << 17)
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("unit", closed_forms.LIPSCHITZ_UNITS)
+def test_averaged(unit, name):
+    assert_unbiased(Problem(unit, 2, "averaged", distribution=name), "autodiff", draws=1 << 15)
+
+
+@pytest.mark.parametrize("name", RADIAL)
+@pytest.mark.parametrize(("unit", "estimator"), [("sign", "weight"), ("relu", "weight"), ("relu", "autodiff")])
+def test_orthogonal_groups(unit, estimator, name):
+    """Complete groups of four directions."""
+    assert_unbiased(Problem(unit, 4, distribution=name), estimator, draws=enough(unit, name), design="orthogonal")
+
+
+@pytest.mark.parametrize("name", ["gaussian", "fractional"])
+@pytest.mark.parametrize(("kind", "estimator"), [("covariance", "weight"), ("averaged", "autodiff")])
+def test_other_kernels_of_orthogonal_groups(kind, estimator, name):
+    assert_unbiased(Problem("relu", 2, kind, distribution=name), estimator, draws=1 << 15, design="orthogonal")

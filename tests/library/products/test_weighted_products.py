@@ -1,0 +1,244 @@
+"""Sums that are made of plain products: windows, stripes and passes of any size, and products that are added in place.
+
+The truth is the sum by definition, of products of all pairs of blocks in float64.
+
+Axes: n rows, r blocks, c outputs, k columns.
+"""
+
+import pytest
+import torch
+
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products import weighted_products as terms_module
+from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block, empty_sums
+from nntk_dist.products.weighted_products import (
+    Inputs,
+    Term,
+    TermSums,
+    add_terms_,
+    can_multiply_into,
+    multiply_into_,
+    num_at_once,
+    window_edges,
+)
+from nntk_dist.spec import KernelSpec
+from nntk_dist.statistics import tile_estimates as tiles
+from nntk_dist.statistics.estimates import Calibration, Estimates, estimate, shares_of_sums
+from nntk_dist.statistics.tile_estimates import tile_estimates
+from tests.library.tools import all_rows, assert_equal
+from tests.oracles.cases import case
+
+CALIBRATION = Calibration(level=0.8, relative_error=0.1, num_entries=1)
+EPS = float(torch.finfo(torch.float32).eps)
+KINDS = {
+    "means": {"estimator": "autodiff", "contraction": "means"},
+    "sketch": {"estimator": "autodiff", "contraction": "sketch", "sketch": 64},
+    "differences": {"estimator": "weight"},
+    "covariance": {"estimator": "weight", "kind": "covariance"},
+    "averaged": {"estimator": "autodiff", "kind": "averaged", "contraction": "means"},
+}
+# Products that others multiply: those of layers.
+LAYERED = {
+    "layered": {"estimator": "autodiff", "contraction": "layered"},
+    "mixed": {"estimator": "autodiff", "contraction": "auto"},
+    "averaged, layered": {"estimator": "autodiff", "kind": "averaged", "contraction": "layered"},
+}
+ALL_KINDS = KINDS | LAYERED
+
+
+def small(kind: str, *, outputs: str = "trace", dtype: torch.dtype = torch.float64):
+    """A kernel's spec, its features, and two row sets."""
+    spec = KernelSpec(outputs=outputs, gamma=0.6, draws=16, blocks=4, **ALL_KINDS[kind])
+    model = prepare_model(case("tanh_mlp").build(), dtype=dtype, device="cpu")
+    x = case("tanh_mlp").inputs(24).to(dtype)
+    resolution = Resolution(ALL_KINDS[kind]["estimator"], "", 16, 100, 3, stacked=True)
+    features = make_feature_map(model, x, spec, resolution)
+    return spec, features, all_rows(features, x[:13]), all_rows(features, x[13:])
+
+
+def by_sums(features, rows, others, meeting: Meeting, calibration) -> Estimates:
+    """The statistics of a tile from products of all pairs of blocks."""
+    products = features.block_products(rows, others, meeting)
+    blocks = features.num_blocks
+    shape = products.shape[2:] if features.pair_blocks else products.shape[1:]
+    sums = empty_sums(shape, blocks, pair_blocks=features.pair_blocks, by_block=True, device=products.device)
+    if features.pair_blocks:
+        own = products.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+        sums.within, sums.between = own.sum(0), products.sum((0, 1)) - own.sum(0)
+        sums.by_block = 0.5 * (products.sum(1) + products.sum(0)) - own
+    else:
+        sums.within, sums.by_block = products.sum(0), products
+    return estimate(sums, calibration)
+
+
+@pytest.fixture(params=["whole", "in pieces", "in passes"])
+def pieces(request, monkeypatch):
+    """Windows, stripes and passes as they are, or as small as they may be."""
+    if request.param != "whole":
+        limits = {"_EDGE": 5, "_WINDOW_NUMBERS": 64, "_FEWEST_ROWS": 3, "_STRIPE_NUMBERS": 200}
+        for name, value in limits.items():
+            monkeypatch.setattr(terms_module, name, value)
+        monkeypatch.setattr(tiles, "_FEW_ROWS", 4)
+    if request.param == "in passes":
+        for name, value in {"_MOST_AT_ONCE": 1, "_MANY_AT_ONCE": 2, "INNER_TERMS": 7}.items():
+            monkeypatch.setattr(terms_module, name, value)
+    return request.param
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "sketch"])
+def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
+    spec, features, rows, others = small(kind, outputs=outputs)
+    assert features.terms(*(features.prepare(part, by_block=True) for part in (rows, others)), by_block=True)
+    for calibration in (None, CALIBRATION):
+        ours = tile_estimates(features, [(rows, others)], spec.meeting, calibration, "localized")
+        truth = by_sums(features, rows, others, spec.meeting, calibration)
+        for name, values in ours.items():
+            assert_equal(values, getattr(truth, name), 1e-12)
+        assert ("stderr" in ours) == (calibration is not None)
+        assert ("unbiased" in ours) == features.pair_blocks
+
+
+def test_sketched_tiles_know_their_groups(pieces):
+    spec, features, rows, others = small("sketch")
+    ours = tile_estimates(features, [(rows, others)], spec.meeting, CALIBRATION, "localized")
+    sums = features.block_sums(rows, others, spec.meeting, by_block=True)
+    assert sums.by_group is not None
+    assert len(sums.by_group) == features.num_sketch_groups > 1
+    assert_equal(sums.by_group.sum(0), sums.between, 1e-12)
+    truth = by_sums(features, rows, others, spec.meeting, CALIBRATION)
+    sketch = sums.by_group.var(0) * len(sums.by_group) / 12**2  # R(R − 1) = 12
+    assert truth.stderr is not None
+    assert_equal(ours["stderr"], (truth.stderr**2 + sketch).sqrt(), 1e-12)
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_tile_of_one_row_set_is_bitwise_symmetric(kind, calibration, pieces):
+    spec, features, rows, _ = small(kind, dtype=torch.float32)
+    options = {"dtype": torch.float32}
+    ours = tile_estimates(features, [(rows, rows)], spec.meeting, calibration, "raw", **options)
+    other = tile_estimates(features, [(rows, dict(rows))], spec.meeting, calibration, "raw", **options)
+    for name, values in ours.items():
+        assert torch.equal(values.nan_to_num(), values.T.nan_to_num())
+        assert_equal(values, other[name], 1e-4 if name == "stderr" else 16 * EPS)
+
+
+@pytest.mark.parametrize("scale", ["localized", "raw"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_added_in_place_are_the_sums(kind, scale):
+    """Float32 results of float32 features, without standard errors, against sums in float64."""
+    spec, features, rows, others = small(kind, dtype=torch.float32)
+    prepared = [features.prepare(part, by_block=False) for part in (rows, others)]
+    assert can_multiply_into(features.terms(*prepared, by_block=False), spec.meeting, torch.float32)
+    ours = tile_estimates(features, [(rows, others)], spec.meeting, None, scale, dtype=torch.float32)
+    truth = tile_estimates(features, [(rows, others)], spec.meeting, None, scale)
+    assert truth["plugin"].dtype == torch.float64
+    largest = float(truth["plugin"].abs().max())
+    for name, values in truth.items():
+        assert ours[name].dtype == torch.float32
+        assert_equal(ours[name], values, 8 * EPS, scale=largest)
+
+
+def test_products_are_added_to_what_is_there():
+    """Two layers that are in both results: products of the second one cannot be copied from one to the other."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c, d = (torch.randn(6, 2, 1, 5, generator=generator, dtype=torch.float64) for _ in range(4))
+    both = [Term(a, b, {WITHIN: 1.0, BETWEEN: 2.0}), Term(c, d, {WITHIN: 1.0, BETWEEN: -1.0})]
+    shares = {"first": {WITHIN: 0.5, BETWEEN: 0.5}, "second": {BETWEEN: 3.0}}
+    results = {name: torch.full((6, 6), torch.nan, dtype=torch.float64) for name in shares}
+    ab, cd = a.flatten(1) @ b.flatten(1).T, c.flatten(1) @ d.flatten(1).T
+    for rows in (slice(0, 2), slice(2, 6)):
+        parts = {name: values[rows] for name, values in results.items()}
+        multiply_into_(parts, both, Meeting(), shares, rows, slice(None))
+    assert_equal(results["first"], 1.5 * ab, 1e-12)  # cd is in it no time
+    assert_equal(results["second"], 6.0 * ab - 3.0 * cd, 1e-12)
+    again = [*both, Term(c, d, {WITHIN: 1.0, BETWEEN: 1.0})]
+    results = {name: torch.full((6, 6), torch.nan, dtype=torch.float64) for name in shares}
+    multiply_into_(results, again, Meeting(), shares, slice(None), slice(None))
+    assert_equal(results["first"], 1.5 * ab + cd, 1e-12)
+    assert_equal(results["second"], 6.0 * ab, 1e-12)
+
+
+def test_shares_of_sums_are_those_of_the_statistics():
+    generator = torch.Generator().manual_seed(1)
+    for pair_blocks in (True, False):
+        sums = empty_sums((3, 4), 5, pair_blocks=pair_blocks, by_block=False, device=torch.device("cpu"))
+        for part in sums.parts().values():
+            part.copy_(torch.randn(3, 4, generator=generator))
+        expected = estimate(sums, None)
+        for name, of in shares_of_sums(5, pair_blocks=pair_blocks).items():
+            mine = sum(share * sums.parts()[each] for each, share in of.items())
+            assert_equal(mine, getattr(expected, name), 1e-14)
+
+
+def test_weights_of_slots_and_pairs_of_rows():
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(6, 3, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    weights = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)[:, None, None]
+    term = Term(a, b, {WITHIN: 1.0, block(1): -2.0}, weights)
+    for paired, full in ((False, False), (True, False), (False, True), (True, True)):
+        meeting = Meeting(paired=paired, full=full)
+        sums = empty_sums(meeting.shape(6, 6, 2), 4, pair_blocks=True, by_block=True, device=a.device)
+        add_terms_(sums, [term], meeting)
+        rows, columns = (a * weights).transpose(1, 2).flatten(2), b.transpose(1, 2).flatten(2)
+        expected = meeting.outputs(rows, columns)
+        assert_equal(sums.within, expected, 1e-12)
+        assert_equal(sums.by_block[1], -2.0 * expected, 1e-12)
+        assert not sums.between.any()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
+    """Terms that share their inputs and terms that do not, beside one without."""
+    generator = torch.Generator().manual_seed(4)
+
+    def features(*shape: int) -> torch.Tensor:
+        return torch.randn(6, *shape, generator=generator, dtype=torch.float64)
+
+    shared, own = (Inputs(features(4), features(4)) for _ in range(2))
+    weights = torch.tensor([[[1.0, -2.0, 0.5]]], dtype=torch.float64)
+    terms = [
+        Term(features(1, 2, 3), features(1, 2, 3), {WITHIN: 1.0}, inputs=shared),
+        Term(features(2, 2, 5), features(2, 2, 5), {WITHIN: 0.5, BETWEEN: 2.0}, inputs=shared),
+        Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}, weights, own),
+        Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}),
+    ]
+    meeting = Meeting(full=full, paired=paired)
+    sums = empty_sums(meeting.shape(6, 6, 2), 4, pair_blocks=True, by_block=False, device=torch.device("cpu"))
+    add_terms_(sums, terms, meeting)
+    expected = {WITHIN: 0.0, BETWEEN: 0.0}
+    for term in terms:
+        product = meeting.outputs(*(part.transpose(1, 2).flatten(2) for part in (term.rows(), term.right)))
+        if term.inputs is not None:
+            product = product * meeting.shared(term.inputs.left, term.inputs.right, 2)
+        for name, factor in term.factors.items():
+            expected[name] = expected[name] + factor * product
+    assert_equal(sums.within, expected[WITHIN], 1e-12)
+    assert_equal(sums.between, expected[BETWEEN], 1e-12)
+
+
+def test_blocks_that_agree_have_no_error_at_all():
+    """Also where their products are no zeros: differences of equal numbers are 0, whatever is added to all of them."""
+    same = torch.randn(9, 1, 1, 7, generator=torch.Generator().manual_seed(3)).expand(9, 4, 1, 7)
+    products = [Term(same[:, r : r + 1], same[:, r : r + 1], {WITHIN: 1.0, block(r): -1.0}) for r in range(4)]
+    whole = Term(
+        same.sum(1, keepdim=True), same.sum(1, keepdim=True), {BETWEEN: 1.0} | {block(r): 0.25 for r in range(4)}
+    )
+    form = empty_sums((0, 0), 4, pair_blocks=True, by_block=True, device=same.device)
+    for _, sums in TermSums([whole, *products], Meeting(), form).stripes():
+        stderr = estimate(sums, CALIBRATION).stderr
+        assert stderr is not None
+        assert not stderr.any()
+
+
+def test_windows_hold_what_they_may():
+    assert window_edges(2, 2, "cpu") == (1024, 1024)
+    for num_products, num_sums in ((2, 2), (9, 10), (17, 18), (40, 2), (1000, 10), (1000, 18)):
+        rows, columns = window_edges(num_products, num_sums, "cpu")
+        several = num_at_once(num_products, num_sums) < num_products
+        numbers = rows * columns * (num_at_once(num_products, num_sums) + 2 * num_sums * several)
+        assert rows == terms_module._FEWEST_ROWS or numbers <= terms_module._WINDOW_NUMBERS

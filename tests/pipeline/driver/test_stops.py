@@ -1,0 +1,228 @@
+"""Runs that are stopped: a killed driver, Ctrl-C, a killed worker. All with real processes, and compared with one run
+that nothing happened to.
+
+A stop may cost what was in flight and what the ledger had not flushed, by default its last five seconds; never a bit.
+"""
+
+import os
+import re
+import shutil
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.pipeline.tools import arguments, assert_same_bits, finished, ledger, nntk, start
+
+FLUSH_SECONDS = 0.5
+# A driver whose ledger waits for half a second instead of five, so that a short stage has several flushes, and that
+# takes longer over each row than workers over a tile: where several are ready, none may be passed over.
+SLOW_AND_OFTEN_FLUSHED = f"""
+import functools, time
+import pipeline.driver.run
+
+class Ledger(pipeline.driver.run.Ledger):
+    def append(self, row):
+        super().append(row)
+        time.sleep(0.03 * (row.stage == "gram"))
+
+pipeline.driver.run.Ledger = functools.partial(Ledger, flush_seconds={FLUSH_SECONDS})
+"""
+# Calls of three tiles at most, and of two: so that what a call may cost is counted out.
+CALLS_OF_THREE = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 3"
+CALLS_OF_TWO = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 2"
+SLACK_SECONDS = 1.5  # a poll of the driver, and a busy machine
+SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
+TILE_ROWS = 23
+ENOUGH = 60  # tiles
+WAIT_SECONDS = 180.0
+
+
+def held_before(number, gate="/nowhere", *, stage="gram", part=1):
+    """What makes a driver's workers wait for the file `gate` before the Gram tiles of this row and later ones, or other
+    tiles by another part of their name: so that whoever stops them finds the stage begun and not ended, on any machine.
+    """
+    return f"""
+import pathlib, time
+import pipeline.work.worker
+
+class Worker(pipeline.work.worker.Worker):
+    def execute(self, task):
+        held = task.stage == {stage!r} and int(task.tile.split("/")[{part}]) >= {number}
+        while held and not pathlib.Path({str(gate)!r}).exists():
+            time.sleep(0.01)
+        return super().execute(task)
+
+pipeline.work.worker.Worker = Worker
+"""
+
+
+def tiles_before(row):
+    """How many Gram tiles come before this row of tiles."""
+    return row * TILE_ROWS - row * (row - 1) // 2
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that nothing happened to."""
+    return finished(tmp_path_factory.mktemp("undisturbed") / "run", *SETS)
+
+
+def wait_until(condition, process):
+    """Wait for something that a driver does; the test fails where it ends or takes too long."""
+    limit = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.02)
+
+
+def gram_tiles(run_dir):
+    """Tiles (i ≤ j) of the train kernel that lie on disk, with the time of their writing."""
+    files = run_dir.glob("kernel.zarr/train/gram_unbiased/c/*/*")
+    stamps = {(int(file.parent.name), int(file.name)): file.stat().st_mtime for file in files if file.name.isdecimal()}
+    return {f"train/{i}/{j}": stamp for (i, j), stamp in stamps.items() if i <= j}
+
+
+def gram_rows(run_dir):
+    """Rows of the gram stage that lie in the ledger."""
+    return {tile: row for (stage, tile), row in ledger(run_dir).items() if stage == "gram"}
+
+
+def makers_of(tiles, run_dir):
+    """The processes that have made these Gram tiles."""
+    rows = gram_rows(run_dir)
+    return {int(rows[tile]["worker"].rpartition(":")[2]) for tile in tiles}
+
+
+def children_of(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes):
+    """None of these is left, apart from Ray's agents, which notice the death of their parent within a minute."""
+    _, alive = psutil.wait_procs([process for process in processes if not named_agent(process)], timeout=WAIT_SECONDS)
+    assert alive == []
+
+
+def named_agent(process):
+    try:
+        return "Agent" in process.name()
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_killed_driver_costs_what_was_in_flight(executor, undisturbed, tmp_path):
+    run_dir, sets = tmp_path / "run", (*SETS, f"compute.executor={executor}")
+    driver = start(*arguments("run", run_dir, *sets), prelude=CALLS_OF_THREE + held_before(8) + SLOW_AND_OFTEN_FLUSHED)
+    wait_until(lambda: len(gram_tiles(run_dir)) == tiles_before(8), driver)
+    descendants = children_of(driver)
+    driver.kill()
+    killed_at = time.time()
+    driver.communicate()
+    assert_gone(descendants)
+
+    before, on_disk = ledger(run_dir), gram_tiles(run_dir)
+    assert len(on_disk) == tiles_before(8)
+    state = nntk("status", run_dir)
+    assert "stopped" in state.out
+    # Counted from the last tile, not from the kill: a serial driver does not look at its ledger while a task runs.
+    last = max(on_disk.values())
+    long_since = {tile for tile, stamp in on_disk.items() if stamp < last - FLUSH_SECONDS - SLACK_SECONDS}
+    assert len(long_since) > ENOUGH
+    assert long_since <= {tile for stage, tile in before if stage == "gram"}
+
+    resumed = start(*arguments("run", run_dir, *sets, resume=True))
+    out, err = resumed.communicate(timeout=WAIT_SECONDS)
+    assert resumed.returncode == 0, out + err
+    assert_same_bits(undisturbed, run_dir)
+    after = ledger(run_dir)
+    assert after.keys() == ledger(undisturbed).keys()
+    assert {key: row["started"] for key, row in before.items()} == {key: after[key]["started"] for key in before}
+    assert min(row["started"] for key, row in after.items() if key not in before) > killed_at
+
+
+def test_a_driver_killed_while_it_makes_features(tmp_path):
+    """The undisturbed run begins with the killed one's manifest: whether models are stacked is measured when a run is
+    planned, and two plans may differ in that.
+    """
+    sets = ("kernel.estimator=weight", "kernel.draws=1024", "compute.batch=16")
+    run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    driver = start(*arguments("run", run_dir, *sets), prelude=held_before(6, stage="features", part=2))
+    files = run_dir / "kernel.zarr/train/features/c/0"
+    wait_until(lambda: files.is_dir() and {file.name for file in files.iterdir()} == set("012345"), driver)
+    driver.kill()
+    driver.communicate()
+    (files / "5.0123456789abcdef.partial").write_bytes(b"half")
+    undisturbed.mkdir()
+    shutil.copy(run_dir / "manifest.json", undisturbed)
+
+    finished(run_dir, *sets, resume=True)
+    assert list(run_dir.rglob("*.partial")) == []
+    assert ("features", "train/0/7") in ledger(run_dir)  # there was more to be made
+    assert_same_bits(finished(undisturbed, *sets, resume=True), run_dir)
+
+
+@pytest.mark.parametrize(("stop", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_stopped_serial_run_says_how_to_go_on(stop, to_group, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+    driver = start(*arguments("run", run_dir, *SETS), prelude=held_before(4))
+    wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
+    (os.killpg if to_group else os.kill)(driver.pid, stop)
+    _, err = driver.communicate(timeout=WAIT_SECONDS)
+    assert driver.returncode == 130
+    assert "Traceback" not in err
+    command = " ".join(arguments("run", run_dir, *SETS, resume=True))
+    assert re.search(rf"continue with: \S+( -m pipeline)? {re.escape(command)}", err)
+    # at most the tile whose writing was interrupted is not in the ledger
+    assert len(gram_tiles(run_dir)) - len(gram_rows(run_dir)) <= 1
+    finished(run_dir, *SETS, resume=True)
+    assert_same_bits(undisturbed, run_dir)
+
+
+def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
+    run_dir, sets = tmp_path / "run", (*SETS, "compute.executor=ray")
+    driver = start(*arguments("run", run_dir, *sets), prelude=CALLS_OF_TWO + held_before(4))
+    wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
+    descendants = children_of(driver)
+    os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: everyone in the group
+    _, err = driver.communicate(timeout=WAIT_SECONDS)
+    assert driver.returncode == 130, err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert_gone(descendants)
+    stopped_at = gram_rows(run_dir)
+    # Two workers, with two calls each that the driver has not seen the end of, of two tiles each.
+    assert len(gram_tiles(run_dir)) - len(stopped_at) <= 8
+
+    gate = tmp_path / "gate"
+    prelude = CALLS_OF_TWO + held_before(10, gate)  # a call that reaches the held tiles reports none of its own
+    driver = start(*arguments("run", run_dir, *sets, resume=True), prelude=prelude)
+    # One that has made tiles, as the ledger says: the other may have been slow to start.
+    wait_until(lambda: len(gram_rows(run_dir)) > len(stopped_at) + ENOUGH, driver)
+    killed = min(makers_of(gram_rows(run_dir).keys() - stopped_at, run_dir))
+    os.kill(killed, signal.SIGKILL)
+    gate.touch()
+    out, err = driver.communicate(timeout=WAIT_SECONDS)
+    assert driver.returncode == 0, out + err
+    assert_same_bits(undisturbed, run_dir)
+    after = gram_rows(run_dir)
+    assert {tile: row["started"] for tile, row in stopped_at.items()} == {t: after[t]["started"] for t in stopped_at}
+    pids = makers_of(after.keys() - stopped_at, run_dir)
+    assert len(pids) == 3  # two, and the one that took the killed one's place
+    assert killed in pids
+
+
+def test_two_drivers_on_one_run_directory(tmp_path):
+    run_dir = tmp_path / "run"
+    driver = start(*arguments("run", run_dir, *SETS), prelude=held_before(1))
+    wait_until(lambda: gram_tiles(run_dir), driver)
+    state = nntk("status", run_dir)
+    assert f"running (process {driver.pid}" in state.out
+    second = nntk(*arguments("run", run_dir, *SETS, resume=True))
+    assert second.code == 2
+    assert f"is in use by process {driver.pid}" in second.err
+    driver.kill()
+    driver.communicate()

@@ -1,0 +1,55 @@
+"""A run whose gradients are sketched, from the plan to its verification: what it says, stores, resumes and checks."""
+
+import json
+
+import numpy as np
+
+import pipeline.work.stages
+from tests.pipeline.tools import arrays, assert_same_bits, finished, nntk, run
+
+SETS = ("data.train=31", "data.test=11", "compute.tile=16", "kernel.contraction=sketch", "kernel.sketch=64")
+
+
+def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
+    whole = finished(tmp_path / "whole", *SETS)
+    stored = arrays(whole)
+    assert stored["train/features"].shape == (31, 8, 64)
+    assert np.array_equal(stored["metric"], np.full((8, 8), 1 / 64))
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["resolution"]["num_columns"] == 64
+    assert manifest["resolution"]["num_sketched"] == manifest["sizes"]["num_parameters"]
+    assert "sketch (k = 64): " in manifest["resolution"]["contraction"]
+    # The sketch's own error, √(2/64) or more of a diagonal entry, is in the error bars.
+    relative = stored["train/gram_stderr"].diagonal() / stored["train/gram_unbiased"].diagonal()
+    assert 0.05 < np.median(relative) < 0.4
+
+    gram = pipeline.work.stages.STAGES["gram"]
+    execute, calls = gram.execute, []
+
+    def interrupted(context, task):
+        calls.append(task.tile)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return execute(context, task)
+
+    monkeypatch.setattr(gram, "execute", interrupted)
+    assert run(tmp_path / "resumed", *SETS).code == 130
+    monkeypatch.undo()
+    assert_same_bits(whole, finished(tmp_path / "resumed", *SETS, resume=True))
+    assert nntk("verify", whole).code == 0
+
+
+def test_the_projection_counts_the_sketch(tmp_path):
+    run_dir = finished(tmp_path / "run", *SETS)
+    stored, projection = arrays(run_dir), json.loads((run_dir / "manifest.json").read_text())["projection"]
+    assert projection["disk_bytes"]["features"] == sum(
+        stored[f"{split}/features"].nbytes for split in ("train", "test")
+    )
+    products, entries = 8 + 1 + 8, 31 * (31 + 16) / 2  # blocks, their mean, groups; and tiles up to the diagonal
+    assert projection["operations"]["gram"] == 2 * products * 64 * entries  # all outputs in the same numbers
+    widths, draws = ((64, 32), (32, 32), (32, 10)), 8
+    passes = 3 * sum(i * o for i, o in widths)  # forwards and backwards, at least
+    # both sides of every weight, δ for every output: but for the layer before the readout, whose outputs share it
+    projections = 64 * sum(i + (o if (i, o) == (32, 32) else 10 * o) for i, o in widths)
+    assert projection["operations"]["features"] > 2 * (31 + 11) * draws * (passes + projections)
+    assert projection["operations"]["features"] < 10 * 2 * (31 + 11) * draws * (passes + projections)

@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from nntk_dist.errors import NNTKError
-from pipeline import kernel_store, shard_files, shards
+from pipeline.storage import kernel_store, shard_files, shards
 from pipeline.storage.array_table import StoredArray
 from pipeline.storage.kernel_arrays import KernelArrays
 from pipeline.storage.kernel_store import checksum, read_block, write_block

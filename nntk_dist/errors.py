@@ -1,8 +1,7 @@
-"""The one error type that a user of this library should ever meet, and the one warning.
+"""The errors that a user can meet, typed by what the user can do about them, and the one warning.
 
-An `NNTKError` says what was wrong (the argument, what came), what is allowed and what to do next, in one line.
-The command line prints it and exits with code 2; everything else is a bug and keeps its traceback. An `NNTKWarning`
-says which numbers are not to be trusted, and why, where nothing is refused.
+Every message is one line: what came, what is allowed, and a next step that exists. The command line prints it and exits
+with code 2. Any other exception is a bug and keeps its traceback.
 """
 
 import difflib
@@ -10,24 +9,50 @@ from collections.abc import Iterable
 
 
 class NNTKError(ValueError):
-    """Something that the caller can put right: a wrong argument, file, model or store.
+    """Base class of all errors that the caller can fix. Raise one of its subclasses."""
 
-    The message is one line: what, where, allowed values, next step.
-    """
+
+class ArgumentError(NNTKError):
+    """An argument or a configuration key has a value that is not allowed, alone or beside the others."""
+
+
+class ModelError(NNTKError):
+    """The model is not a function that a kernel can be computed for: it fails, is not finite, or depends on its batch."""
+
+
+class DataError(NNTKError):
+    """The examples or targets are missing, malformed, not finite, or do not fit the model."""
+
+
+class StoreError(NNTKError):
+    """A run directory, or a file in it, is missing, damaged, unreadable, or belongs to another run."""
+
+
+class Unavailable(NNTKError):
+    """This way does not work for this model or machine, but another one may. `auto` then tries the next one."""
 
 
 class NNTKWarning(UserWarning):
-    """Numbers are given, but not as good as was asked for, or not to be trusted as they stand; says what helps."""
+    """The numbers are less accurate than asked for, or cannot be trusted; the message says which, and what helps."""
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the allowed name nearest to `name`, or an empty string where none is near."""
+    """Return `; did you mean 'x'?` for the allowed name nearest to `name`, or an empty string if none is near."""
     matches = difflib.get_close_matches(str(name), list(allowed), n=1)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
-    """Raise an `NNTKError` naming the allowed values unless `value` is one of them."""
+    """Check that `value` is one of the allowed names.
+
+    Args:
+        what: the argument's name, with which the message begins.
+        value: what came.
+        allowed: the names to choose from.
+
+    Raises:
+        ArgumentError: it is not; the message lists the allowed names and the nearest one.
+    """
     allowed = tuple(allowed)
     if value not in allowed:
-        raise NNTKError(f"{what} is '{value}'; allowed: {', '.join(allowed)}{nearest_name(value, allowed)}")
+        raise ArgumentError(f"{what} is '{value}'; allowed: {', '.join(allowed)}{nearest_name(value, allowed)}")

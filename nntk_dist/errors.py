@@ -17,7 +17,7 @@ class ArgumentError(NNTKError):
 
 
 class ModelError(NNTKError):
-    """The model is not a function that a kernel can be computed for: it fails, is not finite, or depends on its batch."""
+    """No kernel can be computed for this model: it fails, is not finite, or depends on its batch."""
 
 
 class DataError(NNTKError):

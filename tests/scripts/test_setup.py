@@ -58,10 +58,10 @@ class Place:
     def mark(self, name: str) -> None:
         (self.state / name).touch()
 
-    def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    def setup(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
         variables = {**os.environ, "PATH": path, "PYTHON": str(self.python), **environment}
-        command = [str(self.root / "scripts" / "setup")]
+        command = [str(self.root / "scripts" / "setup"), *arguments]
         return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False, timeout=180)
 
     def log(self) -> list[str]:
@@ -87,7 +87,7 @@ def test_first_start_makes_everything_and_second_does_nothing(place: Place) -> N
     log = place.log()
     assert log[0] == "venv"
     assert torch_requests(log) == [f"{PIN}+cpu"]
-    assert log[-1].endswith(f"--editable {place.root}[analysis,test]")
+    assert log[-1].endswith(f"--editable {place.root}[all,test]")
     second = place.setup()
     assert (second.returncode, second.stderr, place.log()) == (0, "", [])
 
@@ -122,6 +122,24 @@ def test_changed_constraints_install_again_in_the_same_environment(place: Place)
     log = place.log()
     assert len(log) == 1
     assert "--editable" in log[0]
+
+
+def test_documentation_tools_are_added_to_the_same_environment_once(place: Place) -> None:
+    place.setup()
+    place.log()
+    assert place.setup("docs").returncode == 0
+    log = place.log()
+    assert len(log) == 1
+    assert log[0].endswith(f"--editable {place.root}[all,test,docs]")
+    assert place.setup("docs").returncode == 0
+    assert place.setup().returncode == 0
+    assert place.log() == []
+
+
+def test_an_unknown_argument_is_refused(place: Place) -> None:
+    result = place.setup("doc")
+    assert (result.returncode, place.log()) == (2, [])
+    assert result.stderr == "setup: takes no argument, or 'docs'; got: doc\n"
 
 
 def test_half_made_environment_is_made_anew(place: Place) -> None:
@@ -174,7 +192,7 @@ def test_python_that_does_not_exist_is_refused(place: Place) -> None:
     assert "PYTHON is '/nowhere/python3', which is no Python 3.11 or newer" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["scripts/setup", "scripts/run", "scripts/test", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/setup", "scripts/run", "scripts/test", "scripts/docs", ".ci/run"])
 def test_scripts_are_executable_and_parse(name: str) -> None:
     assert os.access(REPOSITORY / name, os.X_OK)
     assert subprocess.run(["bash", "-n", REPOSITORY / name], check=False).returncode == 0

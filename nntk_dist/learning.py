@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nntk_dist.analysis.dense_regression import fit_ridge_path
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Resolution, resolve
+from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows
 from nntk_dist.runtime.precision import full_precision
@@ -41,7 +41,7 @@ class TrainedKernel:
     """The kernel `plugin` of a model with everything that its train examples decide: estimator, draws, features."""
 
     spec: KernelSpec
-    resolution: Resolution
+    decision: Decision
     features: FeatureMap
     rows: Rows
     batch: int
@@ -87,14 +87,14 @@ def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: in
     x = torch.from_numpy(inputs).to(first.device, first.dtype, copy=True)  # a model may write to its input
     batch = min(batch, len(x))
     prepared = prepare_model(model, dtype=first.dtype, device=first.device)
-    resolution = resolve(prepared, x, spec, batch=batch)
-    for caution in () if resolution.probes is None else resolution.probes.cautions:
+    decision = decide(prepared, x, spec, batch=batch)
+    for caution in () if decision.probes is None else decision.probes.cautions:
         warnings.warn(caution, NNTKWarning, stacklevel=5)  # where `fit` was called
-    features = make_feature_map(prepared, x, spec, resolution)
+    features = make_feature_map(prepared, x, spec, decision)
     ids = torch.arange(len(x), device=first.device)
     rows = features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
     shape = tuple(x.shape[1:])
-    return TrainedKernel(spec, resolution, features, rows, batch, len(x), shape, first.dtype, first.device)
+    return TrainedKernel(spec, decision, features, rows, batch, len(x), shape, first.dtype, first.device)
 
 
 class _NonlocalRidge(BaseEstimator):
@@ -187,7 +187,7 @@ class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
     changed. X is (n, features), or (n, …) in whatever shape the model takes, real numbers. Of several ridges the one
     of least exact leave-one-out error is taken (`ridge_`); `center_outputs` fits y − f(x;θ), which asks for as many
     outputs as targets. The other arguments mean what they mean to `nonlocal_kernel`; `weighting="loss"` takes its
-    targets from y. Which estimator was used and why: `kernel_.resolution`.
+    targets from y. Which estimator was used and why: `kernel_.decision`.
 
     Cost: the features of n examples in `fit` and of m in `predict`, and n³ operations. Under `estimator="activation"`
     a prediction depends on an example's place in X, whose number its noise is made from.

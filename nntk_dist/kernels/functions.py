@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nntk_dist.errors import NNTKError, NNTKWarning
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Resolution, resolve
+from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.planning.model_probes import ModelProbes
@@ -282,23 +282,23 @@ def _compute(
     # copies, since a model may write to its input
     inputs = [x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True) for x in inputs]
     batch = min(batch or _BATCH, max(len(x) for x in inputs))
-    resolution = resolve(prepared, max(inputs, key=len), spec, batch=batch)  # the more rows, the more is seen
-    for caution in () if resolution.probes is None else resolution.probes.cautions:
+    decision = decide(prepared, max(inputs, key=len), spec, batch=batch)  # the more rows, the more is seen
+    for caution in () if decision.probes is None else decision.probes.cautions:
         warnings.warn(caution, NNTKWarning, stacklevel=4)  # where the public function was called
     ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
     look = None
     if spec.rtol is not None:
-        resolution, look = find_draws(prepared, inputs, ids, spec, resolution, batch=batch)
+        decision, look = find_draws(prepared, inputs, ids, spec, decision, batch=batch)
         if not look.reaches(spec.rtol):
             warnings.warn(verdict(look, rtol=spec.rtol, max_draws=spec.max_draws), NNTKWarning, stacklevel=4)
-    features = make_feature_map(prepared, inputs[0], spec, resolution)
+    features = make_feature_map(prepared, inputs[0], spec, decision)
     everything = range(features.num_draws)
     rows = [
         features.compute(x, names, everything, features.columns, batch=batch)
         for x, names in zip(inputs, ids, strict=True)
     ]
     estimates, calibration = whole_kernel(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
-    result = _result(estimates, calibration, features, spec, resolution, dtype)
+    result = _result(estimates, calibration, features, spec, decision, dtype)
     if look is None or spec.rtol is None:
         return result
     # what the pilot knows of the error, from more blocks than the kernel has
@@ -357,7 +357,7 @@ def _result(
     calibration: Calibration | None,
     features: FeatureMap,
     spec: KernelSpec,
-    resolution: Resolution,
+    decision: Decision,
     dtype: torch.dtype,
 ) -> KernelEstimate:
     plugin, unbiased = estimates.plugin, estimates.unbiased
@@ -373,13 +373,13 @@ def _result(
         stderr=cast(estimates.stderr),
         plugin=cast(plugin) if features.pair_blocks else None,
         unbiased=cast(unbiased),
-        estimator=resolution.estimator,
-        reason=resolution.explanation,
+        estimator=decision.estimator,
+        reason=decision.explanation,
         draws=features.num_draws,
         blocks=features.num_blocks,
         num_parameters=features.num_parameters,
         relative_error=unknown if calibration is None else calibration.relative_error,
         relative_error_bound=unknown if calibration is None else calibration.bound,
         relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
-        probes=resolution.probes,
+        probes=decision.probes,
     )

@@ -1,6 +1,6 @@
 """Which estimator computes a kernel for a given model, decided once, from the model and a few examples, and explained.
 
-The decision is handed around as a value (`Resolution`): workers rebuild the same feature map from it, and a resumed run
+The decision is handed around as a value (`Decision`): workers rebuild the same feature map from it, and a resumed run
 reuses it. No kernel is computed here.
 
 Axes: n examples, c outputs.
@@ -32,7 +32,7 @@ _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below 
 
 
 @dataclass(frozen=True)
-class Resolution:
+class Decision:
     """What was decided for a model: which estimator and why, how draws are evaluated, and the sizes that follow.
 
     `contraction` says in words how products of gradients are made, which follows from the number of draws.
@@ -57,7 +57,7 @@ class Resolution:
         return "; ".join(filter(None, (self.reason, self.contraction)))
 
 
-def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int, threads: int | None = None) -> Resolution:
+def decide(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int, threads: int | None = None) -> Decision:
     """Decide the estimator for a prepared model, on up to 32 of the examples, for those who will evaluate it in batches
     with so many threads (None: as many as now).
 
@@ -100,7 +100,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int, thread
         trial = try_stacking(model, space, _filled(x, batch), drawing, threads=threads)
     stacked = trial is not None and trial.stacked
     probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
-    resolution = Resolution(
+    decision = Decision(
         estimator,
         reason,
         draws,
@@ -111,7 +111,7 @@ def resolve(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int, thread
         probes=probes,
         sites=sites,
     )
-    return with_draws(model, x, spec, resolution, draws)
+    return with_draws(model, x, spec, decision, draws)
 
 
 def _filled(x: Tensor, batch: int) -> Tensor:
@@ -119,36 +119,36 @@ def _filled(x: Tensor, batch: int) -> Tensor:
     return x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch]
 
 
-def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, resolution: Resolution, num_draws: int) -> Resolution:
+def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, decision: Decision, num_draws: int) -> Decision:
     """The same decision with another number of draws: how products are contracted follows from it.
 
     Raises: NNTKError where a contraction is asked for that this estimator has none of.
     """
-    resolution = replace(resolution, num_draws=num_draws)
+    decision = replace(decision, num_draws=num_draws)
     space = select_parameters(model, spec.parameters)
-    kept = 1 if isinstance(spec.outputs, int) else resolution.num_outputs
-    if resolution.estimator == "activation":
+    kept = 1 if isinstance(spec.outputs, int) else decision.num_outputs
+    if decision.estimator == "activation":
         noise = plan_noise(model, space, x)
         contraction = noise_contraction(noise, space, spec, num_draws=num_draws, num_outputs=kept)
         sizes = [each.num_parameters for each in noise.noisy if each.module in contraction.sketched]
         return replace(
-            resolution,
+            decision,
             contraction=contraction.text(noise),
             num_columns=contraction.num_columns,
             num_sketched=sum(sizes),
         )
-    if resolution.estimator == "autodiff":
-        plan = resolution.sites or plan_sites(model, space, x)
+    if decision.estimator == "autodiff":
+        plan = decision.sites or plan_sites(model, space, x)
         chosen = contraction_of(model, plan, space, spec, num_draws=num_draws, num_outputs=kept)
         return replace(
-            resolution, contraction=chosen.text, num_columns=chosen.num_columns, num_sketched=chosen.num_sketched
+            decision, contraction=chosen.text, num_columns=chosen.num_columns, num_sketched=chosen.num_sketched
         )
     if spec.contraction != "auto":
         raise NNTKError(
-            f"contraction is '{spec.contraction}', but the estimator is {resolution.estimator} ({resolution.reason}), "
+            f"contraction is '{spec.contraction}', but the estimator is {decision.estimator} ({decision.reason}), "
             "which forms no gradients; use contraction: auto"
         )
-    return resolution
+    return decision
 
 
 def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> tuple[float, float | None]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from nntk_dist.planning.decision import Resolution, with_draws
+from nntk_dist.planning.decision import Decision, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.spec import KernelSpec
@@ -27,27 +27,27 @@ def find_draws(
     inputs: Sequence[Tensor],
     ids: Sequence[Tensor],
     spec: KernelSpec,
-    resolution: Resolution,
+    decision: Decision,
     *,
     batch: int,
-) -> tuple[Resolution, Look]:
+) -> tuple[Decision, Look]:
     """The decision with as many draws as `spec.rtol` takes, and the last look; `inputs` are x1, or x1 and x2.
 
     Cost: the features of the sampled rows, at most about four times over. Raises: NNTKError as `with_draws`.
     """
     assert spec.rtol is not None
-    unit = spec.draw_unit(resolution.num_draws, resolution.num_parameters)
+    unit = spec.draw_unit(decision.num_draws, decision.num_parameters)
     looks: list[Look] = []
-    num_draws: int | None = resolution.num_draws
+    num_draws: int | None = decision.num_draws
     while num_draws is not None:
-        looked_at = spec_to_look_at(spec, num_draws, resolution.num_parameters)
+        looked_at = spec_to_look_at(spec, num_draws, decision.num_parameters)
         features = make_feature_map(
-            model, inputs[0], looked_at, with_draws(model, inputs[0], looked_at, resolution, num_draws)
+            model, inputs[0], looked_at, with_draws(model, inputs[0], looked_at, decision, num_draws)
         )
         calibration = _calibration(features, inputs, ids, looked_at, batch)
         looks.append(Look.of(num_draws, calibration, looked_at=looked_at.blocks, blocks=spec.blocks))
         num_draws = next_draws(looks, rtol=spec.rtol, max_draws=spec.max_draws, unit=unit)
-    return with_draws(model, inputs[0], spec, resolution, looks[-1].draws), looks[-1]
+    return with_draws(model, inputs[0], spec, decision, looks[-1].draws), looks[-1]
 
 
 def spec_to_look_at(spec: KernelSpec, num_draws: int, num_parameters: int) -> KernelSpec:

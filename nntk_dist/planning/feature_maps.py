@@ -1,6 +1,6 @@
 """The feature map of a kernel for a model: the one place that knows every kind of feature.
 
-From a description (`KernelSpec`) and a decision (`Resolution`) to an object that computes features; nothing is computed
+From a description (`KernelSpec`) and a decision (`Decision`) to an object that computes features; nothing is computed
 here.
 
 Axes: n examples, c outputs.
@@ -22,7 +22,7 @@ from nntk_dist.layers.noise_plan import plan_noise
 from nntk_dist.layers.sketch import Sketch, groups_of_columns
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.decision import Decision
 from nntk_dist.products.factor_form import METRIC_DRAWS
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.spec import KernelSpec
@@ -30,40 +30,38 @@ from nntk_dist.weighting.attention import make_attention
 from nntk_dist.weighting.options import Reference
 
 
-def forms_means(spec: KernelSpec, resolution: Resolution) -> bool:
+def forms_means(spec: KernelSpec, decision: Decision) -> bool:
     """Whether `weight` forms its block-mean gradients: where these are shorter than differences and their metric."""
-    few_parameters = spec.blocks * resolution.num_parameters <= resolution.num_draws
-    return (
-        resolution.estimator == "weight" and spec.pair_blocks and few_parameters and resolution.num_draws > METRIC_DRAWS
-    )
+    few_parameters = spec.blocks * decision.num_parameters <= decision.num_draws
+    return decision.estimator == "weight" and spec.pair_blocks and few_parameters and decision.num_draws > METRIC_DRAWS
 
 
 def make_feature_map(
     model: nn.Module,
     x: Tensor,
     spec: KernelSpec,
-    resolution: Resolution,
+    decision: Decision,
     *,
     metric: Tensor | None = None,
     reference: Reference | None = None,
 ) -> FeatureMap:
-    """The features of a prepared model under the resolution's draws; `x` is a few examples, on which layer formulas are
+    """The features of a prepared model under the decision's draws; `x` is a few examples, on which layer formulas are
     checked before use.
 
     `reference` is what weights of draws are compared on; where not given, what the weighting holds, or the first of x.
     """
     if spec.kind != "local":
-        spec = replace(spec, draws=resolution.num_draws)
+        spec = replace(spec, draws=decision.num_draws)
     space = select_parameters(model, spec.parameters)
-    columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(resolution.num_outputs))
-    evaluator = Evaluator(model, space, resolution.stacked)
-    if resolution.estimator == "weight":
-        return _difference_features(evaluator, x, spec, resolution, columns, metric, reference)
-    if resolution.estimator == "activation":
-        return _activation_features(evaluator, x, spec, resolution, columns)
+    columns = (spec.outputs,) if isinstance(spec.outputs, int) else tuple(range(decision.num_outputs))
+    evaluator = Evaluator(model, space, decision.stacked)
+    if decision.estimator == "weight":
+        return _difference_features(evaluator, x, spec, decision, columns, metric, reference)
+    if decision.estimator == "activation":
+        return _activation_features(evaluator, x, spec, decision, columns)
     drawing = None if spec.kind == "local" else spec.drawing("autodiff", space, model)
-    sites = resolution.sites or plan_sites(model, space, x)
-    chosen = contraction_of(model, sites, space, spec, num_draws=resolution.num_draws, num_outputs=len(columns))
+    sites = decision.sites or plan_sites(model, space, x)
+    chosen = contraction_of(model, sites, space, spec, num_draws=decision.num_draws, num_outputs=len(columns))
     sketch = None
     if chosen.sketched is not None:
         groups = groups_of_columns(chosen.num_columns, spec.blocks)
@@ -102,7 +100,7 @@ def _difference_features(
     evaluator: Evaluator,
     x: Tensor,
     spec: KernelSpec,
-    resolution: Resolution,
+    decision: Decision,
     columns: tuple[int, ...],
     metric: Tensor | None,
     reference: Reference | None,
@@ -114,7 +112,7 @@ def _difference_features(
         reference = spec.weighting.reference_of(x) if reference is None else reference
         attention = make_attention(evaluator, drawing, spec.weighting, spec.seed, reference)
         attention.try_on(x)
-    if forms_means(spec, resolution):
+    if forms_means(spec, decision):
         return DifferenceMeans(evaluator, drawing, columns, attention=attention)
     product = shared_product(evaluator, drawing, x) if attention is None else None
     return DifferenceFeatures(
@@ -123,9 +121,9 @@ def _difference_features(
 
 
 def _activation_features(
-    evaluator: Evaluator, x: Tensor, spec: KernelSpec, resolution: Resolution, columns: tuple[int, ...]
+    evaluator: Evaluator, x: Tensor, spec: KernelSpec, decision: Decision, columns: tuple[int, ...]
 ) -> ActivationFeatures:
-    space, num_draws = evaluator.space, resolution.num_draws
+    space, num_draws = evaluator.space, decision.num_draws
     plan = plan_noise(evaluator.model, space, x)
     chosen = noise_contraction(plan, space, spec, num_draws=num_draws, num_outputs=len(columns))
     sketch = None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.model_probes import ModelProbes
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from pipeline.config.schema import Config, config_from_dict
@@ -30,7 +30,7 @@ def stored_job(manifest: Manifest) -> Job:
         fingerprint=manifest.fingerprints.get("kernel", ""),
         config=config,
         spec=build_spec(config.kernel),
-        resolution=_restored_resolution(manifest),
+        decision=_restored_decision(manifest),
         layout=_restored(Layout, manifest.layout, "layout"),
         sizes=_restored(Sizes, manifest.sizes, "sizes"),
     )
@@ -41,12 +41,12 @@ def stored_probes(manifest: Manifest) -> ModelProbes | None:
 
     Raises: NNTKError where they are not whole.
     """
-    values = manifest.resolution.get("probes")
-    return None if values is None else _restored(ModelProbes, values, "resolution.probes")
+    values = manifest.decision.get("probes")
+    return None if values is None else _restored(ModelProbes, values, "decision.probes")
 
 
-def _restored_resolution(manifest: Manifest) -> Resolution:
-    return _restored(Resolution, {**manifest.resolution, "probes": stored_probes(manifest)}, "resolution")
+def _restored_decision(manifest: Manifest) -> Decision:
+    return _restored(Decision, {**manifest.decision, "probes": stored_probes(manifest)}, "decision")
 
 
 def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Section:

@@ -25,21 +25,21 @@ def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
 
     `searching` where the draws are still to be found.
     """
-    sizes, resolution, spec = plan.job.sizes, plan.job.resolution, plan.job.spec
+    sizes, decision, spec = plan.job.sizes, plan.job.decision, plan.job.spec
     draws = f"{count(sizes.num_draws)} draws"
     if searching:
         draws = f"{draws} or more (up to {count(spec.max_draws)}), as rtol {spec.rtol:g} takes"
     out.print(
-        f"{plan.job.spec.kind} kernel, estimator {resolution.estimator}: {resolution.explanation}; "
+        f"{plan.job.spec.kind} kernel, estimator {decision.estimator}: {decision.explanation}; "
         f"{count(sizes.num_train)} train and {count(sizes.num_test)} test rows, "
         f"{count(sizes.num_parameters)} parameters, {draws}, {plan.num_workers} worker(s)",
         soft_wrap=True,
         markup=False,
         highlight=False,
     )
-    if resolution.stacking:
-        out.print(resolution.stacking, soft_wrap=True, markup=False, highlight=False)
-    for caution in () if resolution.probes is None else resolution.probes.cautions:
+    if decision.stacking:
+        out.print(decision.stacking, soft_wrap=True, markup=False, highlight=False)
+    for caution in () if decision.probes is None else decision.probes.cautions:
         out.print("caution:", style="yellow", end=" ")
         out.print(caution, soft_wrap=True, markup=False, highlight=False)
 
@@ -82,10 +82,10 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         f"{layout.dtype} on {layout.device}{_sharing(plan.job)}{rounded}",
         soft_wrap=True,
     )
-    if plan.job.resolution.probes is None:
+    if plan.job.decision.probes is None:
         out.print("probes: none are kept; the run was planned by an earlier version")
         return
-    for fact in probe_facts(plan.job.resolution.probes):
+    for fact in probe_facts(plan.job.decision.probes):
         line = f"probe {fact.label[:1].lower()}{fact.label[1:]}: {fact.value}; {fact.verdict}"
         out.print(line, soft_wrap=True, markup=False, highlight=False)
 

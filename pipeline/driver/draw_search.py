@@ -40,7 +40,7 @@ def search_draws(
     Raises: NNTKError where a run with as many draws as are to be looked at cannot fit into memory or on disk.
     """
     first, record = plan.job, earlier
-    decisions = first.layout, first.resolution
+    decisions = first.layout, first.decision
     while (num_draws := draws_to_look_at(first, looks_of(runner.ledger))) is not None:
         if num_draws != plan.job.sizes.num_draws:
             plan = make_plan(config, dataset, model, decisions, num_draws)

@@ -92,9 +92,9 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
     distribution = kernel["distribution"]
     return KernelFacts(
         kind=kernel["kind"],
-        estimator=manifest.resolution["estimator"],
+        estimator=manifest.decision["estimator"],
         estimator_reason="; ".join(
-            filter(None, (manifest.resolution["reason"], *map(manifest.resolution.get, ("contraction", "stacking"))))
+            filter(None, (manifest.decision["reason"], *map(manifest.decision.get, ("contraction", "stacking"))))
         ),
         statistic=kernel["statistic"],
         outputs=str(kernel["outputs"]),

@@ -17,7 +17,7 @@ from pipeline.records.ledger import Ledger
 def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
     """Results by name; a number that does not exist for this kind of kernel is absent."""
     results: dict[str, Any] = {
-        "estimator": job.resolution.estimator,
+        "estimator": job.decision.estimator,
         "draws": job.sizes.num_draws,
         "blocks": job.sizes.num_blocks,
         "parameters": job.sizes.num_parameters,

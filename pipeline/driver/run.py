@@ -86,7 +86,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
         parts = identity(config, dataset, model)
         check_kernel(stored, config, parts, config.run_dir)
         rerun = stages_to_rerun(stored, config, stage_fingerprints(config, parts), config.run_dir, resume=resume)
-        decisions = job.layout, job.resolution
+        decisions = job.layout, job.decision
     elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
         raise NNTKError(
             f"{config.run_dir} holds results, but no manifest.json that says of what; restore it, or choose another "
@@ -208,7 +208,7 @@ def _manifest(prepared: Prepared) -> Manifest:
         git_commit=git_commit() if stored is None else stored.git_commit,
         layout=as_plain(plan.job.layout),
         sizes=as_plain(plan.job.sizes),
-        resolution=as_plain(replace(plan.job.resolution, sites=None)),  # which follow from the model
+        decision=as_plain(replace(plan.job.decision, sites=None)),  # which follow from the model
         projection=as_plain(plan.projection),
         stages=stages,
     )
@@ -222,7 +222,7 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "version": 1,
         "fingerprint": job.fingerprint,
         "kind": spec.kind,
-        "estimator": job.resolution.estimator,
+        "estimator": job.decision.estimator,
         "statistic": spec.statistic,
         "outputs": spec.outputs,
         "scale": spec.scale,

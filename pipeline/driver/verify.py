@@ -72,7 +72,7 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
     dataset = build_dataset(config)
     model = build_model(config, dataset)
     check_kernel(manifest, config, identity(config, dataset, model), config.run_dir)
-    job = make_plan(config, dataset, model, (stored.layout, stored.resolution)).job
+    job = make_plan(config, dataset, model, (stored.layout, stored.decision)).job
     context = Context(job, dataset, state_of(model))
     ledger = Ledger(storage)
     checks = {

@@ -9,7 +9,7 @@ Units: `_bytes`, `_seconds`. Rows are counted in examples, also where a `full` k
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.decision import Decision
 from nntk_dist.spec import KernelSpec
 from pipeline.config.schema import Config
 from pipeline.job.task import Outcome, Task
@@ -63,7 +63,7 @@ class Job:
     fingerprint: str
     config: Config
     spec: KernelSpec
-    resolution: Resolution
+    decision: Decision
     layout: Layout
     sizes: Sizes
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Resolution, resolve, with_draws
+from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.features import ArraySpec, FeatureMap
@@ -57,10 +57,10 @@ def make_plan(
     config: Config,
     dataset: Dataset,
     model: nn.Module,
-    stored: tuple[Layout, Resolution] | None = None,
+    stored: tuple[Layout, Decision] | None = None,
     num_draws: int | None = None,
 ) -> Plan:
-    """Plan a run, or with a stored layout and resolution its continuation, or the same with another number of draws.
+    """Plan a run, or with a stored layout and decision its continuation, or the same with another number of draws.
 
     Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
     """
@@ -76,19 +76,19 @@ def make_plan(
     fitting = FittingBatch(batch)
     if stored is None:
         threads = threads_of(config.compute)
-        resolution = fitting.run(lambda fitted: resolve(prepared, x, spec, batch=fitted, threads=threads))
+        decision = fitting.run(lambda fitted: decide(prepared, x, spec, batch=fitted, threads=threads))
         batch = fitting.size
     else:
-        resolution = stored[1]
+        decision = stored[1]
     if num_draws is not None:
-        resolution = with_draws(prepared, x, spec, resolution, num_draws)
-    features = make_feature_map(prepared, x, spec, resolution, reference=reference_batch(spec, dataset, dtype, device))
+        decision = with_draws(prepared, x, spec, decision, num_draws)
+    features = make_feature_map(prepared, x, spec, decision, reference=reference_batch(spec, dataset, dtype, device))
     sizes = Sizes(
         num_train=len(dataset.train.ids),
         num_test=len(dataset.test.ids),
-        num_outputs=resolution.num_outputs,
+        num_outputs=decision.num_outputs,
         num_kernel_outputs=len(features.columns),
-        num_parameters=resolution.num_parameters,
+        num_parameters=decision.num_parameters,
         num_draws=features.num_draws,
         num_blocks=features.num_blocks,
         num_classes=dataset.num_classes,
@@ -98,7 +98,7 @@ def make_plan(
     layout = kept or make_layout(config, spec, features, sizes, batch=batch, device=device)
     parts = identity(config, dataset, model)
     prints = stage_fingerprints(config, parts)
-    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, resolution, layout, sizes)
+    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, decision, layout, sizes)
     arrays = describe_arrays(job, features.arrays, dataset)
     if kept is None:
         job, arrays = _with_or_without_tiles(job, arrays, features.arrays, dataset)
@@ -225,7 +225,7 @@ def _smaller_tiles(layout: Layout) -> str:
 
 def _other_contraction(job: Job) -> str:
     """What else would make features smaller, where they are exact gradients."""
-    sketchable = job.resolution.estimator == "autodiff" and job.spec.pair_blocks and not job.resolution.num_columns
+    sketchable = job.decision.estimator == "autodiff" and job.spec.pair_blocks and not job.decision.num_columns
     return "; or set kernel.contraction to sketch, which takes less for an error of its own" if sketchable else ""
 
 

@@ -130,7 +130,7 @@ def row_operations(job: Job, features: FeatureMap, model: nn.Module, x: Tensor) 
         with FlopCounterMode(display=False) as counter:
             features.compute(x[:1], names.to(x.device), block, features.columns)
         return float(counter.get_total_flops()) * job.sizes.num_blocks
-    passes = 1.0 if job.resolution.estimator in ("weight", "activation") else 1.0 + len(features.columns)
+    passes = 1.0 if job.decision.estimator in ("weight", "activation") else 1.0 + len(features.columns)
     if is_random(model) and passes == 1.0:  # differences have a base pass for every group, which shares its noise
         per_block = job.sizes.num_draws // job.sizes.num_blocks
         passes += 1.0 / group_size(job.spec.design, per_block, job.sizes.num_parameters)

@@ -63,7 +63,7 @@ class Manifest(BaseModel):
         git_commit: of the code, "-dirty" appended where it differs from the commit; None outside a work tree.
         layout: what fixes rounding (tile, batch, draw chunk, threads, …); a resumed run takes it from here.
         sizes: how many rows, outputs, parameters, draws and blocks.
-        resolution: the estimator that was chosen and the sentence that says why, with what follows from it.
+        decision: the estimator that was chosen and the sentence that says why, with what follows from it.
         identity: what the kernel's fingerprint is a hash of, in nameable parts.
         projection: projected bytes, operations and tiles.
         stages: stage name to outcome, in the order in which they began.
@@ -82,7 +82,7 @@ class Manifest(BaseModel):
     git_commit: str | None
     layout: dict[str, Any]
     sizes: dict[str, Any]
-    resolution: dict[str, Any]
+    decision: dict[str, Any]
     identity: dict[str, Any]
     projection: dict[str, Any] = Field(default_factory=dict)
     stages: dict[str, StageRecord] = Field(default_factory=dict)

@@ -72,12 +72,12 @@ def kernel_arrays(job: Job) -> list[StoredArray]:
 
 def holds_differences(job: Job) -> bool:
     """Whether features are output differences Δ, in one array for which Φ M Φᵀ is the kernel."""
-    return job.resolution.estimator == "weight" and not forms_means(job.spec, job.resolution)
+    return job.decision.estimator == "weight" and not forms_means(job.spec, job.decision)
 
 
 def holds_sketch(job: Job) -> bool:
     """Whether features are sketches of block means and nothing else, in one array for which Φ M Φᵀ is the kernel."""
-    return job.resolution.estimator == "autodiff" and job.resolution.num_sketched == job.sizes.num_parameters
+    return job.decision.estimator == "autodiff" and job.decision.num_sketched == job.sizes.num_parameters
 
 
 def holds_metric(job: Job) -> bool:

@@ -110,7 +110,7 @@ class Context:
         examples = self.inputs("train", slice(0, _CHECK_ROWS))
         spec = self.job.spec
         reference = reference_batch(spec, self.dataset, self.dtype, self.job.layout.device)
-        return make_feature_map(self.model, examples, spec, self.job.resolution, reference=reference)
+        return make_feature_map(self.model, examples, spec, self.job.decision, reference=reference)
 
     @cached_property
     def features_with_metric(self) -> FeatureMap:

@@ -22,7 +22,7 @@ from nntk_dist.kernels.functions import whole_kernel
 from nntk_dist.layers.sketch import AUTO_COLUMNS
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.runtime.precision import full_precision
@@ -99,7 +99,7 @@ def problem(
 
 def prepared(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Callable[[], Tensor]]:
     """The features of a kernel, and a function that computes them and the whole kernel anew."""
-    features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+    features = make_feature_map(model, x, spec, decide(model, x, spec, batch=len(x)))
     ids, draws = torch.arange(len(x), device=x.device), range(features.num_draws)
 
     def compute() -> Tensor:
@@ -201,7 +201,7 @@ def _crossover(effort: Effort, device: str) -> list[Figure]:
 
 def _tile(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Callable[[], object], int]:
     """What computes the tile of all rows with themselves, and how many layers are left in factors."""
-    features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+    features = make_feature_map(model, x, spec, decide(model, x, spec, batch=len(x)))
     ids = torch.arange(len(x), device=x.device)
     rows = features.compute(x, ids, range(features.num_draws), features.columns)
     ready = features.prepare(rows, by_block=True)
@@ -215,7 +215,7 @@ def _sketch(effort: Effort, device: str) -> list[Figure]:
     widths = tuple(width // 2 for width in effort.widths)
     model, x = problem(effort, effort.sketch_rows, widths, device)
     spec = KernelSpec(gamma=0.05, draws=4, blocks=4, contraction="sketch", sketch=2 * AUTO_COLUMNS)
-    features = make_feature_map(model, x, spec, resolve(model, x, spec, batch=len(x)))
+    features = make_feature_map(model, x, spec, decide(model, x, spec, batch=len(x)))
     ids, batch = torch.arange(len(x), device=x.device), min(512, len(x))
     sizes = [(p.shape[1], p.shape[0]) for p in model.parameters() if p.ndim == 2]
     # the layer before the readout is sketched from one number a unit

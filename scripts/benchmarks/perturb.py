@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.runtime.precision import full_precision
@@ -88,8 +88,8 @@ def _figures(case: Case, rows: int, device: str) -> Iterator[Figure]:
     for label in case.options:
         spec = KernelSpec(estimator="weight", draws=_BLOCKS * case.draws, blocks=_BLOCKS, **_OPTIONS[label])
         batch = automatic_batch(model, x[:32], rows, "float32")
-        resolution = resolve(model, x[:32], spec, batch=batch)
-        features = make_feature_map(model, x[:32], spec, resolution)
+        decision = decide(model, x[:32], spec, batch=batch)
+        features = make_feature_map(model, x[:32], spec, decision)
         best = best_seconds(
             {
                 "plain": partial(_infer, model, x, best_batch, passes=passes),
@@ -102,13 +102,13 @@ def _figures(case: Case, rows: int, device: str) -> Iterator[Figure]:
             best["plain"] / best["perturbed"],
             least=0.9 if case.asked else None,
             details={
-                "parameters": resolution.num_parameters,
+                "parameters": decision.num_parameters,
                 "rows": rows,
                 "batch": batch,
                 "plain batch": best_batch,
                 "plain s a pass": best["plain"] / passes,
                 "perturbed s a pass": best["perturbed"] / passes,
-                "stacked": "yes" if resolution.stacked else "no",
+                "stacked": "yes" if decision.stacked else "no",
             },
         )
 

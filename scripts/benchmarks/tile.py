@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import FeatureMap, Rows
@@ -154,7 +154,7 @@ def _features(setting: Setting, device: str = "cpu") -> FeatureMap:
     x = torch.randn(4, each - 1 if setting.features != "layered" else 784, generator=torch.Generator().manual_seed(1))
     x = x.to(device)
     spec = KernelSpec(gamma=0.1, blocks=_BLOCKS, **options)
-    return make_feature_map(prepared, x, spec, resolve(prepared, x, spec, batch=len(x)))
+    return make_feature_map(prepared, x, spec, decide(prepared, x, spec, batch=len(x)))
 
 
 def _random_rows(features: FeatureMap, count: int, generator: torch.Generator, device: str) -> dict[str, Tensor]:

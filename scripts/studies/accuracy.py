@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Resolution, resolve, with_draws
+from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.spec import KernelSpec
@@ -40,10 +40,10 @@ class Task:
     spec: KernelSpec
     exact: Tensor | None = None
 
-    def kernel(self, resolution: Resolution, seed: int) -> Tensor:
+    def kernel(self, decision: Decision, seed: int) -> Tensor:
         """The unbiased kernel of all examples under one seed."""
         spec = replace(self.spec, seed=seed)
-        features = make_feature_map(self.model, self.x, spec, resolution)
+        features = make_feature_map(self.model, self.x, spec, decision)
         ids, draws = torch.arange(len(self.x)), range(features.num_draws)
         rows = features.compute(self.x, ids, draws, features.columns, batch=len(self.x))
         return tile_estimates(features, [(rows, rows)], spec.meeting, None, spec.scale)["unbiased"]
@@ -81,7 +81,7 @@ def _unit(unit: str) -> Task:
 
 
 def _study(task: Task, runs: int) -> Answer:
-    first = resolve(task.model, task.x, task.spec, batch=len(task.x))
+    first = decide(task.model, task.x, task.spec, batch=len(task.x))
 
     def fixed(draws: int, seed: int) -> Tensor:
         return task.kernel(with_draws(task.model, task.x, task.spec, first, draws), seed)
@@ -101,9 +101,9 @@ def _study(task: Task, runs: int) -> Answer:
     for seed in range(runs):
         spec = replace(task.spec, seed=seed)
         ids = torch.arange(len(task.x))
-        resolution, look = find_draws(task.model, [task.x], [ids], spec, first, batch=len(task.x))
-        errors.append(error(task.kernel(resolution, seed)))
-        found.append(resolution.num_draws)
+        decision, look = find_draws(task.model, [task.x], [ids], spec, first, batch=len(task.x))
+        errors.append(error(task.kernel(decision, seed)))
+        found.append(decision.num_draws)
         bounds.append(look.bound)
 
     def share(draws: int) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nntk_dist import local_kernel
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.designs import GROUP_SIZES
@@ -132,8 +132,8 @@ class Estimating:
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor, spec: KernelSpec) -> "Estimating":
-        resolution = resolve(model, x, spec, batch=len(x))
-        return cls(make_feature_map(model, x, spec, resolution), spec, x)
+        decision = decide(model, x, spec, batch=len(x))
+        return cls(make_feature_map(model, x, spec, decision), spec, x)
 
     def under(self, seed: int) -> Estimate:
         """The kernel under another seed, without error bars."""

@@ -66,7 +66,7 @@ def test_a_regressor_solves_with_the_kernel_of_the_same_draws(estimator, center)
     expected = scores_by_definition(model, X, Y, new, 0.1, *values, **options)
     np.testing.assert_allclose(fitted.predict(new), expected, rtol=0, atol=1e-9)
     assert fitted.ridge_ == 0.1
-    assert fitted.kernel_.resolution.estimator == estimator
+    assert fitted.kernel_.decision.estimator == estimator
     one = NNTKRegressor(model, ridge=0.1, **options).fit(X, Y[:, 0])
     assert one.predict(new).shape == (7,)
 
@@ -157,7 +157,7 @@ def test_a_black_box_learns():
     y = X[:, 0] + 0.5 * X[:, 1] > 0
     rule = BlackBox(lambda params, x: np.sign(x @ params.reshape(3, 4)), np.linspace(-1.0, 1.0, 12))
     fitted = NNTKClassifier(rule, gamma=1.0, draws=512).fit(X[:60], y[:60])
-    assert fitted.kernel_.resolution.estimator == "weight"
+    assert fitted.kernel_.decision.estimator == "weight"
     assert fitted.score(X[60:], y[60:]) > 0.8
 
 
@@ -226,7 +226,7 @@ def test_weighted_kernels_are_fitted_with_the_targets_of_fit(kind, weighting):
     scores = fitted.decision_function(new) if classifies else fitted.predict(new)
     np.testing.assert_allclose(scores, expected(weighting=explicit), rtol=0, atol=1e-9)
     assert np.abs(scores - expected(estimator="weight")).max() > 1e-4
-    assert "consistent but not unbiased" in fitted.kernel_.resolution.reason
+    assert "consistent but not unbiased" in fitted.kernel_.decision.reason
 
 
 def test_a_reference_batch_of_ones_own_needs_its_own_targets():

@@ -1,6 +1,6 @@
 """What several tests of the library need: features of a kernel made step by step, and the definitions by brute force.
 
-Everything goes through the library's own steps (resolve, feature map, rows, calibration, tile), so that a test can vary
+Everything goes through the library's own steps (decide, feature map, rows, calibration, tile), so that a test can vary
 one of them. The oracle's side knows the library's perturbations, handed over as arrays, and nothing else of it.
 
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters, N (N1, N2) rows of a kernel.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Resolution, resolve
+from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows, slice_rows
 from nntk_dist.spec import KernelSpec
@@ -27,11 +27,11 @@ Array = np.ndarray
 KINDS = [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("covariance", "auto"), ("averaged", "auto")]
 
 
-def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Resolution]:
+def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Decision]:
     """The feature map that the public functions would use, in float64."""
     prepared = prepare_model(model, dtype=torch.float64, device="cpu")
-    resolution = resolve(prepared, x, spec, batch=len(x))
-    return make_feature_map(prepared, x, spec, resolution), resolution
+    decision = decide(prepared, x, spec, batch=len(x))
+    return make_feature_map(prepared, x, spec, decision), decision
 
 
 def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:

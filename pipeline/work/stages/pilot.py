@@ -38,9 +38,9 @@ def execute(context: Context, task: Task) -> Written:
     num_draws = job.sizes.num_draws
     spec = spec_to_look_at(job.spec, num_draws, job.sizes.num_parameters)
     examples = context.inputs("train", slice(0, _EXAMPLES))
-    resolution = with_draws(context.model, examples, spec, job.resolution, num_draws)
+    decision = with_draws(context.model, examples, spec, job.decision, num_draws)
     sizes = replace(job.sizes, num_blocks=spec.blocks)
-    look_at = Context(replace(job, spec=spec, resolution=resolution, sizes=sizes), context.dataset, context.state)
+    look_at = Context(replace(job, spec=spec, decision=decision, sizes=sizes), context.dataset, context.state)
     calibration = calibrate_array(look_at, look_at.features, "train", entries=PILOT_ENTRIES)
     look = Look.of(num_draws, calibration, looked_at=spec.blocks, blocks=job.spec.blocks)
     return Written(numbers=look.numbers)

@@ -32,8 +32,8 @@ ACCEPTED = [entry.name for entry in CASES if not entry.name.endswith("_unit") an
 
 
 def features_of(name: str, spec: KernelSpec, **changes) -> ActivationFeatures:
-    features, resolution = prepared_features(case(name).build(), case(name).inputs(3), spec)
-    assert resolution.estimator == "activation"
+    features, decision = prepared_features(case(name).build(), case(name).inputs(3), spec)
+    assert decision.estimator == "activation"
     assert isinstance(features, ActivationFeatures)
     return replace(features, **changes)
 

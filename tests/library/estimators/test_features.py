@@ -16,7 +16,7 @@ from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.layers.capture import plan_sites
 from nntk_dist.models.evaluation import Evaluator, moved_in_place, outputs
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import block_range, concatenate_rows, slice_rows
@@ -198,8 +198,8 @@ def test_the_metric_may_be_given_instead_of_made():
     assert isinstance(features, DifferenceFeatures)
     metric = features.make_metric()
     x = case("tanh_mlp").inputs(5)
-    resolution = Resolution("weight", "", 16, features.num_parameters, 3, stacked=True)
-    given = make_feature_map(features.evaluator.model, x, spec, resolution, metric=2.0 * metric)
+    decision = Decision("weight", "", 16, features.num_parameters, 3, stacked=True)
+    given = make_feature_map(features.evaluator.model, x, spec, decision, metric=2.0 * metric)
     rows = all_rows(features, x)
     assert_equal(
         estimates_of(given, rows, rows, spec)["plugin"], 2 * estimates_of(features, rows, rows, spec)["plugin"]

@@ -12,7 +12,7 @@ from nntk_dist import NNTKError, nonlocal_kernel
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Resolution, resolve
+from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.spec import KernelSpec
 from tests.library.tools import all_rows, assert_equal, prepared_features
@@ -87,7 +87,7 @@ def test_other_distributions_and_designs_are_refused():
 def test_too_many_draws_are_refused():
     with pytest.raises(NNTKError, match=r"draws is 65600; allowed for estimator activation: up to 65536 \(iid\)"):
         kernel(case("sign_mlp").build(), case("sign_mlp").inputs(4), draws=65600)
-    resolve(
+    decide(
         case("sign_mlp").build(), case("sign_mlp").inputs(4),
         KernelSpec(estimator="activation", draws=131072, design="antithetic"), batch=4,
     )  # fmt: skip
@@ -192,8 +192,8 @@ def test_a_kernel_of_the_readout_alone_is_exact():
 # The choice among estimators ------------------------------------------------------------------------------------------
 
 
-def choice(name: str, **options) -> Resolution:
-    return resolve(case(name).build(), case(name).inputs(8), KernelSpec(gamma=0.5, **options), batch=8)
+def choice(name: str, **options) -> Decision:
+    return decide(case(name).build(), case(name).inputs(8), KernelSpec(gamma=0.5, **options), batch=8)
 
 
 def test_auto_takes_noise_in_pre_activations_where_gradients_miss_jumps():
@@ -212,12 +212,12 @@ def test_auto_takes_noise_in_pre_activations_where_gradients_miss_jumps():
 
 def test_auto_takes_differences_where_noise_would_reach_few_parameters():
     model = nn.Sequential(nn.Conv2d(1, 8, 2), Activate(torch.sign), nn.Flatten(), nn.Linear(32, 1, bias=False))
-    chosen = resolve(model, torch.randn(4, 1, 3, 3), KernelSpec(gamma=0.5), batch=4)
+    chosen = decide(model, torch.randn(4, 1, 3, 3), KernelSpec(gamma=0.5), batch=4)
     assert chosen.estimator == "activation"  # four patches of five numbers, and the readout
     model = nn.Sequential(
         nn.Conv2d(1, 16, 2), Activate(torch.sign), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1)
     )
-    chosen = resolve(model, torch.randn(4, 1, 5, 5), KernelSpec(gamma=0.5), batch=4)
+    chosen = decide(model, torch.randn(4, 1, 5, 5), KernelSpec(gamma=0.5), batch=4)
     assert chosen.estimator == "weight"
     assert chosen.reason.endswith("noise in pre-activations would reach less than half of its parameters")
 
@@ -225,8 +225,8 @@ def test_auto_takes_differences_where_noise_would_reach_few_parameters():
 def test_the_decision_is_all_that_a_feature_map_needs():
     spec = KernelSpec(gamma=0.5, draws=8, blocks=4)
     model, x = case("deep_sign_mlp").build(), case("deep_sign_mlp").inputs(8)
-    resolution = resolve(model, x, spec, batch=8)
-    again = make_feature_map(prepare_model(model, dtype=torch.float64, device="cpu"), x[:3], spec, resolution)
+    decision = decide(model, x, spec, batch=8)
+    again = make_feature_map(prepare_model(model, dtype=torch.float64, device="cpu"), x[:3], spec, decision)
     first, _ = prepared_features(model, x, spec)
     for name, array in all_rows(first, x).items():
         assert torch.equal(all_rows(again, x)[name], array)

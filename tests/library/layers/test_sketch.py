@@ -101,10 +101,10 @@ def joined_biases(model: nn.Module) -> dict[str, str]:
 @pytest.mark.parametrize("name", [*CASES, "transformer"])
 def test_the_sketch_is_the_projection_of_the_gradient(name, outputs):
     model, x = problem(name)
-    features, resolution = prepared_features(model, x, spec_of(outputs))
+    features, decision = prepared_features(model, x, spec_of(outputs))
     assert isinstance(features, GradientFeatures)
     assert features.sketch is not None
-    assert resolution.num_sketched == resolution.num_parameters
+    assert decision.num_sketched == decision.num_parameters
     rows = all_rows(features, x)
     assert set(rows) == {"sketch"}
     draws = draws_by_definition(model, x, spec_of(), "autodiff", ("*",))

@@ -148,8 +148,8 @@ def test_a_draw_is_the_network_with_the_mask_of_its_group(name, design):
     """Features of every draw, both evaluations in it, against those of a network without noise, which has that mask."""
     spec = KernelSpec(gamma=0.5, design=design, draws=8, blocks=4, seed=13, **SPECS[name])
     model = network(Dropout(P_DROP))
-    features, resolution = prepared_features(model, X, spec)
-    assert not resolution.stacked
+    features, decision = prepared_features(model, X, spec)
+    assert not decision.stacked
     ours = all_rows(features, X)
     size = features.drawing.group_size
     assert size == {"iid": 1, "antithetic": 2, "orthogonal": 2}[design]
@@ -157,7 +157,7 @@ def test_a_draw_is_the_network_with_the_mask_of_its_group(name, design):
     for draw in range(8):
         masks.append(mask_of(13, draw // size))
         twin = prepare_model(network(masks[-1]), dtype=torch.float64, device="cpu")
-        expected = all_rows(make_feature_map(twin, X, spec, resolution), X)
+        expected = all_rows(make_feature_map(twin, X, spec, decision), X)
         by_draw = {array: values for array, values in ours.items() if values.shape[1] == 8}
         assert by_draw
         for array, values in by_draw.items():

@@ -13,7 +13,7 @@ from nntk_dist import NNTKError, nonlocal_kernel
 from nntk_dist.models.builders import ACTIVATIONS, build_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.chords import largest_jump
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.planning.jumps import JumpProbe, probe_jumps
 from nntk_dist.spec import KernelSpec
 from tests.oracles.cases import CASES, Activate, case, mlp
@@ -222,8 +222,8 @@ def test_other_choices_are_explained_too():
     model, x = case("relu_mlp").build(), case("relu_mlp").inputs(4)
     reasons = {}
     for kind, estimator in (("nonlocal", "weight"), ("covariance", "auto"), ("averaged", "auto"), ("local", "auto")):
-        resolution = resolve(model, x, KernelSpec(kind=kind, estimator=estimator), batch=4)
-        reasons[kind] = (resolution.estimator, resolution.reason)
+        decision = decide(model, x, KernelSpec(kind=kind, estimator=estimator), batch=4)
+        reasons[kind] = (decision.estimator, decision.reason)
     assert reasons == {
         "nonlocal": ("weight", "asked for; valid for anything that can be evaluated"),
         "covariance": ("weight", "the covariance kernel is made of output differences"),

@@ -24,7 +24,7 @@ from nntk_dist import (
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.noise import MEAN_FUNCTIONS
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.planning.jumps import probe_jumps
 from nntk_dist.spec import KernelSpec
 from tests.library.noisy_models import NOISE, P_DROP, ByExample, Jitter, Unseeded, X, network, seeded
@@ -136,11 +136,11 @@ def test_groups_requests_and_modules_out_of_range(monkeypatch):
         prepare_model(Jitter(), dtype=torch.float64, device="cpu")(X)
 
 
-def test_a_resolution_is_a_function_of_the_model_alone():
+def test_a_decision_is_a_function_of_the_model_alone():
     """Decisions are made at one fixed random function: the same whatever passes went before."""
     model = prepare_model(network(Dropout(P_DROP), Jitter()), dtype=torch.float64, device="cpu")
     spec = KernelSpec(gamma=0.5)
-    first = resolve(model, X, spec, batch=4)
+    first = decide(model, X, spec, batch=4)
     with fixed_noise(model, 1, 1):
         model(X)
-    assert resolve(model, X, spec, batch=4) == first
+    assert decide(model, X, spec, batch=4) == first

@@ -15,7 +15,7 @@ from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.layers.capture import plan_sites
 from nntk_dist.layers.input_layers import shared_inputs
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Resolution
+from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import INNER_TERMS, BlockSums, Meeting, empty_sums
 from nntk_dist.products.formed import combined, formed_products, formed_terms, prepared_sketch, sketched_terms
@@ -133,7 +133,7 @@ def test_windows_change_nothing_but_rounding(estimator, outputs, monkeypatch):
     """Small windows that divide nothing against one; row sets that are one, and two equal ones."""
     spec = KernelSpec(estimator=estimator, outputs=outputs, gamma=0.6, draws=16, blocks=4)
     model, x = case("tanh_mlp").build(), case("tanh_mlp").inputs(11)
-    features = make_feature_map(model, x, spec, Resolution(estimator, "", 16, 100, 3, stacked=True))
+    features = make_feature_map(model, x, spec, Decision(estimator, "", 16, 100, 3, stacked=True))
     rows = all_rows(features, x)
     whole = tile_estimates(features, [(rows, dict(rows))], spec.meeting, CALIBRATION, spec.scale)
     monkeypatch.setattr(tiles, "WINDOW_ROWS", 6)
@@ -194,7 +194,7 @@ def test_layers_fed_with_the_input_itself_are_told_by_its_memory():
 def test_shared_inputs_give_the_sums_of_all_pairs_of_draws(draws, outputs):
     spec = KernelSpec(estimator="autodiff", outputs=outputs, gamma=0.6, draws=draws, blocks=4, contraction="layered")
     x, others = case("tanh_mlp").inputs(5), case("tanh_mlp").inputs(4, seed=7)
-    features = make_feature_map(case("tanh_mlp").build(), x, spec, Resolution("autodiff", "", draws, 100, 3, True))
+    features = make_feature_map(case("tanh_mlp").build(), x, spec, Decision("autodiff", "", draws, 100, 3, True))
     assert isinstance(features, GradientFeatures)
     assert features.shared == {0}
     plain = replace(features, shared=frozenset())

@@ -198,7 +198,7 @@ def test_directories_without_a_run(verb, content, match, tmp_path):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("section", ["layout", "sizes", "resolution", "config"])
+@pytest.mark.parametrize("section", ["layout", "sizes", "decision", "config"])
 @pytest.mark.parametrize("damage", [{}, {"unheard": "of"}])
 def test_a_manifest_that_is_not_whole(section, damage, own_run):
     path = own_run / "manifest.json"

@@ -75,7 +75,7 @@ def test_the_run_has_the_draws_of_the_last_look(undisturbed):
     assert len(found) > 1
     last = max(found)
     kept = manifest(undisturbed)
-    assert kept["sizes"]["num_draws"] == kept["resolution"]["num_draws"] == kept["results"]["draws"] == last
+    assert kept["sizes"]["num_draws"] == kept["decision"]["num_draws"] == kept["results"]["draws"] == last
     assert kept["results"]["rtol_reached"] is True
     assert kept["stages"]["pilot"]["results"]["tasks"] == len(found)
     bounds = [numbers["bound"] for numbers in found.values()]

@@ -31,7 +31,7 @@ MANIFEST = Manifest(
     git_commit=None,
     layout={"tile": 1024},
     sizes={"num_train": 1437},
-    resolution={"estimator": "autodiff", "reason": "every activation is locally Lipschitz"},
+    decision={"estimator": "autodiff", "reason": "every activation is locally Lipschitz"},
     identity={"dtype": "float32"},
 )
 

@@ -9,7 +9,7 @@ import torch
 from nntk_dist import open_kernel
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.planning.decision import resolve
+from nntk_dist.planning.decision import decide
 from nntk_dist.statistics.estimates import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.decisions.build import build_dataset, build_model, build_spec
@@ -32,8 +32,8 @@ def in_memory(run_dir, *sets):
     dataset, spec = build_dataset(config), build_spec(config.kernel)
     model = prepare_model(build_model(config, dataset), dtype=torch.float32, device="cpu")
     x = torch.from_numpy(dataset.train.inputs)
-    resolution = resolve(model, x, spec, batch=64)
-    features = make_feature_map(model, x, spec, resolution)
+    decision = decide(model, x, spec, batch=64)
+    features = make_feature_map(model, x, spec, decision)
     draws, ids = range(features.num_draws), torch.from_numpy(dataset.train.ids)
     rows = features.compute(x, ids, draws, features.columns, batch=64)
     return tile_estimates(features, [(rows, rows)], spec.meeting, Calibration(1.0, 0.0, 1), spec.scale)
@@ -43,8 +43,8 @@ def in_memory(run_dir, *sets):
 def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path, monkeypatch):
     first = finished(tmp_path / "first", *sets, "compute.tile=17")
     manifest = json.loads((first / "manifest.json").read_text())
-    assert manifest["resolution"]["estimator"] == "activation"
-    assert "are reached by noise in the pre-activations of" in manifest["resolution"]["reason"]
+    assert manifest["decision"]["estimator"] == "activation"
+    assert "are reached by noise in the pre-activations of" in manifest["decision"]["reason"]
     assert nntk("verify", first).code == 0
     kernel, expected = arrays(first), in_memory(first, *sets)
     scale = float(expected["plugin"].max())

@@ -40,9 +40,9 @@ def two_cpus():
 def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path):
     """Tiles, verification, resume."""
     first = finished(tmp_path / "first", *SMALL, *sets, "compute.tile=16")
-    resolution = json.loads((first / "manifest.json").read_text())["resolution"]
-    assert resolution["estimator"] == estimator
-    assert "is part of the expectation" in resolution["reason"]
+    decision = json.loads((first / "manifest.json").read_text())["decision"]
+    assert decision["estimator"] == estimator
+    assert "is part of the expectation" in decision["reason"]
     assert nntk("verify", first).code == 0
     before = snapshot(first / "kernel.zarr")
     assert run(first, *SMALL, *sets, "compute.tile=16", resume=True).code == 0

@@ -20,7 +20,7 @@ def rewrite(run_dir, change):
 
 
 def test_a_run_keeps_its_probes(good_run):
-    probes = stored(good_run)["resolution"]["probes"]
+    probes = stored(good_run)["decision"]["probes"]
     assert probes["repeat_change"] == 0
     assert 0 <= probes["batch_change"] < 1e-5
     assert 0 < probes["jump_residual"] <= 0.01
@@ -55,25 +55,25 @@ def test_a_stopped_run_goes_on_with_its_probes(good_run, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.work.stages.gram.execute", stop)
     assert run(tmp_path / "run").code == 130
     monkeypatch.undo()
-    before = stored(tmp_path / "run")["resolution"]
-    monkeypatch.setattr("pipeline.planning.plan.resolve", stop)  # nothing is probed again
+    before = stored(tmp_path / "run")["decision"]
+    monkeypatch.setattr("pipeline.planning.plan.decide", stop)  # nothing is probed again
     finished(tmp_path / "run", resume=True)
-    assert stored(tmp_path / "run")["resolution"] == before == stored(good_run)["resolution"]
+    assert stored(tmp_path / "run")["decision"] == before == stored(good_run)["decision"]
     assert_same_bits(good_run, tmp_path / "run")
 
 
 def test_a_run_that_was_planned_before_there_were_probes_goes_on(own_run):
-    rewrite(own_run, lambda document: document["resolution"].pop("probes"))
+    rewrite(own_run, lambda document: document["decision"].pop("probes"))
     assert "probes: none are kept; the run was planned by an earlier version" in nntk(*arguments("plan", own_run)).out
     assert nntk("verify", own_run, "--recompute", 1).code == 0
     finished(own_run, "spectrum.top_k=2", resume=True)
-    assert stored(own_run)["resolution"]["probes"] is None
+    assert stored(own_run)["decision"]["probes"] is None
     assert "Probes of the model" not in (own_run / "report/index.html").read_text()
 
 
 @pytest.mark.parametrize("damage", [{}, {"unheard": "of"}, 5])
 def test_probes_that_are_not_whole_are_named(damage, own_run):
-    rewrite(own_run, lambda document: document["resolution"].update(probes=damage))
+    rewrite(own_run, lambda document: document["decision"].update(probes=damage))
     for result in (nntk("status", own_run), run(own_run, resume=True), nntk("report", own_run)):
         assert result.code == 2
-        assert "manifest.json is broken at resolution.probes" in result.err
+        assert "manifest.json is broken at decision.probes" in result.err

@@ -16,9 +16,9 @@ def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     assert stored["train/features"].shape == (31, 8, 64)
     assert np.array_equal(stored["metric"], np.full((8, 8), 1 / 64))
     manifest = json.loads((whole / "manifest.json").read_text())
-    assert manifest["resolution"]["num_columns"] == 64
-    assert manifest["resolution"]["num_sketched"] == manifest["sizes"]["num_parameters"]
-    assert "sketch (k = 64): " in manifest["resolution"]["contraction"]
+    assert manifest["decision"]["num_columns"] == 64
+    assert manifest["decision"]["num_sketched"] == manifest["sizes"]["num_parameters"]
+    assert "sketch (k = 64): " in manifest["decision"]["contraction"]
     # The sketch's own error, √(2/64) or more of a diagonal entry, is in the error bars.
     relative = stored["train/gram_stderr"].diagonal() / stored["train/gram_unbiased"].diagonal()
     assert 0.05 < np.median(relative) < 0.4

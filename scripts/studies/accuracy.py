@@ -22,7 +22,7 @@ from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.studies.cells import Answer, Cell
-from tests.library.many_seeds import Problem
+from tests.harness.many_seeds import Problem
 from tests.oracles.cases import Activate
 
 RTOL, SHARE = 0.05, 0.9

@@ -22,7 +22,7 @@ from nntk_dist import nonlocal_kernel
 from nntk_dist.models.builders import build_model
 from nntk_dist.sampling.laws import DISTRIBUTIONS
 from scripts.studies.cells import Answer, Cell
-from tests.library.many_seeds import Problem, runs
+from tests.harness.many_seeds import Problem, runs
 from tests.oracles import brute_force, closed_forms, quantised, radial, sampling, two_layer
 from tests.oracles.cases import case
 from tests.oracles.statistics import critical_value

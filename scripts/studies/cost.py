@@ -36,7 +36,7 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import relative_distance
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.studies.cells import Answer, Cell
-from tests.library.tools import all_rows
+from tests.harness.tools import all_rows
 
 TARGET, COARSE = 0.05, 0.2
 GAMMA = 0.05

@@ -17,9 +17,9 @@ from nntk_dist.sampling.laws import RADIAL
 from nntk_dist.spec import KernelSpec
 from scripts.studies.agreement import DESIGNS, unit_kernel
 from scripts.studies.cells import Answer, Cell
-from tests.library.many_seeds import Problem, runs
-from tests.library.projecting import sketch_of_formed, sketch_of_gradients
-from tests.library.tools import all_rows, estimates_of, prepared_features
+from tests.harness.many_seeds import Problem, runs
+from tests.harness.projecting import sketch_of_formed, sketch_of_gradients
+from tests.harness.tools import all_rows, estimates_of, prepared_features
 from tests.oracles import brute_force, two_layer
 from tests.oracles.cases import case
 from tests.oracles.statistics import covered

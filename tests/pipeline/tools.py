@@ -24,6 +24,12 @@ from pipeline.cli import commands as cli
 ROOT = Path(__file__).resolve().parents[2]
 # Primes, so that no tile, batch or shard divides them.
 NUM_TRAIN, NUM_TEST = 149, 41
+# Replaces itself by a command that has the default action of SIGINT: an ignored signal stays ignored through `exec`.
+WITH_DEFAULT_SIGINT = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 CONFIG = f"""
 name: small
 run_dir: unset
@@ -82,15 +88,19 @@ def finished(run_dir: Path, *sets: str, resume: bool = False) -> Path:
 
 
 def start(*command: str, prelude: str = "") -> "subprocess.Popen[str]":
-    """`python -m pipeline …` as a process of its own, leading a group of its own, as a shell would start it.
+    """Start `python -m pipeline …` in a process and group of its own, as a shell in the foreground would.
 
-    `prelude` is Python that it carries out first.
+    It heeds Ctrl-C even if whoever started the tests ignores SIGINT, as shells make their background jobs do.
+
+    Args:
+        command: Arguments of the command line.
+        prelude: Python code to run first.
     """
     program = ["-c", f"{prelude}\nfrom pipeline.cli.commands import main\nmain()"] if prelude else ["-m", "pipeline"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *program, *command],
+        [sys.executable, "-c", WITH_DEFAULT_SIGINT, sys.executable, *program, *command],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

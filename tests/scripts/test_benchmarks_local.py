@@ -13,7 +13,7 @@ import torch
 from nntk_dist import NNTKError, local_kernel
 from scripts.benchmarks import SECTIONS, local, peers
 from scripts.benchmarks.local import LOCAL, QUICK
-from tests.library.tools import assert_equal
+from tests.harness.tools import assert_equal
 
 # Answers as the peer does: the kernel of the problem's network, times a factor that makes it wrong or right.
 PEER = """

@@ -18,8 +18,8 @@ from nntk_dist import local_kernel, nonlocal_kernel
 from nntk_dist.estimators.activation_noise import ActivationFeatures
 from nntk_dist.models.builders import build_model
 from nntk_dist.spec import KernelSpec
-from tests.library.many_seeds import Problem, check
-from tests.library.tools import all_rows, estimates_of, prepared_features
+from tests.harness.many_seeds import Problem, check
+from tests.harness.tools import all_rows, estimates_of, prepared_features
 from tests.oracles import brute_force, two_layer
 from tests.oracles.cases import Activate, case
 from tests.oracles.statistics import assert_agrees, assert_coverage, assert_power, covered

@@ -18,7 +18,7 @@ from nntk_dist.layers.capture import SitePlan, plan_sites
 from nntk_dist.layers.sketch import Sketch
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import all_rows, assert_equal, estimates_of, prepared_features
+from tests.harness.tools import all_rows, assert_equal, estimates_of, prepared_features
 from tests.oracles import brute_force
 from tests.oracles.cases import case
 

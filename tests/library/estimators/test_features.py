@@ -22,7 +22,7 @@ from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import block_range, concatenate_rows, slice_rows
 from nntk_dist.runtime.batches import in_batches
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import (
+from tests.harness.tools import (
     KINDS,
     all_rows,
     assert_equal,

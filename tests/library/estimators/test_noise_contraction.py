@@ -19,11 +19,11 @@ from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import sketch_variance
+from tests.harness.many_seeds import check
+from tests.harness.projecting import sketch_of_formed
+from tests.harness.tools import all_rows, assert_equal, estimates_of
 from tests.library.estimators.test_activation_noise import contracted, features_of
 from tests.library.estimators.test_activation_noise_unbiased import two_layer_kernel
-from tests.library.many_seeds import check
-from tests.library.projecting import sketch_of_formed
-from tests.library.tools import all_rows, assert_equal, estimates_of
 from tests.oracles.cases import Activate, case
 from tests.oracles.statistics import assert_coverage, assert_mean_agrees, assert_power, covered
 

@@ -8,7 +8,7 @@ Axes: S draws, n examples.
 import pytest
 
 from nntk_dist.sampling.laws import RADIAL
-from tests.library.many_seeds import Problem, runs
+from tests.harness.many_seeds import Problem, runs
 from tests.oracles import closed_forms
 from tests.oracles.statistics import assert_agrees, assert_power
 

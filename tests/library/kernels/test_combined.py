@@ -12,8 +12,8 @@ from nntk_dist.models.evaluation import outputs
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.laws import Gaussian
+from tests.harness.tools import assert_equal
 from tests.library.noisy_models import X, network
-from tests.library.tools import assert_equal
 from tests.oracles import brute_force
 from tests.oracles.cases import case
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nntk_dist import KernelEstimate, averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import Definition, assert_equal, by_definition
+from tests.harness.tools import Definition, assert_equal, by_definition
 from tests.oracles.cases import CASES, Case, case
 
 FUNCTIONS = {"nonlocal": nonlocal_kernel, "covariance": covariance_kernel, "averaged": averaged_kernel}

@@ -16,7 +16,7 @@ from nntk_dist.layers.capture import plan_sites, whole_gradients
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.runtime.memory import is_out_of_memory
-from tests.library.tools import assert_equal
+from tests.harness.tools import assert_equal
 from tests.oracles import brute_force
 from tests.oracles.cases import CASES, Case, case
 

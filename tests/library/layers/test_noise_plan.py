@@ -15,7 +15,7 @@ from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import all_rows, assert_equal, prepared_features
+from tests.harness.tools import all_rows, assert_equal, prepared_features
 from tests.oracles.cases import Activate, case, mlp
 
 # What it refuses, and what it leaves open -----------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec
-from tests.library.projecting import sketch_of_gradients
-from tests.library.tools import (
+from tests.harness.projecting import sketch_of_gradients
+from tests.harness.tools import (
     all_rows,
     assert_equal,
     calibration_of,

@@ -17,7 +17,7 @@ from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.spec import KernelSpec
 from pipeline.config.schema import load_config
 from pipeline.decisions.build import build_dataset
-from tests.library.tools import assert_equal, spec_perturbations
+from tests.harness.tools import assert_equal, spec_perturbations
 from tests.oracles import brute_force
 from tests.pipeline.tools import arrays, config_file, finished
 

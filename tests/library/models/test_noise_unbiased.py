@@ -24,8 +24,8 @@ from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.philox import Stream, uniform
 from nntk_dist.spec import KernelSpec
-from tests.library.many_seeds import SLOPES, Problem, Runs, check
-from tests.library.tools import all_rows, estimates_of
+from tests.harness.many_seeds import SLOPES, Problem, Runs, check
+from tests.harness.tools import all_rows, estimates_of
 from tests.oracles import closed_forms, noise
 from tests.oracles.cases import UNIT_ACTIVATIONS, Activate
 from tests.oracles.statistics import assert_agrees, assert_coverage, assert_power, covered

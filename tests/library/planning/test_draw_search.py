@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nntk_dist import NNTKWarning, averaged_kernel, covariance_kernel, nonlocal_kernel
-from tests.library.many_seeds import Problem
+from tests.harness.many_seeds import Problem
 from tests.oracles.cases import case
 
 FUNCTIONS = {"nonlocal": nonlocal_kernel, "covariance": covariance_kernel, "averaged": averaged_kernel}

@@ -27,8 +27,8 @@ from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import decide
 from nntk_dist.planning.jumps import probe_jumps
 from nntk_dist.spec import KernelSpec
+from tests.harness.tools import prepared_features
 from tests.library.noisy_models import NOISE, P_DROP, ByExample, Jitter, Unseeded, X, network, seeded
-from tests.library.tools import prepared_features
 
 
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)

@@ -25,7 +25,7 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
 from nntk_dist.statistics.estimates import Calibration, estimate, jackknife_variance
 from nntk_dist.statistics.tile_estimates import tile_estimates
-from tests.library.tools import all_rows, assert_equal
+from tests.harness.tools import all_rows, assert_equal
 from tests.oracles.cases import case
 
 BLOCKS = 8

@@ -27,7 +27,7 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
 from nntk_dist.statistics.estimates import Calibration, Estimates, estimate, shares_of_sums
 from nntk_dist.statistics.tile_estimates import tile_estimates
-from tests.library.tools import all_rows, assert_equal
+from tests.harness.tools import all_rows, assert_equal
 from tests.oracles.cases import case
 
 CALIBRATION = Calibration(level=0.8, relative_error=0.1, num_entries=1)

@@ -19,7 +19,7 @@ from nntk_dist.planning.stacking import StackingTrial
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.laws import LowRank
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import assert_equal
+from tests.harness.tools import assert_equal
 from tests.oracles import brute_force
 from tests.oracles.cases import case
 from tests.oracles.statistics import assert_agrees, assert_power

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nntk_dist import NNTKError, averaged_kernel, covariance_kernel, nonlocal_kernel
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import assert_equal
+from tests.harness.tools import assert_equal
 from tests.oracles import brute_force, closed_forms, radial
 from tests.oracles.cases import UNIT_ACTIVATIONS, case
 from tests.oracles.statistics import assert_agrees, assert_power

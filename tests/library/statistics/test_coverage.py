@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nntk_dist import nonlocal_kernel
-from tests.library.many_seeds import Problem, check, runs
+from tests.harness.many_seeds import Problem, check, runs
 from tests.oracles.statistics import assert_coverage, assert_power, covered
 
 SEEDS = range(1000)

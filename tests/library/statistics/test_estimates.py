@@ -19,7 +19,7 @@ from nntk_dist.statistics.estimates import (
     t_quantile,
     unbiased_variance,
 )
-from tests.library.tools import assert_equal
+from tests.harness.tools import assert_equal
 from tests.oracles import brute_force
 
 TILE = (3, 2)

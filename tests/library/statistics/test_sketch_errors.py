@@ -23,8 +23,8 @@ from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import BlockSums, Meeting
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import calibrate, estimate
-from tests.library.many_seeds import Problem, check
-from tests.library.tools import all_rows, assert_equal, draws_by_definition
+from tests.harness.many_seeds import Problem, check
+from tests.harness.tools import all_rows, assert_equal, draws_by_definition
 from tests.oracles import brute_force, closed_forms
 from tests.oracles.cases import case
 from tests.oracles.statistics import assert_coverage, assert_mean_agrees, covered

@@ -12,8 +12,8 @@ import torch
 
 from nntk_dist import nonlocal_kernel
 from nntk_dist.spec import KernelSpec
-from tests.library.many_seeds import Problem, check, filled_in, gradient_features, runs
-from tests.library.tools import all_rows
+from tests.harness.many_seeds import Problem, check, filled_in, gradient_features, runs
+from tests.harness.tools import all_rows
 from tests.oracles import closed_forms
 from tests.oracles.statistics import assert_agrees, assert_power
 

@@ -21,7 +21,7 @@ from nntk_dist.sampling.philox import Stream, normal
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Weighting
 from nntk_dist.weighting.scores import key_of_query
-from tests.library.tools import all_rows, assert_equal, prepared_features, spec_perturbations
+from tests.harness.tools import all_rows, assert_equal, prepared_features, spec_perturbations
 from tests.oracles import attention, brute_force
 from tests.oracles.cases import Case, case
 

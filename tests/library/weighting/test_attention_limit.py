@@ -19,8 +19,8 @@ from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.sampling.philox import Stream, normal
 from nntk_dist.spec import KernelSpec
-from tests.library.many_seeds import Problem
-from tests.library.tools import prepared_features
+from tests.harness.many_seeds import Problem
+from tests.harness.tools import prepared_features
 from tests.oracles import quadrature
 from tests.oracles.statistics import assert_agrees, assert_coverage, assert_power, covered
 

@@ -21,7 +21,7 @@ from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.spec import KernelSpec
-from tests.library.tools import estimates_of
+from tests.harness.tools import estimates_of
 from tests.oracles import closed_forms, radial
 from tests.oracles.cases import unit_module
 from tests.oracles.statistics import assert_agrees

@@ -171,7 +171,7 @@ def _nonlocal(effort: Effort, device: str) -> list[Figure]:
         ),
     }
     seconds = best_seconds(calls, rounds=max(1, effort.rounds // 2))
-    details = {"n": len(x), "R": BLOCKS, "draws": features.num_draws}
+    details: dict[str, float] = {"n": len(x), "R": BLOCKS, "draws": features.num_draws}
     details |= {f"seconds {name}": value for name, value in seconds.items()}
     whole = seconds["nonlocal, whole call"] / seconds["local, whole call"]
     return [
@@ -192,7 +192,7 @@ def _crossover(effort: Effort, device: str) -> list[Figure]:
             actions[contraction], sites = _tile(model, x, spec)
         seconds = best_seconds(actions, rounds=effort.rounds)
         best = min(seconds["layered"], seconds["means"])
-        details = {"n": len(x), "layers that auto leaves in factors": sites}
+        details: dict[str, float] = {"n": len(x), "layers that auto leaves in factors": sites}
         details |= {f"seconds {name}": value for name, value in seconds.items()}
         figures.append(Figure(f"tiles by auto / the better of layers and means, S = {draws}",
                               seconds["auto"] / best, most=1.2, details=details))  # fmt: skip

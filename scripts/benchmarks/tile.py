@@ -73,7 +73,7 @@ def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
         for stderr, least in (("sample", 0.85), ("entry", 0.42)):
             settings.append(Setting("means", stderr, size, size, threads, rounds, least=least))
         for mirrored in (False, True):
-            written = {"writes": True, "mirrored": mirrored, "least": 0.7}
+            written: dict[str, Any] = {"writes": True, "mirrored": mirrored, "least": 0.7}
             settings.append(Setting("means", "sample", size, size, threads, rounds, **written))
     for stderr in ("sample", "entry"):
         settings.append(Setting("sketch", stderr, size, size, 1, rounds, least=0.85 if stderr == "sample" else 0.42))
@@ -105,7 +105,7 @@ def _measure(setting: Setting, device: str) -> Answer:
     product, memory = torch.empty(n, n, device=device), ResultMemory()
 
     def tile(own: Rows) -> dict[str, Tensor]:
-        options = {"dtype": torch.float32, "empty": memory.empty}
+        options: dict[str, Any] = {"dtype": torch.float32, "empty": memory.empty}
         result = tile_estimates(features, [(own, ready)], Meeting(), calibration, "localized", **options)
         memory.give_back(result.values())  # in which the next tile is made, as in a worker
         return result

@@ -13,6 +13,7 @@ Axes: n examples, S draws, R blocks.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Subject:
     draws: dict[str, int]
     nu: float | None = None  # Student's, where the default has too few moments for the depth
 
-    def options(self, law: str) -> dict[str, float]:
+    def options(self, law: str) -> dict[str, Any]:
         """Options of a law."""
         return {"nu": self.nu} if law == "student" and self.nu is not None else {}
 
@@ -170,7 +171,7 @@ def reference(name: str, law: str) -> Reference:
     if gradient is not None:
         rows = brute_force.rows_of(gradient, "trace")
         return Reference(rows @ rows.T, np.zeros((3, 3)), "quadrature", local)
-    options = {"draws": BRUTE_FORCE_DRAWS, "blocks": BLOCKS, "seed": _BRUTE_FORCE_SEED}
+    options: dict[str, Any] = {"draws": BRUTE_FORCE_DRAWS, "blocks": BLOCKS, "seed": _BRUTE_FORCE_SEED}
     kernel, stderr = sampling.nonlocal_kernel(
         subject.make(), subject.x, law, subject.gamma, **options, **subject.options(law)
     )
@@ -247,7 +248,12 @@ def estimate(name: str, law: str, estimator: str, design: str) -> tuple[Array, A
     model = subject.make()
     draws = _whole_groups(draws_of(name, law, estimator), sum(p.numel() for p in model.parameters()), design)
     distribution = {"name": law, **subject.options(law)}
-    options = {"gamma": subject.gamma, "distribution": distribution, "estimator": estimator, "design": design}
+    options: dict[str, Any] = {
+        "gamma": subject.gamma,
+        "distribution": distribution,
+        "estimator": estimator,
+        "design": design,
+    }
     one = nonlocal_kernel(model, subject.x, draws=draws, blocks=BLOCKS, seed=0, **options)
     assert one.unbiased is not None
     assert one.stderr is not None

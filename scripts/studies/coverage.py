@@ -65,7 +65,7 @@ def questions() -> list[Question]:
         result.append(Question("sign unit", "covariance", "weight", design))
         result.append(Question("relu unit", "averaged", "autodiff", design))
     for contraction, design in (("layered", "iid"), ("means", "antithetic"), ("sketch", "antithetic")):
-        options = {"gamma": 1.0, "contraction": contraction}
+        options: dict[str, Any] = {"gamma": 1.0, "contraction": contraction}
         result.append(Question("sign network", "nonlocal", "activation", design, draws=128, **options))
         result.append(Question("relu network", "nonlocal", "autodiff", design, draws=16, **options))
     return result
@@ -128,8 +128,8 @@ def _network(question: Question, seeds: range) -> tuple[Array, Array, Array]:
     centre, stderr = (torch.stack([result[name] for result in results]).numpy() for name in ("unbiased", "stderr"))
     parameters = [parameter.detach().numpy() for parameter in model.parameters()]
     gradient = two_layer.nonlocal_gradient(unit, x.numpy(), *parameters[:3], question.gamma)
-    rows = brute_force.rows_of(gradient, "trace")
-    return centre, stderr, rows @ rows.T
+    exact = brute_force.rows_of(gradient, "trace")
+    return centre, stderr, exact @ exact.T
 
 
 def reseeded(features: Any, seed: int) -> Any:

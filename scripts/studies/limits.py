@@ -9,6 +9,7 @@ Axes: n examples, S draws, P parameters.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def _small(name: str) -> Answer:
     """Distances from the local kernel by range, and t of differences at one range."""
     model, x = case(name).build(), case(name).inputs(4)
     local = local_kernel(model, x, outputs="full").numpy()
-    few = {"draws": FEW_DRAWS, "blocks": 4, "outputs": "full"}
+    few: dict[str, Any] = {"draws": FEW_DRAWS, "blocks": 4, "outputs": "full"}
 
     def distance(kernel: Tensor) -> float:
         return float(np.linalg.norm(kernel.numpy() - local) / np.linalg.norm(local))
@@ -60,7 +61,7 @@ def _small(name: str) -> Answer:
         "averaged": [distance(averaged_kernel(model, x, gamma=gamma, **few).kernel) for gamma in RANGES],
     }
     trace = local_kernel(model, x).numpy()
-    many = {"gamma": DIFFERENCE_RANGE, "draws": _DIFFERENCES, "blocks": _BLOCKS}
+    many: dict[str, Any] = {"gamma": DIFFERENCE_RANGE, "draws": _DIFFERENCES, "blocks": _BLOCKS}
     differences = {
         "weight": _student(nonlocal_kernel(model, x, estimator="weight", **many), trace),
         "covariance": _student(covariance_kernel(model, x, **many), trace),
@@ -88,7 +89,7 @@ def _scales(name: str) -> Answer:
     }
     result = {}
     for kind, function in kinds.items():
-        options = {"gamma": 0.5, "draws": 8, "blocks": 4}
+        options: dict[str, Any] = {"gamma": 0.5, "draws": 8, "blocks": 4}
         localized, raw = (function(model, x, scale=scale, **options) for scale in ("localized", "raw"))
         difference = (raw.kernel * localized.num_parameters**2 - localized.kernel).abs().max()
         result[kind] = float(difference / localized.kernel.abs().max())
@@ -98,7 +99,7 @@ def _scales(name: str) -> Answer:
 def _high(name: str) -> Answer:
     """‖K_τ − K‖/‖K‖ of weighted and fixed kernels with the same draws, by score and temperature."""
     model, x = case(name).build(), case(name).inputs(6)
-    options = {"gamma": 0.5, "estimator": "weight", "draws": 256}
+    options: dict[str, Any] = {"gamma": 0.5, "estimator": "weight", "draws": 256}
     fixed = nonlocal_kernel(model, x, statistic="plugin", **options).kernel
 
     def distance(score: dict[str, object], temperature: float) -> float:

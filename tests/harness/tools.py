@@ -7,6 +7,7 @@ Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters, N (N1, N2
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ Array = np.ndarray
 KINDS = [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("covariance", "auto"), ("averaged", "auto")]
 
 
-def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap, Decision]:
-    """The feature map that the public functions would use, in float64."""
+def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Any, Decision]:
+    """The feature map that the public functions would use, in float64; `Any`, as tests read what its class holds."""
     prepared = prepare_model(model, dtype=torch.float64, device="cpu")
     decision = decide(prepared, x, spec, batch=len(x))
     return make_feature_map(prepared, x, spec, decision), decision
@@ -110,8 +111,8 @@ def by_definition(model: nn.Module, x1: Tensor, x2: Tensor, spec: KernelSpec, es
     # Each draw with itself: ⟨g_s, g_s'⟩ = P² Δ Δ'/|z|², so one P too many for the covariance.
     share = 1.0 / first.shape[-1] if spec.kind == "covariance" else 1.0
     each = np.stack([share * brute_force.kernel_of(a, b, spec.outputs) for a, b in zip(first, second, strict=True)])
-    means = np.stack([each[block == r].mean(0) for r in range(spec.blocks)])
-    return Definition(each.mean(0), None, means.std(0, ddof=1) / np.sqrt(spec.blocks), means)
+    kernels = np.stack([each[block == r].mean(0) for r in range(spec.blocks)])
+    return Definition(each.mean(0), None, kernels.std(0, ddof=1) / np.sqrt(spec.blocks), kernels)
 
 
 def _stderr(products: Array, estimator: str) -> Array:

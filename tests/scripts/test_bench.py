@@ -80,6 +80,7 @@ def test_the_page_is_rendered_from_its_figures():
     assert PAGE.read_text() == page(Answers(PAGE.with_suffix(".json")))
 
 
+@pytest.mark.bench
 def test_a_quick_run_measures_prints_and_keeps(tmp_path):
     out = tmp_path / "page.md"
     done = CliRunner().invoke(APP, ["--quick", "--only", "perturb", "--out", str(out)])
@@ -115,6 +116,7 @@ def test_without_data_or_a_gpu_what_needs_them_is_left_out(tmp_path, monkeypatch
         assert all(name in done.output for name in missing)
 
 
+@pytest.mark.bench
 def test_how_far_a_kernel_is_from_the_local_one(monkeypatch, tmp_path):
     """At a tiny γ of digits, hardly at all; at a large one by much more than its error."""
     config = tmp_path / "configs" / "digits.yaml"

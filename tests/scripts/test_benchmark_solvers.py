@@ -6,6 +6,8 @@ import pytest
 
 from scripts.benchmarks import SECTIONS
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_small_sizes_are_measured(index):

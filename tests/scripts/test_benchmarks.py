@@ -6,6 +6,8 @@ import pytest
 
 from scripts.benchmarks import SECTIONS
 
+pytestmark = pytest.mark.bench
+
 
 def test_scaling():
     answers = {cell.key: cell.compute()["figures"] for cell in SECTIONS["scaling"](quick=True)}

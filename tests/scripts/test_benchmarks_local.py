@@ -41,6 +41,7 @@ for _ in sys.stdin:
 """
 
 
+@pytest.mark.bench
 def test_every_question_is_answered_by_ratios_of_the_same_kernel():
     cells = {cell.key: cell for cell in local.cells(quick=True)}
     assert set(cells) == {f"{name}, 1 threads" for name in ("local", "nonlocal", "crossover", "sketch")}
@@ -67,6 +68,7 @@ def test_the_recipe_takes_what_fits(monkeypatch):
     assert local.num_fitting(model, 8) == 8
 
 
+@pytest.mark.bench
 def test_a_peer_answers_for_the_same_kernel_and_another_is_refused():
     command = (sys.executable, "-c", PEER)
     first, second = peers.compare(QUICK, 12, 1, (*command, "1"))["figures"]

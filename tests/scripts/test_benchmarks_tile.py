@@ -3,6 +3,7 @@
 from scripts.benchmarks import SECTIONS, tile
 
 
+@pytest.mark.bench
 def test_the_quick_benchmark_answers_every_cell_with_a_figure():
     cells = SECTIONS["tile"](quick=True)
     assert len({cell.key for cell in cells}) == len(cells) >= 12

@@ -104,6 +104,7 @@ def test_the_table_of_agreement_holds_every_law_estimator_and_design():
     assert ("relu unit", "lowrank", "autodiff", "iid") not in methods
 
 
+@pytest.mark.bench
 def test_a_comparison_that_should_fail_fails():
     """Against a reference that is 5 % off, and against one that is not."""
     truth = agreement.reference("quantised network", "gaussian")
@@ -116,6 +117,7 @@ def test_a_comparison_that_should_fail_fails():
     assert not agreement.examine("quantised network", "gaussian", "weight", "orthogonal", near)["powerful"]
 
 
+@pytest.mark.bench
 def test_coverage_of_too_narrow_intervals_is_seen():
     question = coverage.Question("relu unit", "nonlocal", "autodiff", "iid")
     centre, stderr, exact = coverage._unit(question, range(60))
@@ -130,6 +132,7 @@ def test_the_page_is_its_figures_and_nothing_else():
     assert page(answers) == PAGE.read_text()
 
 
+@pytest.mark.bench
 def test_the_command_measures_a_section_keeps_it_and_writes_the_page(tmp_path: Path, monkeypatch):
     cells = {"agreement": lambda *, quick: SECTIONS["agreement"](quick=quick)[:1]}
     monkeypatch.setattr(estimators, "SECTIONS", cells)

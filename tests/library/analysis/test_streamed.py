@@ -1,5 +1,7 @@
 """What streams over tiles against the whole matrix: products, leading eigenpairs, low-rank part, ridge regression."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -44,7 +46,8 @@ def kernels(width=1, seed=0, dtype=np.float32):
 
 
 def test_a_product_reads_the_upper_tiles_once_and_sums_the_squares():
-    matrix, reads = kernels()[0].astype(np.float64), []
+    matrix = kernels()[0].astype(np.float64)
+    reads: list[Any] = []
     vectors = np.random.default_rng(1).standard_normal((NUM_TRAIN, 4))
     kernel = tiled(matrix, 32, reads)
     product, squares = kernel.product_and_norm(vectors)

@@ -44,6 +44,7 @@ def two_layer_kernel(name: str, x: Tensor, gamma: float, outputs: str) -> Array:
     return rows @ rows.T
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("gamma", [0.8, 1.5])
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("name", ["sign_mlp", "straight_through_mlp", "relu_mlp"])
@@ -103,6 +104,7 @@ OTHERS = {  # model, inputs, γ, draws, reference, its draws
 }
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks_have_the_kernel_of_the_other_estimators(name: str):
     make, x, gamma, draws, reference, reference_draws = OTHERS[name]
@@ -125,6 +127,7 @@ def many_seeds(features: ActivationFeatures, x: Tensor, spec: KernelSpec, seeds:
     return tuple(torch.stack([result[name] for result in results]).numpy() for name in ("unbiased", "stderr"))
 
 
+@pytest.mark.statistical
 def test_intervals_of_a_sign_unit_cover_the_closed_form():
     problem = Problem("sign", 4)
     x = torch.from_numpy(problem.x)

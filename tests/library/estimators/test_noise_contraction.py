@@ -92,6 +92,7 @@ def test_calibration_sees_the_products_that_a_tile_is_made_of(name: str, outputs
     torch.testing.assert_close(products.sum((0, 1)) - same, sums.between, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
     """With the draws kept, over 400 sketches; the variance between groups is that over sketches."""
@@ -110,6 +111,7 @@ def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
     assert 0.8 < ratio < 1.25
 
 
+@pytest.mark.statistical
 def test_intervals_of_a_sign_network_cover_the_quadrature_exact_and_sketched():
     """Over 1,000 seeds that move draws and sketch; the sketch is so short that most of the variance is its own."""
     name, x = "sign_mlp", case("sign_mlp").inputs(3)

@@ -12,6 +12,8 @@ from tests.harness.many_seeds import Problem, runs
 from tests.oracles import closed_forms
 from tests.oracles.statistics import assert_agrees, assert_power
 
+pytestmark = pytest.mark.statistical
+
 LAWS = [name for name in RADIAL if name != "gaussian"]
 BLOCKS = 32
 

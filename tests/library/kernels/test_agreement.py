@@ -13,6 +13,8 @@ from scripts.studies import agreement
 from scripts.studies.agreement import BLOCKS, LAWS, estimate, reference
 from tests.oracles.statistics import assert_agrees, assert_power
 
+pytestmark = pytest.mark.statistical
+
 WEIGHT = {
     "sign network": ("iid", "antithetic", "orthogonal", "iid", "antithetic", "iid"),
     "relu network": ("antithetic", "orthogonal", "iid", "orthogonal", "iid", "antithetic"),

@@ -131,6 +131,7 @@ CASES = [
 ]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("kind", "unit", "estimator", "design", "num_seeds"), CASES)
 def test_dropout_against_all_masks(kind: str, unit: str, estimator: str, design: str, num_seeds: int):
     """Right on average for the mean function; intervals of nominal 95 % hold its kernel as often as they say.
@@ -158,6 +159,7 @@ def test_features_filled_in_are_those_of_the_library(kind: str, unit: str, estim
         torch.testing.assert_close(values, ours[name], rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.statistical
 def test_activation_with_dropout():
     """One run of 1,024 draws, whose error is a seventh of the mean diagonal: enough to see masks that draws share, or
     none. That draws have the masks of their groups is tested exactly elsewhere.
@@ -175,6 +177,7 @@ def test_activation_with_dropout():
 SIGMA = 0.4
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("kind", "num_seeds"), [("nonlocal", 500), ("covariance", 200)])
 def test_brownian_units_against_closed_forms(kind: str, num_seeds: int):
     """relu(θ·x) + σB(θ·x): the mean function is the relu, so the nonlocal kernel is the relu's, however rough a draw;

@@ -16,6 +16,7 @@ from tests.oracles.cases import case
 FUNCTIONS = {"nonlocal": nonlocal_kernel, "covariance": covariance_kernel, "averaged": averaged_kernel}
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("kind", "unit", "design", "rtol"),
     [
@@ -42,6 +43,7 @@ def test_errors_made_are_below_rtol(kind, unit, design, rtol):
     assert np.median(draws) > 128
 
 
+@pytest.mark.statistical
 def test_fewer_draws_would_not_do():
     """An eighth of the draws that are taken miss the asked accuracy in more than a tenth of 40 runs."""
     problem = Problem("sign", 4)
@@ -56,6 +58,7 @@ def test_fewer_draws_would_not_do():
     assert np.mean(np.array(errors) > 0.3 * float(exact.norm())) > 0.1
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("estimator", ["autodiff", "activation"])
 def test_networks(estimator):
     name = {"autodiff": "relu_mlp", "activation": "deep_sign_mlp"}[estimator]

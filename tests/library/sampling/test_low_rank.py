@@ -203,6 +203,7 @@ class Bilinear(nn.Module):
         return torch.sign(u) if self.name == "sign" else torch.relu(u)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("name", ["sign", "relu"])
 def test_rank_one_against_quadrature(name):
     """x·A·Bᵀ·y = |x||y|·u·v: g = x̂ŷᵀ·(√2/γ)·E[φ(w + c·p)·p], c = γ|x||y|/√2, p = u·v with density K₀(|p|)/π."""

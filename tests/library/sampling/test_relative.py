@@ -39,6 +39,7 @@ def scales(model: nn.Module) -> np.ndarray:
 X = torch.tensor([[0.5, 0.4, 4.0], [-0.3, 1.0, 6.0], [0.6, 0.9, -3.0]], dtype=torch.float64)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("unit", "estimator", "distribution"),
     [

@@ -15,6 +15,7 @@ SEEDS = range(1000)
 BOUNDS = (0.92, 0.98)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("kind", "unit", "estimator", "design"),
     [
@@ -37,6 +38,7 @@ def test_intervals_cover_the_closed_form(kind: str, unit: str, estimator: str, d
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 def test_intervals_under_heavy_tails():
     """The law whose radii vary most."""
     problem = Problem("relu", 4, distribution="student")
@@ -45,6 +47,7 @@ def test_intervals_under_heavy_tails():
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("unit", ["sign", "relu"])
 def test_stated_relative_error_is_the_error_made(unit: str):
     """Over seeds, the root mean square of the stated errors lies within a quarter of that of the errors made."""

@@ -27,6 +27,7 @@ def test_degrees_of_freedom_of_many_samples_are_those_of_the_covariance(name):
     assert noise_source(1.0, torch.from_numpy(samples)).degrees == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("samples", [4, 8, 32])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_errors_stay_below_the_bound_as_often_as_they_should(name, samples):
@@ -57,6 +58,7 @@ def test_no_noise_is_no_cause_of_error():
     assert noise_source(0.0, torch.ones(8, 3, dtype=torch.float64)) == NoiseSource(0.0, 1.0, 8)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("noise", [0.05, 0.4, 3.0])
 def test_the_calibration_s_bound_holds_and_tells_pairs_from_single_draws(noise):
     """U of block means with known Θ: below the bound in 95 % of 1,000 repetitions, whatever rules its noise."""

@@ -103,6 +103,7 @@ def estimates(features: GradientFeatures, seeds: range) -> tuple[Array, Array]:
     return np.stack([r.unbiased for r in results]), np.stack([r.stderr for r in results])
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("draws", "sketch", "outputs"), [(256, 64, ONE), (256, 256, THREE), (64, 1024, THREE)])
 def test_intervals_count_the_error_of_draws_and_of_the_sketch(draws, sketch, outputs):
     """1,000 seeds that move draws and probes: the sketch rules at k = 64, draws at k = 1024, both between."""
@@ -123,6 +124,7 @@ def test_what_is_filled_in_is_what_the_library_computes(outputs):
     assert_equal(all_rows(own, torch.from_numpy(PROBLEM.x))["sketch"], filled_in(own)["sketch"])
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("outputs", [ONE, THREE])
 def test_the_variance_of_one_outer_product_is_the_one_stated(outputs):
     """2/k ((2 − Σa⁴)(2 − Σb⁴) − 1) of |G|⁴, sides a and b of length 1: up to 6/k; 2,000 sketches know it to 5 %."""
@@ -138,6 +140,7 @@ def test_the_variance_of_one_outer_product_is_the_one_stated(outputs):
     assert 0.85 < np.var(values) / size**2 / expected < 1.15
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["relu_mlp", "attention", "convnet", "embedding"])
 def test_sketches_are_right_on_average(name, joint):

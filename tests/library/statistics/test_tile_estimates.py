@@ -5,6 +5,7 @@ Axes: S draws, R blocks, n (n1, n2) examples, C outputs.
 """
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_a_trace_may_be_summed_a_few_outputs_at_a_time(kind, estimator):
 
 def test_one_portion_of_outputs_is_forgotten_before_the_next_is_made():
     spec, features = small("nonlocal", "autodiff")
-    x, made = case("tanh_mlp").inputs(5), []
+    x = case("tanh_mlp").inputs(5)
+    made: list[Any] = []
 
     class OneByOne:
         def __len__(self):

@@ -18,6 +18,7 @@ from tests.oracles import closed_forms
 from tests.oracles.statistics import assert_agrees, assert_power
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("num_parameters", [3, 10])
 @pytest.mark.parametrize("unit", closed_forms.UNITS)
@@ -27,6 +28,7 @@ def test_weight_with_gradients_formed(unit: str, num_parameters: int, design: st
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("unit", "num_parameters"), [("sign", 3), ("relu", 5)])
 def test_weight_with_a_metric(unit: str, num_parameters: int):
     """In pairs; independent draws are tested with the coverage."""
@@ -35,6 +37,7 @@ def test_weight_with_a_metric(unit: str, num_parameters: int):
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("num_parameters", [3, 10])
 @pytest.mark.parametrize("unit", closed_forms.LIPSCHITZ_UNITS)
@@ -44,6 +47,7 @@ def test_autodiff(unit: str, num_parameters: int, design: str):
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("unit", closed_forms.UNITS)
 def test_covariance(unit: str, design: str):
@@ -52,6 +56,7 @@ def test_covariance(unit: str, design: str):
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("unit", closed_forms.LIPSCHITZ_UNITS)
 def test_averaged(unit: str, design: str):
@@ -60,6 +65,7 @@ def test_averaged(unit: str, design: str):
     assert_power(check(result.centre, problem.exact()), problem.exact(), problem.local())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("unit", ["linear", "sign", "relu"])
 def test_plugin_is_inflated_by_as_much_as_is_said(unit: str):
     """E[plugin] = (1 − 1/S) Θ + (P/S) C for independent draws, hence E[plugin − U] = (P·C − Θ)/S, to 3 % of itself."""

@@ -75,6 +75,7 @@ def limit(problem: Problem, score: str | None) -> Array:
     return means[count:].reshape(count, 2) / means[:count, None]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("unit", ["relu", "sign"])
 @pytest.mark.parametrize("score", TEMPERATURES)
@@ -101,6 +102,7 @@ def test_the_quadrature_without_a_score_is_the_closed_form():
         np.testing.assert_allclose(gradients @ gradients.T, problem.exact(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.statistical
 def test_the_bias_of_a_block_falls_like_one_over_its_draws():
     """2^20 draws in blocks of 4, 8 and 16; the bias of each is at least ten of its standard errors."""
     problem, draws = Problem("relu", 2), 1 << 20
@@ -123,6 +125,7 @@ def test_the_bias_of_a_block_falls_like_one_over_its_draws():
     assert 1.6 < norms[1] / norms[2] < 2.5
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("score", "unit"), [("output", "relu"), ("output, own", "sign")])
 def test_intervals_cover_the_mean_of_the_estimator(score: str, unit: str):
     problem, seeds = Problem(unit, 2), range(250)

@@ -241,6 +241,7 @@ def test_a_model_that_fails_under_perturbation_names_the_cause(tmp_path, monkeyp
     assert "features" in nntk("status", tmp_path / "run").out
 
 
+@pytest.mark.process
 def test_a_disk_that_fills_up(good_run, tmp_path):
     """As good as full: no file may grow beyond 12 KiB, which is enough for the manifest and not for features."""
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 10, resource.RLIM_INFINITY))"
@@ -253,6 +254,7 @@ def test_a_disk_that_fills_up(good_run, tmp_path):
     assert_same_bits(good_run, tmp_path / "run")
 
 
+@pytest.mark.process
 def test_an_error_inside_a_ray_task_is_one_line_too(tmp_path):
     run_dir = finished(tmp_path / "run", "compute.tile=149")
     shard = run_dir / "kernel.zarr/train/gram/c/0/0"

@@ -97,6 +97,7 @@ def test_the_library_takes_the_same_draws(undisturbed):
     np.testing.assert_allclose(estimate.unbiased.numpy(), stored, rtol=0, atol=2e-5 * stored.max())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "changes", [("compute.executor=ray", "compute.workers=2"), ("compute.memory_per_worker=4GiB",)]
 )
@@ -106,6 +107,7 @@ def test_how_it_is_carried_out_changes_no_bit(changes, undisturbed, tmp_path):
     assert_same_bits(other, undisturbed)
 
 
+@pytest.mark.process
 def test_a_driver_killed_in_the_pilot(undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     driver = start(*arguments("run", run_dir, *SETS), prelude=HELD)
@@ -128,6 +130,7 @@ def test_a_driver_killed_in_the_pilot(undisturbed, tmp_path):
     assert_same_bits(run_dir, undisturbed)
 
 
+@pytest.mark.process
 def test_a_driver_killed_behind_the_last_look(undisturbed, tmp_path):
     """Every look is in the ledger, and the manifest still tells of the first."""
     run_dir = tmp_path / "run"

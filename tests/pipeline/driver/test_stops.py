@@ -15,6 +15,8 @@ import pytest
 
 from tests.pipeline.tools import arguments, assert_same_bits, finished, ledger, nntk, start
 
+pytestmark = pytest.mark.process
+
 FLUSH_SECONDS = 0.5
 # A driver whose ledger waits for half a second instead of five, so that a short stage has several flushes, and that
 # takes longer over each row than workers over a tile: where several are ready, none may be passed over.

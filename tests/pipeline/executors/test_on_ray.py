@@ -64,6 +64,7 @@ def executor(tmp_path):
         one.close()
 
 
+@pytest.mark.process
 def test_a_task_that_kills_its_workers_is_found_and_its_companions_are_done(executor, tmp_path):
     """Tasks are so short that calls hold many; three workers die of one of them, and the fourth does it."""
     sizes, found = [], []
@@ -78,12 +79,14 @@ def test_a_task_that_kills_its_workers_is_found_and_its_companions_are_done(exec
     assert sum(count - 1 for count in tried.values()) <= 2 * MOST_TASKS
 
 
+@pytest.mark.process
 def test_a_task_that_kills_every_worker_ends_the_run(executor, tmp_path):
     with pytest.raises(NNTKError, match=f"task numbers {DEADLY} lost its worker 4 times, most likely for want of memo"):
         list(executor(deaths=99).run(tasks(400)))
     assert attempts(tmp_path)[DEADLY] == 4
 
 
+@pytest.mark.process
 def test_a_task_that_fails_costs_none_of_those_before_it(executor, tmp_path):
     found = []
     with pytest.raises(NNTKError, match="tile 270 cannot be had; leave it out"):  # noqa: PT012 (what came before counts)
@@ -109,6 +112,7 @@ class Pair:
         return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, 0.0, 0, 0, 0)
 
 
+@pytest.mark.process
 def test_a_worker_may_be_given_two_calls_at_once():
     executor = RayExecutor(Pair, num_workers=1, calls_at_once=2)
     try:
@@ -119,6 +123,7 @@ def test_a_worker_may_be_given_two_calls_at_once():
     assert len({outcome.worker for outcome in found}) == 1
 
 
+@pytest.mark.process
 def test_workers_are_stopped_but_for_those_that_are_to_go_on(executor):
     one = executor(seconds=0.05)
 
@@ -147,6 +152,7 @@ def cluster():
     made.shutdown()
 
 
+@pytest.mark.process
 def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monkeypatch):
     """Without another in its place the one that is left goes on alone; once there is another, the two of them."""
     monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.5)
@@ -171,6 +177,7 @@ def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monke
     assert max(attempts(tmp_path).values()) <= 2
 
 
+@pytest.mark.process
 def test_an_actor_that_waits_for_a_place_that_is_gone_is_given_up(cluster, executor, tmp_path, monkeypatch):
     """A node that is lost while it still counts as alive: its worker gets a new actor, for which there is no room."""
     monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.5)
@@ -191,6 +198,7 @@ def test_an_actor_that_waits_for_a_place_that_is_gone_is_given_up(cluster, execu
     assert Counter(found) == Counter(str(number) for number in range(400))
 
 
+@pytest.mark.process
 def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, executor, tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
     one, lost, found = executor(seconds=10.0, address=cluster.address), [], []
@@ -207,6 +215,7 @@ def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, exec
     assert attempts(tmp_path) == {"0": 1}
 
 
+@pytest.mark.process
 def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path, monkeypatch):
     """Longer than it would take to be given up as often as a task may lose its worker."""
     monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
@@ -227,6 +236,7 @@ def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path, monke
     assert max(attempts(tmp_path).values()) <= 2
 
 
+@pytest.mark.process
 def test_what_an_actor_was_given_that_never_had_a_place_was_not_tried(executor):
     one, task, lost = executor(), Task("numbers", "0"), on_ray.ray.exceptions.ActorDiedError()
     worker, stage = one._workers[0], on_ray._Stage(on_ray.Runs(iter(())), on_ray.Pace(2), deque())
@@ -240,6 +250,7 @@ def test_what_an_actor_was_given_that_never_had_a_place_was_not_tried(executor):
             stage.lost.clear()
 
 
+@pytest.mark.process
 def test_an_actor_that_has_started_is_not_given_up_for_want_of_places(executor, tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
     one, places = executor(seconds=4.0), RayExecutor._places

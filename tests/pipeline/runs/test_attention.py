@@ -100,6 +100,7 @@ def two_cpus():
     ray.shutdown()
 
 
+@pytest.mark.process
 def test_ray_gives_the_bits_of_a_serial_run(tmp_path, two_cpus):
     """Workers rebuild the reference batch and its targets."""
     serial = finished(tmp_path / "serial", *weighted("loss"))

@@ -66,6 +66,7 @@ def test_tiles_change_rounding_at_most(sets, tmp_path):
         assert_equal(small, finished(tmp_path / f"tile{tile}", *sets, f"compute.tile={tile}"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("sets", [ESTIMATORS["autodiff"], ESTIMATORS["weight"]], ids=["autodiff", "weight"])
 def test_ray_gives_the_bits_of_a_serial_run(sets, tmp_path, two_cpus):
     serial = finished(tmp_path / "serial", *sets)
@@ -75,6 +76,7 @@ def test_ray_gives_the_bits_of_a_serial_run(sets, tmp_path, two_cpus):
     assert_equal(serial, finished(tmp_path / "wide", *sets, "compute.executor=ray", "compute.tile=512"))
 
 
+@pytest.mark.process
 def test_tiles_computed_while_others_are_written_have_the_same_bits(tmp_path, two_cpus, monkeypatch):
     serial = finished(tmp_path / "serial", "compute.tile=17")
     monkeypatch.setattr("pipeline.driver.run.overlaps_writing", lambda job: True)
@@ -101,6 +103,7 @@ def test_recomputed_features_give_the_stored_ones_kernel(sets, tmp_path, request
     assert_equal(stored, anew, features=False)
 
 
+@pytest.mark.process
 def test_recomputed_features_on_ray(tmp_path, two_cpus, recomputed):
     sets = ("data.train=31", "data.test=11", "compute.tile=16")
     serial = finished(tmp_path / "serial", *sets)

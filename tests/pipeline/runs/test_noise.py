@@ -50,6 +50,7 @@ def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path):
     assert_equal(first, finished(tmp_path / "wide", *SMALL, *sets, "compute.tile=512"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["weight", "brownian"])
 def test_ray_gives_the_bits_of_a_serial_run(name, tmp_path, two_cpus):
     sets, workers = (*SMALL, *RUNS[name][0]), ("compute.executor=ray", "compute.workers=2")

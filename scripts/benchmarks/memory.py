@@ -82,11 +82,8 @@ def _configuration(case: Case, folder: Path) -> Path:
     """The configuration of a case, as a file beside its data."""
     rng = np.random.default_rng(0)
     rows = case.train + 256
-    arrays: dict[str, Any] = {
-        "x": rng.standard_normal((rows, *case.shape), dtype=np.float32),
-        "y": rng.integers(0, 10, rows),
-    }
-    np.savez(folder / "data.npz", **arrays)
+    x, y = rng.standard_normal((rows, *case.shape), dtype=np.float32), rng.integers(0, 10, rows)
+    np.savez(folder / "data.npz", x=x, y=y)
     config = {
         "name": "memory",
         "run_dir": "unset",

@@ -1,5 +1,7 @@
 """The benchmark of tiles: that its small sizes run, and what its figures are measured by."""
 
+import pytest
+
 from scripts.benchmarks import SECTIONS, tile
 
 

@@ -19,13 +19,13 @@ from jaxtyping import Float
 from nntk_dist.analysis.spectrum import check_finite
 from nntk_dist.analysis.streamed_kernel import TiledKernel
 from nntk_dist.errors import NNTKError
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import KRYLOV_SAMPLE, Stream
 
 TOLERANCE = 1e-6
 _MOST_PASSES = 60
 _BLOCKS_HELD = 6  # of the basis, and as many of its products
 _OVERSAMPLED = 8
-_GROUP = 1 << 24  # of the random start, beyond the samples of entries, which share the stream
 _DEPENDENT = 1e-10  # of a new vector's length: what is left of it beside the basis is rounding
 # Eigenvalues below this share of the largest one are asked to be as accurate as one of that share: rounding allows no
 # more.
@@ -113,7 +113,9 @@ def leading_eigenpairs(
     width = min(num_rows, wanted + max(_OVERSAMPLED, wanted // 4))
     limit = min(num_rows, _BLOCKS_HELD * width)
     basis = _Basis(np.empty((num_rows, limit), order="F"), np.empty((num_rows, limit), order="F"))
-    fresh = np.linalg.qr(normal(seed, Stream.SAMPLE, torch.arange(_GROUP, _GROUP + width), 0, num_rows).numpy().T)[0]
+    fresh = np.linalg.qr(
+        normal(seed, Stream.SAMPLE, torch.arange(KRYLOV_SAMPLE, KRYLOV_SAMPLE + width), 0, num_rows).numpy().T
+    )[0]
     passes, squared_norm = 0, 0.0
     while True:
         products, squares = kernel.product_and_norm(fresh, with_norm=passes == 0)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.sampling.philox import uniform
+from nntk_dist.sampling.streams import LEAVE_ONE_OUT_SAMPLE, Stream
 
-_GROUP = 1 << 26  # of the sample, beyond the pivots of `nystrom`, which share the stream
 _LEAST = 8
 
 
@@ -40,7 +40,7 @@ def num_sampled_examples(num_examples: int, count: int) -> int:
 
 def sampled_examples(num_examples: int, count: int, seed: int) -> Int[np.ndarray, " s"]:
     """`num_sampled_examples` of them in ascending order; a function of the seed alone."""
-    keys = uniform(seed, Stream.SAMPLE, torch.tensor([_GROUP]), num_examples)[0]
+    keys = uniform(seed, Stream.SAMPLE, torch.tensor([LEAVE_ONE_OUT_SAMPLE]), num_examples)[0]
     return np.sort(keys.argsort()[: num_sampled_examples(num_examples, count)].numpy())
 
 

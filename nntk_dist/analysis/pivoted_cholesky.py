@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 
 from nntk_dist.analysis.streamed_kernel import TiledKernel
-from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.sampling.philox import uniform
+from nntk_dist.sampling.streams import PIVOT_SAMPLE, Stream
 
-_GROUP = 1 << 25  # of the pivots, beyond the random starts of `leading`, which share the stream
 _ROWS_AT_ONCE = 4096
 _SPENT = 1e-6  # of the largest diagonal entry: less is rounding, where entries were stored in float32
 
@@ -70,7 +70,7 @@ def low_rank_part(
     left, count = np.maximum(diagonal, 0.0), 0
     spent = _SPENT * float(left.max(initial=0.0))
     unread = list(range(len(stripes)))
-    chances = uniform(seed, Stream.SAMPLE, torch.tensor([_GROUP]), len(stripes))[0].numpy()
+    chances = uniform(seed, Stream.SAMPLE, torch.tensor([PIVOT_SAMPLE]), len(stripes))[0].numpy()
     for chance in chances:
         if count == rank or left.sum() <= least:
             break
@@ -124,7 +124,7 @@ def _drawn(weights: Float[np.ndarray, " s"], chance: float) -> int:
 
 def _pivots(left: Float[np.ndarray, "h h"], most: int, spent: float, seed: int, index: int) -> Int[np.ndarray, " b"]:
     """Up to so many rows of a stripe by random pivoting on what is left of its own tile, which is changed."""
-    chances = uniform(seed, Stream.SAMPLE, torch.tensor([_GROUP + 1 + index]), most)[0].numpy()
+    chances = uniform(seed, Stream.SAMPLE, torch.tensor([PIVOT_SAMPLE + 1 + index]), most)[0].numpy()
     chosen: list[int] = []
     diagonal = np.diagonal(left).copy()
     columns = np.empty((len(left), most))

@@ -24,7 +24,8 @@ from nntk_dist.layers.noise import NoiseSite, Shift, as_output, layer_vectors, s
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.sampling.draws import Drawing
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 
 MOST_GROUPS = 1 << 16  # the counter of an example's noise has 16 bits for the draw
 # Many draws of a small batch share a forward pass, up to this many numbers of inputs and noise.

@@ -25,7 +25,8 @@ from nntk_dist.layers.rules import linear_factors, positions, rule_for
 from nntk_dist.models.evaluation import as_outputs, call_with, in_float64, output_index, outputs
 from nntk_dist.models.parameters import ParameterSpace, aliases
 from nntk_dist.runtime.memory import is_out_of_memory
-from nntk_dist.sampling.philox import Stream, normal, signs
+from nntk_dist.sampling.philox import normal, signs
+from nntk_dist.sampling.streams import Stream
 
 _PROBE_EXAMPLES = 3
 _AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong formula

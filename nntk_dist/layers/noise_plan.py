@@ -23,7 +23,8 @@ from nntk_dist.layers.rules import rule_for
 from nntk_dist.models.evaluation import in_float64, outputs
 from nntk_dist.models.noise import agreement, fixed_noise
 from nntk_dist.models.parameters import ParameterSpace, aliases
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 
 _EXAMPLES = 8
 _TRIALS = 2

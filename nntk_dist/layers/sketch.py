@@ -30,7 +30,8 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.sampling.philox import Stream, signs
+from nntk_dist.sampling.philox import signs
+from nntk_dist.sampling.streams import Stream
 
 AUTO_COLUMNS = 1024
 _MOST_GROUPS = 32

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.models.noise import Noise, StochasticModule
-from nntk_dist.sampling.philox import Stream, normal, normals_at
+from nntk_dist.sampling.philox import normal, normals_at
+from nntk_dist.sampling.streams import BRIDGE_COUNTER, Stream
 
 # Cells of the table on each side of 0, and how often a pair of halvings follows: 2^-8 of the reach, then 2^-20. Finer
 # paths would be steeper than rounding in float32 allows.
@@ -25,7 +26,6 @@ _CELLS = 256
 _PAIRS = 6
 # A cell's tree: three normals of one counter for two halvings (middle, left and right quarter), then four subtrees.
 _TREE = 1 << 11
-_FIRST_COUNTER = 1 << 46  # bridges' counters begin far behind those of the tables
 _MOST_UNITS = 1 << 22
 _EVALUATIONS_AT_ONCE = 1 << 12
 _GPU_EVALUATIONS_AT_ONCE = 1 << 20
@@ -107,7 +107,7 @@ def _values(
     cell = cell.to(torch.int64)
     first = line * (_CELLS + 1) + cell
     left, right = ends[first], ends[first + 1]
-    tree = (line * _CELLS + cell) * _TREE + _FIRST_COUNTER
+    tree = (line * _CELLS + cell) * _TREE + BRIDGE_COUNTER
     # Which nodes the way down takes depends on the place alone, so all their normals are made at once.
     nodes = [(4**pair - 1) // 3 + (within * 4**pair).to(torch.int64) for pair in range(_PAIRS)]
     counters = tree + torch.stack(nodes)

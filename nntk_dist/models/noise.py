@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.sampling.philox import Stream, normal, uniform
+from nntk_dist.sampling.philox import normal, uniform
+from nntk_dist.sampling.streams import Stream
 
 # Of the 50 bits of an index 18 count the requests of a module in a pass, 32 the numbers of a request.
 _REQUEST_NUMBERS = 1 << 32

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from nntk_dist.models.evaluation import outputs
 from nntk_dist.models.parameters import ParameterSpace
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import CHORD_GROUP, Stream
 
 _CHORDS = 4
 _EXAMPLES = 8
-_FIRST_NUMBER = 1 << 20  # of the chords in their stream, far behind the numbers of the segments
 _REACH = 2.0  # in units of each tensor's root mean square
 _FIRST_INTERVALS = 16
 _HALVINGS = 30  # a kink is then worth less than 1e-9 of what it was
@@ -42,7 +42,7 @@ def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int) 
     x = x[:_EXAMPLES]
     base = space.values(model)
     scale = _scales(base)
-    for number in range(_FIRST_NUMBER, _FIRST_NUMBER + _CHORDS):
+    for number in range(CHORD_GROUP, CHORD_GROUP + _CHORDS):
         group = torch.tensor([number], dtype=torch.int64, device=x.device)
         direction = normal(seed, Stream.PROBE, group, 0, space.num_parameters)[0] * scale
 

@@ -20,7 +20,7 @@ from nntk_dist.models.evaluation import in_float64, outputs
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.planning.chords import largest_jump
 from nntk_dist.sampling.draws import Drawing
-from nntk_dist.sampling.philox import Stream
+from nntk_dist.sampling.streams import Stream
 
 _SEGMENTS = 4
 # Two further segments reach at least this far, relative to |θ|: at a tiny γ no jump may lie on the segments of the run.

@@ -23,9 +23,9 @@ from nntk_dist.sampling.designs import GROUP_SIZES, check_draws, group_size
 from nntk_dist.sampling.laws import Distribution, LowRank
 from nntk_dist.sampling.low_rank import low_rank_factors, low_rank_normals
 from nntk_dist.sampling.orthogonal import inverse_factors, needs_whole_vectors, orthonormal_rows, triangular_factors
-from nntk_dist.sampling.philox import Stream, normal, uniform
+from nntk_dist.sampling.philox import normal, uniform
+from nntk_dist.sampling.streams import LAW_DRAW, Stream
 
-_LAW = 1  # number of the draw's uniform in its stream, where its normals are number 0
 _SLICE = 1 << 14  # parameters at a time wherever a sum over all of them belongs to a perturbation
 _SLICE_ELEMENTS = 1 << 24
 DRAW_ELEMENTS = 1 << 22
@@ -221,7 +221,7 @@ class Drawing:
         """u/n, which for some laws needs |n|²."""
         assert not isinstance(self.distribution, LowRank)
         scale = self.distribution.scale(
-            self.num_parameters, lambda: uniform(self.seed, self.stream, members, 1, draw=_LAW)[:, 0]
+            self.num_parameters, lambda: uniform(self.seed, self.stream, members, 1, draw=LAW_DRAW)[:, 0]
         )
         multipliers = torch.as_tensor(scale, dtype=torch.float64, device=members.device).expand(len(members))
         if not self.distribution.normalised:

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 
 _PRODUCT_ELEMENTS = 1 << 18  # in float64
 

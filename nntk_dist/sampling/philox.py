@@ -9,7 +9,6 @@ Axes: g groups (requested counters), i index within one group's vector.
 
 import math
 from collections.abc import Sequence
-from enum import IntEnum
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch.func import debug_unwrap
 from torch.nn import functional
 
 from nntk_dist.sampling.philox_cpu import centred_words, philox_words, split_words
+from nntk_dist.sampling.streams import Stream
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -31,19 +31,6 @@ _COUNTERS_PER_CHUNK = 1 << 15
 _GPU_COUNTERS_PER_CHUNK = 1 << 21  # so many that a call's overhead is nothing there
 _INDEX_LIMIT = 1 << 50
 _UNIT = 2.0**-32  # from a word to the unit interval
-
-
-class Stream(IntEnum):
-    """What a random number is for; numbers of different streams never meet."""
-
-    PARAMETER = 0
-    RADIUS = 1
-    EXAMPLE = 2
-    MODEL = 3
-    SKETCH = 4
-    SAMPLE = 5
-    PROBE = 6
-    ATTENTION = 7
 
 
 def philox(

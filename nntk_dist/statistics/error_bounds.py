@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float64
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 
@@ -58,4 +58,4 @@ def bound_factor(sources: Sequence[NoiseSource], confidence: float = 0.95) -> fl
     known = 1.0 / sum(
         share**2 / (each.degrees * (each.num_samples - 1)) for share, each in zip(shares, sources, strict=True)
     )
-    return float(stats.f.ppf(confidence, made, known)) ** 0.5
+    return float(special.fdtri(made, known, confidence)) ** 0.5

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, BlockSums, Sum
-from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.sampling.philox import uniform
+from nntk_dist.sampling.streams import COLUMN_SAMPLE, ROW_SAMPLE, Stream
 from nntk_dist.statistics.error_bounds import bound_factor, noise_source
 
 SAMPLE_ENTRIES = 4096
@@ -188,12 +189,12 @@ def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = SAMP
         keys = uniform(seed, Stream.SAMPLE, torch.tensor([group]), size)[0]
         return keys.argsort()[:count].sort().values
 
-    return choose(0, num_rows, rows), choose(1, num_columns, columns)
+    return choose(ROW_SAMPLE, num_rows, rows), choose(COLUMN_SAMPLE, num_columns, columns)
 
 
 def t_quantile(confidence: float, num_blocks: int) -> float:
     """Half-width, in standard errors, of a two-sided interval: Student's t with R − 1 degrees of freedom."""
-    return float(stats.t.ppf(0.5 + confidence / 2.0, num_blocks - 1))
+    return float(special.stdtrit(num_blocks - 1, 0.5 + confidence / 2.0))
 
 
 def relative_distance(first: Tensor, second: Tensor) -> float:

@@ -21,11 +21,11 @@ from torch.nn import functional
 from nntk_dist.errors import NNTKError
 from nntk_dist.registration.callables import import_function
 from nntk_dist.runtime.memory import is_out_of_memory
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import KEY_DRAW, QUERY_DRAW, Stream
 from nntk_dist.weighting.options import PYTHON, Reference, ScoreFunction, Weighting
 
 _SLICE_ELEMENTS = 1 << 18
-_QUERY, _KEY = 0, 1  # draws of the stream, one for each matrix
 
 
 class Score(Protocol):
@@ -179,8 +179,8 @@ def key_of_query(theta: Tensor, dimension: int, seed: int) -> Float64[Tensor, " 
     count, rows = len(parameters), torch.arange(dimension, dtype=torch.int64, device=theta.device)
     query = torch.zeros(dimension, dtype=torch.float64, device=theta.device)
     for start, stop in _slices(count, dimension):
-        query += normal(seed, Stream.ATTENTION, rows, start, stop, draw=_QUERY) @ parameters[start:stop]
-    parts = [normal(seed, Stream.ATTENTION, rows, *part, draw=_KEY).T @ query for part in _slices(count, dimension)]
+        query += normal(seed, Stream.ATTENTION, rows, start, stop, draw=QUERY_DRAW) @ parameters[start:stop]
+    parts = [normal(seed, Stream.ATTENTION, rows, *part, draw=KEY_DRAW).T @ query for part in _slices(count, dimension)]
     return torch.cat(parts) / count
 
 

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.sampling.philox import uniform
+from nntk_dist.sampling.streams import REFERENCE_GROUP, Stream
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Reference
 from pipeline.data import Dataset
-
-_GROUP = 1 << 20  # beyond the rows of Q and K, which share the stream
 
 
 def num_reference(spec: KernelSpec, num_train: int) -> int:
@@ -30,7 +29,7 @@ def num_reference(spec: KernelSpec, num_train: int) -> int:
 
 def reference_rows(spec: KernelSpec, num_train: int) -> np.ndarray:
     """Which training rows these are, in the order of the rows."""
-    keys = uniform(spec.seed, Stream.ATTENTION, torch.tensor([_GROUP]), num_train)[0]
+    keys = uniform(spec.seed, Stream.ATTENTION, torch.tensor([REFERENCE_GROUP]), num_train)[0]
     return np.sort(keys.argsort(stable=True)[: num_reference(spec, num_train)].numpy())
 
 

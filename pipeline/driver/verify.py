@@ -16,7 +16,8 @@ import torch
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.runtime.precision import full_precision
-from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.sampling.philox import uniform
+from nntk_dist.sampling.streams import VERIFIED_SAMPLE, Stream
 from pipeline.decisions.build import build_dataset, build_model, identity
 from pipeline.decisions.continuation import check_kernel, stored_job
 from pipeline.driver.run import state_of
@@ -223,7 +224,7 @@ def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
     """
     stages = ("gram", "test") if context.job.layout.write_tiles else ("features", "metric", "test")
     num_rows = sum(len(ledger.done(stage)) for stage in stages)
-    keys = uniform(0, Stream.SAMPLE, torch.tensor([2]), num_rows)[0] if num_rows else torch.empty(0)
+    keys = uniform(0, Stream.SAMPLE, torch.tensor([VERIFIED_SAMPLE]), num_rows)[0] if num_rows else torch.empty(0)
     chosen = keys.argsort()[:count].tolist()
     wanted, every = set(chosen), chain.from_iterable(map(ledger.rows, stages))
     rows = {index: row for index, row in enumerate(every) if index in wanted}

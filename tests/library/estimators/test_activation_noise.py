@@ -18,7 +18,8 @@ from nntk_dist.estimators.noisy_passes import NoisyPass
 from nntk_dist.layers.noise import span_basis
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.products.block_sums import Meeting
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates

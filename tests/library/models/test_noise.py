@@ -15,7 +15,8 @@ from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from tests.harness.tools import all_rows, prepared_features
 from tests.library.noisy_models import NOISE, P_DROP, Jitter, Twice, X, network, seeded

@@ -22,7 +22,8 @@ from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.draws import Drawing
-from nntk_dist.sampling.philox import Stream, uniform
+from nntk_dist.sampling.philox import uniform
+from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from tests.harness.many_seeds import SLOPES, Problem, Runs, check
 from tests.harness.tools import all_rows, estimates_of

@@ -14,7 +14,7 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.sampling.designs import automatic_draws
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.laws import Gaussian, make_distribution
-from nntk_dist.sampling.philox import Stream
+from nntk_dist.sampling.streams import Stream
 
 
 def drawing(design: str = "iid", *, draws: int = 16, blocks: int = 4, parameters: int = 7, **options) -> Drawing:

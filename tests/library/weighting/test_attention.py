@@ -17,7 +17,8 @@ import nntk_dist.sampling.draws
 from nntk_dist import BlackBox, nonlocal_kernel
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Weighting
 from nntk_dist.weighting.scores import key_of_query

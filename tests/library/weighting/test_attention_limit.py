@@ -17,7 +17,8 @@ import torch
 from nntk_dist import nonlocal_kernel
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
-from nntk_dist.sampling.philox import Stream, normal
+from nntk_dist.sampling.philox import normal
+from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from tests.harness.many_seeds import Problem
 from tests.harness.tools import prepared_features

@@ -32,6 +32,7 @@ from nntk_dist.products.features import ArraySpec, Rows, block_range, join_batch
 from nntk_dist.products.formed import combined, formed_products, formed_terms, prepared_sketch, terms_of_columns
 from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
 from nntk_dist.products.noise_pairs import NoiseFeatures, add_pairs_, pair_products
+from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import add_terms_
 from nntk_dist.sampling.draws import Drawing
 
@@ -189,35 +190,33 @@ class ActivationFeatures:
                     total += sketch.of_gradient(names["bias"], biases)
         return total
 
-    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
         prepared = dict(rows)
         if "dense" in prepared:
-            prepared["dense_columns"] = combined(prepared.pop("dense"), by_block=by_block)
+            prepared["dense_columns"] = combined(prepared.pop("dense"), wanted)
         if "sketch" in prepared:
-            prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, by_block=by_block)
+            prepared |= prepared_sketch(prepared.pop("sketch"), self.num_sketch_groups, wanted)
         if "readout" in prepared:
-            prepared["readout_columns"] = combined(prepared.pop("readout")[:, :, None], by_block=by_block)
+            prepared["readout_columns"] = combined(prepared.pop("readout")[:, :, None], wanted)
         if self._has_metric:
             if PLAIN not in prepared:
                 prepared[PLAIN] = by_blocks(prepared["differences"].transpose(1, 2), self.num_blocks)
-            prepared = mixed_by_metric(prepared, self.draws.weight_metric, by_block=by_block, only_rows=only_rows)
+            prepared = mixed_by_metric(prepared, self.draws.weight_metric, wanted)
         return prepared
 
-    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        rows = self.prepare(rows, by_block=by_block, only_rows=True)
-        others = self.prepare(others, by_block=by_block)
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        rows = self.prepare(rows, wanted.on(Side.ROWS))
+        others = self.prepare(others, wanted.on(Side.COLUMNS))
         first, second = rows["differences"], others["differences"]
         shape = meeting.shape(len(first), len(second), first.shape[2])
         groups = self.num_sketch_groups
-        sums = empty_sums(
-            shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=first.device, num_groups=groups
-        )
+        sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=True, device=first.device, num_groups=groups)
         if self._factors:
             add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
         if self._has_metric:
-            add_terms_(sums, metric_terms(rows, others, by_block=by_block), meeting)
+            add_terms_(sums, metric_terms(rows, others, wanted), meeting)
         names, blocks = ("dense_columns",), self.num_blocks
-        if terms := terms_of_columns(rows, others, names, blocks, pair_blocks=True, by_block=by_block):
+        if terms := terms_of_columns(rows, others, names, blocks, wanted, pair_blocks=True):
             add_terms_(sums, terms, meeting)
         if (name := "readout_columns") in rows:
             _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
@@ -225,7 +224,7 @@ class ActivationFeatures:
             sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
         return sums
 
-    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> None:
+    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> None:
         """None: noise pairs, and which entries are resolved, are no products."""
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
@@ -259,10 +258,10 @@ class ActivationFeatures:
 
 def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meeting, num_outputs: int) -> None:
     """Add ⟨h̃, h̃'⟩ of block means: the same for every output with itself, 0 for two different ones."""
-    plain, has_blocks = Meeting(paired=meeting.paired), sums.by_block is not None
+    plain, wanted = Meeting(paired=meeting.paired), Wanted(stderr=sums.by_block is not None)
     shape = plain.shape(len(rows), len(others), 1)
-    shared = empty_sums(shape, sums.num_blocks, pair_blocks=True, by_block=has_blocks, device=rows.device)
-    add_terms_(shared, formed_terms(rows, others, sums.num_blocks, by_block=has_blocks), plain)
+    shared = empty_sums(shape, sums.num_blocks, wanted, pair_blocks=True, device=rows.device)
+    add_terms_(shared, formed_terms(rows, others, sums.num_blocks, wanted), plain)
     spread = [
         None if part is None else meeting.same_output(part, num_outputs)
         for part in (shared.within, shared.between, shared.by_block)

@@ -41,6 +41,7 @@ from nntk_dist.products.formed import (
     terms_of_columns,
 )
 from nntk_dist.products.layered import Layered, layered_products, layered_terms
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import Inputs, Term, add_terms_
 from nntk_dist.runtime.batches import in_batches
 from nntk_dist.sampling.draws import Drawing
@@ -297,21 +298,21 @@ class GradientFeatures:
         named = zip(names, parts, strict=True)
         return {name: part.unflatten(2, shapes[name]) if shapes[name] else part[..., 0] for name, part in named}
 
-    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
         prepared = dict(rows)
         if "dense" in prepared:
-            prepared["dense_columns"] = self._columns(prepared.pop("dense"), by_block=by_block)
+            prepared["dense_columns"] = self._columns(prepared.pop("dense"), wanted)
         if "readout" in prepared:
-            prepared["readout_columns"] = combined(prepared.pop("readout"), by_block=by_block)
+            prepared["readout_columns"] = combined(prepared.pop("readout"), wanted)
         if "sketch" in prepared:
             prepared.pop("sketch")
-            prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, by_block=by_block)
+            prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, wanted)
         for index in self.shared if self.pair_blocks else ():
             if f"gradient_{index}" in prepared:
                 gradients = prepared.pop(f"gradient_{index}")
                 if self.draws_per_block > 1:
                     gradients = gradients.unflatten(1, (self.num_blocks, -1)).mean(2)
-                prepared[f"gradient_columns_{index}"] = combined(gradients, by_block=by_block)
+                prepared[f"gradient_columns_{index}"] = combined(gradients, wanted)
                 prepared[f"shared_input_{index}"] = prepared.pop(f"input_{index}")[:, 0]
         return prepared
 
@@ -320,10 +321,10 @@ class GradientFeatures:
         assert self.sketch is not None
         return rows["sketch"][:, :, None] if self.sketch.joint else rows["sketch"]
 
-    def _columns(self, gradients: Float[Tensor, "n q c k"], *, by_block: bool) -> Float[Tensor, "n w c _"]:
+    def _columns(self, gradients: Float[Tensor, "n q c k"], wanted: Wanted) -> Float[Tensor, "n w c _"]:
         """Formed gradients as products take them: of a slot for each draw, the draws of a block beside each other."""
         if self.pair_blocks:
-            return combined(gradients, by_block=by_block)
+            return combined(gradients, wanted)
         if self.draws_per_block == 1:
             return gradients
         by_draw = gradients.unflatten(1, (self.num_blocks, -1)).transpose(2, 3).flatten(3)
@@ -337,8 +338,8 @@ class GradientFeatures:
         inputs, gradients = (tuple(rows[f"{kind}_{i}"] for i in indices) for kind in ("input", "gradient"))
         return Layered(inputs, gradients, tuple(self._pair_weights if i == self.sloped else None for i in indices))
 
-    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        rows, others = (self.prepare(part, wanted) for part in (rows, others))
         num_outputs = _num_outputs(rows)
         first = next(iter(rows.values()))
         shape = meeting.shape(len(first), len(next(iter(others.values()))), num_outputs)
@@ -346,26 +347,26 @@ class GradientFeatures:
         sums = empty_sums(
             shape,
             self.num_blocks,
+            wanted,
             pair_blocks=self.pair_blocks,
-            by_block=by_block,
             device=first.device,
             num_groups=self.num_sketch_groups,
         )
-        add_terms_(sums, self.terms(rows, others, by_block=by_block), meeting)
+        add_terms_(sums, self.terms(rows, others, wanted), meeting)
         return sums
 
-    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term]:
+    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> list[Term]:
         terms, blocks, pair_blocks = list[Term](), self.num_blocks, self.pair_blocks
         left, right = self._layered(rows), self._layered(others)
         if left is not None and right is not None:
-            terms += layered_terms(left, right, blocks, pair_blocks=pair_blocks, by_block=by_block)
+            terms += layered_terms(left, right, blocks, wanted, pair_blocks=pair_blocks)
         for index in self.shared if pair_blocks else ():
             name, shared = f"gradient_columns_{index}", f"shared_input_{index}"
             inputs = Inputs(rows[shared], others[shared])
-            of_layer = formed_terms(rows[name], others[name], blocks, by_block=by_block)
+            of_layer = formed_terms(rows[name], others[name], blocks, wanted)
             terms += [replace(term, inputs=inputs) for term in of_layer]
         names = ("readout_columns", "dense_columns")
-        return terms + terms_of_columns(rows, others, names, blocks, pair_blocks=pair_blocks, by_block=by_block)
+        return terms + terms_of_columns(rows, others, names, blocks, wanted, pair_blocks=pair_blocks)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         terms = []
@@ -378,7 +379,7 @@ class GradientFeatures:
             if self.pair_blocks:
                 terms.append(formed_products(rows["dense"], others["dense"], meeting))
             else:
-                own, other = (self._columns(part["dense"], by_block=True) for part in (rows, others))
+                own, other = (self._columns(part["dense"], Wanted(stderr=True)) for part in (rows, others))
                 terms.append(alone_products(own, other, meeting))
         if "sketch" in rows:
             terms.append(formed_products(self._sketches(rows), self._sketches(others), meeting))

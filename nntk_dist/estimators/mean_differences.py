@@ -20,6 +20,7 @@ from nntk_dist.models.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.products.features import ArraySpec, Rows, block_range
 from nntk_dist.products.formed import combined, formed_products, formed_terms
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import add_terms_
 from nntk_dist.sampling.draws import Drawing, draw_chunks
 from nntk_dist.weighting.attention import Attention, RunningSoftmax
@@ -90,22 +91,22 @@ class DifferenceMeans:
                 total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(own))
         return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
 
-    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
         if "dense" not in rows:
             return dict(rows)
         changed = (rows["dense"] != 0).any(3)
-        return {"columns": combined(rows["dense"], by_block=by_block), "changed": changed.to(rows["dense"].dtype)}
+        return {"columns": combined(rows["dense"], wanted), "changed": changed.to(rows["dense"].dtype)}
 
-    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        rows, others = (self.prepare(part, by_block=by_block) for part in (rows, others))
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        rows, others = (self.prepare(part, wanted) for part in (rows, others))
         left, right = rows["columns"], others["columns"]
         shape = meeting.shape(len(left), len(right), left.shape[2])
-        sums = empty_sums(shape, self.num_blocks, pair_blocks=True, by_block=by_block, device=left.device)
-        add_terms_(sums, formed_terms(left, right, self.num_blocks, by_block=by_block), meeting)
+        sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=True, device=left.device)
+        add_terms_(sums, formed_terms(left, right, self.num_blocks, wanted), meeting)
         sums.resolved = _resolved(rows["changed"], others["changed"], meeting)
         return sums
 
-    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> None:
+    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> None:
         """None: which entries are resolved is no product."""
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:

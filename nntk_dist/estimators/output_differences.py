@@ -26,6 +26,7 @@ from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.products.features import ArraySpec, Rows
 from nntk_dist.products.formed import alone_terms
 from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
+from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import Term, add_terms_
 from nntk_dist.sampling.draws import Drawing, draw_chunks
 from nntk_dist.weighting.attention import Attention
@@ -148,10 +149,10 @@ class DifferenceFeatures:
         """M for products of single block means, ⟨g_r, g_r'⟩, instead of the mean over all pairs of blocks."""
         return (self.make_metric() if self.metric is None else self.metric) * self.num_blocks**2
 
-    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> dict[str, Tensor]:
+    def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
         if self.pair_blocks:
             plain = rows if PLAIN in rows else {PLAIN: self._by_block(rows["differences"])}
-            return mixed_by_metric(plain, self._block_metric, by_block=by_block, only_rows=only_rows)
+            return mixed_by_metric(plain, self._block_metric, wanted)
         if "weighted" in rows:
             return dict(rows)
         weights = (self._weights * self.num_blocks).sqrt().to(rows["differences"].dtype)
@@ -160,19 +161,19 @@ class DifferenceFeatures:
     def _by_block(self, differences: Float[Tensor, "n s c"]) -> Float[Tensor, "n r c b"]:
         return by_blocks(differences.transpose(1, 2), self.num_blocks)
 
-    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        rows = self.prepare(rows, by_block=by_block, only_rows=True)
-        others = self.prepare(others, by_block=by_block)
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        rows = self.prepare(rows, wanted.on(Side.ROWS))
+        others = self.prepare(others, wanted.on(Side.COLUMNS))
         first, second = (next(iter(part.values())) for part in (rows, others))
         shape = meeting.shape(len(first), len(second), first.shape[2])
-        sums = empty_sums(shape, self.num_blocks, pair_blocks=self.pair_blocks, by_block=by_block, device=first.device)
-        add_terms_(sums, self.terms(rows, others, by_block=by_block), meeting)
+        sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=self.pair_blocks, device=first.device)
+        add_terms_(sums, self.terms(rows, others, wanted), meeting)
         return sums
 
-    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term]:
+    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> list[Term]:
         if self.pair_blocks:
-            return metric_terms(rows, others, by_block=by_block)
-        return alone_terms(rows["weighted"], others["weighted"], by_block=by_block)
+            return metric_terms(rows, others, wanted)
+        return alone_terms(rows["weighted"], others["weighted"], wanted)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         left, right = (part["differences"].transpose(1, 2) for part in (rows, others))

@@ -22,6 +22,7 @@ from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.planning.model_probes import ModelProbes
 from nntk_dist.products.features import FeatureMap, Rows, slice_rows
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from nntk_dist.spec import KernelSpec
@@ -336,7 +337,7 @@ def whole_kernel(
         edge = min(edge, max(_LEAST_LOCAL_ROWS, -(-n1 // _LOCAL_TILES)))
     parts: dict[str, Tensor] = {}
     for j in range(0, n2, edge):
-        right_tile = features.prepare(slice_rows(right, slice(j, j + edge)), by_block=calibration is not None)
+        right_tile = features.prepare(slice_rows(right, slice(j, j + edge)), Wanted(stderr=calibration is not None))
         for i in range(0, j + 1 if symmetric else n1, edge):
             left_tile = right_tile if symmetric and i == j else slice_rows(rows, slice(i, i + edge))
             tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from nntk_dist.products.wanted import Wanted
+
 Sum = tuple[str, int]  # the name of one: what it sums, and the number of its block or group
 WITHIN, BETWEEN = ("within", 0), ("between", 0)
 
@@ -161,9 +163,9 @@ class BlockSums:
 def empty_sums(
     shape: Sequence[int],
     num_blocks: int,
+    wanted: Wanted,
     *,
     pair_blocks: bool,
-    by_block: bool,
     device: torch.device,
     num_groups: int = 0,
 ) -> BlockSums:
@@ -176,6 +178,6 @@ def empty_sums(
         num_blocks,
         zeros(*shape),
         zeros(*shape) if pair_blocks else None,
-        zeros(num_blocks, *shape) if by_block else None,
-        zeros(num_groups, *shape) if by_block and num_groups else None,
+        zeros(num_blocks, *shape) if wanted.stderr else None,
+        zeros(num_groups, *shape) if wanted.stderr and num_groups else None,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BlockSums, Meeting
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import Term
 from nntk_dist.runtime.batches import in_batches
 
@@ -90,22 +91,36 @@ class FeatureMap(Protocol):
         """f(x; θ), (n, C), all outputs."""
         ...
 
-    def prepare(self, rows: Rows, *, by_block: bool, only_rows: bool = False) -> Rows:
-        """What products need of a row set and can be made of it alone, once for all of its tiles; with `only_rows`
-        less, where the set is to be the rows of tiles and never their columns.
+    def prepare(self, rows: Rows, wanted: Wanted) -> Rows:
+        """Precompute what a row set contributes to all of its tiles.
 
-        Arrays keep their leading row axis. What is prepared already stays as it is, and what it lacks for columns is
-        added.
+        Arrays keep their leading row axis. Rows that are prepared already stay as they are; what they lack for another
+        side is added.
+
+        Args:
+            rows: Features as `compute` returns them, or prepared before.
+            wanted: Whether standard errors are wanted, and the side of its tiles on which the set stands.
+
+        Returns:
+            The prepared arrays, by name.
         """
         ...
 
-    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool) -> BlockSums:
-        """The sums of one tile; with a paired meeting, of its diagonal. Row sets as computed, or prepared with the same
-        `by_block`, `rows` perhaps as such only.
+    def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        """Sum the block products of one tile, or with a paired meeting of its diagonal.
+
+        Args:
+            rows: Features of the tile's rows, as computed or prepared with the same `wanted.stderr`.
+            others: Features of its columns, likewise.
+            meeting: Which pairs of examples meet, and whether outputs are summed.
+            wanted: Whether sums by block are wanted, for standard errors.
+
+        Returns:
+            The sums in float64.
         """
         ...
 
-    def terms(self, rows: Rows, others: Rows, *, by_block: bool) -> list[Term] | None:
+    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> list[Term] | None:
         """The matrix products that the sums of prepared row sets are made of, which are added up faster than by
         `block_sums`; None where sums take more than these.
         """

@@ -17,18 +17,19 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block, group
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import Term
 
 # Numbers of a portion of features that is taken to float64 for products of all pairs of blocks (32 MiB).
 _PORTION_ELEMENTS = 1 << 22
 
 
-def combined(gradients: Float[Tensor, "n r c k"], *, by_block: bool) -> Float[Tensor, "n w c k"]:
+def combined(gradients: Float[Tensor, "n r c k"], wanted: Wanted) -> Float[Tensor, "n w c k"]:
     """The combinations of block means that `formed_terms` takes: R contrasts, or G and R halves where sums by block are
     wanted.
     """
     blocks = gradients.shape[1]
-    if by_block:
+    if wanted.stderr:
         result = gradients.new_empty(len(gradients), 1 + blocks, *gradients.shape[2:])
         total = result[:, :1].copy_(gradients.sum(1, keepdim=True))
         torch.sub(gradients, total, alpha=0.5, out=result[:, 1:])
@@ -48,14 +49,14 @@ def _contrasts(blocks: int) -> Float64[Tensor, "w r"]:
 
 
 def formed_terms(
-    rows: Float[Tensor, "n1 w c k"], columns: Float[Tensor, "n2 w c k"], num_blocks: int, *, by_block: bool
+    rows: Float[Tensor, "n1 w c k"], columns: Float[Tensor, "n2 w c k"], num_blocks: int, wanted: Wanted
 ) -> list[Term]:
     """The products of `combined` features, for all pairs of blocks.
 
     Float32 products of up to `INNER_TERMS` terms, summed in float64: what cancels between them, the more the larger
     `within` is against `between`, is known to the rounding of `within`.
     """
-    if not by_block:
+    if not wanted.stderr:
         return [
             Term(rows[:, :1], columns[:, :1], {WITHIN: 1.0, BETWEEN: num_blocks - 1.0}),
             Term(rows[:, 1:], columns[:, 1:], {WITHIN: 1.0, BETWEEN: -1.0}),
@@ -74,41 +75,41 @@ def terms_of_columns(
     columns: Mapping[str, Tensor],
     names: Sequence[str],
     num_blocks: int,
+    wanted: Wanted,
     *,
     pair_blocks: bool,
-    by_block: bool,
 ) -> list[Term]:
     """The products of those of these prepared features that there are, and of sketches."""
     terms = []
     for name in names:
         if name in rows and pair_blocks:
-            terms += formed_terms(rows[name], columns[name], num_blocks, by_block=by_block)
+            terms += formed_terms(rows[name], columns[name], num_blocks, wanted)
         elif name in rows:
-            terms += alone_terms(rows[name], columns[name], by_block=by_block)
+            terms += alone_terms(rows[name], columns[name], wanted)
     if "sketch_columns" in rows:
-        terms += sketched_terms(rows, columns, num_blocks, by_block=by_block)
+        terms += sketched_terms(rows, columns, num_blocks, wanted)
     return terms
 
 
 def prepared_sketch(
-    sketch: Float[Tensor, "n r c k"], num_groups: int, *, by_block: bool
+    sketch: Float[Tensor, "n r c k"], num_groups: int, wanted: Wanted
 ) -> dict[str, Float[Tensor, "n ..."]]:
     """What `sketched_terms` takes: the combinations, and with sums by block the contrasts again, group by group."""
-    prepared = {"sketch_columns": combined(sketch, by_block=by_block)}
-    if by_block:
-        contrasts = combined(sketch, by_block=False).unflatten(3, (num_groups, -1))
+    prepared = {"sketch_columns": combined(sketch, wanted)}
+    if wanted.stderr:
+        contrasts = combined(sketch, Wanted(stderr=False)).unflatten(3, (num_groups, -1))
         prepared["sketch_groups"] = contrasts.permute(0, 3, 1, 2, 4).contiguous()
     return prepared
 
 
 def sketched_terms(
-    rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], num_blocks: int, *, by_block: bool
+    rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], num_blocks: int, wanted: Wanted
 ) -> list[Term]:
     """The products of sketches; where the standard error wants them, those of every group once more, in one further
     product of the whole length: R·Q products of blocks and groups would be too short to be fast.
     """
-    terms = formed_terms(rows["sketch_columns"], columns["sketch_columns"], num_blocks, by_block=by_block)
-    if not by_block:
+    terms = formed_terms(rows["sketch_columns"], columns["sketch_columns"], num_blocks, wanted)
+    if not wanted.stderr:
         return terms
     left, right = rows["sketch_groups"], columns["sketch_groups"]
     weights = torch.full((num_blocks, 1, 1), -1.0, dtype=left.dtype, device=left.device)
@@ -116,9 +117,9 @@ def sketched_terms(
     return [*terms, *(Term(left[:, q], right[:, q], {group(q): 1.0}, weights) for q in range(left.shape[1]))]
 
 
-def alone_terms(rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], *, by_block: bool) -> list[Term]:
+def alone_terms(rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], wanted: Wanted) -> list[Term]:
     """The products of every block with itself, for kernels that pair no blocks; one in all without sums by block."""
-    if not by_block:
+    if not wanted.stderr:
         return [Term(rows, columns, {WITHIN: 1.0})]
     return [Term(rows[:, r : r + 1], columns[:, r : r + 1], {WITHIN: 1.0, block(r): 1.0}) for r in range(rows.shape[1])]
 

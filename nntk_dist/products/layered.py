@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, Sum, block
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import Inputs, Term
 
 Partner = tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]
@@ -52,13 +53,12 @@ class Layered:
         ]
 
 
-def layered_terms(rows: Layered, columns: Layered, num_blocks: int, *, pair_blocks: bool, by_block: bool) -> list[Term]:
+def layered_terms(rows: Layered, columns: Layered, num_blocks: int, wanted: Wanted, *, pair_blocks: bool) -> list[Term]:
     """The products of every pair of draws (or of each draw with itself), layer by layer."""
     size, draws = rows.num_draws // num_blocks, range(rows.num_draws)
     pairs = list(product(draws, draws)) if pair_blocks else [(s, s) for s in draws]
     of_blocks = {
-        (r, q): _factors(r, q, size, pair_blocks=pair_blocks, by_block=by_block)
-        for r, q in product(range(num_blocks), repeat=2)
+        (r, q): _factors(r, q, size, wanted, pair_blocks=pair_blocks) for r, q in product(range(num_blocks), repeat=2)
     }
     terms = []
     for h, delta, weights, h2, delta2 in zip(
@@ -79,14 +79,14 @@ def layered_terms(rows: Layered, columns: Layered, num_blocks: int, *, pair_bloc
     return terms
 
 
-def _factors(r: int, q: int, size: int, *, pair_blocks: bool, by_block: bool) -> dict[Sum, float]:
+def _factors(r: int, q: int, size: int, wanted: Wanted, *, pair_blocks: bool) -> dict[Sum, float]:
     """How often a product of draws of two blocks, of so many draws each, is in each sum."""
     if not pair_blocks:
-        return {WITHIN: 1.0 / size} | ({block(r): 1.0 / size} if by_block else {})
+        return {WITHIN: 1.0 / size} | ({block(r): 1.0 / size} if wanted.stderr else {})
     share = 1.0 / size**2
     if r == q:
         return {WITHIN: share}
-    return {BETWEEN: share} | (dict.fromkeys((block(r), block(q)), 0.5 * share) if by_block else {})
+    return {BETWEEN: share} | (dict.fromkeys((block(r), block(q)), 0.5 * share) if wanted.stderr else {})
 
 
 def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meeting) -> Tensor:

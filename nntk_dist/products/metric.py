@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block
+from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import Term
 
 # Prepared features, (n, R, C, S/R): Φ by blocks of draws, Φ M, and Φ times the part of M that pairs different blocks.
@@ -22,17 +23,17 @@ PLAIN, TOTAL, APART = "plain", "total", "apart"
 
 
 def mixed_by_metric(
-    features: Mapping[str, Float[Tensor, "n r c b"]], metric: Float64[Tensor, "s s"], *, by_block: bool, only_rows: bool
+    features: Mapping[str, Float[Tensor, "n r c b"]], metric: Float64[Tensor, "s s"], wanted: Wanted
 ) -> dict[str, Float[Tensor, "n r c b"]]:
     """A row set, at least its `PLAIN` features, and what `metric_terms` need of it besides: as columns 4·S² operations
     a row and output, as rows none, with sums by block half of that. In the features' dtype.
     """
     mixed = dict(features)
     plain = mixed[PLAIN]
-    if (APART not in mixed) and (by_block or not only_rows):
+    if (APART not in mixed) and (wanted.stderr or Side.COLUMNS in wanted.side):
         blocks = torch.arange(len(metric), device=metric.device) // plain.shape[3]
         mixed[APART] = _times(plain, metric.masked_fill(blocks[:, None] == blocks[None, :], 0.0))
-    if (TOTAL not in mixed) and not only_rows:
+    if (TOTAL not in mixed) and Side.COLUMNS in wanted.side:
         mixed[TOTAL] = _times(plain, metric)
     return mixed
 
@@ -49,12 +50,11 @@ def _times(features: Float[Tensor, "n r c b"], matrix: Float64[Tensor, "s s"]) -
 def metric_terms(
     rows: Mapping[str, Float[Tensor, "n1 r c b"]],
     columns: Mapping[str, Float[Tensor, "n2 r c b"]],
-    *,
-    by_block: bool,
+    wanted: Wanted,
 ) -> list[Term]:
     """The products of mixed features, for all pairs of blocks."""
     terms = [Term(rows[PLAIN], columns[TOTAL], {WITHIN: 1.0})]
-    if not by_block:
+    if not wanted.stderr:
         return [*terms, Term(rows[PLAIN], columns[APART], {WITHIN: -1.0, BETWEEN: 1.0})]
     for r in range(rows[PLAIN].shape[1]):
         for left, right in ((APART, PLAIN), (PLAIN, APART)):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.products.features import FeatureMap, Rows, slice_rows
+from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import Term, TermSums, can_multiply_into, multiply_into_
 from nntk_dist.statistics.estimates import Calibration, calibrate, estimate, shares_of_sums
 
@@ -62,20 +63,29 @@ def tile_estimates(
     dtype: torch.dtype = torch.float64,
     empty: Callable[..., Tensor] = torch.empty,
 ) -> dict[str, Tensor]:
-    """`plugin`, `unbiased` and `stderr` of one tile, those that exist, in the kernel's scale; sums are of float64, and
-    results rounded to `dtype`, in memory that `empty` makes (called as `torch.empty` is).
+    """Compute `plugin`, `unbiased` and `stderr` of one tile, as far as they exist, in the kernel's scale.
 
-    `parts` are the features of rows and columns (computed, or prepared by the feature map with by_block where there is
-    a calibration), all outputs at once or (for `trace`) a few outputs at a time; several parts keep the sums of the
-    whole tile, and one is forgotten before the next is asked for. Rows and columns that are one object give a tile that
-    is bitwise symmetric, of which only what lies on and above the diagonal is computed. Without a calibration no
-    standard error is made, which spares operations. The standard error of an entry is NaN where differences gave every
-    block the same value, as where no draw changed the output of its row or column: such an entry is not known to be
-    zero, it is not known.
+    Sums are of float64; results are rounded to `dtype`.
+
+    Args:
+        features: The feature map.
+        parts: Features of rows and columns, computed or prepared (with standard errors if there is a calibration): all
+            outputs at once or, for `trace`, a few outputs at a time. Several parts keep the sums of the whole tile, and
+            each part is released before the next one is made. If rows and columns are the same object, the tile is
+            bitwise symmetric, and only its upper triangle is computed.
+        meeting: Which pairs of examples meet, and whether outputs are summed.
+        calibration: The level of standard errors; None makes none, which saves operations.
+        scale: `localized` or `raw`.
+        dtype: Of the results.
+        empty: Allocates results; called as `torch.empty` is.
+
+    Returns:
+        The statistics by name. A standard error is NaN, not 0, if every block gave an entry the same value because no
+        draw changed the output of its row or column: the error of that entry is unknown.
     """
     if not len(parts):
         raise ValueError("a tile needs at least one part")
-    by_block, symmetric = calibration is not None, False
+    wanted, symmetric = Wanted(stderr=calibration is not None), False
     totals: dict[int, tuple[Window, BlockSums]] = {}
     result: dict[str, Tensor] = {}
 
@@ -88,19 +98,20 @@ def tile_estimates(
     for part in parts:
         symmetric = part[0] is part[1] and not meeting.paired
         shape = _shape(features, part, meeting)
-        others = features.prepare(part[1], by_block=by_block)
-        rows = others if part[0] is part[1] else features.prepare(part[0], by_block=by_block, only_rows=True)
-        terms = None if meeting.paired or len(parts) > 1 else features.terms(rows, others, by_block=by_block)
-        if terms is not None and not by_block and can_multiply_into(terms, meeting, dtype):
+        same = part[0] is part[1]
+        others = features.prepare(part[1], wanted.on(Side.BOTH if same else Side.COLUMNS))
+        rows = others if same else features.prepare(part[0], wanted.on(Side.ROWS))
+        terms = None if meeting.paired or len(parts) > 1 else features.terms(rows, others, wanted)
+        if terms is not None and not wanted.stderr and can_multiply_into(terms, meeting, dtype):
             result |= _products_alone(features, terms, meeting, scale, symmetric=symmetric, empty=empty)
         elif terms is None:
-            for index, (window, sums) in enumerate(_sums_by_window(features, rows, others, meeting, by_block=by_block)):
+            for index, (window, sums) in enumerate(_sums_by_window(features, rows, others, meeting, wanted)):
                 if len(parts) == 1:
                     place_(window.entries, sums)
                 else:
                     totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
         else:
-            for entries, sums in _sums_of_terms(features, terms, meeting, by_block=by_block, symmetric=symmetric):
+            for entries, sums in _sums_of_terms(features, terms, meeting, wanted, symmetric=symmetric):
                 place_(entries, sums)
         del part, rows, others, terms  # before the features of the next part are made
     for window, total in totals.values():
@@ -112,25 +123,23 @@ def tile_estimates(
 
 
 def _sums_by_window(
-    features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, *, by_block: bool
+    features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted
 ) -> Iterator[tuple[Window, BlockSums]]:
     """Windows of a tile, or of its part that is not mirrored, and their sums; rows and columns are prepared."""
     counts = [len(next(iter(part.values()))) for part in (rows, others)]
     edges = window_edges(next(iter(rows.values())).device)
     for window in _windows(counts, edges, _width(features, meeting), paired=meeting.paired, symmetric=rows is others):
         chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
-        yield window, features.block_sums(*chosen, meeting, by_block=by_block)
+        yield window, features.block_sums(*chosen, meeting, wanted)
 
 
 def _sums_of_terms(
-    features: FeatureMap, terms: Sequence[Term], meeting: Meeting, *, by_block: bool, symmetric: bool
+    features: FeatureMap, terms: Sequence[Term], meeting: Meeting, wanted: Wanted, *, symmetric: bool
 ) -> Iterator[tuple[Entries, BlockSums]]:
     """Places in a tile, or in its part that is not mirrored, and their sums."""
     blocks, device = features.num_blocks, terms[0].left.device
     groups = features.num_sketch_groups
-    form = empty_sums(
-        (0, 0), blocks, pair_blocks=features.pair_blocks, by_block=by_block, device=device, num_groups=groups
-    )
+    form = empty_sums((0, 0), blocks, wanted, pair_blocks=features.pair_blocks, device=device, num_groups=groups)
     sums_of, counts = TermSums(terms, meeting, form), (len(terms[0].left), len(terms[0].right))
     for window in _windows(counts, sums_of.edges, _width(features, meeting), symmetric=symmetric):
         rows, columns = window.entries
@@ -215,7 +224,7 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
         product = features.block_products(rows, others, meeting)
         products = product if products is None else products.add_(product)
         if features.num_sketch_groups:
-            grouped = features.block_sums(rows, others, meeting, by_block=True).by_group
+            grouped = features.block_sums(rows, others, meeting, Wanted(stderr=True)).by_group
             by_group = grouped if by_group is None or grouped is None else by_group + grouped
     if products is None:
         raise ValueError("a sample needs at least one part")

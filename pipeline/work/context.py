@@ -23,6 +23,7 @@ from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.statistics.tile_estimates import scale_factor
 from pipeline.data import Dataset
@@ -80,7 +81,7 @@ class Context:
     state: Mapping[str, Tensor]
     sink: Sink | None = None
     results: ResultMemory = field(default_factory=ResultMemory)
-    _cache: "OrderedDict[tuple[object, ...], tuple[Rows, bool]]" = field(default_factory=OrderedDict)
+    _cache: "OrderedDict[tuple[object, ...], tuple[Rows, Side]]" = field(default_factory=OrderedDict)
 
     @cached_property
     def fitting(self) -> FittingBatch:
@@ -157,19 +158,20 @@ class Context:
         """Features of two row intervals, some outputs at a time: from the store, or recomputed."""
         return FeatureParts(self, row, column)
 
-    def rows(self, interval: Interval, columns: tuple[int, ...], *, only_rows: bool = False) -> Rows:
-        """Features of one interval, prepared for products, with `only_rows` perhaps as rows of tiles alone; remembered
-        while they fit, since neighbours share them.
+    def rows(self, interval: Interval, columns: tuple[int, ...], side: Side = Side.BOTH) -> Rows:
+        """Features of one interval of examples, prepared for products on one side of a tile.
+
+        They are kept as long as they fit, since neighbouring tiles share them.
         """
-        key, by_block = (interval, columns), self.job.layout.stderr == "entry"
-        kept, lacks_columns = self._cache.get(key, (None, True))
-        if kept is None or (lacks_columns and not only_rows):
+        key, wanted = (interval, columns), Wanted(self.job.layout.stderr == "entry", side)
+        kept, prepared_for = self._cache.get(key, (None, Side(0)))
+        if kept is None or side not in prepared_for:
             if kept is not None:
                 self._cache.move_to_end(key)  # it stays
             self._make_room()
             rows = self._computed_rows(interval, columns) if kept is None else kept
-            prepared = self.features_with_metric.prepare(rows, by_block=by_block, only_rows=only_rows)
-            self._cache[key] = prepared, only_rows
+            prepared = self.features_with_metric.prepare(rows, wanted)
+            self._cache[key] = prepared, side
         self._cache.move_to_end(key)
         return self._cache[key][0]
 
@@ -246,7 +248,7 @@ class FeatureParts:
         columns = self.context.rows(self.column, part)
         if self.row == self.column:
             return columns, columns
-        return self.context.rows(self.row, part, only_rows=True), columns
+        return self.context.rows(self.row, part, Side.ROWS), columns
 
 
 def _as_array(values: Tensor | np.ndarray) -> np.ndarray:

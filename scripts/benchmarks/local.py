@@ -25,6 +25,7 @@ from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
@@ -204,7 +205,7 @@ def _tile(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Callable[[], o
     features = make_feature_map(model, x, spec, decide(model, x, spec, batch=len(x)))
     ids = torch.arange(len(x), device=x.device)
     rows = features.compute(x, ids, range(features.num_draws), features.columns)
-    ready = features.prepare(rows, by_block=True)
+    ready = features.prepare(rows, Wanted(stderr=True))
     calibration = Calibration(1.0, 0.1, 1)
     sites = sum(name.startswith("input_") for name in rows)
     return lambda: tile_estimates(features, [(ready, ready)], spec.meeting, calibration, spec.scale), sites

@@ -29,6 +29,7 @@ from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import Calibration
@@ -100,7 +101,7 @@ def _measure(setting: Setting, device: str) -> Answer:
     generator = torch.Generator().manual_seed(0)
     rows, columns = (_random_rows(features, n, generator, device) for _ in range(2))
     needed = _length_of_products(features, setting)
-    ready = features.prepare(columns, by_block=calibration is not None)
+    ready = features.prepare(columns, Wanted(stderr=calibration is not None))
     left, right = (torch.randn(n, length, generator=generator).to(device) for _ in range(2))
     product, memory = torch.empty(n, n, device=device), ResultMemory()
 

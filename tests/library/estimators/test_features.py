@@ -20,6 +20,7 @@ from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import block_range, concatenate_rows, slice_rows
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.batches import in_batches
 from nntk_dist.spec import KernelSpec
 from tests.harness.tools import (
@@ -222,7 +223,7 @@ def test_sums_are_sums_of_products(kind, estimator, full, paired):
     meeting = Meeting(full=full, paired=paired)
     others = rows if paired else others
     products = features.block_products(rows, others, meeting)
-    sums = features.block_sums(rows, others, meeting, by_block=True)
+    sums = features.block_sums(rows, others, meeting, Wanted(stderr=True))
     assert sums.num_blocks == 4
     if not features.pair_blocks:
         assert sums.between is None
@@ -234,7 +235,7 @@ def test_sums_are_sums_of_products(kind, estimator, full, paired):
     assert_equal(sums.within, diagonal.sum(0))
     assert_equal(sums.between, products.sum((0, 1)) - diagonal.sum(0))
     assert_equal(sums.by_block, halves.sum(1) - diagonal)
-    without = features.block_sums(rows, others, meeting, by_block=False)
+    without = features.block_sums(rows, others, meeting, Wanted(stderr=False))
     assert without.by_block is None
     assert_equal(without.between, sums.between)
 

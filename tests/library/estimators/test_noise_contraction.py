@@ -17,6 +17,7 @@ from nntk_dist.layers.capture import Site
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import sketch_variance
 from tests.harness.many_seeds import check
@@ -86,7 +87,7 @@ def test_calibration_sees_the_products_that_a_tile_is_made_of(name: str, outputs
     assert features.num_sketch_groups != features.num_blocks
     rows = all_rows(features, case(name).inputs(3))
     products = features.block_products(rows, rows, spec.meeting)
-    sums = features.block_sums(rows, rows, spec.meeting, by_block=True)
+    sums = features.block_sums(rows, rows, spec.meeting, Wanted(stderr=True))
     same = torch.einsum("rr...->...", products)
     torch.testing.assert_close(same, sums.within, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(products.sum((0, 1)) - same, sums.between, rtol=1e-10, atol=1e-10)
@@ -103,7 +104,7 @@ def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
     values, variances = [], []
     for seed in range(400):
         rows = sketch_of_formed(exact, formed, replace(features.sketch, seed=seed))
-        sums = features.block_sums(rows, rows, spec.meeting, by_block=True)
+        sums = features.block_sums(rows, rows, spec.meeting, Wanted(stderr=True))
         values.append((sums.between / 12).numpy())
         variances.append(sketch_variance(sums.by_group, 4).numpy())
     assert_mean_agrees(np.stack(values), target)

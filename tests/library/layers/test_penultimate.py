@@ -17,6 +17,7 @@ from nntk_dist.layers.penultimate import Slopes, bare_slopes, find_slopes, pair_
 from nntk_dist.models.evaluation import moved_in_place, prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.products.features import slice_rows
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
@@ -196,11 +197,9 @@ def test_slopes_give_the_products_of_all_pairs_of_draws(options):
     for meeting in (spec.meeting, replace(spec.meeting, paired=True)):
         if meeting.paired:
             ours, theirs = ([slice_rows(rows, slice(4)) for rows in both] for both in (ours, theirs))
-        for by_block in (False, True):
-            sums, expected = (
-                f.block_sums(*both, meeting, by_block=by_block) for f, both in ((features, ours), (plain, theirs))
-            )
-            for name in ("within", "between", *(["by_block"] if by_block else [])):
+        for wanted in (Wanted(stderr=False), Wanted(stderr=True)):
+            sums, expected = (f.block_sums(*both, meeting, wanted) for f, both in ((features, ours), (plain, theirs)))
+            for name in ("within", "between", *(["by_block"] if wanted.stderr else [])):
                 assert_equal(getattr(sums, name), getattr(expected, name))
         assert_equal(features.block_products(*ours, meeting), plain.block_products(*theirs, meeting))
 

@@ -20,6 +20,7 @@ from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import INNER_TERMS, BlockSums, Meeting, empty_sums
 from nntk_dist.products.formed import combined, formed_products, formed_terms, prepared_sketch, sketched_terms
 from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
+from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import add_terms_
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
@@ -48,22 +49,22 @@ def by_pairs(products: Tensor) -> BlockSums:
     return BlockSums(len(products), own.sum(0), products.sum((0, 1)) - own.sum(0), halves.sum(1) - own)
 
 
-def nothing(count: int, *, by_block: bool, groups: int = 0) -> BlockSums:
+def nothing(count: int, wanted: Wanted, groups: int = 0) -> BlockSums:
     device = torch.device("cpu")
-    return empty_sums((count, count), BLOCKS, pair_blocks=True, by_block=by_block, device=device, num_groups=groups)
+    return empty_sums((count, count), BLOCKS, wanted, pair_blocks=True, device=device, num_groups=groups)
 
 
-@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("wanted", [Wanted(stderr=False), Wanted(stderr=True)])
 @pytest.mark.parametrize("noise", [0.0, 0.05, 1.0, 10.0])
-def test_rounding_of_formed_products_is_that_of_a_few_units(noise, by_block):
+def test_rounding_of_formed_products_is_that_of_a_few_units(noise, wanted):
     """U is known to eight units of rounding of a mean product of one block with itself, signal or noise ruling; where
     noise is not small, that is far below what noise does (`within` is 1, 2 and 101 times `between`'s own size here).
     """
     rows, columns = means(48, INNER_TERMS, noise)
     exact = by_pairs(formed_products(rows, columns, Meeting()))
-    sums = nothing(48, by_block=by_block)
-    parts = [combined(part, by_block=by_block) for part in (rows, columns)]
-    add_terms_(sums, formed_terms(*parts, BLOCKS, by_block=by_block), Meeting())
+    sums = nothing(48, wanted)
+    parts = [combined(part, wanted) for part in (rows, columns)]
+    add_terms_(sums, formed_terms(*parts, BLOCKS, wanted), Meeting())
     largest = float(exact.within.abs().max()) / BLOCKS
     ours, expected = estimate(sums, None), estimate(exact, None)
     assert ours.unbiased is not None
@@ -74,7 +75,7 @@ def test_rounding_of_formed_products_is_that_of_a_few_units(noise, by_block):
     stderr = jackknife_variance(exact.by_block).sqrt()
     if noise >= 1:
         assert float(error.norm() / stderr.norm()) < 3e-5
-    if by_block:
+    if wanted.stderr:
         assert sums.by_block is not None
         assert float((jackknife_variance(sums.by_block).sqrt() - stderr).abs().max()) < 8 * EPS * largest
 
@@ -84,43 +85,43 @@ def test_long_inner_products_are_summed_in_float64():
     rows, columns = means(4, 64 * INNER_TERMS // BLOCKS, 0.0)
     exact = by_pairs(formed_products(rows, columns, Meeting()))
     for paired in (False, True):
-        sums = nothing(4, by_block=False)
+        sums = nothing(4, Wanted(stderr=False))
         if paired:
             sums = BlockSums(BLOCKS, sums.within[0], torch.zeros(4, dtype=torch.float64), None)
-        parts = [combined(part, by_block=False) for part in (rows, columns)]
-        add_terms_(sums, formed_terms(*parts, BLOCKS, by_block=False), Meeting(paired=paired))
+        parts = [combined(part, Wanted(stderr=False)) for part in (rows, columns)]
+        add_terms_(sums, formed_terms(*parts, BLOCKS, Wanted(stderr=False)), Meeting(paired=paired))
         expected = exact.between.diagonal() if paired else exact.between
         assert_equal(sums.between, expected, 2 * EPS)
 
 
 def test_sums_by_group_are_those_of_the_groups_alone():
     rows, columns = (part.double() for part in means(6, 64, 0.5))
-    sums = nothing(6, by_block=True, groups=4)
-    prepared = [prepared_sketch(part, 4, by_block=True) for part in (rows, columns)]
-    add_terms_(sums, sketched_terms(*prepared, BLOCKS, by_block=True), Meeting())
+    sums = nothing(6, Wanted(stderr=True), groups=4)
+    prepared = [prepared_sketch(part, 4, Wanted(stderr=True)) for part in (rows, columns)]
+    add_terms_(sums, sketched_terms(*prepared, BLOCKS, Wanted(stderr=True)), Meeting())
     parts = zip(rows.chunk(4, 3), columns.chunk(4, 3), strict=True)
     groups = torch.stack([by_pairs(formed_products(a, b, Meeting())).between for a, b in parts])
     assert_equal(sums.by_group, groups)
     assert_equal(sums.between, groups.sum(0))
 
 
-@pytest.mark.parametrize("by_block", [False, True])
-def test_float32_products_with_a_metric_are_those_of_all_pairs(by_block):
+@pytest.mark.parametrize("wanted", [Wanted(stderr=False), Wanted(stderr=True)])
+def test_float32_products_with_a_metric_are_those_of_all_pairs(wanted):
     generator = torch.Generator().manual_seed(3)
     rows, columns = (torch.randn(20, 2, 64, generator=generator) for _ in range(2))
     directions = torch.randn(64, 50, generator=generator, dtype=torch.float64)
     metric = directions @ directions.T
     exact = by_pairs(metric_products(rows, columns, metric, BLOCKS, Meeting()))
-    sums = nothing(20, by_block=by_block)
+    sums = nothing(20, wanted)
     left, right = (
-        mixed_by_metric({PLAIN: by_blocks(part, BLOCKS)}, metric, by_block=by_block, only_rows=only_rows)
-        for part, only_rows in ((rows, True), (columns, False))
+        mixed_by_metric({PLAIN: by_blocks(part, BLOCKS)}, metric, wanted.on(side))
+        for part, side in ((rows, Side.ROWS), (columns, Side.COLUMNS))
     )
-    add_terms_(sums, metric_terms(left, right, by_block=by_block), Meeting())
+    add_terms_(sums, metric_terms(left, right, wanted), Meeting())
     scale = float((exact.within + exact.between).abs().max())
     assert_equal(sums.within, exact.within, 8 * EPS, scale=scale)
     assert_equal(sums.between, exact.between, 8 * EPS, scale=scale)
-    if by_block:
+    if wanted.stderr:
         assert_equal(sums.by_block, exact.by_block, 8 * EPS, scale=scale)
 
 
@@ -143,7 +144,7 @@ def test_windows_change_nothing_but_rounding(estimator, outputs, monkeypatch):
         for name, values in ours.items():
             assert_equal(values, whole[name], 1e-12)
             assert others is not rows or torch.equal(values.nan_to_num(), values.T.nan_to_num())
-    prepared = features.prepare(rows, by_block=True)
+    prepared = features.prepare(rows, Wanted(stderr=True))
     again = tile_estimates(features, [(prepared, prepared)], spec.meeting, CALIBRATION, spec.scale)
     assert all(
         torch.equal(again[name], tile_estimates(features, [(rows, rows)], spec.meeting, CALIBRATION, spec.scale)[name])
@@ -199,9 +200,9 @@ def test_shared_inputs_give_the_sums_of_all_pairs_of_draws(draws, outputs):
     assert features.shared == {0}
     plain = replace(features, shared=frozenset())
     left, right = all_rows(features, x), all_rows(features, others)
-    for by_block in (False, True):
-        ours, pairs = (f.block_sums(left, right, spec.meeting, by_block=by_block) for f in (features, plain))
-        for name in ("within", "between", "by_block") if by_block else ("within", "between"):
+    for wanted in (Wanted(stderr=False), Wanted(stderr=True)):
+        ours, pairs = (f.block_sums(left, right, spec.meeting, wanted) for f in (features, plain))
+        for name in ("within", "between", "by_block") if wanted.stderr else ("within", "between"):
             assert_equal(getattr(ours, name), getattr(pairs, name), 1e-12)
 
 

@@ -13,6 +13,7 @@ from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products import weighted_products as terms_module
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block, empty_sums
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import (
     Inputs,
     Term,
@@ -63,7 +64,7 @@ def by_sums(features, rows, others, meeting: Meeting, calibration) -> Estimates:
     products = features.block_products(rows, others, meeting)
     blocks = features.num_blocks
     shape = products.shape[2:] if features.pair_blocks else products.shape[1:]
-    sums = empty_sums(shape, blocks, pair_blocks=features.pair_blocks, by_block=True, device=products.device)
+    sums = empty_sums(shape, blocks, Wanted(stderr=True), pair_blocks=features.pair_blocks, device=products.device)
     if features.pair_blocks:
         own = products.diagonal(dim1=0, dim2=1).movedim(-1, 0)
         sums.within, sums.between = own.sum(0), products.sum((0, 1)) - own.sum(0)
@@ -91,7 +92,8 @@ def pieces(request, monkeypatch):
 @pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "sketch"])
 def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
     spec, features, rows, others = small(kind, outputs=outputs)
-    assert features.terms(*(features.prepare(part, by_block=True) for part in (rows, others)), by_block=True)
+    wanted = Wanted(stderr=True)
+    assert features.terms(*(features.prepare(part, wanted) for part in (rows, others)), wanted)
     for calibration in (None, CALIBRATION):
         ours = tile_estimates(features, [(rows, others)], spec.meeting, calibration, "localized")
         truth = by_sums(features, rows, others, spec.meeting, calibration)
@@ -104,7 +106,7 @@ def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
 def test_sketched_tiles_know_their_groups(pieces):
     spec, features, rows, others = small("sketch")
     ours = tile_estimates(features, [(rows, others)], spec.meeting, CALIBRATION, "localized")
-    sums = features.block_sums(rows, others, spec.meeting, by_block=True)
+    sums = features.block_sums(rows, others, spec.meeting, Wanted(stderr=True))
     assert sums.by_group is not None
     assert len(sums.by_group) == features.num_sketch_groups > 1
     assert_equal(sums.by_group.sum(0), sums.between, 1e-12)
@@ -131,8 +133,8 @@ def test_a_tile_of_one_row_set_is_bitwise_symmetric(kind, calibration, pieces):
 def test_products_added_in_place_are_the_sums(kind, scale):
     """Float32 results of float32 features, without standard errors, against sums in float64."""
     spec, features, rows, others = small(kind, dtype=torch.float32)
-    prepared = [features.prepare(part, by_block=False) for part in (rows, others)]
-    assert can_multiply_into(features.terms(*prepared, by_block=False), spec.meeting, torch.float32)
+    prepared = [features.prepare(part, Wanted(stderr=False)) for part in (rows, others)]
+    assert can_multiply_into(features.terms(*prepared, Wanted(stderr=False)), spec.meeting, torch.float32)
     ours = tile_estimates(features, [(rows, others)], spec.meeting, None, scale, dtype=torch.float32)
     truth = tile_estimates(features, [(rows, others)], spec.meeting, None, scale)
     assert truth["plugin"].dtype == torch.float64
@@ -165,7 +167,7 @@ def test_products_are_added_to_what_is_there():
 def test_shares_of_sums_are_those_of_the_statistics():
     generator = torch.Generator().manual_seed(1)
     for pair_blocks in (True, False):
-        sums = empty_sums((3, 4), 5, pair_blocks=pair_blocks, by_block=False, device=torch.device("cpu"))
+        sums = empty_sums((3, 4), 5, Wanted(stderr=False), pair_blocks=pair_blocks, device=torch.device("cpu"))
         for part in sums.parts().values():
             part.copy_(torch.randn(3, 4, generator=generator))
         expected = estimate(sums, None)
@@ -181,7 +183,7 @@ def test_weights_of_slots_and_pairs_of_rows():
     term = Term(a, b, {WITHIN: 1.0, block(1): -2.0}, weights)
     for paired, full in ((False, False), (True, False), (False, True), (True, True)):
         meeting = Meeting(paired=paired, full=full)
-        sums = empty_sums(meeting.shape(6, 6, 2), 4, pair_blocks=True, by_block=True, device=a.device)
+        sums = empty_sums(meeting.shape(6, 6, 2), 4, Wanted(stderr=True), pair_blocks=True, device=a.device)
         add_terms_(sums, [term], meeting)
         rows, columns = (a * weights).transpose(1, 2).flatten(2), b.transpose(1, 2).flatten(2)
         expected = meeting.outputs(rows, columns)
@@ -208,7 +210,7 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
         Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}),
     ]
     meeting = Meeting(full=full, paired=paired)
-    sums = empty_sums(meeting.shape(6, 6, 2), 4, pair_blocks=True, by_block=False, device=torch.device("cpu"))
+    sums = empty_sums(meeting.shape(6, 6, 2), 4, Wanted(stderr=False), pair_blocks=True, device=torch.device("cpu"))
     add_terms_(sums, terms, meeting)
     expected = {WITHIN: 0.0, BETWEEN: 0.0}
     for term in terms:
@@ -228,7 +230,7 @@ def test_blocks_that_agree_have_no_error_at_all():
     whole = Term(
         same.sum(1, keepdim=True), same.sum(1, keepdim=True), {BETWEEN: 1.0} | {block(r): 0.25 for r in range(4)}
     )
-    form = empty_sums((0, 0), 4, pair_blocks=True, by_block=True, device=same.device)
+    form = empty_sums((0, 0), 4, Wanted(stderr=True), pair_blocks=True, device=same.device)
     for _, sums in TermSums([whole, *products], Meeting(), form).stripes():
         stderr = estimate(sums, CALIBRATION).stderr
         assert stderr is not None

@@ -21,6 +21,7 @@ from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import BlockSums, Meeting
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import calibrate, estimate
 from tests.harness.many_seeds import Problem, check
@@ -94,7 +95,7 @@ def estimates(features: GradientFeatures, seeds: range) -> tuple[Array, Array]:
     rows = torch.stack([filled_in(one)["sketch"] for one in own])  # (T, n, R, k)
     left, right = rows.repeat_interleave(3, 1).flatten(0, 1), rows.repeat(1, 3, 1, 1).flatten(0, 1)
     pair, meeting = ({"sketch": left}, {"sketch": right}), Meeting(paired=True)
-    sums = features.block_sums(*pair, meeting, by_block=True)
+    sums = features.block_sums(*pair, meeting, Wanted(stderr=True))
     products = features.block_products(*pair, meeting)
     results = []
     for part in torch.arange(len(left)).split(9):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import FeatureMap, slice_rows
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import Calibration
 from nntk_dist.statistics.tile_estimates import mirror_, tile_estimates
@@ -100,7 +101,7 @@ def test_one_portion_of_outputs_is_forgotten_before_the_next_is_made():
         def __iter__(self):
             for column in range(3):
                 rows = features.compute(x, torch.arange(len(x)), range(16), (column,))
-                prepared = features.prepare(rows, by_block=True)
+                prepared = features.prepare(rows, Wanted(stderr=True))
                 made.extend(weakref.ref(values) for part in (rows, prepared) for values in part.values())
                 yield prepared, prepared
                 del rows, prepared

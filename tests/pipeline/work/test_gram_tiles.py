@@ -14,6 +14,7 @@ from torch import nn
 from nntk_dist.errors import NNTKError
 from nntk_dist.products import metric as metric_products
 from nntk_dist.products.block_sums import Meeting
+from nntk_dist.products.wanted import Side
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.array_table import StoredArray
 from pipeline.storage.kernel_arrays import KernelArrays
@@ -64,10 +65,10 @@ def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr
         made.append(None)
         return times(*arguments)
 
-    def noted_rows(self, interval, part, *, only_rows=False):
+    def noted_rows(self, interval, part, side=Side.BOTH):
         before = len(made)
-        result = rows_of(self, interval, part, only_rows=only_rows)
-        (rows if only_rows else columns).append((interval, len(made) - before))
+        result = rows_of(self, interval, part, side)
+        (rows if side == Side.ROWS else columns).append((interval, len(made) - before))
         return result
 
     monkeypatch.setattr("pipeline.decisions.layout.FEATURE_CACHE_BYTES", 0)

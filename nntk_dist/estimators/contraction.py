@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from nntk_dist.layers.capture import Site, SitePlan
+from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.spec import KernelSpec
@@ -160,23 +160,23 @@ def _means_cost(num_parameters: int, setting: Setting) -> Cost:
 
 def _layered_cost(model: nn.Module, plan: SitePlan, site: Site, setting: Setting) -> Cost:
     inputs, units = linear_widths(model, site.module, site.attributes)
-    if setting.pair_blocks and site.module in plan.shared:
+    if setting.pair_blocks and site.module in plan.input_layers:
         operations = inputs + setting.products * setting.copies * units
         return Cost(operations, setting.num_draws * (inputs + setting.outputs_at_once * units))
     if plan.readout == site.module:
         return Cost(setting.products * inputs, setting.slots * inputs)
-    shared = shares_slopes(plan, site, full=setting.full)
+    shared = shares_derivatives(plan, site, full=setting.full)
     return Cost(
         setting.pairs * (inputs + (1 if shared else setting.copies) * units + PAIR_OPERATIONS),
         setting.num_draws * (inputs + setting.outputs_at_once * units),
     )
 
 
-def shares_slopes(plan: SitePlan, site: Site, *, full: bool) -> bool:
+def shares_derivatives(plan: SitePlan, site: Site, *, full: bool) -> bool:
     """Whether a layer's output gradients count once for all outputs (`nntk_dist.layers.penultimate`): where products
     are summed over these.
     """
-    return plan.slopes is not None and plan.slopes.module == site.module and not full
+    return plan.output_layers is not None and plan.output_layers.module == site.module and not full
 
 
 def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:

@@ -22,10 +22,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.estimators.contraction import linear_widths, shares_slopes
-from nntk_dist.layers.capture import Recording, Site, SitePlan, add_dense_gradients_, write_extended_input
+from nntk_dist.estimators.contraction import linear_widths, shares_derivatives
 from nntk_dist.layers.penultimate import pair_weights
-from nntk_dist.layers.readout import add_readout_, bare_slopes_of_pass, slopes_of_pass
+from nntk_dist.layers.per_example import add_dense_gradients_, write_extended_input
+from nntk_dist.layers.readout import activation_derivatives_of_pass, add_readout_, derivatives_of_pass
+from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import KEPT_BYTES, Projector, Sketch
 from nntk_dist.layers.sketched_gradients import Pass, sketched_gradients
 from nntk_dist.models.evaluation import Evaluator, check_finite, moved_in_place
@@ -57,10 +59,10 @@ class GradientFeatures:
 
     The parameters of `sketched`, a plan without outer sites, are in `sketch` alone: where blocks are paired only.
     `sums_outputs` is for kernels that sum products over the outputs at hand: what outputs share is then kept once.
-    `shared` numbers the outer sites whose h̃ no draw changes (`nntk_dist.layers.input_layers`): where blocks are
-    paired, these meet as mean output gradients, R products of δ instead of S². `sloped` and `readout` number those two
-    of `nntk_dist.layers.penultimate` where blocks are paired and outputs summed: the former keeps φ'(a), which all
-    outputs share and which come with the first of them; the latter block means of h̃.
+    `shared` numbers the outer sites whose h̃ no draw changes (`nntk_dist.layers.site_trial`): where blocks are
+    paired, these meet as mean output gradients, R products of δ instead of S². `penultimate` and `readout` number
+    the layers of `nntk_dist.layers.penultimate` where blocks are paired and outputs summed: the former keeps φ'(a),
+    which all outputs share and which come with the first of them; the latter block means of h̃.
     """
 
     evaluator: Evaluator
@@ -73,7 +75,7 @@ class GradientFeatures:
     sketched: SitePlan | None = None
     sums_outputs: bool = False
     shared: frozenset[int] = frozenset()
-    sloped: int | None = None
+    penultimate: int | None = None
     readout: int | None = None
 
     @property
@@ -133,10 +135,10 @@ class GradientFeatures:
                 shape = (self.num_blocks, 1, inputs)
                 specs.append(ArraySpec("readout", ("block", "joint_output", "readout_unit"), shape))
                 continue
-            if index == self.sloped and self.columns[0] not in columns:
+            if index == self.penultimate and self.columns[0] not in columns:
                 inputs = units = 0  # products of no length add nothing
             specs.append(ArraySpec(f"input_{index}", ("draw", f"input_unit_{index}"), (self.num_draws, inputs)))
-            axis, length = ("joint_output", 1) if self._is_sloped(index) else ("output", num_outputs)
+            axis, length = ("joint_output", 1) if self._is_penultimate(index) else ("output", num_outputs)
             shape = (self.num_draws, length, units)
             specs.append(ArraySpec(f"gradient_{index}", ("draw", axis, f"unit_{index}"), shape))
         if self.num_dense:
@@ -229,12 +231,12 @@ class GradientFeatures:
             if not gradients.numel():
                 continue
             write_extended_input(site, call.h, rows[f"input_{index}"][:, place])
-            if index == self.sloped:
-                gradients[:, 0] = self._bare_slopes(recording, passed, delta)[: len(gradients)]
-            elif self._is_sloped(index):
-                assert passed.slopes is not None
+            if index == self.penultimate:
+                gradients[:, 0] = self._activation_derivatives(recording, passed, delta)[: len(gradients)]
+            elif self._is_penultimate(index):
+                assert passed.derivatives is not None
                 assert passed.shares is not None
-                torch.mul(passed.slopes[: len(gradients)], passed.shares.norm(dim=0), out=gradients[:, 0])
+                torch.mul(passed.derivatives[: len(gradients)], passed.shares.norm(dim=0), out=gradients[:, 0])
             else:
                 gradients.copy_(delta.flatten(2)[: len(gradients)])
         if "dense" in rows:
@@ -248,47 +250,47 @@ class GradientFeatures:
     def _sites(self) -> tuple[Site, ...]:
         return (*self.plan.outer, *self.plan.dense, *(() if self.sketched is None else self.sketched.dense))
 
-    def _is_sloped(self, index: int) -> bool:
+    def _is_penultimate(self, index: int) -> bool:
         """Whether a layered site's gradients are kept as one number a unit, for all outputs."""
         if self.pair_blocks:
-            return index == self.sloped
-        return shares_slopes(self.plan, self.plan.outer[index], full=not self.sums_outputs)
+            return index == self.penultimate
+        return shares_derivatives(self.plan, self.plan.outer[index], full=not self.sums_outputs)
 
     @cached_property
     def _pair_weights(self) -> Float[Tensor, "s t o"]:
-        """What slopes of two draws are multiplied by."""
-        assert self.plan.slopes is not None
+        """What derivatives of two draws are multiplied by."""
+        assert self.plan.output_layers is not None
         assert self.drawing is not None
         model, space = self.evaluator.model, self.evaluator.space
-        weights = pair_weights(model, self.plan.slopes.readout, space, self.drawing, self.columns)
+        weights = pair_weights(model, self.plan.output_layers.readout, space, self.drawing, self.columns)
         return weights.to(next(iter(space.values(model).values())).dtype)
 
     @property
     def pair_weight_bytes(self) -> int:
         """What the weights of pairs of draws take, in float64 and in the model's type."""
-        if self.sloped is None:
+        if self.penultimate is None:
             return 0
-        model, site = self.evaluator.model, self.plan.outer[self.sloped]
+        model, site = self.evaluator.model, self.plan.outer[self.penultimate]
         item = next(iter(self.evaluator.space.values(model).values())).element_size()
         return (8 + item) * self.num_draws**2 * linear_widths(model, site.module, site.attributes)[1]
 
-    def _bare_slopes(self, recording: Recording, passed: Pass, delta: Tensor) -> Float[Tensor, "n o"]:
-        """Slopes for pairs of draws: by all outputs, since those at hand need not take something of every unit."""
-        model, pair = self.evaluator.model, self.plan.slopes
+    def _activation_derivatives(self, recording: Recording, passed: Pass, delta: Tensor) -> Float[Tensor, "n o"]:
+        """Derivatives for pairs of draws, from all outputs: the ones at hand need not depend on every unit."""
+        model, pair = self.evaluator.model, self.plan.output_layers
         assert pair is not None
         if tuple(passed.columns) != self.columns:
             (delta,) = recording.gradients(self.columns)[pair.module]
-        return bare_slopes_of_pass(model, pair, recording, delta, self.columns)
+        return activation_derivatives_of_pass(model, pair, recording, delta, self.columns)
 
     def _passed(self, x: Tensor, recording: Recording, columns: Sequence[int]) -> Pass:
-        """What one pass gives, with the slopes of the layer before the readout."""
+        """What one pass gives, with the derivatives of the layer before the readout."""
         deltas, parameters = recording.gradients(columns), self.evaluator.space.values(self.evaluator.model)
-        plain, pair = Pass(x, recording, deltas, parameters, columns), self.plan.slopes
+        plain, pair = Pass(x, recording, deltas, parameters, columns), self.plan.output_layers
         if pair is None or not self.sums_outputs:
             return plain
         (delta,) = deltas[pair.module]
-        slopes, shares = slopes_of_pass(self.evaluator.model, pair, recording, delta, columns)
-        return replace(plain, sloped=pair.module, slopes=slopes, shares=shares)
+        derivatives, shares = derivatives_of_pass(self.evaluator.model, pair, recording, delta, columns)
+        return replace(plain, penultimate=pair.module, derivatives=derivatives, shares=shares)
 
     def _named(self, dense: Float[Tensor, "n c k"]) -> dict[str, Float[Tensor, "n c ..."]]:
         """The formed gradients of one slot by parameter, as views."""
@@ -336,7 +338,7 @@ class GradientFeatures:
         if not indices:
             return None
         inputs, gradients = (tuple(rows[f"{kind}_{i}"] for i in indices) for kind in ("input", "gradient"))
-        return Layered(inputs, gradients, tuple(self._pair_weights if i == self.sloped else None for i in indices))
+        return Layered(inputs, gradients, tuple(self._pair_weights if i == self.penultimate else None for i in indices))
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         rows, others = (self.prepare(part, wanted) for part in (rows, others))

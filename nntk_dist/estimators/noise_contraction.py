@@ -50,7 +50,7 @@ def noise_contraction(
     setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == "full")
     formed, costs = set[str](), dict[str, Cost]()
     for each in plan.noisy:
-        layered, means = _layered_cost(each, setting), _means_cost(each, setting)
+        layered, means = _noise_layered_cost(each, setting), _noise_means_cost(each, setting)
         cheaper = means.operations < layered.operations and means.numbers <= _MOST_MEMORY * layered.numbers
         if spec.contraction == "means" or (spec.contraction != "layered" and cheaper):
             formed.add(each.module)
@@ -66,12 +66,12 @@ def noise_contraction(
     return NoiseContraction(frozenset(formed) - sketched, sketched, num_columns if sketched else 0, forms_weight_space)
 
 
-def _layered_cost(each: NoiseSite, setting: Setting) -> Cost:
+def _noise_layered_cost(each: NoiseSite, setting: Setting) -> Cost:
     widths = each.width + each.units
     return Cost(setting.pairs * each.rank**2 * widths, setting.num_draws * each.rank * widths)
 
 
-def _means_cost(each: NoiseSite, setting: Setting) -> Cost:
+def _noise_means_cost(each: NoiseSite, setting: Setting) -> Cost:
     return Cost(
         setting.products * setting.copies * each.num_parameters,
         setting.num_blocks * setting.num_outputs * each.num_parameters,

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.layers.low_rank_passes import SharedProduct
+from nntk_dist.layers.low_rank_passes import LowRankPasses
 from nntk_dist.models.evaluation import Evaluator, check_finite, output_index
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.products.features import ArraySpec, Rows
@@ -52,7 +52,7 @@ class DifferenceFeatures:
     shows_unresolved: bool = True
     num_sketch_groups: int = 0
     attention: Attention | None = None
-    product: SharedProduct | None = None
+    product: LowRankPasses | None = None
 
     @property
     def num_draws(self) -> int:

@@ -8,7 +8,7 @@ No kernels here.
 Axes: s draws, n examples, t positions, i/u inputs and units of a layer, r rank, c outputs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nntk_dist.errors import NNTKError
+from nntk_dist.layers.hooks import AfterHook, hooked
 from nntk_dist.models.evaluation import Evaluator, draws_at_once, in_float64, outputs
 from nntk_dist.models.parameters import aliases
 from nntk_dist.runtime.batches import in_batches
@@ -23,14 +24,14 @@ from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.laws import LowRank
 
-Factors = tuple[Float[Tensor, "s u r"], Float[Tensor, "s i r"] | None]
+DrawFactors = tuple[Float[Tensor, "s u r"], Float[Tensor, "s i r"] | None]
 _EXAMPLES = 3
 _AGREEMENT = 1e3  # in units of rounding, relative to the largest output
 
 
 @dataclass(frozen=True)
-class SharedProduct:
-    """Perturbed passes of a model whose selected parameters all belong to Linear layers; see `shared_product`."""
+class LowRankPasses:
+    """Perturbed passes of a model whose selected parameters all belong to Linear layers; see `find_low_rank_passes`."""
 
     evaluator: Evaluator
     drawing: Drawing
@@ -65,23 +66,16 @@ class SharedProduct:
         assert result is not None
         return result
 
-    def _pass(self, x: Tensor, factors: Mapping[str, Factors], draws: slice) -> Float[Tensor, "s n c"]:
+    def _pass(self, x: Tensor, factors: Mapping[str, DrawFactors], draws: slice) -> Float[Tensor, "s n c"]:
         """One batch under some draws, draw by draw along the rows of one pass."""
         model, count = self.evaluator.model, draws.stop - draws.start
-        handles = [
-            module.register_forward_hook(_moved(*(factors.get(name) for name in _names(path)), count=count))
-            for path, module in _linears(model).items()
-        ]
-        try:
-            with torch.no_grad():
-                values = outputs(model, x.repeat(count, *[1] * (x.ndim - 1)))
-        finally:
-            for handle in handles:
-                handle.remove()
+        moved = {path: _moved(*(factors.get(name) for name in _names(path)), count=count) for path in _linears(model)}
+        with hooked(model, after=moved), torch.no_grad():
+            values = outputs(model, x.repeat(count, *[1] * (x.ndim - 1)))
         return values.unflatten(0, (count, len(x)))
 
 
-def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedProduct | None:
+def find_low_rank_passes(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> LowRankPasses | None:
     """Shared products for a stacked evaluator and low-rank draws, or None where the model does not allow them.
 
     It does where every selected parameter is the weight or bias of one Linear layer, and a few examples come out as
@@ -94,7 +88,7 @@ def shared_product(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> SharedP
     groups = aliases(evaluator.model)
     if any(name not in names or len(groups[name]) > 1 for name in evaluator.space.names):
         return None
-    return SharedProduct(evaluator, drawing) if _agrees(evaluator, drawing, x[:_EXAMPLES]) else None
+    return LowRankPasses(evaluator, drawing) if _agrees(evaluator, drawing, x[:_EXAMPLES]) else None
 
 
 def _agrees(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> bool:
@@ -110,7 +104,7 @@ def _agrees(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> bool:
         parts.append(replace(exact, stacked=False).perturbed(x, z))
     expected = torch.cat(parts)
     try:
-        difference = (SharedProduct(exact, drawing).perturbed(x, draws) - expected).abs().max()
+        difference = (LowRankPasses(exact, drawing).perturbed(x, draws) - expected).abs().max()
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -128,21 +122,21 @@ def _names(path: str) -> tuple[str, str]:
     return f"{prefix}weight", f"{prefix}bias"
 
 
-def _of_draws(factors: Factors, part: slice) -> Factors:
+def _of_draws(factors: DrawFactors, part: slice) -> DrawFactors:
     left, right = factors
     return left[part], None if right is None else right[part]
 
 
-def _moved(weight: Factors | None, bias: Factors | None, *, count: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _moved(weight: DrawFactors | None, bias: DrawFactors | None, *, count: int) -> AfterHook:
     """A hook that adds a layer's own part of every draw to its output."""
 
-    def hook(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    def add(h: Tensor, out: Tensor) -> Tensor:
         by_draw = out.reshape(count, -1, out.shape[-1])
         if weight is not None and weight[1] is not None:
-            h = args[0].reshape(count, by_draw.shape[1], -1)
+            h = h.reshape(count, by_draw.shape[1], -1)
             by_draw = torch.baddbmm(by_draw, h @ weight[1], weight[0].mT)
         if bias is not None:
             by_draw = by_draw + bias[0].mT
         return by_draw.reshape(out.shape)
 
-    return hook
+    return add

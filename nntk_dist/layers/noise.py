@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.layers.capture import Site
+from nntk_dist.layers.hooks import AfterHook, hooked
+from nntk_dist.layers.rules.convolution import patches
+from nntk_dist.layers.sites import Site
 from nntk_dist.models.evaluation import outputs
 
 # (input of a layer, its output) -> what is added to the output, or None where the call is only looked at
@@ -49,9 +50,7 @@ class NoiseSite:
 def layer_vectors(module: nn.Module, site: Site, h: Tensor) -> Float[Tensor, "n t i"]:
     """H̃: the vectors that the selected weight multiplies, a 1 behind each where the bias is selected."""
     if isinstance(module, nn.Conv2d):
-        assert not isinstance(module.padding, str)
-        unfolded = functional.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
-        vectors = unfolded.transpose(1, 2)
+        vectors = patches(module, h).transpose(1, 2)
     else:
         vectors = h.reshape(len(h), -1, h.shape[-1])
     parts = [vectors] if "weight" in site.attributes else []
@@ -89,21 +88,16 @@ def shifted_outputs(
     """
     calls = dict.fromkeys(shifts, 0)
 
-    def hook_for(path: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+    def shifted(path: str) -> AfterHook:
+        def add(h: Tensor, out: Tensor) -> Tensor:
             calls[path] += 1
-            added = shifts[path](args[0] if args else next(iter(kwargs.values())), out)
+            added = shifts[path](h, out)
             return out if added is None else out + added
 
-        return hook
+        return add
 
-    handles = [model.get_submodule(path).register_forward_hook(hook_for(path), with_kwargs=True) for path in shifts]
-    try:
-        with torch.no_grad():
-            values = outputs(model, x, parameters)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, after={path: shifted(path) for path in shifts}), torch.no_grad():
+        values = outputs(model, x, parameters)
     for path, count in calls.items():
         if count != 1:
             raise NNTKError(

@@ -17,9 +17,11 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.layers.capture import Site
+from nntk_dist.layers.hooks import AfterHook, hooked
 from nntk_dist.layers.noise import NoiseSite, as_output, layer_vectors, shifted_outputs
+from nntk_dist.layers.recording import Call
 from nntk_dist.layers.rules import rule_for
+from nntk_dist.layers.sites import Site
 from nntk_dist.models.evaluation import in_float64, outputs
 from nntk_dist.models.noise import agreement, fixed_noise
 from nntk_dist.models.parameters import ParameterSpace, aliases
@@ -71,32 +73,15 @@ def plan_noise(model: nn.Module, space: ParameterSpace, x: Tensor) -> NoisePlan:
     return NoisePlan(noisy, readout, tuple(name for name in space.names if name not in covered))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module in a trial pass."""
-
-    h: Tensor
-    out: Tensor
-
-
-def _calls(model: nn.Module, paths: tuple[str, ...], x: Tensor) -> dict[str, list[_Call]]:
+def _calls(model: nn.Module, paths: tuple[str, ...], x: Tensor) -> dict[str, list[Call]]:
     """Every call of some modules in a pass at θ."""
-    calls: dict[str, list[_Call]] = {path: [] for path in paths}
+    calls: dict[str, list[Call]] = {path: [] for path in paths}
 
-    def hook_for(path: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
-            source = args[0] if args else next(iter(kwargs.values()))
-            calls[path].append(_Call(source.clone(), out.clone()))
+    def keep(path: str) -> AfterHook:
+        return lambda h, out: calls[path].append(Call(h.clone(), out.clone()))
 
-        return hook
-
-    handles = [model.get_submodule(path).register_forward_hook(hook_for(path), with_kwargs=True) for path in paths]
-    try:
-        with torch.no_grad():
-            outputs(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, after={path: keep(path) for path in paths}), torch.no_grad():
+        outputs(model, x)
     return calls
 
 
@@ -128,7 +113,7 @@ def _candidates(model: nn.Module, space: ParameterSpace, x: Tensor) -> tuple[Noi
     return tuple(candidates)
 
 
-def _holds_rows(model: nn.Module, call: _Call, turned: _Call, num_examples: int) -> bool:
+def _holds_rows(model: nn.Module, call: Call, turned: Call, num_examples: int) -> bool:
     """Whether the leading axis of what goes in and comes out is the examples: turning them round turns it round."""
     for values, others in ((call.h, turned.h), (call.out, turned.out)):
         if values.ndim < 2 or len(values) != num_examples or others.shape != (num_examples - 1, *values.shape[1:]):

@@ -1,4 +1,4 @@
-"""The layer before the readout: its output gradients δ_c = W_c ⊙ φ'(a) share the slopes φ'(a), one number a unit.
+"""The layer before the readout: its output gradients δ_c = W_c ⊙ φ'(a) share the derivatives φ'(a), one number a unit.
 
 So it is where the model's output is a Linear W of φ(a), φ a function of each unit by itself: then Σ_c ⟨δ_c, δ'_c⟩ is
 one product of the layer's width, not C of them: under two draws, Σ_j φ'_s(a)_j w_st,j φ'_t(a')_j. Whether the model is
@@ -9,13 +9,13 @@ Axes: n examples, s/t draws, c outputs, o units.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from nntk_dist.layers.sites import OutputLayers
 from nntk_dist.models.evaluation import output_index
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.sampling.draws import Drawing
@@ -31,15 +31,7 @@ _LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # a Linear on vectors, with a
 _WEIGHT_ELEMENTS = 1 << 24  # of the readout's weights under all draws, held at a time
 
 
-@dataclass(frozen=True)
-class Slopes:
-    """The module of the layer, and that of the readout."""
-
-    module: str
-    readout: str
-
-
-def find_slopes(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]) -> Slopes | None:
+def find_output_layers(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]) -> OutputLayers | None:
     """The two layers in the graph of one pass, None where the model has no such end.
 
     `outs` are the outputs of Linear layers that were called once, on one vector an example; each was copied before
@@ -50,7 +42,7 @@ def find_slopes(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]) -> Sl
         return None
     source = _before(node.next_functions[_LINEAR[node.name()]][0], _COPIES | _BY_UNIT, outs)
     module = _name_of(source, outs)
-    return None if module is None else Slopes(module, readout)
+    return None if module is None else OutputLayers(module, readout)
 
 
 def find_readout(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]) -> str | None:
@@ -74,25 +66,25 @@ def _name_of(node: Any, outs: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def shared_slopes(
+def shared_derivatives(
     delta: Float[Tensor, "n c o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
-    """Slopes s and shares B, at most 1, with δ_c = B_c ⊙ s, from δ and the readout's W.
+    """Derivatives s and shares B, at most 1, with δ_c = B_c ⊙ s, from δ and the readout's W.
 
     A unit's slope is its δ for the output in which its weight is the largest.
     """
     weight = weight[output_index(columns)]
     largest, strongest = _strongest(weight)
-    slopes = delta.gather(1, largest.expand(len(delta), 1, -1))[:, 0]
-    return slopes, weight / torch.where(strongest == 0, 1.0, strongest)
+    derivatives = delta.gather(1, largest.expand(len(delta), 1, -1))[:, 0]
+    return derivatives, weight / torch.where(strongest == 0, 1.0, strongest)
 
 
-def bare_slopes(
-    slopes: Float[Tensor, "n o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
+def activation_derivatives(
+    derivatives: Float[Tensor, "n o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
 ) -> Float[Tensor, "n o"]:
-    """φ'(a), from the slopes that `shared_slopes` gives; 0 for a unit that none of these outputs takes anything of."""
+    """Compute φ'(a) from what `shared_derivatives` gives; 0 for units with no weight to any of these outputs."""
     strongest = _strongest(weight[output_index(columns)])[1][0]
-    return torch.where(strongest == 0, 0.0, slopes / torch.where(strongest == 0, 1.0, strongest))
+    return torch.where(strongest == 0, 0.0, derivatives / torch.where(strongest == 0, 1.0, strongest))
 
 
 def pair_weights(

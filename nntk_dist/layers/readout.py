@@ -1,4 +1,4 @@
-"""The last two layers in one pass: slopes of the layer before the readout, inputs of the readout.
+"""The last two layers in one pass: derivatives of the layer before the readout, inputs of the readout.
 
 What was found when the model was tried on a few examples (`nntk_dist.layers.penultimate`) is looked for again in every
 pass, and where it is not there the pass is refused. No draws and no kernels here.
@@ -14,28 +14,36 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.layers.capture import Recording, Site, write_extended_input
-from nntk_dist.layers.penultimate import Slopes, bare_slopes, find_readout, find_slopes, shared_slopes
+from nntk_dist.layers.penultimate import (
+    OutputLayers,
+    activation_derivatives,
+    find_output_layers,
+    find_readout,
+    shared_derivatives,
+)
+from nntk_dist.layers.per_example import write_extended_input
+from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.sites import Site
 
 
-def slopes_of_pass(
-    model: nn.Module, pair: Slopes, recording: Recording, delta: Float[Tensor, "n c ..."], columns: Sequence[int]
+def derivatives_of_pass(
+    model: nn.Module, pair: OutputLayers, recording: Recording, delta: Float[Tensor, "n c ..."], columns: Sequence[int]
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
-    """Slopes and shares of the layer before the readout, of δ for the outputs `columns`.
+    """Derivatives and shares of the layer before the readout, of δ for the outputs `columns`.
 
     Raises: NNTKError where this pass does not end as the pair says.
     """
-    if find_slopes(recording.outputs, recording.outs([pair.module, pair.readout])) != pair:
+    if find_output_layers(recording.outputs, recording.outs([pair.module, pair.readout])) != pair:
         raise _another_way(pair.module)
-    return shared_slopes(delta.flatten(2), readout_weight(model, pair), columns)
+    return shared_derivatives(delta.flatten(2), readout_weight(model, pair), columns)
 
 
-def bare_slopes_of_pass(
-    model: nn.Module, pair: Slopes, recording: Recording, delta: Float[Tensor, "n c ..."], columns: Sequence[int]
+def activation_derivatives_of_pass(
+    model: nn.Module, pair: OutputLayers, recording: Recording, delta: Float[Tensor, "n c ..."], columns: Sequence[int]
 ) -> Float[Tensor, "n o"]:
     """φ'(a), which all outputs share: δ is to be for all of those that take something of any unit."""
-    slopes, _ = slopes_of_pass(model, pair, recording, delta, columns)
-    return bare_slopes(slopes, readout_weight(model, pair), columns)
+    derivatives, _ = derivatives_of_pass(model, pair, recording, delta, columns)
+    return activation_derivatives(derivatives, readout_weight(model, pair), columns)
 
 
 def add_readout_(sums: Float[Tensor, "m i"], site: Site, recording: Recording, num_outputs: int) -> None:
@@ -51,7 +59,7 @@ def add_readout_(sums: Float[Tensor, "m i"], site: Site, recording: Recording, n
     sums.add_(h, alpha=math.sqrt(num_outputs))
 
 
-def readout_weight(model: nn.Module, pair: Slopes) -> Float[Tensor, "C o"]:
+def readout_weight(model: nn.Module, pair: OutputLayers) -> Float[Tensor, "C o"]:
     """W, at the model's present parameters."""
     weight = model.get_submodule(pair.readout).weight
     assert isinstance(weight, Tensor)

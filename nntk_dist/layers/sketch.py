@@ -144,7 +144,7 @@ class Projector:
         return columns[:, 0] if self.sketch.joint else columns
 
     def forget_weights(self) -> None:
-        """Before the model's parameters move: what `add_slopes_` made of a readout's weights belongs to them."""
+        """Before the model's parameters move: what `add_derivatives_` made of a readout's weights belongs to them."""
         self._folded.clear()
 
     def probes(self, name: str, side: int, length: int, like: Tensor, columns: slice) -> Float[Tensor, "coordinate k"]:
@@ -188,11 +188,11 @@ class Projector:
             right = _complex(self._inputs(name, h, columns, bias))
             _add_products_(total[..., _pairs(columns)], left, right[:, None])
 
-    def add_slopes_(
+    def add_derivatives_(
         self,
         total: Complex[Tensor, "n e m"],
         name: str,
-        slopes: Float[Tensor, "n o"],
+        derivatives: Float[Tensor, "n o"],
         shares: Float[Tensor, "c o"],
         h: Float[Tensor, "n i"],
         bias: str | None = None,
@@ -201,7 +201,7 @@ class Projector:
         if name not in self._folded:
             self._folded[name] = self._folded_probes(name, shares)
         for columns in self.chunks(len(h)):
-            left = _complex(slopes @ self._folded[name][:, columns])
+            left = _complex(derivatives @ self._folded[name][:, columns])
             right = _complex(self._inputs(name, h, columns, bias))
             total[:, 0, _pairs(columns)].addcmul_(left, right)
 

@@ -1,7 +1,7 @@
 """The sketch of a network's gradient, layer by layer, from one pass: which of its parameters are sketched how.
 
 Where a layer's gradient is Σ_t δ_t ⊗ h_t the two sides are projected apart; its bias, if no other layer has the same,
-is one more input. Slopes (`nntk_dist.layers.penultimate`) spare the layer before the readout its outputs. What is
+is one more input. OutputLayers (`nntk_dist.layers.penultimate`) spare the layer before the readout its outputs. What is
 shared is summed over its uses. What a sketch is, `nntk_dist.layers.sketch` says; here are no draws and no kernels.
 
 Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex columns, e sketches (1 where joint, else c).
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from nntk_dist.layers.capture import Call, Recording, Site, SitePlan, whole_gradients
-from nntk_dist.layers.rules import factors_for, rule_for
+from nntk_dist.layers.per_example import whole_gradients
+from nntk_dist.layers.recording import Call, Recording
+from nntk_dist.layers.rules import rule_for
+from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import Projector
 
 
@@ -23,7 +25,7 @@ from nntk_dist.layers.sketch import Projector
 class Pass:
     """One pass over a batch: its inputs, the calls, their output gradients, and the parameters that it was made at.
 
-    `slopes` and `shares` are s and B of the layer before the readout, whose name is `sloped`; where it has none, None.
+    `penultimate` names the layer before the readout, `derivatives` and `shares` are its s and B; None if it has none.
     """
 
     x: Tensor
@@ -31,8 +33,8 @@ class Pass:
     deltas: Mapping[str, Sequence[Float[Tensor, "n c ..."]]]
     parameters: Mapping[str, Tensor]
     columns: Sequence[int]
-    sloped: str | None = None
-    slopes: Float[Tensor, "n o"] | None = None
+    penultimate: str | None = None
+    derivatives: Float[Tensor, "n o"] | None = None
     shares: Float[Tensor, "c o"] | None = None
 
 
@@ -62,24 +64,24 @@ def _add_site_(
 ) -> None:
     """Add one call of one module."""
     names, h = dict(site.parameters), call.h
-    factors, rule = factors_for(module), rule_for(module)
+    rule = rule_for(module)
     assert rule is not None
-    if factors is not None:
+    if rule.sides is not None:
         weight, bias = names.get("weight"), names.get("bias")
         joined = bias if weight is not None and bias is not None and uses[bias] == 1 else None
-        if weight is not None and site.module == passed.sloped and projector.sketch.joint:
-            assert passed.slopes is not None
+        if weight is not None and site.module == passed.penultimate and projector.sketch.joint:
+            assert passed.derivatives is not None
             assert passed.shares is not None
-            projector.add_slopes_(total, weight, passed.slopes, passed.shares, h, joined)
+            projector.add_derivatives_(total, weight, passed.derivatives, passed.shares, h, joined)
         elif weight is not None:
-            projector.add_factors_(total, weight, *factors(module, h, delta), joined)
+            projector.add_factors_(total, weight, *rule.sides(module, h, delta), joined)
         if bias is not None and joined is None:
-            projector.add_gradient_(total, bias, factors(module, h, delta)[0].sum(2))
+            projector.add_gradient_(total, bias, rule.sides(module, h, delta)[0].sum(2))
     elif isinstance(module, nn.Embedding):
         tokens = h.reshape(len(h), -1)
         deltas = delta.reshape(*delta.shape[:2], tokens.shape[1], -1)
         projector.add_tokens_(total, names["weight"], deltas, tokens, module.num_embeddings)
     else:
-        gradients = rule(module, passed.parameters, h, delta)
+        gradients = rule.gradients(module, passed.parameters, h, delta)
         for attribute, name in site.parameters:
             projector.add_gradient_(total, name, gradients[attribute])

@@ -16,8 +16,9 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.estimators.contraction import contraction_of
 from nntk_dist.estimators.noise_contraction import noise_contraction
 from nntk_dist.estimators.noisy_passes import MOST_GROUPS
-from nntk_dist.layers.capture import SitePlan, plan_sites
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
+from nntk_dist.layers.site_trial import plan_sites
+from nntk_dist.layers.sites import SitePlan
 from nntk_dist.models.black_box import holds_black_box
 from nntk_dist.models.evaluation import Evaluator, check_finite
 from nntk_dist.models.noise import agreement, check_gradients, noise_text

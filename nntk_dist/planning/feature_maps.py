@@ -11,14 +11,15 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from nntk_dist.estimators.activation_noise import ActivationFeatures
-from nntk_dist.estimators.contraction import contraction_of, shares_slopes
+from nntk_dist.estimators.contraction import contraction_of, shares_derivatives
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.noise_contraction import noise_contraction
 from nntk_dist.estimators.output_differences import DifferenceFeatures
-from nntk_dist.layers.capture import SitePlan, plan_sites
-from nntk_dist.layers.low_rank_passes import shared_product
+from nntk_dist.layers.low_rank_passes import find_low_rank_passes
 from nntk_dist.layers.noise_plan import plan_noise
+from nntk_dist.layers.site_trial import plan_sites
+from nntk_dist.layers.sites import SitePlan
 from nntk_dist.layers.sketch import Sketch, groups_of_columns
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.models.parameters import select_parameters
@@ -67,8 +68,8 @@ def make_feature_map(
         groups = groups_of_columns(chosen.num_columns, spec.blocks)
         sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names, joint=not spec.meeting.full)
     outer = chosen.exact.outer if spec.pair_blocks else ()
-    shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.shared)
-    sloped, readout = _ends(chosen.exact, spec, shared)
+    shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.input_layers)
+    penultimate, readout = _ends(chosen.exact, spec, shared)
     return GradientFeatures(
         evaluator,
         chosen.exact,
@@ -79,21 +80,19 @@ def make_feature_map(
         sketched=chosen.sketched,
         sums_outputs=not spec.meeting.full,
         shared=shared,
-        sloped=sloped,
+        penultimate=penultimate,
         readout=readout,
     )
 
 
 def _ends(plan: SitePlan, spec: KernelSpec, shared: frozenset[int]) -> tuple[int | None, int | None]:
-    """Numbers of the layers that pairs of blocks take from slopes, and from inputs alone: not where inputs are shared,
-    which spares as much.
-    """
-    sloped, readout = None, None
+    """Indices of the outer sites before the readout and of the readout; None if shared inputs save as much."""
+    penultimate, readout = None, None
     for index, site in enumerate(plan.outer if spec.pair_blocks else ()):
         if index not in shared:
-            sloped = index if shares_slopes(plan, site, full=spec.meeting.full) else sloped
+            penultimate = index if shares_derivatives(plan, site, full=spec.meeting.full) else penultimate
             readout = index if plan.readout == site.module else readout
-    return sloped, readout
+    return penultimate, readout
 
 
 def _difference_features(
@@ -114,7 +113,7 @@ def _difference_features(
         attention.try_on(x)
     if forms_means(spec, decision):
         return DifferenceMeans(evaluator, drawing, columns, attention=attention)
-    product = shared_product(evaluator, drawing, x) if attention is None else None
+    product = find_low_rank_passes(evaluator, drawing, x) if attention is None else None
     return DifferenceFeatures(
         evaluator, drawing, columns, spec.pair_blocks, metric, attention=attention, product=product
     )

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.layers.low_rank_passes import shared_product
+from nntk_dist.layers.low_rank_passes import find_low_rank_passes
 from nntk_dist.models.black_box import holds_black_box
 from nntk_dist.models.evaluation import Evaluator, draws_at_once
 from nntk_dist.models.noise import is_random
@@ -95,7 +95,7 @@ def _remembered(_signature: str) -> list[StackingTrial]:
 def _measure(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing) -> StackingTrial:
     """Both ways, drawing included, since a shared product draws less."""
     in_turn, stacked = (Evaluator(model, space, stacked=stack) for stack in (False, True))
-    shared = shared_product(stacked, drawing, x)
+    shared = find_low_rank_passes(stacked, drawing, x)
     unit = drawing.group_size
 
     def pass_with(evaluator: Evaluator, draws: range) -> None:

@@ -25,8 +25,8 @@ Partner = tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]
 class Layered:
     """Outer-product features of one row set: for every layer its inputs h̃ and its output gradients δ, draw by draw.
 
-    Layers with `weights` hold slopes (`nntk_dist.layers.penultimate`): theirs is ⟨δ, w_st ⊙ δ'⟩ for a pair of draws,
-    and only pairs of draws have them.
+    Layers with `weights` hold derivatives (`nntk_dist.layers.penultimate`): theirs is ⟨δ, w_st ⊙ δ'⟩ for a pair of
+    draws, and only pairs of draws have them.
     """
 
     inputs: tuple[Float[Tensor, "n s _"], ...]

@@ -17,6 +17,20 @@ def import_function(location: str, *, what: str) -> Callable[..., Any]:
     Raises:
         NNTKError: the form is wrong, the module cannot be imported, or it holds no such callable.
     """
+    found = import_object(location, what=what)
+    if not callable(found):
+        raise NNTKError(
+            f"{what} 'python:{location}' is a {type(found).__name__}, not a function; name one that is called"
+        )
+    return found
+
+
+def import_object(location: str, *, what: str) -> Any:
+    """Import whatever `location`, of the form `module:name`, names; `name` may be dotted.
+
+    Raises:
+        NNTKError: the form is wrong, the module cannot be imported, or it holds no such name.
+    """
     module_name, _, function_name = location.partition(":")
     if not module_name or not function_name:
         raise NNTKError(f"{what} 'python:{location}' has the wrong form; write python:module:function")
@@ -32,10 +46,6 @@ def import_function(location: str, *, what: str) -> Callable[..., Any]:
         found = getattr(found, name, None)
         if found is None:
             raise NNTKError(f"{what} 'python:{location}': '{module_name}' has no '{function_name}'{near}")
-    if not callable(found):
-        raise NNTKError(
-            f"{what} 'python:{location}' is a {type(found).__name__}, not a function; name one that is called"
-        )
     return found
 
 

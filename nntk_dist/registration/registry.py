@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from nntk_dist.errors import ArgumentError, nearest_name
-from nntk_dist.registration.callables import import_function
+from nntk_dist.registration.callables import import_object
 
 PYTHON = "python:"
 
@@ -73,4 +73,4 @@ class Registry(Generic[Entry]):
         raise ArgumentError(f"{self.kind} is '{name}'; allowed: {', '.join(names)}{nearest_name(name, names)}")
 
     def _imported(self, location: str) -> Any:
-        return import_function(location, what=self.kind)
+        return import_object(location, what=self.kind)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import nn
 
+from nntk_dist.layers.hooks import hooked
 from nntk_dist.models.evaluation import outputs
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
@@ -44,21 +45,17 @@ _OUTPUT_BYTES = 256 << 20  # features of one row set held at once when they are 
 
 
 def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
-    """Numbers that the leaf modules of a model put out for one example: what a batch's memory is proportional to."""
+    """Count the numbers that a model's leaf modules put out for one example; a batch's memory is proportional to it."""
     count = 0
 
-    def add(_module: nn.Module, _args: object, out: object) -> None:
+    def add(h: object, out: object) -> None:
         nonlocal count
         if isinstance(out, torch.Tensor):
             count += out.numel()
 
-    handles = [m.register_forward_hook(add) for m in model.modules() if not list(m.children())]
-    try:
-        with torch.no_grad():
-            outputs(model, x[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    leaves = {path: add for path, module in model.named_modules() if not list(module.children())}
+    with hooked(model, after=leaves), torch.no_grad():
+        outputs(model, x[:1])
     return max(count, x[:1].numel())
 
 

@@ -14,7 +14,8 @@ from nntk_dist import nonlocal_kernel
 from nntk_dist.errors import NNTKError
 from nntk_dist.estimators.contraction import Contraction, Setting, choose_contraction
 from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.layers.capture import SitePlan, plan_sites
+from nntk_dist.layers.site_trial import plan_sites
+from nntk_dist.layers.sites import SitePlan
 from nntk_dist.layers.sketch import Sketch
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec

@@ -13,7 +13,7 @@ import torch
 from nntk_dist.estimators.gradients import GradientFeatures, feature_bytes
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
-from nntk_dist.layers.capture import plan_sites
+from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.models.evaluation import Evaluator, moved_in_place, outputs
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from nntk_dist import local_kernel
 from nntk_dist.estimators.activation_noise import ActivationFeatures
 from nntk_dist.estimators.noise_contraction import noise_contraction
-from nntk_dist.layers.capture import Site
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
+from nntk_dist.layers.sites import Site
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import NNTKError, local_kernel, nonlocal_kernel
-from nntk_dist.layers.capture import plan_sites, whole_gradients
+from nntk_dist.layers.per_example import whole_gradients
+from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.runtime.memory import is_out_of_memory

@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from nntk_dist import Dropout, NNTKError, averaged_kernel, local_kernel
 from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.layers.capture import Recording, Site, plan_sites
-from nntk_dist.layers.penultimate import Slopes, bare_slopes, find_slopes, pair_weights, shared_slopes
+from nntk_dist.layers.penultimate import (
+    OutputLayers,
+    activation_derivatives,
+    find_output_layers,
+    pair_weights,
+    shared_derivatives,
+)
+from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.site_trial import plan_sites
+from nntk_dist.layers.sites import Site
 from nntk_dist.models.evaluation import moved_in_place, prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.products.features import slice_rows
@@ -61,10 +69,10 @@ def network(*between: nn.Module, bias: bool = True) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), *between, nn.Linear(5, 3, bias=bias)).double().eval().requires_grad_(False)
 
 
-def found(model: nn.Module) -> Slopes | None:
+def found(model: nn.Module) -> OutputLayers | None:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     recording = Recording(model, [Site(name, ()) for name in names], torch.randn(6, 4, dtype=torch.float64))
-    return find_slopes(recording.outputs, recording.outs(names))
+    return find_output_layers(recording.outputs, recording.outs(names))
 
 
 @pytest.mark.parametrize(
@@ -82,9 +90,9 @@ def found(model: nn.Module) -> Slopes | None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_functions_of_single_units_are_seen_through(between, bias):
     model = network(*between, bias=bias)
-    assert found(model) == Slopes("0", str(len(between) + 1))
+    assert found(model) == OutputLayers("0", str(len(between) + 1))
     deeper = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), model).double().requires_grad_(False)
-    assert found(deeper) == Slopes("2.0", f"2.{len(between) + 1}")
+    assert found(deeper) == OutputLayers("2.0", f"2.{len(between) + 1}")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +115,7 @@ def test_slopes_and_shares_give_the_gradients_again():
     recording = Recording(model, [Site("0", ()), Site("2", ())], torch.randn(6, 4, dtype=torch.float64))
     for columns in ((0, 1, 2), (2, 0), (1,)):
         (delta,) = recording.gradients(columns)["0"]
-        slopes, shares = shared_slopes(delta, weight, columns)
+        slopes, shares = shared_derivatives(delta, weight, columns)
         assert float(shares.abs().max()) <= 1.0
         assert_equal(slopes[:, None] * shares, delta, 1e-14)
 
@@ -120,8 +128,8 @@ def test_kernels_that_share_slopes_are_those_that_do_not(name):
     spec = KernelSpec(kind="averaged", statistic="plugin", gamma=0.6, draws=8, blocks=4, contraction="layered")
     features, _ = prepared_features(model, x, spec)
     assert isinstance(features, GradientFeatures)
-    assert features.plan.slopes is not None
-    index = [site.module for site in features.plan.outer].index(features.plan.slopes.module)
+    assert features.plan.output_layers is not None
+    index = [site.module for site in features.plan.outer].index(features.plan.output_layers.module)
     rows = all_rows(features, x)
     assert rows[f"gradient_{index}"].shape[2] == 1
     assert_equal(averaged_kernel(model, x, gamma=0.6, draws=8, blocks=4).kernel,
@@ -179,8 +187,8 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 
 def without_slopes(features: GradientFeatures) -> GradientFeatures:
-    assert features.sloped is not None
-    return replace(features, sloped=None, readout=None)
+    assert features.penultimate is not None
+    return replace(features, penultimate=None, readout=None)
 
 
 @pytest.mark.parametrize("options", PAIRS.values(), ids=PAIRS)
@@ -189,7 +197,7 @@ def test_slopes_give_the_products_of_all_pairs_of_draws(options):
     x1, x2 = inputs_of_two_row_sets()
     features, spec = gradients_of(wide(), x1, **options)
     plain = without_slopes(features)
-    assert features.sloped == 1
+    assert features.penultimate == 1
     assert features.readout == (None if options.get("parameters", ())[2:] else 2)
     ours, theirs = ([all_rows(f, x1), all_rows(f, x2)] for f in (features, plain))
     assert ours[0]["gradient_1"].shape == (5, features.num_draws, 1, 5)
@@ -210,7 +218,7 @@ def test_kernels_of_pairs_that_share_slopes_are_the_definition():
     for bias in (True, False):
         features, spec = gradients_of(wide(bias=bias), x1, draws=12)
         expected = by_definition(wide(bias=bias), x1, x2, spec, "autodiff")
-        assert (features.sloped, features.readout) == (1, 2)
+        assert (features.penultimate, features.readout) == (1, 2)
         ours = estimates_of(features, all_rows(features, x1), all_rows(features, x2), spec)
         assert_equal(ours["plugin"], expected.plugin)
         assert_equal(ours["unbiased"], expected.unbiased)
@@ -267,10 +275,10 @@ def test_bare_slopes_are_derivatives_and_nothing_where_no_output_takes_any():
     model[2].weight[:, 1] = 0.0
     recording = Recording(model, [Site("0", ()), Site("2", ())], torch.randn(6, 4, dtype=torch.float64))
     (delta,) = recording.gradients(range(3))["0"]
-    slopes, _ = shared_slopes(delta, model[2].weight, range(3))
+    slopes, _ = shared_derivatives(delta, model[2].weight, range(3))
     expected = 1.0 - torch.tanh(recording.calls["0"][0].out.detach()) ** 2
     expected[:, 1] = 0.0
-    assert_equal(bare_slopes(slopes, model[2].weight, range(3)), expected, 1e-14)
+    assert_equal(activation_derivatives(slopes, model[2].weight, range(3)), expected, 1e-14)
 
 
 class Leaving(nn.Module):
@@ -288,7 +296,7 @@ class Leaving(nn.Module):
 def test_a_readout_that_another_function_follows_is_refused():
     model, x = prepare_model(Leaving(), dtype=torch.float64, device="cpu"), torch.randn(6, 4, dtype=torch.float64)
     features, _ = gradients_of(model, x[:3])
-    assert (features.sloped, features.readout) == (None, 1)
+    assert (features.penultimate, features.readout) == (None, 1)
     features.compute(x, torch.arange(6), range(8), features.columns, batch=3)
     with pytest.raises(NNTKError, match=r"another way from layer 'readout' to its output .*; use estimator: weight"):
         features.compute(x, torch.arange(6), range(8), features.columns)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.estimators.mean_differences import DifferenceMeans
-from nntk_dist.layers.capture import plan_sites
-from nntk_dist.layers.input_layers import shared_inputs
+from nntk_dist.layers.site_trial import layers_fed_with_input, plan_sites
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
@@ -179,12 +178,14 @@ class InPlace(Scaled):
 def test_layers_fed_with_the_input_itself_are_told_by_its_memory():
     def shared(model: nn.Module, x: Tensor, patterns: tuple[str, ...] = ("*",)) -> list[str]:
         plan = plan_sites(model, select_parameters(model, patterns), x)
-        return sorted(plan.shared)
+        return sorted(plan.input_layers)
 
     x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Scaled()
     assert shared(model, x) == []
-    assert shared_inputs(InPlace(), ["first"], x) == set()  # a layer with such inputs is planned for no model so far
+    assert (
+        layers_fed_with_input(InPlace(), ["first"], x) == set()
+    )  # a layer with such inputs is planned for no model so far
     assert shared(nn.Sequential(model.first, nn.Tanh(), model.second), x) == ["0"]
     assert shared(nn.Sequential(nn.Flatten(), model.first, nn.Tanh(), model.second), x[:, :, None]) == ["1"]
     assert shared(nn.Sequential(model.first, nn.Tanh(), model.second), x, ("2.bias",)) == ["2"]

@@ -12,7 +12,7 @@ from scipy import integrate, special
 from torch import Tensor, nn
 
 from nntk_dist import NNTKError, averaged_kernel, covariance_kernel, nonlocal_kernel
-from nntk_dist.layers.low_rank_passes import shared_product
+from nntk_dist.layers.low_rank_passes import find_low_rank_passes
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.stacking import StackingTrial
@@ -68,7 +68,7 @@ def test_a_shared_product_is_the_perturbed_model_without_its_weights(design, gam
         gamma=0.7, distribution="lowrank", rank=rank, design=design, gamma_scale=gamma_scale, draws=16, blocks=4
     )
     some, evaluator = spec.drawing("weight", space, model), Evaluator(model, space, stacked=True)
-    shared = shared_product(evaluator, some, x)
+    shared = find_low_rank_passes(evaluator, some, x)
     assert shared is not None
     expected = Evaluator(model, space).perturbed(x, some.perturbations(range(4, 12), dtype=torch.float64))
     for batch in (None, 2):
@@ -92,7 +92,7 @@ def test_products_are_shared_only_where_every_parameter_is_a_linear_layers_own()
         space = select_parameters(model)
         spec = KernelSpec(**({"distribution": "lowrank", "draws": 8} | options))
         evaluator = Evaluator(model, space, stacked=True)
-        return shared_product(evaluator, spec.drawing("weight", space, model), x) is not None
+        return find_low_rank_passes(evaluator, spec.drawing("weight", space, model), x) is not None
 
     class PositionsFirst(nn.Module):
         """A layer whose first axis is not that of the examples: draw after draw along it is something else."""

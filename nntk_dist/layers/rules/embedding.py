@@ -1,0 +1,34 @@
+"""Embedding tables.
+
+Axes: n examples, c outputs of the model, t positions.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.layers.rules.rule import LayerRule
+
+
+def embedding_gradients(
+    module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor
+) -> dict[str, Tensor]:
+    """Row v of the table: Σ δ_t over the positions t that hold token v."""
+    assert isinstance(module, nn.Embedding)
+    tokens = h.reshape(len(h), 1, -1)
+    delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+    table = delta.new_zeros(*delta.shape[:2], module.num_embeddings, module.embedding_dim)
+    if not delta.is_cuda:
+        return {"weight": table.scatter_add_(2, tokens[..., None].expand(delta.shape), delta)}
+    # On a GPU scatter_add_ adds in any order and index_put_ always in the same one; on a CPU it is the other way round.
+    examples, outputs = (torch.arange(count, device=delta.device) for count in delta.shape[:2])
+    return {"weight": table.index_put_((examples[:, None, None], outputs[:, None], tokens), delta, accumulate=True)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    assert isinstance(module, nn.Embedding)
+    return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+
+
+EMBEDDING = LayerRule(nn.Embedding, embedding_gradients, covers=_is_plain)

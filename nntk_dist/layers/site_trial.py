@@ -1,0 +1,192 @@
+"""The trial that finds a model's site plan: classify modules by a pass, then compare with automatic differentiation.
+
+A Linear layer that is applied once, to one vector per example, has the gradient δ ⊗ h̃, which need never be formed
+(`outer`). Other sites, and parameters that several modules share, give dense per-example gradients. A parameter without
+a rule, or whose rule does not fit (its weight is used outside its module, its batch is folded into positions), is
+differentiated as a whole with vmap (`whole`).
+
+Axes: n examples, c outputs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nntk_dist.errors import Unavailable
+from nntk_dist.layers.hooks import BeforeHook, hooked
+from nntk_dist.layers.penultimate import find_output_layers, find_readout
+from nntk_dist.layers.per_example import dense_gradients, whole_gradients
+from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.rules import num_positions, rule_for
+from nntk_dist.layers.sites import Site, SitePlan
+from nntk_dist.models.evaluation import in_float64, outputs
+from nntk_dist.models.parameters import ParameterSpace, aliases
+from nntk_dist.sampling.philox import normal, signs
+from nntk_dist.sampling.streams import Stream
+
+_PROBE_EXAMPLES = 3
+_AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong formula
+
+
+def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
+    """The plan for a model, checked in float64 against automatic differentiation on up to three examples.
+
+    A single example is taken twice: among more rows a module that is fed something constant, one row of it, could not
+    be told from one that is fed the example.
+
+    Raises: NNTKError where per-example gradients cannot be separated, as in a model whose outputs depend on their
+    batch.
+    """
+    trial = x[:_PROBE_EXAMPLES] if len(x) > 1 else torch.cat([x, x])
+    exact, trial = in_float64(model, trial)
+    parameters = _probe_parameters(exact, space)
+    plan = _classify(exact, space, trial, parameters)
+    wrong = _disagreeing(exact, plan, trial, parameters)
+    if wrong:
+        plan = _without(plan, frozenset(wrong))
+        still = _disagreeing(exact, plan, trial, parameters)
+        if still:
+            raise Unavailable(
+                f"the gradient of parameter '{sorted(still)[0]}' does not separate by example: the model's output for "
+                "one example depends on its batch, or it leaves the autograd graph; use estimator: weight"
+            )
+    return replace(plan, input_layers=_input_layers(exact, plan, trial))
+
+
+def _input_layers(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[str]:
+    if not plan.outer:
+        return frozenset()
+    biases = frozenset(site.module for site in plan.outer if site.attributes == ("bias",))
+    return biases | layers_fed_with_input(model, [site.module for site in plan.outer], x)
+
+
+def layers_fed_with_input(model: nn.Module, modules: Iterable[str], x: Tensor) -> frozenset[str]:
+    """Find the modules whose input is the model's input itself, which no parameter changes. One forward pass over `x`.
+
+    Decided by memory, not by numbers: the layer's input must be a view of the model's input and still hold its values.
+    An input that a module computed anew is not recognised, even if it is computed from the model's input alone.
+    """
+    seen = dict.fromkeys(modules, False)
+    x = x.clone()  # the model may write to its input
+    whole = x.clone()
+
+    def compare(name: str) -> BeforeHook:
+        def before(h: Tensor) -> None:
+            same_memory = h.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+            seen[name] = same_memory and torch.equal(h.reshape(len(x), -1), whole.reshape(len(x), -1))
+
+        return before
+
+    with hooked(model, before={name: compare(name) for name in seen}), torch.no_grad():
+        outputs(model, x)
+    return frozenset(name for name, is_input in seen.items() if is_input)
+
+
+def _probe_parameters(model: nn.Module, space: ParameterSpace) -> dict[str, Tensor]:
+    """The parameters moved a little: at exact zeros (a freshly initialised scale or bias) a wrong rule could pass."""
+    base = space.values(model)
+    first = next(iter(base.values()))
+    count = torch.zeros(1, dtype=torch.int64, device=first.device)
+    sides = signs(0, Stream.PROBE, count, space.num_parameters, dtype=first.dtype)[0]
+    return space.moved(base, 1e-2 * sides)
+
+
+def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Mapping[str, Tensor]) -> SitePlan:
+    """Sites by what the modules are and how a trial pass calls them."""
+    groups = aliases(model)
+    first_name = {name: first for first, group in groups.items() for name in group}
+    sites: list[Site] = []
+    covered: set[str] = set()
+    for path, module in model.named_modules():
+        own = tuple(
+            (attribute, first_name[f"{path}.{attribute}" if path else attribute])
+            for attribute, _ in module.named_parameters(recurse=False)
+        )
+        selected = tuple((attribute, name) for attribute, name in own if name in space.names)
+        if selected and rule_for(module) is not None:
+            sites.append(Site(path, selected))
+            covered.update(f"{path}.{attribute}" if path else attribute for attribute, _ in selected)
+    recording = Recording(model, sites, x, parameters)
+    # A parameter that also lives in a module without a rule, or in one whose calls don't hold one row per example, is
+    # whole.
+    whole = {name for name in space.names if any(alias not in covered for alias in groups[name])}
+    for site in sites:
+        calls = recording.calls[site.module]
+        if any(call.h.ndim == 0 or len(call.h) != len(x) or len(call.out) != len(x) for call in calls):
+            whole.update(name for _, name in site.parameters)
+    outer: list[Site] = []
+    dense: list[Site] = []
+    for site in sites:
+        kept = replace(site, parameters=tuple(pair for pair in site.parameters if pair[1] not in whole))
+        if not kept.parameters:
+            continue
+        calls = recording.calls[site.module]
+        shared = any(len(groups[name]) > 1 for _, name in kept.parameters)
+        is_linear = isinstance(model.get_submodule(site.module), nn.Linear)
+        once = len(calls) == 1 and calls[0].h.ndim >= 2 and num_positions(tuple(calls[0].h.shape)) == 1
+        (outer if is_linear and once and not shared else dense).append(kept)
+    outs = recording.outs([site.module for site in outer])
+    return SitePlan(
+        tuple(outer),
+        tuple(dense),
+        tuple(name for name in space.names if name in whole),
+        find_output_layers(recording.outputs, outs),
+        find_readout(recording.outputs, outs),
+    )
+
+
+def _weighted_gradients(
+    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], weights: Float[Tensor, "n c"]
+) -> dict[str, Tensor]:
+    """Every parameter's per-example gradients, weighted over examples and outputs.
+
+    Rules are linear in δ, so outputs are summed before gradients are formed: memory n·P, and n·C·P of whole parameters.
+    """
+    full = plan.densified(frozenset(site.module for site in plan.outer))
+    sites = replace(full, whole=())
+    recording = Recording(model, sites.dense, x, parameters)
+    deltas = {
+        name: [torch.einsum("nc,nc...->n...", weights, delta)[:, None] for delta in parts]
+        for name, parts in recording.gradients(range(weights.shape[1])).items()
+    }
+    summed = dense_gradients(model, sites, recording, deltas, x, parameters, range(1))
+    result = {name: part[:, 0].sum(0) for name, part in summed.items()}
+    if plan.whole:
+        for name, part in whole_gradients(model, plan.whole, x, parameters, range(weights.shape[1])).items():
+            result[name] = torch.einsum("nc,nc...->...", weights, part)
+    return result
+
+
+def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
+    """Parameters whose per-example gradients, weighted at random over examples and outputs, miss the weighted sum's
+    gradient.
+    """
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    with torch.enable_grad():
+        values = outputs(model, x, leaves)
+        count = torch.zeros(1, dtype=torch.int64, device=x.device)
+        weights = normal(1, Stream.PROBE, count, 0, values.numel()).reshape(values.shape)
+        if not values.requires_grad:
+            raise Unavailable(
+                "the model's output carries no gradient (does its forward pass run under no_grad, or detach?); "
+                "use estimator: weight"
+            )
+        expected = torch.autograd.grad(
+            (values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True
+        )
+    gradients = _weighted_gradients(model, plan, x, parameters, weights)
+    scale = max(float(part.abs().max()) for part in expected)
+    wrong = set()
+    for name, truth in zip(leaves, expected, strict=True):
+        if float((gradients[name] - truth).abs().max()) > _AGREEMENT * max(scale, 1e-300):
+            wrong.add(name)
+    return wrong
+
+
+def _without(plan: SitePlan, names: frozenset[str]) -> SitePlan:
+    """The plan with these parameters differentiated as a whole."""
+    kept = plan.only(plan.names() - names)
+    return replace(kept, whole=plan.whole + tuple(sorted(names - set(plan.whole))), output_layers=None, readout=None)

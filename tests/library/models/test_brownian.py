@@ -140,10 +140,9 @@ def test_stacked_networks_are_networks_in_turn(dtype):
     torch.testing.assert_close(stacked, torch.stack([model(x) for model in models]), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.3])
-def test_deep_networks_are_not_refused_for_the_rounding_that_they_magnify(sigma):
+def test_deep_networks_are_not_refused_for_the_rounding_that_they_magnify():
     """In float64; `activation` too, whose plan compares outputs that are equal but for rounding."""
-    args = {"widths": [16] * 4, "activation": {"name": "brownian", "sigma": sigma}}
+    args = {"widths": [16] * 4, "activation": {"name": "brownian", "sigma": 0.3}}
     model = build_model("mlp", args, input_shape=(8,), num_outputs=3, seed=0).double()
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     estimate = nonlocal_kernel(model, x, gamma=0.1, estimator="activation", draws=8)

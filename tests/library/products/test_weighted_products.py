@@ -28,6 +28,7 @@ from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
 from nntk_dist.statistics.estimates import Calibration, Estimates, estimate, shares_of_sums
 from nntk_dist.statistics.tile_estimates import tile_estimates
+from tests.harness.grids import pairwise
 from tests.harness.tools import all_rows, assert_equal
 from tests.oracles.cases import case
 
@@ -74,7 +75,10 @@ def by_sums(features, rows, others, meeting: Meeting, calibration) -> Estimates:
     return estimate(sums, calibration)
 
 
-@pytest.fixture(params=["whole", "in pieces", "in passes"])
+PIECES = ["whole", "in pieces", "in passes"]
+
+
+@pytest.fixture(params=PIECES)
 def pieces(request, monkeypatch):
     """Windows, stripes and passes as they are, or as small as they may be."""
     if request.param != "whole":
@@ -88,8 +92,11 @@ def pieces(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("outputs", ["trace", "full"])
-@pytest.mark.parametrize("kind", [kind for kind in ALL_KINDS if kind != "sketch"])
+@pytest.mark.parametrize(
+    ("kind", "pieces", "outputs"),
+    pairwise([kind for kind in ALL_KINDS if kind != "sketch"], PIECES, ["trace", "full"]),
+    indirect=["pieces"],
+)
 def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
     spec, features, rows, others = small(kind, outputs=outputs)
     wanted = Wanted(stderr=True)
@@ -116,8 +123,9 @@ def test_sketched_tiles_know_their_groups(pieces):
     assert_equal(ours["stderr"], (truth.stderr**2 + sketch).sqrt(), 1e-12)
 
 
-@pytest.mark.parametrize("calibration", [None, CALIBRATION])
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(
+    ("kind", "pieces", "calibration"), pairwise(ALL_KINDS, PIECES, [None, CALIBRATION]), indirect=["pieces"]
+)
 def test_a_tile_of_one_row_set_is_bitwise_symmetric(kind, calibration, pieces):
     spec, features, rows, _ = small(kind, dtype=torch.float32)
     options = {"dtype": torch.float32}

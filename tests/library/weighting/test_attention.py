@@ -22,6 +22,7 @@ from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Weighting
 from nntk_dist.weighting.scores import key_of_query
+from tests.harness.grids import pairwise
 from tests.harness.tools import all_rows, assert_equal, prepared_features, spec_perturbations
 from tests.oracles import attention, brute_force
 from tests.oracles.cases import Case, case
@@ -131,9 +132,9 @@ def assert_is_the_definition(one: Problem, score: str, spec: KernelSpec, tempera
     assert_equal(estimate.stderr, brute_force.calibrated_stderr(products), scale=float(estimate.plugin.abs().max()))
 
 
-@pytest.mark.parametrize("outputs", ["trace", "full", 1])
-@pytest.mark.parametrize("design", ["iid", "antithetic", "orthogonal"])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("score", "design", "outputs"), pairwise(SCORES, ["iid", "antithetic", "orthogonal"], ["trace", "full", 1])
+)
 def test_weighted_kernels_are_the_definition(score, design, outputs):
     """±z of a pair are weighted apart: the definition knows nothing of pairs."""
     one, temperature = problem(), SCORES[score]
@@ -143,8 +144,9 @@ def test_weighted_kernels_are_the_definition(score, design, outputs):
     assert_is_the_definition(one, score, KernelSpec(**options), temperature, estimate)
 
 
-@pytest.mark.parametrize("per_chunk", [1, 3, 1000])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(
+    ("score", "per_chunk"), [*((score, 1) for score in SCORES), ("output", 3), ("output, own", 3), ("function", 1000)]
+)
 def test_means_of_few_parameters_are_the_definition_however_draws_are_chunked(score, per_chunk, monkeypatch):
     one, temperature = problem("small"), SCORES[score]
     monkeypatch.setattr(nntk_dist.planning.feature_maps, "METRIC_DRAWS", 0)
@@ -212,9 +214,7 @@ def test_a_black_box_is_weighted_as_the_module_is():
 # The limit of equal weights -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("means", [False, True])
-@pytest.mark.parametrize("design", ["iid", "antithetic"])
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("score", "design", "means"), pairwise(SCORES, ["iid", "antithetic"], [False, True]))
 def test_an_infinite_temperature_is_the_fixed_kernel(score, design, means, monkeypatch):
     """Bit for bit; and large temperatures tend to it."""
     one = problem("small" if means else "tanh_mlp")

@@ -75,8 +75,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize(("change", "difference"), OTHERS.items(), ids=OTHERS)
+@pytest.mark.parametrize(
+    ("change", "difference", "resume"),
+    [(change, difference, number % 2 == 0) for number, (change, difference) in enumerate(OTHERS.items())],
+)
 def test_another_kernel_is_refused_by_name(change, difference, resume, good_run):
     before = snapshot(good_run)
     result = run(good_run, change, resume=resume)

@@ -1,7 +1,8 @@
 """Who gets which tasks: all of them once, neighbours together, and balanced at the end."""
 
 import numpy as np
-import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pipeline.executors.neighbours import RUN_TASKS, Runs
 from pipeline.job.task import Task
@@ -15,12 +16,18 @@ def number(task):
     return int(task.tile.rpartition("/")[2])
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 15, 16, 17, 100, 1000])
-@pytest.mark.parametrize("workers", [1, 2, 7])
-@pytest.mark.parametrize("most", [1, 3, 64])
-def test_every_task_is_taken_once(count, workers, most):
+@given(
+    count=st.one_of(st.integers(0, 3 * RUN_TASKS), st.integers(0, 1000)),
+    workers=st.integers(1, 7),
+    most=st.integers(1, 64),
+    seed=st.integers(0, 1 << 16),
+)
+@example(count=0, workers=1, most=1, seed=0)
+@example(count=RUN_TASKS, workers=2, most=64, seed=0)
+@example(count=1000, workers=7, most=3, seed=0)
+def test_every_task_is_taken_once(count, workers, most, seed):
     runs, taken = Runs(stream(count)), []
-    random = np.random.default_rng(count + workers)
+    random = np.random.default_rng(seed)
     idle = 0
     while idle < 20:  # twenty times nothing, by workers of any number: there is nothing left
         worker = int(random.integers(workers))

@@ -2,7 +2,8 @@
 
 import tracemalloc
 
-import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pipeline.records.tile_names import TileSet
 
@@ -26,13 +27,27 @@ def test_names_that_are_nearly_the_same_stay_apart():
         assert len(tiles) == number + 1
 
 
-@pytest.mark.parametrize("gone", ALIKE)
-def test_one_name_taken_out_leaves_the_others(gone):
-    tiles = TileSet(ALIKE)
-    tiles.discard(gone)
-    tiles.discard(gone)
-    assert tiles == set(ALIKE) - {gone}
-    assert len(tiles) == len(ALIKE) - 1
+@given(first=st.lists(st.sampled_from(ALIKE)), gone=st.lists(st.sampled_from(ALIKE)), added=st.sampled_from(ALIKE))
+@example(first=ALIKE, gone=["train"], added="train")
+def test_names_are_put_in_and_taken_out_as_of_a_set(first, gone, added):
+    tiles, expected = TileSet(first), set(first)
+    for name in gone:
+        tiles.discard(name)
+        expected.discard(name)
+        assert name not in tiles
+    assert tiles == expected
+    tiles.add(added)
+    assert tiles == expected | {added}
+    assert len(tiles) == len(expected | {added})
+
+
+def test_one_name_taken_out_leaves_the_others():
+    for gone in ALIKE:
+        tiles = TileSet(ALIKE)
+        tiles.discard(gone)
+        tiles.discard(gone)
+        assert set(tiles) == set(ALIKE) - {gone}
+        assert len(tiles) == len(ALIKE) - 1
 
 
 def test_it_is_a_set():

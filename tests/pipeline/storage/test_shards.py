@@ -6,6 +6,7 @@ Zarr lays the chunks of a file in another order; what counts are the chunks that
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 
 import google_crc32c
 import numpy as np
@@ -84,8 +85,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "i4", "u1", "u2", "?"])
-@pytest.mark.parametrize(("shape", "shard", "chunk"), LAYOUTS.values(), ids=LAYOUTS)
+# Every layout with the type of kernels and with one other; every type at least once.
+LAYOUTS_AND_TYPES = [(*layout, "f4") for layout in LAYOUTS.values()] + [
+    (*layout, dtype)
+    for layout, dtype in zip(LAYOUTS.values(), cycle(["f8", "i8", "i4", "u1", "u2", "?"]), strict=False)
+]
+
+
+@pytest.mark.parametrize(("shape", "shard", "chunk", "dtype"), LAYOUTS_AND_TYPES)
 def test_every_chunk_is_what_zarr_writes(shape, shard, chunk, dtype, monkeypatch, recwarn):
     values = random(shape, dtype)
     expected = make(shape, shard, chunk, dtype)
@@ -111,8 +118,7 @@ def test_shards_one_by_one_and_several_at_once(store):
     np.testing.assert_array_equal(zarr.open_array(array.store, path="a", mode="r")[...], values)
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f8", "i8", "i4", "u1", "u2", "?"])
-@pytest.mark.parametrize(("shape", "shard", "chunk"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("shape", "shard", "chunk", "dtype"), LAYOUTS_AND_TYPES)
 def test_what_zarr_writes_is_read_back(shape, shard, chunk, dtype, tmp_path, monkeypatch):
     values = random(shape, dtype)
     array = make(shape, shard, chunk, dtype, store=LocalStore(tmp_path))
@@ -148,8 +154,8 @@ def test_parts_of_shards_are_read_and_cast(local, tmp_path, monkeypatch):
 
 
 def test_every_part_of_a_block_of_three_axes(tmp_path):
-    values = random((5, 7, 3), "f4")
-    array = make(values.shape, (4, 4, 3), (2, 4, 1), store=LocalStore(tmp_path))
+    values = random((5, 5, 2), "f4")
+    array = make(values.shape, (4, 4, 2), (2, 4, 1), store=LocalStore(tmp_path))
     array[...] = values
     for first in np.ndindex(values.shape):
         for last in np.ndindex(values.shape):

@@ -19,7 +19,6 @@ from pipeline.storage.run_storage import RunStorage
 
 Section = TypeVar("Section")
 LATER_STAGES = ("spectrum", "regression")
-_BEFORE = {"write_tiles": True, "matmul_precision": "highest"}  # what runs had before these keys were kept
 
 
 def stored_job(manifest: Manifest) -> Job:
@@ -85,7 +84,7 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
         "matmul_precision": compute.matmul_precision,
     }
     for key, value in asked.items():
-        kept = manifest.layout.get(key, _BEFORE.get(key))
+        kept = manifest.layout.get(key)
         too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
         # The batch may have been halved since, where memory ran out: what was asked then is as good as what came of it.
         asked_then = key == "batch" and value == manifest.config.get("compute", {}).get(key)

@@ -27,7 +27,7 @@ from pipeline.records.ledger import Ledger, LedgerRow
 from pipeline.records.lock import RunLock
 from pipeline.records.manifest import Manifest, read_manifest, write_manifest
 from pipeline.storage.array_table import StoredArray, feature_arrays, kernel_arrays, kernel_width
-from pipeline.storage.kernel_store import checksum, former_checksum
+from pipeline.storage.kernel_store import checksum
 from pipeline.storage.run_storage import RunStorage, StorageRefusal
 from pipeline.work.context import Context
 from pipeline.work.stages import ORDER, STAGES
@@ -40,7 +40,6 @@ _READERS = {  # stages that read, by themselves or through others, what a stage 
     "gram": _SOLVES,
     "test": ("regression",),
 }
-_CHECKSUMS = {"crc32c": checksum, "crc": former_checksum}  # by what the names of the ledger's numbers begin with
 
 
 @dataclass(frozen=True)
@@ -129,22 +128,22 @@ def _completeness(job: Job, ledger: Ledger) -> Finding:
     return Finding("completeness", not missing, f"{total - missing} of {total} tasks are in the ledger{first}")
 
 
-def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    """(array path, start, kind of checksum, checksum) of everything that a task wrote to the kernel store."""
+def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(array path, start, checksum) of everything that a task wrote to the kernel store."""
     for key, value in row.numbers.items():
         kind, _, piece = key.partition(":")
-        if kind in _CHECKSUMS:
+        if kind == "crc32c":
             path, _, start = piece.partition("@")
-            yield path, tuple(map(int, start.split(","))), kind, int(value)
+            yield path, tuple(map(int, start.split(","))), int(value)
 
 
 def _checksums(context: Context, ledger: Ledger) -> Finding:
     """Every piece read back; a flipped byte fails in the codec or here."""
     count, wrong, damaged = 0, [], []
     for row in ledger.rows():
-        for path, start, kind, expected in _pieces(row):
+        for path, start, expected in _pieces(row):
             count += 1
-            reason = _fault(context, path, start, kind, expected)
+            reason = _fault(context, path, start, expected)
             if reason is not None:
                 wrong.append(f"{path} at {start}{reason}")
                 damaged.append(Damage(row.stage, row.tile, readable=not reason))
@@ -153,7 +152,7 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
     return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))
 
 
-def _fault(context: Context, path: str, start: tuple[int, ...], kind: str, expected: int) -> str | None:
+def _fault(context: Context, path: str, start: tuple[int, ...], expected: int) -> str | None:
     """Why a piece is not what was written, empty where its values merely differ; None where it is.
 
     Raises: StorageRefusal where the storage does not let us look, which is no damage.
@@ -164,7 +163,7 @@ def _fault(context: Context, path: str, start: tuple[int, ...], kind: str, expec
         raise
     except NNTKError as error:
         return f" ({error})"
-    return None if _CHECKSUMS[kind](values) == expected else ""
+    return None if checksum(values) == expected else ""
 
 
 def _stripes(job: Job) -> list[tuple[int, int]]:

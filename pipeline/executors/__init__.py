@@ -1,6 +1,6 @@
 """Ways to carry out the tasks of a stage: in this process (`serial`) or on Ray actors (`on_ray`).
 
-An executor is thin: it knows tasks and outcomes, neither stages nor the ledger.
+An executor knows tasks and outcomes, neither stages nor the ledger.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,17 +13,13 @@ class Executor(Protocol):
     """Carries out independent tasks and yields their outcomes in the order in which they finish."""
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Sequence[Outcome]]:
-        """Outcomes as they come, several where they come together; none at least once a second, so that the caller can
-        flush its ledger.
-        """
+        """Yield outcomes as they come, in portions; an empty portion at least once a second, for the ledger's flush."""
         ...
 
     def stop_workers(self, keep: int = 0) -> None:
-        """Give back the processes of all workers but `keep`, and what they hold; connections stay. Further tasks get
-        new ones.
-        """
+        """Stop the processes of all workers but `keep`, and free what they hold; the next tasks start new ones."""
         ...
 
     def close(self) -> None:
-        """Give back processes and connections; further calls do nothing."""
+        """Stop all processes and close connections; further calls do nothing."""
         ...

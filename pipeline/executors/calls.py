@@ -1,8 +1,8 @@
 """How many tasks go to a worker in one call, and how a worker carries out a call. Knows nothing of Ray.
 
-A call costs driver and worker about a millisecond, whatever is in it. So short tasks go together, as many as take a
-fraction of a second; a task that takes longer goes alone. What a lost worker or a killed driver costs stays small:
-a call that takes longer than was thought is cut short, and its other tasks go back.
+A call costs driver and worker about a millisecond, whatever it contains. So short tasks share a call, as many as take a
+fraction of a second; a longer task has one of its own. A lost worker or a killed driver then costs little: a call that
+takes longer than expected is cut short, and its other tasks are handed out again.
 
 Units: seconds.
 """
@@ -18,10 +18,13 @@ LONGEST_CALL_SECONDS = 4.0
 
 
 class Pace:
-    """The length of calls, from the time that tasks have taken so far; for one stage.
+    """The length of calls in one stage, from the time that its tasks have taken so far.
 
-    A call is to take a quarter of a second, longer only where so many workers would keep the driver busy. Its length at
-    most doubles from one to the next, so that few are wrong by much.
+    A call should take a quarter of a second, or longer if the number of workers would overload the driver. From one
+    call to the next the length at most doubles, so that few calls are wrong by much.
+
+    Args:
+        num_workers: workers that the driver serves.
     """
 
     def __init__(self, num_workers: int) -> None:
@@ -31,25 +34,36 @@ class Pace:
 
     @property
     def limit_seconds(self) -> float:
-        """After which a worker begins no further task of a call."""
+        """The time after which a worker begins no further task of a call."""
         return 2.0 * self.call_seconds
 
     def num_tasks(self) -> int:
-        """How many tasks the next call takes; one, as long as nothing is known."""
+        """Return how many tasks the next call takes; one while nothing is known."""
         fitting = self.call_seconds / max(self._task_seconds, self.call_seconds / MOST_TASKS)
         return max(1, min(int(fitting), 2 * self._longest))
 
     def note(self, outcomes: Sequence[Outcome]) -> None:
-        """What a call took; each counts for half of what is known."""
+        """Take a finished call into account; it weighs as much as all calls before it."""
         mean = sum(outcome.seconds for outcome in outcomes) / len(outcomes)
         self._task_seconds = (self._task_seconds + mean) / 2 if self._longest else mean
         self._longest = max(self._longest, len(outcomes))
 
 
 def carry_out(execute: Callable[[Task], Outcome], tasks: Sequence[Task], limit_seconds: float) -> list[Outcome]:
-    """The outcomes of the first tasks of a call, one at least: up to the time limit, or to a task that fails.
+    """Carry out the first tasks of a call, at least one, up to the time limit or to a task that fails.
 
-    A task that fails is only let through as the first of a call: so what was finished before it is not lost.
+    A failure is raised only by the first task of a call, so that what was finished before it is not lost.
+
+    Args:
+        execute: carries out one task.
+        tasks: of the call.
+        limit_seconds: no further task begins once the finished ones have taken this long.
+
+    Returns:
+        The outcomes, in order.
+
+    Raises:
+        Exception: whatever the first task raises.
     """
     outcomes: list[Outcome] = []
     for task in tasks:
@@ -59,6 +73,6 @@ def carry_out(execute: Callable[[Task], Outcome], tasks: Sequence[Task], limit_s
             if not outcomes:
                 raise
             break
-        if sum(outcome.seconds for outcome in outcomes) >= limit_seconds:  # not the time that another call had
+        if sum(outcome.seconds for outcome in outcomes) >= limit_seconds:  # not wall time: another call may run beside
             break
     return outcomes

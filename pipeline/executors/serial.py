@@ -12,18 +12,24 @@ from pipeline.work.worker import Worker
 
 
 class SerialExecutor:
-    """Runs every task here."""
+    """Run every task in this process; see `pipeline.executors.Executor`.
+
+    Args:
+        job: what the run computes.
+        dataset: its examples.
+        state: parameters and buffers of the model.
+    """
 
     def __init__(self, job: Job, dataset: Dataset, state: Mapping[str, Tensor]) -> None:
         self.worker = Worker(job, dataset, state, Threads(job.layout.threads, available_cpus()))
 
     def run(self, tasks: Iterable[Task]) -> Iterator[list[Outcome]]:
-        """Outcomes in the order of the tasks."""
+        """Yield one outcome after the other, in the order of the tasks."""
         for task in tasks:
             yield [self.worker.execute(task)]
 
     def stop_workers(self, keep: int = 0) -> None:
-        """Nothing to give back."""
+        """Do nothing: there are no other processes."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there are no other processes."""

@@ -1,6 +1,6 @@
 """The Ray actor around a worker: it finds out how many threads it may use, and carries out calls.
 
-Imports neither torch nor the stages: what a worker is made of comes with its class.
+It imports neither torch nor the stages: what a worker is made of comes with its class.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,23 +22,32 @@ class Executes(Protocol):
 
 
 class WorkerActor:
-    """One worker in a process of its own, made of `arguments` and its threads.
+    """One worker in a process of its own, made by `start`, so that an exception there arrives as any other does.
 
-    Its own threads are the CPUs that Ray has given it. A task that runs while other workers idle may have `node_cpus`,
-    or, where that is None, as many as Ray has been given of the node; in any case what this process may use.
+    The worker's own threads are the CPUs that Ray has given to the actor. A task that runs while all other workers are
+    idle may use those of the node.
+
+    Args:
+        make_worker: called as `make_worker(*arguments, threads)`.
+        node_cpus: CPUs of this node for such a task; None for as many as Ray may use. Never more than this process may.
+        *arguments: of `make_worker`.
     """
 
     def __init__(self, make_worker: Callable[..., Executes], node_cpus: int | None, *arguments: Any) -> None:
         own = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
         whole_node = max(own, min(available_cpus(), _node_cpus() if node_cpus is None else node_cpus))
-        self._worker = make_worker(*arguments, Threads(own, whole_node))
+        self._make = lambda: make_worker(*arguments, Threads(own, whole_node))
+
+    def start(self) -> None:
+        """Make the worker; called once, before any `carry_out`."""
+        self._worker = self._make()
 
     def carry_out(self, tasks: Sequence[Task], limit_seconds: float) -> list[Outcome]:
-        """See `pipeline.executors.calls`."""
+        """Carry out the first tasks of a call; see `pipeline.executors.calls.carry_out`."""
         return carry_out(self._worker.execute, tasks, limit_seconds)
 
 
 def _node_cpus() -> int:
-    """CPUs that this node has for Ray."""
+    """Return the CPUs that Ray may use on this node."""
     here = ray.get_runtime_context().get_node_id()
     return next(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["NodeID"] == here)

@@ -1,14 +1,14 @@
-"""The ledger: one row per finished task, in Parquet files that survive a killed driver.
+"""The ledger: one row for each finished task, in Parquet files that survive a killed driver.
 
-What this room is for: to know which tiles are done, and what each cost and summed up to, after any interruption.
-What it refuses to do: to be written by two processes (the driver alone writes; see `pipeline.records.lock`), to know
-what a stage or a tile means, to interpret the numbers that it keeps, to hold its rows in memory.
+It knows which tiles are done, and what each cost and summed up to, after any interruption. Only the driver writes it
+(see `pipeline.records.lock`). It knows neither what a stage or a tile means nor what the numbers mean that it keeps,
+and holds no rows in memory.
 
-Which files count, and how some are replaced in one atomic write, is `pipeline.records.ledger_files`: forgetting a stage
-and merging files are the same step, and a crash before, in or after it loses and doubles nothing. Where a (stage, tile)
-occurs twice, the last one counts.
+`pipeline.records.ledger_files` knows which files count and replaces some in one atomic write: forgetting a stage and
+merging files are the same step, and a crash before, in or after it loses and doubles nothing. If a (stage, tile) occurs
+twice, the last row counts.
 
-Axis legend: none.
+Axes: none.
 """
 
 import time
@@ -20,31 +20,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.records.ledger_files import FOLDER, FULL_ROWS, SCHEMA, LedgerFiles, Part, VanishedError, count_stages
 from pipeline.records.tile_names import TileSet
 from pipeline.storage.run_storage import RunStorage
 
 __all__ = ["FOLDER", "Ledger", "LedgerRow", "StageTotals"]
 
-PARTS_BEFORE_MERGING = 64  # reading so many small files back is quick, also from an object store
-MOST_WAITING = FULL_ROWS  # are flushed without regard to the clock: about 5 MB as Python objects
+PARTS_BEFORE_MERGING = 64  # small files that are quickly read back, also from an object store
+MOST_WAITING = FULL_ROWS  # rows that are flushed whatever the clock says: about 5 MB as Python objects
 READ_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """What is known of one finished task.
+    """One finished task.
 
     Attributes:
         stage: the stage's name.
         tile: the task within its stage, such as "train/3/5".
-        worker: who did it.
+        worker: host and process that carried it out.
         started: Unix time in seconds.
         seconds: how long it took.
         bytes: uncompressed bytes written to the kernel store.
         checksum: crc32 of the checksums of all pieces.
-        error: the task's estimated error, or None where it has none.
+        error: the task's estimated error, or None.
         peak_bytes: largest resident memory of the worker, measured.
         numbers: named sums over the task, for later stages to add up.
     """
@@ -66,7 +66,14 @@ _COLUMNS = tuple(column.name for column in fields(LedgerRow))
 
 @dataclass(frozen=True, slots=True)
 class StageTotals:
-    """A stage's rows that count, added up; `peak_bytes` is the largest."""
+    """Sums over the rows of a stage that count.
+
+    Attributes:
+        tasks: how many.
+        seconds: of all tasks.
+        bytes: of all tasks.
+        peak_bytes: the largest of a task.
+    """
 
     tasks: int = 0
     seconds: float = 0.0
@@ -77,8 +84,8 @@ class StageTotals:
 class Ledger:
     """All rows of a run, on storage as Parquet files; in memory only the names of the finished tiles, as bits.
 
-    Constructing it reads every row once, in portions, and never writes, so that `status` may look while a driver works.
-    Half a byte a row for Gram tiles (see `pipeline.records.tile_names`), about 150 for one whose tile occurs twice.
+    Constructing it reads every row once, in portions, and never writes, so that `status` may read while a driver works.
+    It takes half a byte for a Gram tile (see `pipeline.records.tile_names`), about 150 for a tile that occurs twice.
 
     Args:
         storage: the run directory.
@@ -86,7 +93,7 @@ class Ledger:
         clock: a monotonic clock in seconds.
 
     Raises:
-        NNTKError: a file of the ledger cannot be read; the message names it.
+        StoreError: a file of the ledger cannot be read; the message names it.
     """
 
     def __init__(
@@ -112,7 +119,7 @@ class Ledger:
         self.tick()
 
     def tick(self) -> None:
-        """Flush if rows wait and the last flush is `flush_seconds` ago, so that a row behind a long task goes at once.
+        """Flush if rows wait and the last flush is `flush_seconds` ago; a row that follows a long task goes at once.
 
         The driver calls this at least once a second, except while a serial task runs.
         """
@@ -120,11 +127,10 @@ class Ledger:
             self.flush()
 
     def flush(self) -> None:
-        """Put all waiting rows on storage now, in one new file. They keep waiting if that fails.
+        """Write all waiting rows to storage, in one new file. They keep waiting if that fails.
 
-        Costs a write of these rows; after 64 flushes of less than 4,096 rows also a rewrite of all since the last
-        rewrite, and of earlier ones as long as that at least doubles the file that they are in, up to 4,096: so a row
-        is rewritten a few times at most, however many there are.
+        After 64 flushes of less than 4,096 rows the files since the last rewrite are merged, together with earlier ones
+        as long as that at least doubles their file, up to 4,096 rows. So a row is rewritten a few times at most.
         """
         if not self._pending:
             return
@@ -136,13 +142,17 @@ class Ledger:
             self._merge(_start_of_merging(self._parts, small[0]))
 
     def done(self, stage: str) -> Set[str]:
-        """The tiles of this stage that have a row, waiting ones included. It shows what is appended later, too."""
+        """Return the tiles of this stage that have a row, waiting ones included; a view that later rows change."""
         return self._done[stage]
 
     def rows(self, stage: str | None = None) -> Iterator[LedgerRow]:
-        """The rows that count, in the order in which they were appended, one at a time, read in portions.
+        """Yield the rows that count, in the order in which they were appended, read in portions.
 
-        Raises: NNTKError where another process rewrites the ledger meanwhile.
+        Args:
+            stage: only its rows; None for all.
+
+        Raises:
+            StoreError: another process rewrites the ledger meanwhile.
         """
         try:
             for portion in self._counting(stage):
@@ -154,9 +164,12 @@ class Ledger:
             raise self._vanishing() from error
 
     def sums(self, stage: str, prefix: str) -> dict[str, float]:
-        """Sums over the stage of all numbers whose names begin with `prefix`, by name, in the order of the rows.
+        """Return the sums over a stage of all numbers whose names begin with `prefix`, by name.
 
-        Raises: NNTKError where another process rewrites the ledger meanwhile.
+        Each sum is taken in the order of the rows.
+
+        Raises:
+            StoreError: another process rewrites the ledger meanwhile.
         """
         sums: dict[str, float] = {}
         try:
@@ -176,7 +189,11 @@ class Ledger:
         return sums
 
     def totals(self) -> dict[str, StageTotals]:
-        """What the rows that count add up to, for every stage that has any; also while another process rewrites."""
+        """Return the totals of every stage that has rows; also while another process rewrites the ledger.
+
+        Raises:
+            StoreError: files vanished five times while they were read.
+        """
         for _ in range(READ_ATTEMPTS):
             try:
                 return self._totals()
@@ -185,9 +202,13 @@ class Ledger:
         raise self._vanishing()
 
     def forget(self, stage: str, tiles: Collection[str] | None = None) -> None:
-        """Drop the rows of a stage, or of some of its tiles, that has to run again; on storage when this returns.
+        """Drop the rows of a stage, or of some of its tiles, so that it runs again; on storage when this returns.
 
-        Costs a rewrite of the files that hold rows of this stage beside others.
+        Costs a rewrite of the files that hold rows of this stage.
+
+        Args:
+            stage: the stage's name.
+            tiles: None for all.
         """
         gone = None if tiles is None else [tile for tile in tiles if tile in self._done[stage]]
         if not (self._done[stage] if gone is None else gone):
@@ -210,9 +231,7 @@ class Ledger:
             self._done[stage] -= set(gone)
 
     def compact(self) -> None:
-        """Bring the files into as few as there may be. Costs a rewrite of all rows after the first file that is not
-        full.
-        """
+        """Merge the files into as few as possible; rewrites all rows after the first file that is not full."""
         self.flush()
         start = 0
         while start < len(self._parts) and self._parts[start].rows >= FULL_ROWS:
@@ -248,13 +267,13 @@ class Ledger:
             return
         raise self._vanishing()
 
-    def _vanishing(self) -> NNTKError:
-        return NNTKError(
+    def _vanishing(self) -> StoreError:
+        return StoreError(
             f"ledger files of run_dir '{self._storage.url}' vanish while they are read; try again in a moment"
         )
 
     def _counting(self, stage: str | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows that count (of one stage, or all), oldest first, in portions."""
+        """Yield the rows that count (of one stage, or all), oldest first, in portions."""
         earlier = self._earlier.copy()
         for part in list(self._parts):
             if stage is None or part.counts.get(stage):
@@ -280,7 +299,7 @@ class Ledger:
         return dict(totals)
 
     def _merge(self, start: int) -> None:
-        """Replace the files from `start` on by as few as there may be; where these are all, only by rows that count."""
+        """Replace the files from `start` on by as few as possible; if these are all, only by rows that count."""
         stored = (portion for part in self._parts[start:] for portion in self._files.portions(part.path))
         merged = self._files.write_merged(stored if start else self._counting())
         self._replace([*self._parts[:start], *merged])
@@ -294,8 +313,8 @@ class Ledger:
 
 
 def _start_of_merging(parts: list[Part], start: int) -> int:
-    """Where a merge of the files from `start` on begins: it takes earlier ones in while they are no larger than what it
-    has, and not full.
+    """Return the first file of a merge of those from `start` on: it includes earlier ones that are not full, and no
+    larger than the merge so far.
     """
     rows = sum(part.rows for part in parts[start:])
     while start and parts[start - 1].rows <= min(rows, FULL_ROWS - 1):
@@ -315,7 +334,7 @@ def _of_stage(portion: pa.RecordBatch, stage: str | None) -> pa.RecordBatch:
 
 
 def _without(portion: pa.RecordBatch, stage: str, tiles: list[str] | None) -> pa.RecordBatch:
-    """Rows of other stages, and of other tiles where only some are to go."""
+    """Return the rows of other stages, and of other tiles if only some are to go."""
     lost = pc.equal(portion["stage"], stage)
     if tiles is not None:
         lost = pc.and_(lost, pc.is_in(portion["tile"], pa.array(tiles, pa.string())))
@@ -323,7 +342,7 @@ def _without(portion: pa.RecordBatch, stage: str, tiles: list[str] | None) -> pa
 
 
 def _counting_rows(portion: pa.RecordBatch, earlier: Counter[tuple[str, str]]) -> pa.RecordBatch:
-    """A portion without rows that later ones replace; `earlier` counts how many of each are still to come."""
+    """Drop rows that later ones replace; `earlier` counts how many of each are still to come."""
     if not earlier:
         return portion
     counts = np.ones(portion.num_rows, bool)

@@ -1,18 +1,16 @@
 """The files of the ledger: which of them count, reading them in portions, replacing some by others in one atomic step.
 
-What this room is for: a list of Parquet files that grows by appending and shrinks by rewriting, whole after a kill at
-any moment, with a few megabytes of memory however long it is.
-What it refuses to do: to know which rows count, to decide when to rewrite.
+A list of Parquet files that grows by appending and shrinks by rewriting, whole after a kill at any moment, in a few
+megabytes of memory however long it is. Which rows count, and when to rewrite, is decided in `pipeline.records.ledger`.
 
-Files, in `ledger/`:
-00000007.parquet         the rows of one flush; counts from the moment that it is there
-00000009-merged.parquet  rows of several files, or what was left of one; counts once an index lists it
-_00000010.json           an index: which files of smaller numbers count, oldest first; the newest index alone is read
-So whatever replaces files is written first, and takes effect with the index: a single atomic write. What it leaves
-behind (files that no longer count, and what a kill before the index left) is deleted after it, now or at the next one.
-`00000008-all.parquet`, of earlier versions, is an index that lists itself.
+Files in `ledger/`:
+00000007.parquet         the rows of one flush; it counts as soon as it exists
+00000009-merged.parquet  rows of several files, or the rest of one; it counts once an index lists it
+_00000010.json           an index: which files with smaller numbers count, oldest first; only the newest index is read
+So files that replace others are written first, and take effect with the index: a single atomic write. Files that no
+longer count, and those that a kill before the index left, are deleted afterwards, now or at the next rewrite.
 
-Axis legend: none.
+Axes: none.
 """
 
 import io
@@ -26,14 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.storage.run_storage import RunStorage
 
 FOLDER = "ledger"
-FULL_ROWS = 4_096  # a file with so many is left alone: some 200 KB, and 245 files for a million rows
+FULL_ROWS = 4_096  # a file with as many is not rewritten: about 200 KB, and 245 files for a million rows
 PORTION_ROWS = 4_096  # read at a time
 
-_FILE_NAME = re.compile(r"/_?(\d{8})(|-merged|-all)\.(parquet|json)$")
+_FILE_NAME = re.compile(r"/_?(\d{8})(|-merged)\.(parquet|json)$")
 
 SCHEMA = pa.schema(
     [
@@ -52,50 +50,60 @@ SCHEMA = pa.schema(
 
 
 class VanishedError(Exception):
-    """A file that counted is gone: its driver has replaced it meanwhile, and a new listing shows by what."""
+    """A file that counted is gone: a driver has replaced it meanwhile, and a new listing shows what took its place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file that counts: its path, and how many rows of each stage it holds."""
+    """A file that counts.
+
+    Attributes:
+        path: in the run directory.
+        counts: how many rows of each stage it holds.
+    """
 
     path: str
     counts: Mapping[str, int]
 
     @property
     def rows(self) -> int:
+        """Number of all its rows."""
         return sum(self.counts.values())
 
     @property
     def flushed(self) -> bool:
-        """Whether it holds one flush, and was never rewritten."""
-        return _kind(self.path) == ""
+        """Whether it holds one flush, never rewritten."""
+        return _is_flush(self.path)
 
 
 class LedgerFiles:
-    """The folder `ledger` of a run. Constructing it reads and writes nothing."""
+    """The folder `ledger` of a run. Constructing it reads and writes nothing.
+
+    Args:
+        storage: the run directory.
+    """
 
     def __init__(self, storage: RunStorage) -> None:
         self._storage = storage
         self._next_number = 0
 
     def counting(self) -> list[str]:
-        """The files that count, oldest first; whatever is written from now on is numbered after all that are there."""
+        """List the files that count, oldest first; files written from now on are numbered after all that exist."""
         present = [path for path in self._storage.list(FOLDER) if _FILE_NAME.search(path)]
         self._next_number = 1 + max(map(_number, present), default=-1)
         index = max((path for path in present if _is_index(path)), key=_number, default=None)
         since = -1 if index is None else _number(index)
-        # What an index lists and is not there was damaged, and deleted as the message about it says.
+        # A file that an index lists and that is missing was damaged, and deleted as the message about it says.
         listed = [] if index is None else [path for path in self._listed(index) if path in present]
-        flushes = [path for path in present if _kind(path) == "" and not _is_index(path) and _number(path) > since]
+        flushes = [path for path in present if _is_flush(path) and _number(path) > since]
         return [*listed, *sorted(flushes, key=_number)]
 
     def portions(self, path: str) -> Iterator[pa.RecordBatch]:
-        """The rows of a file, some thousand at a time, with their page checksums verified.
+        """Yield the rows of a file, some thousand at a time, after verifying their page checksums.
 
         Raises:
-            VanishedError: it is not there.
-            NNTKError: it is damaged.
+            VanishedError: the file is missing.
+            StoreError: it is damaged.
         """
         content = self._storage.read_bytes(path)
         if content is None:
@@ -108,11 +116,11 @@ class LedgerFiles:
             raise self._damaged(path, error) from error
 
     def write_flush(self, table: pa.Table) -> Part:
-        """A new file that counts at once."""
+        """Write a new file, which counts at once."""
         return self._write(table, "")
 
     def write_merged(self, portions: Iterable[pa.RecordBatch]) -> list[Part]:
-        """New files with all these rows; they count once an index lists them."""
+        """Write new files with all these rows; they count once an index lists them."""
         parts: list[Part] = []
         waiting: list[pa.RecordBatch] = []
         for portion in portions:
@@ -125,12 +133,12 @@ class LedgerFiles:
         return parts
 
     def write_index(self, parts: Sequence[Part]) -> None:
-        """Let these files count from now on, in this order, and no others."""
+        """Let exactly these files count from now on, in this order."""
         index = f"{FOLDER}/_{self._take_number():08d}.json"
         self._storage.write_bytes(index, json.dumps({"files": [part.path for part in parts]}).encode())
 
     def clean_up(self, parts: Sequence[Part]) -> None:
-        """Delete all files but these and the newest index, also what an interrupted clean-up left behind."""
+        """Delete all files but these and the newest index, also those that an interrupted clean-up left."""
         present = [path for path in self._storage.list(FOLDER) if _FILE_NAME.search(path)]
         kept = {part.path for part in parts} | {max(filter(_is_index, present), key=_number, default="")}
         for path in present:
@@ -149,8 +157,6 @@ class LedgerFiles:
         return self._next_number - 1
 
     def _listed(self, index: str) -> list[str]:
-        if not index.endswith(".json"):
-            return [index]
         content = self._storage.read_bytes(index)
         if content is None:
             raise VanishedError(index)
@@ -159,16 +165,16 @@ class LedgerFiles:
         except (ValueError, TypeError, KeyError) as error:
             raise self._damaged(index, error) from error
 
-    def _damaged(self, path: str, error: Exception) -> NNTKError:
+    def _damaged(self, path: str, error: Exception) -> StoreError:
         reason = str(error).partition("\n")[0]
-        return NNTKError(
+        return StoreError(
             f"ledger file '{path}' in run_dir '{self._storage.url}' is damaged ({reason}); delete it and run again with"
             " --resume: the tasks that it listed are then computed again"
         )
 
 
 def count_stages(stages: pa.Array | pa.ChunkedArray) -> Counter[str]:
-    """How often each stage occurs in a column."""
+    """Return how often each stage occurs in a column."""
     counted = pc.value_counts(stages).to_pylist()
     return Counter({entry["values"]: entry["counts"] for entry in counted})
 
@@ -179,11 +185,9 @@ def _number(path: str) -> int:
     return int(match[1])
 
 
-def _kind(path: str) -> str:
-    match = _FILE_NAME.search(path)
-    assert match is not None
-    return match[2]
-
-
 def _is_index(path: str) -> bool:
-    return path.endswith(".json") or _kind(path) == "-all"
+    return path.endswith(".json")
+
+
+def _is_flush(path: str) -> bool:
+    return not _is_index(path) and "-merged" not in path

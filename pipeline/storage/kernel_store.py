@@ -1,19 +1,18 @@
 """`kernel.zarr`: how its arrays are laid out, written and read back, in one place.
 
-What this room is for: the policy (chunks, shards, codec, fill value, dimension names) that makes a flipped byte, a
-missing tile and a half-written tile show, and that lets plain zarr, xarray and dask open the arrays as they are.
-What it refuses to do: to write part of a shard (two such writers lose data silently), to know what the arrays mean, to
-write consolidated metadata (not in the Zarr v3 specification).
+The policy (chunks, shards, codec, fill value, dimension names) makes a flipped byte, a missing tile and a half-written
+tile show, and lets plain Zarr, xarray and dask open the arrays as they are. This module never writes part of a shard
+(two such writers lose data silently), does not know what the arrays mean, and writes no consolidated metadata (not in
+the Zarr v3 specification).
 
-Every inner chunk is Blosc's lz4 over shuffled bits, with a crc32c behind it (Blosc has none that is checked). Measured
-on one core with chunks of a dense float32 kernel of MNIST: 78 % of the bytes, 2.5 GB/s in and 3.7 out; zstd at −1 kept
-all of the bytes at 0.5 to 1.3 GB/s in, at 1 87 % at 0.6 in and 1.5 out.
+Every inner chunk is Blosc's lz4 over shuffled bits with a crc32c behind it (Blosc verifies no checksum of its own).
+Measured on one core with chunks of a dense float32 kernel of MNIST: 78 % of the bytes, 2.5 GB/s written and 3.7 read;
+zstd at -1 kept all bytes at 0.5 to 1.3 GB/s written, at 1 87 % at 0.6 written and 1.5 read.
 
-Axis legend: whatever `dimension_names` of the array says.
+Axes: those that `dimension_names` of each array says.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -22,12 +21,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.buffer import cpu
-from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError
 from zarr.storage import LocalStore, StorePath
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.storage.run_storage import (
     ACCESS_ERRORS,
     KERNEL_STORE,
@@ -36,34 +33,36 @@ from pipeline.storage.run_storage import (
     StorageRefusal,
     reason_of,
 )
-from pipeline.storage.shard_files import Bounds, forget_memory, has_content, kept_memory, opened, shard_files
-from pipeline.storage.shards import can_encode, compressors, decode, encode
+from pipeline.storage.shard_files import Bounds, has_content, reading, shard_files, writing
+from pipeline.storage.shards import compressors, decode, encode, has_our_codecs
 
 SCHEMA_NAME = "nntk-kernel"
 SCHEMA_VERSION = 1
-# Of inner chunks, the largest that fits first: 0.25 to 4 MiB of a float32 matrix. Reading whole shards of 4096² took a
-# core 1.1 to 1.3 times as long in chunks of 512 as of 1024 (stripes of 512 rows 0.8 times); writing them, the same.
+# Edges of inner chunks, largest first: 0.25 to 4 MiB of a float32 matrix. Reading whole shards of 4096² took a core 1.1
+# to 1.3 times as long in chunks of 512 as of 1024 (stripes of 512 rows 0.8 times); writing them, the same.
 CHUNK_EDGES = range(1024, 255, -1)
 
 Selection = tuple[slice, ...]
 Each = Callable[[Callable[[Any], None], Iterable[Any]], Iterable[None]]
 
-_CHUNK_BYTES = 2**30  # the most that an inner chunk takes: Blosc refuses 2 GiB
-_STRIPE_BYTES = 2**22  # of values that have to be brought into C order for their checksum
+_CHUNK_BYTES = 2**30  # of an inner chunk at most: Blosc refuses 2 GiB
+_STRIPE_BYTES = 2**22  # of values that are brought into C order for their checksum
+_REPAIR = "run `nntk verify --forget` on its run_dir, then continue with --resume: what is missing is made again"
 
-# Not kept in the array's metadata, so every opening for writing has to say it: otherwise a tile that happens to equal
+# The array's metadata do not keep this, so every opening for writing sets it: otherwise a tile that happens to equal
 # the fill value would leave no file and look as if it had never been computed.
 _CONFIG: Any = {"write_empty_chunks": True}
 
 
 class _DamageError(Exception):
-    """What lies in a file is not what was written."""
+    """A file holds something else than was written."""
 
 
 def create_store(storage: RunStorage, attributes: Mapping[str, Any]) -> None:
-    """Create `kernel.zarr` where it is missing, and set the attributes of its root (schema and version are added).
+    """Create `kernel.zarr` if it is missing, and set the attributes of its root; schema and version are added.
 
-    Raises: StorageRefusal where the storage does not take it.
+    Raises:
+        StorageRefusal: the storage does not answer or refuses.
     """
     with _refusals_named(f"'{storage.url}/{KERNEL_STORE}'"):
         root = zarr.open_group(storage.zarr_store(read_only=False), mode="a", zarr_format=3)
@@ -71,11 +70,11 @@ def create_store(storage: RunStorage, attributes: Mapping[str, Any]) -> None:
 
 
 def open_store(storage: RunStorage, *, read_only: bool = True) -> zarr.Group:
-    """The root group.
+    """Open the root group.
 
     Raises:
-        NNTKError: there is no kernel store here, it is something else, or of a newer version; a StorageRefusal where
-            the storage does not say.
+        StoreError: there is no kernel store here, it is something else, or of another version.
+        StorageRefusal: the storage does not answer or refuses.
     """
     where = f"'{storage.url}/{KERNEL_STORE}'"
     mode: Literal["r", "r+"] = "r" if read_only else "r+"
@@ -83,18 +82,16 @@ def open_store(storage: RunStorage, *, read_only: bool = True) -> zarr.Group:
         with _refusals_named(where):
             root = zarr.open_group(storage.zarr_store(read_only=read_only), mode=mode, zarr_format=3)
     except FileNotFoundError as error:
-        raise NNTKError(f"there is no kernel store at {where}; run `nntk run` first, or check run_dir") from error
+        raise StoreError(f"there is no kernel store at {where}; run `nntk run` first, or check run_dir") from error
     except StorageRefusal:
         raise
     except (ValueError, TypeError, KeyError) as error:
-        raise NNTKError(f"{where} is damaged ({error}); restore it from a copy or run anew") from error
+        raise StoreError(f"{where} is damaged ({error}); restore it from a copy or run anew") from error
     if root.attrs.get("schema") != SCHEMA_NAME:
-        raise NNTKError(f"{where} is not a kernel store (its attribute schema is not '{SCHEMA_NAME}'); check run_dir")
+        raise StoreError(f"{where} is not a kernel store (its attribute schema is not '{SCHEMA_NAME}'); check run_dir")
     version = root.attrs.get("version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise NNTKError(
-            f"{where} has version {version}; this nntk reads up to {SCHEMA_VERSION}: use the one that wrote it"
-        )
+    if version != SCHEMA_VERSION:
+        raise StoreError(f"{where} has version {version}; this nntk reads {SCHEMA_VERSION}: use the one that wrote it")
     return root
 
 
@@ -115,16 +112,16 @@ def create_array(
         storage: the run directory; `create_store` has been called for it.
         path: group and name, such as "train/gram".
         shape: its shape.
-        dtype: stored little-endian; floats are filled with NaN, others with zarr's default.
-        shard: rows, columns, … of one task's block; where it exceeds the shape, the shape counts.
-        dimension_names: one name an axis; arrays of a group that share a name share its length.
-        attributes: the array's own attributes.
+        dtype: stored little-endian; the fill value is NaN for floats, Zarr's default for others.
+        shard: rows, columns, … of one task's block; at most the shape counts.
+        dimension_names: one for each axis; arrays of a group that share a name share its length.
+        attributes: of the array itself.
         overwrite: replace an array of this name, with all its data.
 
     Raises:
-        ValueError: the array exists already; a dimension name with another length in the group (xarray could not open
-            it); lengths of the arguments that differ. Errors of the program, not of its user.
-        StorageRefusal: the storage does not take it.
+        ValueError: the array exists already; a dimension name has another length in the group (xarray could not open
+            it); the arguments differ in length. Bugs of the program, not errors of its user.
+        StorageRefusal: the storage does not answer or refuses.
     """
     if not len(shape) == len(shard) == len(dimension_names):
         raise ValueError(f"{path}: shape {shape}, shard {shard} and dimension_names {dimension_names} differ in length")
@@ -154,21 +151,26 @@ def create_array(
 
 
 def open_array(storage: RunStorage, path: str, *, read_only: bool = True) -> zarr.Array:
-    """An array of the store, with the settings that `write_block` needs.
+    """Open an array of the store, with the settings that `write_block` needs.
 
     Raises:
-        NNTKError: the store or the array does not exist; a StorageRefusal where the storage does not say.
+        StoreError: the store or the array does not exist, or the array has other codecs than this module gives it.
+        StorageRefusal: the storage does not answer or refuses.
     """
     array = _member(storage, path, read_only=read_only)
     if not isinstance(array, zarr.Array):
-        raise NNTKError(f"'{storage.url}/{KERNEL_STORE}' has no array '{path}'; run its stage first, or check run_dir")
+        raise StoreError(f"'{storage.url}/{KERNEL_STORE}' has no array '{path}'; run its stage first, or check run_dir")
+    if not has_our_codecs(array):
+        raise StoreError(f"'{storage.url}/{KERNEL_STORE}': array '{path}' has codecs of another program; check run_dir")
     return array.with_config(_CONFIG)
 
 
 def has_array(storage: RunStorage, path: str) -> bool:
-    """Whether the store holds something of this name.
+    """Return whether the store holds something of this name.
 
-    Raises: NNTKError as `open_array`, where there is no store.
+    Raises:
+        StoreError: there is no store.
+        StorageRefusal: the storage does not answer or refuses.
     """
     return _member(storage, path, read_only=True) is not None
 
@@ -180,7 +182,7 @@ def _member(storage: RunStorage, path: str, *, read_only: bool) -> object:
 
 
 def chunk_edge(shard_edge: int) -> int:
-    """Edge of the inner chunks: the shard's where that is small, else its largest divisor from 256 to 1024.
+    """Return the edge of the inner chunks: the shard's own up to 1024, else its largest divisor from 256 to 1024.
 
     A shard edge without such a divisor is one chunk: a few large chunks cost less than very many small ones.
     """
@@ -190,7 +192,12 @@ def chunk_edge(shard_edge: int) -> int:
 
 
 def inner_chunks(shards: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Inner chunks of a shard: of `chunk_edge` where that does not make them too large, from the first axis on."""
+    """Return the shape of a shard's inner chunks: `chunk_edge` along each axis, or less from the first axis on.
+
+    Args:
+        shards: the shape of a shard.
+        itemsize: bytes of a number.
+    """
     edges = [chunk_edge(edge) for edge in shards]
     for axis, shard in enumerate(shards):
         most = max(1, _CHUNK_BYTES // (itemsize * math.prod(edges[:axis] + edges[axis + 1 :])))
@@ -200,15 +207,18 @@ def inner_chunks(shards: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) -> tuple[int, int]:
-    """Write whole shards; returns the uncompressed number of bytes and the crc32c of the values as stored.
+    """Write whole shards, each atomically.
 
     Args:
         array: from `create_array` or `open_array(read_only=False)`.
-        selection: one slice an axis, each beginning at a shard's edge and ending at one or at the array's.
+        selection: one slice for each axis, from a shard's edge to another or to the array's.
         values: of the selection's shape (nothing is broadcast); cast to the array's dtype.
 
+    Returns:
+        The uncompressed number of bytes and the crc32c of the values as stored, in C order.
+
     Raises:
-        ValueError: part of a shard, or values of another shape. Errors of the program, not of its user.
+        ValueError: part of a shard, or values of another shape. Bugs of the program, not errors of its user.
     """
     bounds = _bounds(array, selection)
     if not _of_whole_shards(array, bounds):
@@ -216,10 +226,11 @@ def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) 
     block = np.asarray(values, dtype=array.dtype.newbyteorder("<"))
     if block.shape != tuple(stop - start for start, stop in bounds):
         raise ValueError(f"{array.path}: values of shape {block.shape} for {_text(bounds)}")
-    if can_encode(array):
-        return block.nbytes, _write_shards(array, bounds, block)
-    array[selection] = block  # of a run that an earlier version began, with other codecs
-    return block.nbytes, checksum(block)
+    crcs = []
+    for place, file in shard_files(array, bounds):
+        with writing(file) as write:
+            crcs.append(encode(array, block[_box(array, place, bounds)], write))
+    return block.nbytes, crcs[0] if len(crcs) == 1 else checksum(block)
 
 
 def read_block(
@@ -230,18 +241,18 @@ def read_block(
     dtype: npt.DTypeLike | None = None,
     each: Each | None = None,
 ) -> npt.NDArray[Any]:
-    """The values of a selection, checksums verified; from a local disk without zarr's temporary copies.
+    """Read the values of a selection and verify their checksums; from a local disk without Zarr's temporary copies.
 
     Args:
-        array: any array of the store.
-        selection: one slice an axis, not necessarily aligned.
-        required: refuse where a shard has not been written; otherwise its place holds the fill value.
-        dtype: to cast to, None for the array's own.
-        each: the `map` of a pool, which then reads parts of the block from a local disk beside each other.
+        array: from `create_array` or `open_array`.
+        selection: one slice for each axis, not necessarily aligned with shards.
+        required: raise if a shard has not been written; otherwise its place holds the fill value.
+        dtype: to cast to; None for the array's own.
+        each: the `map` of a pool that reads parts of the block from a local disk side by side.
 
     Raises:
-        NNTKError: damaged or missing data; names array, selection and, for missing data, the file. A StorageRefusal
-            where the storage does not let us look.
+        StoreError: data are damaged or missing; names array, selection and, for missing data, the file.
+        StorageRefusal: the storage does not answer or refuses.
     """
     bounds = _bounds(array, selection)
     where = f"{array.path}{_text(bounds)} of '{array.store}'"
@@ -249,54 +260,47 @@ def read_block(
         with _refusals_named(where):
             missing = next((file for _, file in shard_files(array, bounds) if not has_content(file)), None)
         if missing is not None:
-            raise NNTKError(f"{array.path}{_text(bounds)} is incomplete: '{missing}' is missing; see nntk verify")
+            raise StoreError(f"{array.path}{_text(bounds)} is incomplete: '{missing}' is missing; {_REPAIR}")
     try:
         with _refusals_named(where, ACCESS_ERRORS):
             if required and _can_read(array, bounds):
                 return _read_shards(array, bounds, dtype, each)
-            with _damage_told():
+            with _damage_named():
                 return np.asarray(array[selection], dtype=dtype)
     except STORAGE_ERRORS as error:  # of a file that is there
-        raise NNTKError(
-            f"{where} cannot be read ({reason_of(error)}); see to the storage, then continue with --resume"
+        raise StoreError(
+            f"{where} cannot be read ({reason_of(error)}); check the storage, then continue with --resume"
         ) from error
     except _DamageError as error:
-        raise NNTKError(f"{where} is damaged ({error}); restore it from a copy or run anew") from error
+        raise StoreError(f"{where} is damaged ({error}); {_REPAIR}") from error
 
 
 def checksum(block: npt.NDArray[Any]) -> int:
-    """crc32c of a little-endian block in C order: what the ledger keeps, whatever the chunks and the codec."""
-    crc = 0
-    for stripe in _stripes(block):
-        crc = google_crc32c.extend(crc, stripe)
-    return crc
-
-
-def former_checksum(block: npt.NDArray[Any]) -> int:
-    """crc32 of a block in the same order: what the ledgers of earlier versions keep."""
-    crc = 0
-    for stripe in _stripes(block):
-        crc = zlib.crc32(stripe.data, crc)
+    """Return the crc32c of a little-endian block in C order, which the ledger keeps, whatever the chunks and codecs."""
+    crc, step = 0, max(1, _STRIPE_BYTES * len(block) // max(1, block.nbytes))
+    for start in range(0, len(block), step):
+        crc = google_crc32c.extend(crc, np.ascontiguousarray(block[start : start + step]))
     return crc
 
 
 @contextmanager
 def _refusals_named(where: str, errors: tuple[type[Exception], ...] = STORAGE_ERRORS) -> Iterator[None]:
-    """Such errors become a StorageRefusal that says where; that something is not there is no refusal."""
+    """Turn such errors into a StorageRefusal that says where; a missing file is no refusal."""
     try:
         yield
     except FileNotFoundError:
         raise
     except errors as error:
         raise StorageRefusal(
-            f"{where} is out of reach ({reason_of(error)}); see to the storage, then continue with --resume"
+            f"{where} is out of reach ({reason_of(error)}); check the storage, then continue with --resume"
         ) from error
 
 
 @contextmanager
-def _damage_told() -> Iterator[None]:
-    """What zarr and its codecs raise for a checksum that does not match, and for what cannot be decoded at all, becomes
-    a _DamageError: around the decoding alone, since threads and the program raise such errors too.
+def _damage_named() -> Iterator[None]:
+    """Turn what codecs raise for damaged data into a _DamageError.
+
+    Use it around the decoding alone, since threads and bugs raise the same types.
     """
     try:
         yield
@@ -304,31 +308,8 @@ def _damage_told() -> Iterator[None]:
         raise _DamageError(str(error)) from error
 
 
-def _stripes(block: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of a block in C order, in portions."""
-    step = max(1, _STRIPE_BYTES * len(block) // max(1, block.nbytes))
-    for start in range(0, len(block), step):
-        yield np.ascontiguousarray(block[start : start + step]).reshape(-1).view(np.uint8)
-
-
-def _write_shards(array: zarr.Array, bounds: Bounds, block: npt.NDArray[Any]) -> int:
-    """Write a block of whole shards, each atomically, as the store writes any file; the checksum of the block."""
-    crcs = []
-    for place, file in shard_files(array, bounds):
-        # Memory stores keep what they are given.
-        empty = kept_memory if isinstance(file.store, LocalStore) else None
-        content, crc = encode(array, block[_box(array, place, bounds)], empty)
-        try:
-            sync(file.set(cpu.Buffer.from_array_like(content)))
-        except BaseException:  # an interrupted write may go on in zarr's own thread
-            forget_memory()
-            raise
-        crcs.append(crc)
-    return crcs[0] if len(crcs) == 1 else checksum(block)
-
-
 def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None, each: Each | None) -> npt.NDArray[Any]:
-    """The values of a block, of whole shards or of parts; by a pool a row of chunks at a time."""
+    """Read a block of whole shards or of parts; by a pool a row of chunks at a time."""
     block = np.empty([stop - start for start, stop in bounds], array.dtype if dtype is None else dtype)
     edges = array.shards or array.chunks
     parts = []
@@ -344,18 +325,14 @@ def _read_shards(array: zarr.Array, bounds: Bounds, dtype: npt.DTypeLike | None,
 
 
 def _read_part(part: tuple[zarr.Array, StorePath, npt.NDArray[Any], list[int]]) -> None:
-    """Fill a part of a block, which begins so far into the shard of this file."""
+    """Fill a part of a block that begins at `first` in the shard of this file."""
     array, file, values, first = part
-    with opened(file) as (size, read), _damage_told():
+    with reading(file) as (size, read), _damage_named():
         decode(array, size, read, values, first)
 
 
 def _can_read(array: zarr.Array, bounds: Bounds) -> bool:
-    """Whether `_read_shards` does it as well as zarr, which has many requests under way at once, and asks for no more
-    of a distant file than it needs.
-    """
-    if not can_encode(array):
-        return False
+    """Return whether `_read_shards` is as fast as Zarr, which sends many requests at once and reads parts of files."""
     if isinstance(array.store, LocalStore):
         return True
     return _of_whole_shards(array, bounds) and len(list(shard_files(array, bounds))) == 1
@@ -367,7 +344,7 @@ def _of_whole_shards(array: zarr.Array, bounds: Bounds) -> bool:
 
 
 def _box(array: zarr.Array, place: tuple[int, ...], bounds: Bounds) -> Selection:
-    """Where a shard, or what the block has of it, lies within a block."""
+    """Return the slices of a block that a shard overlaps."""
     return tuple(
         slice(max(i * edge, start) - start, min((i + 1) * edge, stop) - start)
         for i, edge, (start, stop) in zip(place, array.shards or array.chunks, bounds, strict=True)
@@ -387,7 +364,7 @@ def _check_dimensions(group: zarr.Group, name: str, lengths: Mapping[str, int]) 
 
 
 def _bounds(array: zarr.Array, selection: Selection) -> Bounds:
-    """First and last-plus-one index on each axis."""
+    """Return first and last-plus-one index on each axis."""
     if len(selection) != array.ndim:
         raise ValueError(f"{array.path}: {len(selection)} slices for {array.ndim} axes")
     ranges = [range(length)[part] for part, length in zip(selection, array.shape, strict=True)]

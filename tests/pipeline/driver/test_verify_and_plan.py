@@ -5,11 +5,8 @@ status` and `nntk report` of finished runs.
 import json
 import re
 import shutil
-import zlib
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zarr
 
@@ -78,33 +75,6 @@ def test_wrong_values_with_a_valid_checksum(damaged):
     assert not verdicts(result)["checksums"]
     assert not verdicts(result)["symmetry"]
     assert "train/gram at (64, 0)" in result.out
-
-
-def test_the_ledger_of_an_earlier_version(damaged):
-    """It keeps another checksum of the values, which finds the same damage."""
-    run_dir, _ = damaged
-    root = zarr.open_group(run_dir / "kernel.zarr", mode="r+")
-    for file in (run_dir / "ledger").glob("*.parquet"):
-        table = pq.read_table(file)
-        numbers = [[former(root, *number) for number in row] for row in table["numbers"].to_pylist()]
-        column, field = table.schema.get_field_index("numbers"), table.schema.field("numbers")
-        pq.write_table(table.set_column(column, field, pa.array(numbers, field.type)), file)
-    assert verdicts(nntk("verify", run_dir)) == dict.fromkeys(CHECKS, True)
-    root["train/gram"][64:128, 0:64] = root["train/gram"][64:128, 0:64] * 1.01
-    result = nntk("verify", run_dir)
-    assert not verdicts(result)["checksums"]
-    assert "train/gram at (64, 0)" in result.out
-
-
-def former(root, name, value):
-    """A number of the ledger as it was once kept."""
-    if not name.startswith("crc32c:"):
-        return name, value
-    path, _, start = name.removeprefix("crc32c:").partition("@")
-    array, begin = root[path], [*map(int, start.split(","))]
-    begin += [0] * (array.ndim - len(begin))
-    block = array[tuple(slice(b, b + edge) for b, edge in zip(begin, array.shards or array.chunks, strict=True))]
-    return f"crc:{path}@{start}", float(zlib.crc32(np.ascontiguousarray(block)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -15,7 +15,6 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from nntk_dist.errors import NNTKError
-from pipeline.executors import on_ray
 from pipeline.executors.calls import MOST_TASKS
 from pipeline.executors.on_ray import RayExecutor, actor_options, places_on
 from pipeline.job.task import Outcome, Task
@@ -127,19 +126,50 @@ def test_a_worker_may_be_given_two_calls_at_once():
 def test_workers_are_stopped_but_for_those_that_are_to_go_on(executor):
     one = executor(seconds=0.05)
 
-    def who(count):
-        return {int(outcome.worker) for outcomes in one.run(tasks(count)) for outcome in outcomes}
+    def who(enough):
+        """The workers of a stage that goes on until there are so many."""
+        found: set[int] = set()
+        unfinished = takewhile(lambda task: len(found) < enough, tasks(20_000))
+        for outcomes in one.run(unfinished):
+            found.update(int(outcome.worker) for outcome in outcomes)
+        return found
 
-    first = who(40)
+    first = who(2)
     assert len(first) == 2
     one.stop_workers(keep=1)
-    (left,) = who(1)
+    (left,) = {int(outcome.worker) for outcomes in one.run(tasks(1)) for outcome in outcomes}
     assert left in first
     psutil.wait_procs([psutil.Process(pid) for pid in first - {left} if psutil.pid_exists(pid)], timeout=60)
     assert [pid for pid in first if psutil.pid_exists(pid)] == [left]
-    again = who(60)
+    again = who(2)
     assert left in again
     assert len(again) == 2
+
+
+class Unborn:
+    """Dies, or raises an error of the user's, while it is made."""
+
+    def __init__(self, folder, dies, threads):
+        with (folder / "starts").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise NNTKError("there is no such device; leave it out")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("dies", "message", "starts"),
+    [(True, "a worker died 4 times while it started, most likely for want of memory", 4), (False, "no such device", 1)],
+)
+def test_a_worker_that_cannot_start_ends_the_run(dies, message, starts, tmp_path):
+    executor = RayExecutor(Unborn, tmp_path, dies, num_workers=1)
+    try:
+        with pytest.raises(NNTKError, match=message):
+            list(executor.run(tasks(10)))
+    finally:
+        executor.close()
+    assert attempts(tmp_path) == {"starts": starts}
 
 
 @pytest.fixture
@@ -153,9 +183,8 @@ def cluster():
 
 
 @pytest.mark.process
-def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monkeypatch):
+def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path):
     """Without another in its place the one that is left goes on alone; once there is another, the two of them."""
-    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.5)
     found, numbers, alone, since = [], {}, [], 0
     steps = deque([(100, lambda: cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False))])
     steps.append((600, lambda: cluster.add_node(num_cpus=1, object_store_memory=80 << 20)))
@@ -178,29 +207,7 @@ def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path, monke
 
 
 @pytest.mark.process
-def test_an_actor_that_waits_for_a_place_that_is_gone_is_given_up(cluster, executor, tmp_path, monkeypatch):
-    """A node that is lost while it still counts as alive: its worker gets a new actor, for which there is no room."""
-    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.5)
-    stale, places = [], RayExecutor._places
-
-    def late(self):
-        return 2 if stale and time.monotonic() < stale[0] else places(self)
-
-    monkeypatch.setattr(RayExecutor, "_places", late)
-    found, limit = [], time.monotonic() + 120
-    for outcomes in executor(seconds=0.02, address=cluster.address).run(tasks(400)):
-        assert time.monotonic() < limit, f"{len(found)} of 400, and nothing more"
-        found += [outcome.tile for outcome in outcomes]
-        if len(found) > 100 and not stale:
-            cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-            stale.append(time.monotonic() + 30.0)  # longer than Ray takes to say that the actor is lost
-    assert stale
-    assert Counter(found) == Counter(str(number) for number in range(400))
-
-
-@pytest.mark.process
-def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, executor, tmp_path, monkeypatch):
-    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
+def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, executor, tmp_path):
     one, lost, found = executor(seconds=10.0, address=cluster.address), [], []
     for outcomes in one.run(tasks(1)):
         found += [outcome.tile for outcome in outcomes]
@@ -216,9 +223,8 @@ def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, exec
 
 
 @pytest.mark.process
-def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path, monkeypatch):
+def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path):
     """Longer than it would take to be given up as often as a task may lose its worker."""
-    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
     one, found, steps = executor(num_workers=1, seconds=0.05, address=cluster.address), [], iter(range(100))
     lost_at = None
@@ -234,30 +240,6 @@ def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path, monke
     assert next(steps) > 15
     assert Counter(found) == Counter(str(number) for number in range(60))
     assert max(attempts(tmp_path).values()) <= 2
-
-
-@pytest.mark.process
-def test_what_an_actor_was_given_that_never_had_a_place_was_not_tried(executor):
-    one, task, lost = executor(), Task("numbers", "0"), on_ray.ray.exceptions.ActorDiedError()
-    worker, stage = one._workers[0], on_ray._Stage(on_ray.Runs(iter(())), on_ray.Pace(2), deque())
-    for attempt, counted in ((1, 2), (4, None)):
-        for given_up, expected in ((False, counted), (True, attempt)):
-            worker.actor = actor = object()
-            worker.given_up = actor if given_up else None
-            failure = one._lose(stage, on_ray._Call([task], attempt, worker, actor), lost)
-            assert (failure is None) == (expected is not None)
-            assert [each for _, each in stage.lost] == ([] if expected is None else [expected])
-            stage.lost.clear()
-
-
-@pytest.mark.process
-def test_an_actor_that_has_started_is_not_given_up_for_want_of_places(executor, tmp_path, monkeypatch):
-    monkeypatch.setattr(on_ray, "REGROW_SECONDS", 0.2)
-    one, places = executor(seconds=4.0), RayExecutor._places
-    monkeypatch.setattr(RayExecutor, "_places", lambda self: 1 if len(attempts(tmp_path)) > 1 else places(self))
-    found = [outcome.tile for outcomes in one.run(tasks(2)) for outcome in outcomes]
-    assert sorted(found) == ["0", "1"]
-    assert attempts(tmp_path) == {"0": 1, "1": 1}
 
 
 def test_what_ray_is_told_of_a_worker():

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.records import ledger as ledger_module
 from pipeline.records import ledger_files
 from pipeline.records.ledger import PARTS_BEFORE_MERGING, Ledger, LedgerRow, StageTotals
@@ -198,19 +198,6 @@ def test_a_file_that_no_index_lists_does_not_count(tmp_path):
     assert list(Ledger(storage).rows()) == [ROW]
 
 
-def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
-    """There, one file made all with smaller numbers void."""
-    storage = RunStorage(tmp_path)
-    write_parts(storage, rows(1, "void"), rows(2), rows(1, "features"))
-    storage.write_bytes("ledger/00000001-all.parquet", storage.read_bytes("ledger/00000001.parquet"))
-    storage.delete("ledger/00000001.parquet")
-    ledger = Ledger(storage)
-    assert list(ledger.rows()) == [*rows(2), *rows(1, "features")]
-    ledger.compact()
-    assert list(Ledger(storage).rows()) == [*rows(2), *rows(1, "features")]
-    assert len(storage.list("ledger")) == 2
-
-
 @pytest.mark.parametrize("flushes", [1, 7, 40])
 def test_merging_rewrites_each_row_a_few_times_and_keeps_their_order(tmp_path, monkeypatch, flushes):
     """Small limits, so that many merges and full files come about; against a plain list."""
@@ -325,7 +312,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         path.write_bytes(content)
     else:
         pq.write_table(pq.read_table(path).drop_columns(["tile"]), path)
-    with pytest.raises(NNTKError, match=r"ledger file 'ledger/00000001.parquet' in run_dir .* is damaged .*delete it"):
+    with pytest.raises(StoreError, match=r"ledger file 'ledger/00000001.parquet' in run_dir .* is damaged .*delete it"):
         Ledger(storage)
 
 
@@ -344,9 +331,9 @@ def test_a_reader_follows_a_driver_that_merges_meanwhile(tmp_path):
     assert reader.totals()["gram"].tasks == 3
     writer.append(replace(ROW, tile="train/0/1"))
     writer.compact()
-    with pytest.raises(NNTKError, match="vanish while they are read; try again"):
+    with pytest.raises(StoreError, match="vanish while they are read; try again"):
         list(reader.rows())
-    with pytest.raises(NNTKError, match="vanish while they are read; try again"):
+    with pytest.raises(StoreError, match="vanish while they are read; try again"):
         reader.sums("gram", "plugin")
 
 
@@ -354,7 +341,7 @@ def test_a_damaged_index_is_named_and_a_deleted_file_forgotten(tmp_path):
     storage = RunStorage(tmp_path)
     write_parts(storage, rows(1), rows(2)).compact()
     storage.write_bytes("ledger/_00000003.json", b"{")
-    with pytest.raises(NNTKError, match=r"ledger file 'ledger/_00000003.json' in run_dir .* is damaged .*delete it"):
+    with pytest.raises(StoreError, match=r"ledger file 'ledger/_00000003.json' in run_dir .* is damaged .*delete it"):
         Ledger(storage)
     storage.write_bytes("ledger/_00000003.json", b'{"files": ["ledger/00000002-merged.parquet"]}')
     assert list(Ledger(storage).rows()) == rows(2)
@@ -368,5 +355,5 @@ def test_a_ledger_that_vanishes_while_it_is_read(tmp_path):
             return None
 
     write_parts(RunStorage(tmp_path), rows(1))
-    with pytest.raises(NNTKError, match="vanish while they are read; try again"):
+    with pytest.raises(StoreError, match="vanish while they are read; try again"):
         Ledger(Vanishing(tmp_path))

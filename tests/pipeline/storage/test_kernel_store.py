@@ -11,7 +11,7 @@ import pytest
 import xarray
 import zarr
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.storage import kernel_store
 from pipeline.storage.kernel_store import (
     chunk_edge,
@@ -183,7 +183,7 @@ def test_a_flipped_byte_shows(storage, matrix, place):
     content[int(place * (len(content) - 1))] ^= 0x10
     file.write_bytes(content)
     with pytest.raises(
-        NNTKError, match=r"train/gram\[64:128, 0:64\] of '.*' is damaged \(.*\); restore it from a copy"
+        StoreError, match=r"train/gram\[64:128, 0:64\] of '.*' is damaged \(.*\); run `nntk verify --forget`"
     ):
         read_block(array, np.s_[64:128, :64])
     np.testing.assert_array_equal(read_block(array, np.s_[:64, :]), matrix[:64])
@@ -203,7 +203,7 @@ def test_a_truncated_file_shows(storage, matrix):
     fill(array, matrix)
     file = shard_file(storage, 2, 2)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(NNTKError, match=r"train/gram\[128:150, 128:150\] of '.*' is damaged"):
+    with pytest.raises(StoreError, match=r"train/gram\[128:150, 128:150\] of '.*' is damaged"):
         read_block(array, np.s_[128:, 128:])
 
 
@@ -215,7 +215,10 @@ def test_a_missing_or_empty_shard_shows_where_it_is_required(storage, matrix, em
     file.unlink()
     if empty:
         file.touch()
-    with pytest.raises(NNTKError, match=r"train/gram\[100:150, 0:150\] is incomplete: '.*/c/1/2' is missing; see nntk"):
+    with pytest.raises(
+        StoreError,
+        match=r"train/gram\[100:150, 0:150\] is incomplete: '.*/c/1/2' is missing; run `nntk verify --forget`",
+    ):
         read_block(array, np.s_[100:, :])
     hole = read_block(array, np.s_[:, :], required=False)
     assert np.isnan(hole[64:128, 128:]).all()
@@ -262,19 +265,19 @@ def test_creating_the_store_again_keeps_its_arrays(storage, matrix):
 
 
 def test_stores_that_cannot_be_opened(tmp_path, storage):
-    with pytest.raises(NNTKError, match=r"there is no kernel store at '.*/nothing/kernel.zarr'; run `nntk run` first"):
+    with pytest.raises(StoreError, match=r"there is no kernel store at '.*/nothing/kernel.zarr'; run `nntk run` first"):
         open_store(RunStorage(tmp_path / "nothing"))
-    with pytest.raises(NNTKError, match="has no array 'train/gram'; run its stage first"):
+    with pytest.raises(StoreError, match="has no array 'train/gram'; run its stage first"):
         open_array(storage, "train/gram")
     other = RunStorage(tmp_path / "other")
     zarr.open_group(other.zarr_store(read_only=False), mode="w").attrs["schema"] = "else"
-    with pytest.raises(NNTKError, match="is not a kernel store"):
+    with pytest.raises(StoreError, match="is not a kernel store"):
         open_store(other)
     open_store(storage, read_only=False).attrs["version"] = 2
-    with pytest.raises(NNTKError, match="has version 2; this nntk reads up to 1"):
+    with pytest.raises(StoreError, match="has version 2; this nntk reads 1: use the one that wrote it"):
         open_store(storage)
     storage.write_bytes("kernel.zarr/zarr.json", b"{")
-    with pytest.raises(NNTKError, match=r"kernel.zarr' is damaged"):
+    with pytest.raises(StoreError, match=r"kernel.zarr' is damaged"):
         open_store(storage)
 
 
@@ -299,7 +302,7 @@ def test_a_storage_that_does_not_let_us_look_is_no_damage(operation, storage, ma
 
     monkeypatch.setattr(Path if operation == "open" else zarr.storage.LocalStore, operation, refuse)
     for action in actions[operation]:
-        with pytest.raises(StorageRefusal, match=r"is out of reach \(Permission denied\); see to the storage"):
+        with pytest.raises(StorageRefusal, match=r"is out of reach \(Permission denied\); check the storage"):
             action()
 
 
@@ -311,6 +314,6 @@ def test_a_file_that_is_there_and_cannot_be_read_is_damaged(storage, matrix, mon
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", fail)
-    with pytest.raises(NNTKError, match=r"train/gram\[.*cannot be read \(Input/output error\)") as caught:
+    with pytest.raises(StoreError, match=r"train/gram\[.*cannot be read \(Input/output error\)") as caught:
         read_block(array, np.s_[:, :])
     assert not isinstance(caught.value, StorageRefusal)

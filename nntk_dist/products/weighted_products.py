@@ -9,7 +9,6 @@ Axes: n1, n2 rows and columns; w slots of features, c outputs, k feature columns
 of a window, e entries of a stripe.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nntk_dist.products.block_sums import INNER_TERMS, BlockSums, Meeting, Sum
+from nntk_dist.runtime.reused_memory import ReusedMemory
 
 # Kernel rows and columns of a window at most, and numbers that its products (and sums of several passes) may take.
 _EDGE, _GPU_EDGE = 1024, 2048
@@ -129,8 +129,7 @@ class TermSums:
         num_sums = len(self._names)
         self.edges = window_edges(len(self._portions), num_sums, self._device)
         self._numbers_of_entry = self._at_once + 2 * num_sums + 8  # about: products, sums, statistics
-        self._products = _Memory(self._dtype, self._device)
-        self._exact, self._sums = (_Memory(torch.float64, self._device) for _ in range(2))
+        self._memory = ReusedMemory()
 
     def stripes(self, rows: slice = slice(None), columns: slice = slice(None)) -> Iterator[tuple[slice, BlockSums]]:
         """Kernel rows within a window, and the sums of all its columns there, in memory that the next ones take."""
@@ -140,18 +139,23 @@ class TermSums:
             totals = torch.zeros(len(self._names), *shape, dtype=torch.float64, device=self._device)
         for begin in range(0, len(self._portions), self._at_once):
             chosen = slice(begin, begin + self._at_once)
-            products = self._products.of((len(self._portions[chosen]), *shape))
+            products = self._empty((len(self._portions[chosen]), *shape), self._dtype)
             for (index, part), product in zip(self._portions[chosen], products, strict=True):
                 window.multiply_into_(product, index, part)
             for stripe in self._stripes_of(*shape):
                 some = products[:, stripe].flatten(1)
-                exact = some if some.dtype == torch.float64 else self._exact.of(some.shape).copy_(some)
-                sums = self._sums.of((len(self._names), some.shape[1]))
-                sums = torch.mm(self._factors[:, chosen], exact, out=sums).unflatten(1, (-1, shape[1]))
+                exact = some if some.dtype == torch.float64 else self._empty(some.shape, torch.float64).copy_(some)
+                memory = self._empty((len(self._names), some.shape[1]), torch.float64)
+                sums = torch.mm(self._factors[:, chosen], exact, out=memory).unflatten(1, (-1, shape[1]))
                 if totals is not None:
                     sums = totals[:, stripe].add_(sums)
                 if chosen.stop >= len(self._portions):
                     yield stripe, self._form.of_stack(sums)
+                self._memory.give_back([memory] if exact is some else [memory, exact])
+            self._memory.give_back([products])
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._memory.empty(shape, dtype=dtype, device=self._device)
 
     def _stripes_of(self, num_rows: int, num_columns: int) -> Iterator[slice]:
         step = num_rows
@@ -159,22 +163,6 @@ class TermSums:
             step = max(1, torch.get_num_threads() * _STRIPE_NUMBERS // (self._numbers_of_entry * num_columns))
         for start in range(0, num_rows, step):
             yield slice(start, min(start + step, num_rows))
-
-
-class _Memory:
-    """For tensors one after the other: fresh memory would be given page by page as it is first touched, which takes
-    longer than what is done in it.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._numbers = torch.empty(0, dtype=dtype, device=device)
-
-    def of(self, shape: Sequence[int]) -> Tensor:
-        """A tensor of this shape, in place of the one before."""
-        size = math.prod(shape)
-        if len(self._numbers) < size:
-            self._numbers = self._numbers.new_empty(size)
-        return self._numbers[:size].view(*shape)
 
 
 class _Window:

@@ -25,6 +25,7 @@ from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows
 from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.runtime.precision import full_precision
+from nntk_dist.runtime.reused_memory import ReusedMemory
 from nntk_dist.statistics.tile_estimates import scale_factor
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_architecture
@@ -32,7 +33,6 @@ from pipeline.decisions.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job
 from pipeline.runtime.fitting_batch import FittingBatch
-from pipeline.runtime.result_memory import ResultMemory
 from pipeline.storage.array_table import feature_path, holds_differences
 from pipeline.storage.kernel_arrays import KernelArrays, Piece
 from pipeline.storage.run_storage import RunStorage
@@ -80,7 +80,7 @@ class Context:
     dataset: Dataset
     state: Mapping[str, Tensor]
     sink: Sink | None = None
-    results: ResultMemory = field(default_factory=ResultMemory)
+    results: ReusedMemory = field(default_factory=ReusedMemory)
     _cache: "OrderedDict[tuple[object, ...], tuple[Rows, Side]]" = field(default_factory=OrderedDict)
 
     @cached_property

@@ -30,11 +30,11 @@ from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import FeatureMap, Rows
 from nntk_dist.products.wanted import Wanted
+from nntk_dist.runtime.reused_memory import ReusedMemory
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
-from pipeline.runtime.result_memory import ResultMemory
 from pipeline.storage.array_table import StoredArray
 from pipeline.storage.kernel_arrays import KernelArrays
 from pipeline.storage.run_storage import KERNEL_STORE, RunStorage
@@ -103,7 +103,7 @@ def _measure(setting: Setting, device: str) -> Answer:
     needed = _length_of_products(features, setting)
     ready = features.prepare(columns, Wanted(stderr=calibration is not None))
     left, right = (torch.randn(n, length, generator=generator).to(device) for _ in range(2))
-    product, memory = torch.empty(n, n, device=device), ResultMemory()
+    product, memory = torch.empty(n, n, device=device), ReusedMemory()
 
     def tile(own: Rows) -> dict[str, Tensor]:
         options: dict[str, Any] = {"dtype": torch.float32, "empty": memory.empty}

@@ -22,7 +22,6 @@ from nntk_dist.errors import NNTKError
 from pipeline.decisions.layout import overlaps_writing, writing_threads
 from pipeline.job.task import Task
 from pipeline.runtime.cpus import Threads
-from pipeline.runtime.result_memory import ResultMemory
 from pipeline.work.context import Written
 from pipeline.work.worker import Worker
 
@@ -139,26 +138,6 @@ def test_memory_is_given_back_once_though_a_task_writes_in_two_steps(worker):
     worker.context.write(written, "array", (0, 0), memory)
     worker.context.finish(written)
     assert len(worker.context.results) == 1
-
-
-def test_memory_of_results_is_never_more_than_was_in_use_at_once():
-    memory, cpu = ResultMemory(), torch.device("cpu")
-
-    def one(*shape, dtype=torch.float32):
-        return memory.empty(shape, dtype=dtype, device=cpu)
-
-    whole, other = one(4, 6), one(4, 6)
-    memory.give_back([whole, other])
-    edge = one(4, 2)
-    assert edge.shape == (4, 2)
-    assert shares(edge, other)
-    memory.give_back([edge])
-    again = one(4, 6)  # for which the smaller one goes
-    assert shares(again, whole)
-    assert len(memory) == 0
-    memory.give_back([again])
-    assert not shares(one(4, 6, dtype=torch.float64), again)
-    assert len(memory) == 0
 
 
 @pytest.mark.parametrize(("run_dir", "expected"), [("runs/digits", 2), ("s3://bucket/run", 3)])

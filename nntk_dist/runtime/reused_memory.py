@@ -52,7 +52,7 @@ class ReusedMemory:
             self._free.clear()
             return torch.empty(shape, dtype=dtype, device=device)
         storage = self._free.pop(min(fitting)[1])
-        return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, torch.Size(shape))
+        return torch.empty(0, dtype=dtype, device=device).set_(storage)[: prod(shape)].view(*shape)
 
     def give_back(self, tensors: Iterable[Tensor]) -> None:
         """Take back the memory of tensors that `empty` returned and nobody reads any more."""

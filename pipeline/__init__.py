@@ -1,1 +1,4 @@
-"""The runnable system: configuration to plan to stages to report, serially or on Ray; and the command line."""
+"""The runnable system: from a configuration to a plan, stages, a stored kernel and a report; and the command line.
+
+Runs go serially or on Ray. The mathematics is in `nntk_dist`; this package says what is computed where, and keeps it.
+"""

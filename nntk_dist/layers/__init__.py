@@ -1,1 +1,4 @@
-"""Networks layer by layer: gradient rules, recorded passes, sketches, noise in pre-activations. No kernels."""
+"""Networks layer by layer: hooks, recorded inputs and gradients, rules for each layer type, sketches, noise.
+
+What one layer contributes to the gradient of one example. Nothing here knows of draws, blocks or kernels.
+"""

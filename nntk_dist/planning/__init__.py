@@ -1,1 +1,4 @@
-"""Probes of a model and the decision that follows: estimator, contraction, stacking. No kernel is computed here."""
+"""Decisions before a kernel is computed: probes of the model, the estimator and why, contraction, stacking, draws.
+
+A decision is a frozen value that everything downstream is handed. No kernel is computed here.
+"""

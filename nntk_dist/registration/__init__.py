@@ -1,1 +1,4 @@
-"""Named extensions: importing what a configuration names, and checking the arguments that it gives. No kernels."""
+"""Names and the objects behind them: tables of extensions, importing what a name says, checking its arguments.
+
+What is registered is defined in the packages that own it. No kernels.
+"""

@@ -1,1 +1,4 @@
-"""How torch is run: threads, precision, batches, memory that runs out, reading ahead. No models and no kernels."""
+"""How torch is run: threads, precision, batches, memory that is reused or runs out, reading ahead.
+
+Nothing here knows of models, kernels or stores.
+"""

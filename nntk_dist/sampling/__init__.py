@@ -1,1 +1,4 @@
-"""Random numbers and perturbations: the counter-based generator, its streams, laws, designs and draws. No models."""
+"""Random numbers and perturbations: the counter-based generator, the table of its streams, laws, designs, draws.
+
+Every number is a pure function of (seed, stream, group, draw, index). No model is met here.
+"""

@@ -1,1 +1,4 @@
-"""Attention weights of draws: options, scores, softmax. No features."""
+"""Attention weights of draws: options, scores, softmax.
+
+Scores see parameters and outputs, never features or kernels.
+"""

@@ -1,1 +1,4 @@
-"""What is written down about a run: manifest, ledger, lock. No arrays."""
+"""What is written down about a run: manifest, ledger of finished tasks, lock.
+
+No arrays: those are in `pipeline.storage`.
+"""

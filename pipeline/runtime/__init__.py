@@ -1,1 +1,4 @@
-"""The machine under a worker: CPUs, memory allocation, batches that fit. No tasks."""
+"""What a worker knows of its machine: CPUs, memory allocation, batches that fit.
+
+Nothing here knows of tasks or kernels.
+"""

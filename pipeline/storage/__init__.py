@@ -1,1 +1,4 @@
-"""Where a run lives: files, Zarr arrays, shards, tables, on disk or in an object store. No meanings."""
+"""Where a run lives: files, Zarr arrays, shards and tables, on disk or in an object store.
+
+It writes and reads values whose meaning it does not know.
+"""

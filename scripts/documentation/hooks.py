@@ -15,10 +15,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from scripts.documentation.configuration import configuration_reference
+from scripts.documentation.public_names import public_names
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 REFERENCE = "<!-- configuration reference -->"
+_PUBLIC_NAMES = re.compile(r"<!-- public names of ([\w.]+) -->")
 
 _FORMULA = re.compile(r'(<(?:span|div) class="arithmatex">)\\([(\[])(.*?)\\[)\]](</(?:span|div)>)', re.DOTALL)
 _LINK_INTO_DOCS = re.compile(r"\]\(docs/")
@@ -33,8 +35,10 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Put the configuration reference into its place."""
-    return markdown.replace(REFERENCE, configuration_reference()) if REFERENCE in markdown else markdown
+    """Put the configuration reference and lists of public names into their places."""
+    if REFERENCE in markdown:
+        markdown = markdown.replace(REFERENCE, configuration_reference())
+    return _PUBLIC_NAMES.sub(lambda match: public_names(match.group(1)), markdown)
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:

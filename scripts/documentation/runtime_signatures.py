@@ -1,6 +1,6 @@
 """A griffe extension: signatures and docstrings that are made when a module is imported, as they are then.
 
-The public functions take the options that `nntk_dist.spec` declares. Read from their source alone, they would show `**options`.
+The public functions take the options that `nntk_dist.spec` declares. Their source alone shows `**options`.
 """
 
 import inspect

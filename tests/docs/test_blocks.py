@@ -2,7 +2,7 @@
 
 Python blocks of a page run one after the other in one temporary folder, each with names of its own; it holds a small
 run of the digits as `runs/digits`. A block whose first line is `# NAME.py` is also saved under that name, so that later
-ones can import it.
+ones can import it. Entry points in TOML blocks of a page are installed for it.
 """
 
 import linecache
@@ -68,10 +68,27 @@ def test_python_blocks_run(page: Path, place: Path, request: pytest.FixtureReque
     if any("runs/digits" in block.code for block in found):
         (place / "runs").mkdir()
         (place / "runs" / "digits").symlink_to(request.getfixturevalue("digits_run"))
+    install_entry_points(page, place)
     for block in found:
         if block.file:
             (place / block.file).write_text(block.code)
         run_python(block)
+
+
+def install_entry_points(page: Path, place: Path) -> None:
+    """Make the entry points of a page's TOML blocks those of an installed package."""
+    groups: dict[str, dict[str, str]] = {}
+    for block in blocks(page, "toml"):
+        for group, points in tomllib.loads(block.code)["project"]["entry-points"].items():
+            groups.setdefault(group, {}).update(points)
+    metadata = place / "examples-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: examples\nVersion: 1.0\n")
+    sections = (
+        "\n".join([f"[{group}]", *(f"{name} = {value}" for name, value in points.items())])
+        for group, points in groups.items()
+    )
+    (metadata / "entry_points.txt").write_text("\n".join(sections))
 
 
 def run_python(block: Block) -> None:

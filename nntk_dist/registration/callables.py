@@ -1,6 +1,7 @@
 """Calling functions that a configuration names: importing them and checking the arguments that it gives them.
 
-Refuses to guess: an argument that a function does not take is an error naming the nearest one that it does.
+It never guesses: an argument that a function does not take is an error that names the nearest one it does take.
+`inspect.Signature.bind` finds the same mistakes, but its messages name neither what is allowed nor what is near.
 """
 
 import importlib
@@ -8,56 +9,88 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nntk_dist.errors import NNTKError, nearest_name
+from nntk_dist.errors import ArgumentError, NNTKError, nearest_name
 
 
 def import_function(location: str, *, what: str) -> Callable[..., Any]:
-    """The callable that `location`, of the form `module:function`, names; `function` may be dotted (`Class.method`).
+    """Import the callable that `location` names.
+
+    Args:
+        location: `module:function`; `function` may be dotted (`Class.method`).
+        what: the kind of thing, with which messages begin.
 
     Raises:
-        NNTKError: the form is wrong, the module cannot be imported, or it holds no such callable.
+        ArgumentError: the form is wrong, the module cannot be imported, or it has no such callable.
+
+    Example:
+        >>> import_function("math:isqrt", what="root")(10)
+        3
     """
     found = import_object(location, what=what)
     if not callable(found):
-        raise NNTKError(
+        raise ArgumentError(
             f"{what} 'python:{location}' is a {type(found).__name__}, not a function; name one that is called"
         )
     return found
 
 
 def import_object(location: str, *, what: str) -> Any:
-    """Import whatever `location`, of the form `module:name`, names; `name` may be dotted.
+    """Import the object that `location` names.
+
+    Args:
+        location: `module:name`; `name` may be dotted.
+        what: the kind of thing, with which messages begin.
 
     Raises:
-        NNTKError: the form is wrong, the module cannot be imported, or it holds no such name.
+        ArgumentError: the form is wrong, the module cannot be imported, or it has no such name.
     """
     module_name, _, function_name = location.partition(":")
     if not module_name or not function_name:
-        raise NNTKError(f"{what} 'python:{location}' has the wrong form; write python:module:function")
+        raise ArgumentError(f"{what} 'python:{location}' has the wrong form; write python:module:function")
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # a module's own code may raise anything while it is imported
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise NNTKError(
+        raise ArgumentError(
             f"{what} 'python:{location}': cannot import '{module_name}' ({reason}); put its folder on PYTHONPATH"
         ) from error
     for name in function_name.split("."):
         near = nearest_name(name, dir(found))
         found = getattr(found, name, None)
         if found is None:
-            raise NNTKError(f"{what} 'python:{location}': '{module_name}' has no '{function_name}'{near}")
+            raise ArgumentError(f"{what} 'python:{location}': '{module_name}' has no '{function_name}'{near}")
     return found
 
 
 def call_checked(
-    function: Callable[..., Any], arguments: Mapping[str, Any], *, what: str, offered: Mapping[str, Any] | None = None
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *,
+    what: str,
+    offered: Mapping[str, Any] | None = None,
+    failure: type[NNTKError] = ArgumentError,
 ) -> Any:
-    """`function(**arguments)`, with those of the `offered` arguments that its signature accepts and `arguments` lack.
+    """Call `function(**arguments)` after checking the arguments against its signature.
+
+    Args:
+        function: anyone's.
+        arguments: that the user gives.
+        what: names the function in messages.
+        offered: further arguments, passed if the signature accepts them and `arguments` lack them.
+        failure: the error for any exception of the function's own, which is its cause; an NNTKError passes as it is.
+
+    Returns:
+        What the function returns.
 
     Raises:
-        NNTKError: an argument that the function does not take, one that it needs and did not get, or a value that it
-            refuses (any exception of its own is the cause of the error raised here).
+        ArgumentError: not a function, an argument that it does not take, or one that it needs and did not get.
+
+    Example:
+        >>> call_checked(round, {"number": 2.75}, what="rounding", offered={"ndigits": 1, "other": 0})
+        2.8
     """
+    if not callable(function):
+        raise ArgumentError(f"{what} is a {type(function).__name__}, not a function; name one that is called")
     parameters = _named_parameters(function)
     accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     accepted = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
@@ -65,31 +98,50 @@ def call_checked(
         for name in arguments:
             if name not in accepted:
                 allowed = ", ".join(accepted) or "none"
-                raise NNTKError(f"{what} takes no argument '{name}'; allowed: {allowed}{nearest_name(name, accepted)}")
+                near = nearest_name(name, accepted)
+                raise ArgumentError(f"{what} takes no argument '{name}'; allowed: {allowed}{near}")
     extra = {name: value for name, value in (offered or {}).items() if accepts_any or name in accepted}
     given = {**extra, **arguments}
     missing = [name for name in accepted if parameters[name].default is inspect.Parameter.empty and name not in given]
     if missing:
-        raise NNTKError(f"{what} needs the argument '{missing[0]}', which was not given")
+        raise ArgumentError(f"{what} needs the argument '{missing[0]}', which was not given")
     try:
         return function(**given)
     except NNTKError:
         raise
     except Exception as error:  # the function may be anyone's; its exception stays visible as the cause
         given_by_user = f" with {_shown(arguments)}" if arguments else ""
-        raise NNTKError(f"{what} failed{given_by_user}: {type(error).__name__}: {_one_line(error)}") from error
+        raise failure(f"{what} failed{given_by_user}: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def check_integer(what: str, value: Any, minimum: int) -> None:
-    """Raise an `NNTKError` unless `value` is an integer (a boolean is not one) of at least `minimum`."""
+    """Check that `value` is an integer (a boolean is not one) of at least `minimum`.
+
+    Args:
+        what: the argument's name, with which the message begins.
+        value: what came.
+        minimum: the smallest allowed value.
+
+    Raises:
+        ArgumentError: it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise NNTKError(f"{what} is {value!r}; give an integer of at least {minimum}")
+        raise ArgumentError(f"{what} is {value!r}; give an integer of at least {minimum}")
 
 
 def check_integers(what: str, values: Any, minimum: int) -> None:
-    """Raise an `NNTKError` unless `values` is a list or tuple of integers of at least `minimum`."""
+    """Check that `values` is a list or tuple of integers of at least `minimum`.
+
+    Args:
+        what: the argument's name, with which the message begins.
+        values: what came.
+        minimum: the smallest allowed value.
+
+    Raises:
+        ArgumentError: it is not.
+    """
     if not isinstance(values, list | tuple):
-        raise NNTKError(f"{what} is {values!r}; give a list of integers of at least {minimum}")
+        raise ArgumentError(f"{what} is {values!r}; give a list of integers of at least {minimum}")
     for index, value in enumerate(values):
         check_integer(f"{what}[{index}]", value, minimum)
 

@@ -48,6 +48,9 @@ class DataConfig(Section):
     target_column: Annotated[Text | None, Field(description="a column name, or null to find it by its usual names")] = (
         None
     )
+    args: Annotated[
+        dict[str, JsonValue], Field(default_factory=dict, description="a mapping of the source's own arguments")
+    ]
 
 
 class ModelConfig(Section):

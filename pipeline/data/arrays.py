@@ -2,6 +2,8 @@
 
 They hold `x` and `y` (one set, split by the loader), or `x_train`, `y_train`, `x_test` and `y_test`. Inputs are taken
 as they are, images channels first: (n, features), (n, channels, height, width) or (n, height, width).
+
+Axes: n examples.
 """
 
 from collections.abc import Mapping
@@ -17,28 +19,36 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 from zarr.storage import ObjectStore
 
-from nntk_dist.errors import NNTKError
-from nntk_dist.models.builders import import_function
-from nntk_dist.registration.callables import call_checked
-from pipeline.data.source import Rows, Source, existing_path
+from nntk_dist.errors import DataError
+from nntk_dist.registration.callables import call_checked, import_function
+from pipeline.data.source import Source, SourceRows, existing_path
 
-# What stores, checksum codecs and decompressors raise.
+# Raised by stores, checksum codecs and decompressors.
 _UNREADABLE = (BaseError, OSError, ValueError, RuntimeError)
 SPLIT_KEYS = ("x_train", "y_train", "x_test", "y_test")
 SINGLE_KEYS = ("x", "y")
 
 
 def source_from_arrays(arrays: Mapping[str, Any], *, what: str) -> Source:
-    """The source that a mapping of named arrays holds.
+    """Make a source of named arrays.
+
+    Args:
+        arrays: `x` and `y`, or `x_train`, `y_train`, `x_test` and `y_test`; other keys are ignored.
+        what: names the source in messages.
 
     Raises:
-        NNTKError: a key is missing, an array has no rows axis, or inputs and targets differ in length.
+        DataError: a key is missing, an array is a single value, or inputs and targets differ in length.
+
+    Example:
+        >>> source = source_from_arrays({"x": [[1.0], [2.0]], "y": [0, 1]}, what="two points")
+        >>> source.train.read([1])
+        array([[2.]])
     """
     keys = SPLIT_KEYS if any(key in arrays for key in SPLIT_KEYS) else SINGLE_KEYS
     missing = [key for key in keys if key not in arrays]
     if missing:
         found = ", ".join(sorted(map(str, arrays))) or "nothing"
-        raise NNTKError(
+        raise DataError(
             f"{what} has no '{missing[0]}'; it needs {' and '.join(SINGLE_KEYS)}, or {', '.join(SPLIT_KEYS)}; "
             f"found {found}"
         )
@@ -50,7 +60,14 @@ def source_from_arrays(arrays: Mapping[str, Any], *, what: str) -> Source:
 
 
 def open_npz(location: str) -> Source:
-    """A NumPy archive, `.npz`; pickled objects are refused."""
+    """Open a NumPy archive, `.npz`; pickled objects are refused.
+
+    Args:
+        location: its path.
+
+    Raises:
+        DataError: it is missing or damaged, or lacks an array.
+    """
     what = f"npz:{location}"
     path = existing_path(location, what=what)
     wanted = (*SPLIT_KEYS, *SINGLE_KEYS)
@@ -63,14 +80,21 @@ def open_npz(location: str) -> Source:
             arrays = {key: archive[key] if key in wanted else None for key in archive.files}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise NNTKError(
+        raise DataError(
             f"{what} is no readable .npz archive of plain arrays ({reason}); write it with numpy.savez"
         ) from error
     return source_from_arrays(arrays, what=what)
 
 
 def open_zarr(location: str) -> Source:
-    """A Zarr group; only the selected rows are read."""
+    """Open a Zarr group; only the selected rows are read.
+
+    Args:
+        location: its path, or a URL of an object store.
+
+    Raises:
+        DataError: it is missing or damaged, or lacks an array.
+    """
     what = f"zarr:{location}"
     if "://" not in location:
         existing_path(location, what=what)
@@ -80,34 +104,44 @@ def open_zarr(location: str) -> Source:
         arrays = dict(group.arrays())
     except (*_UNREADABLE, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise NNTKError(f"{what} is no readable Zarr group ({reason}); give a group that holds x and y") from error
+        raise DataError(f"{what} is no readable Zarr group ({reason}); give a group that holds x and y") from error
     return source_from_arrays(arrays, what=what)
 
 
-def open_python(location: str) -> Source:
-    """What `module:function`, called without arguments, returns: a mapping of named arrays, or the pair (x, y)."""
+def open_python(location: str, /, **args: Any) -> Source:
+    """Open what a function returns: a mapping of named arrays, or the pair (x, y).
+
+    Args:
+        location: `module:function`.
+        **args: the function's arguments.
+
+    Raises:
+        ArgumentError: it cannot be imported, or does not take these arguments.
+        DataError: it fails, or returns something else.
+    """
     what = f"python:{location}"
-    result = call_checked(import_function(location, what="data source"), {}, what=f"data source {what}")
+    function = import_function(location, what="data source")
+    result = call_checked(function, args, what=f"data source {what}", failure=DataError)
     if isinstance(result, tuple | list) and len(result) == 2:
         result = dict(zip(SINGLE_KEYS, result, strict=True))
     if not isinstance(result, Mapping):
-        raise NNTKError(
+        raise DataError(
             f"data source {what} returned a {type(result).__name__}; "
             f"it must return (x, y), or a mapping with {' and '.join(SINGLE_KEYS)}, or {', '.join(SPLIT_KEYS)}"
         )
     return source_from_arrays(result, what=what)
 
 
-def _rows(inputs: Any, targets: Any, name: str) -> Rows:
+def _rows(inputs: Any, targets: Any, name: str) -> SourceRows:
     inputs, targets = (each if isinstance(each, zarr.Array) else np.asarray(each) for each in (inputs, targets))
     if inputs.ndim == 0 or targets.ndim == 0:
-        raise NNTKError(f"{name} or its targets are a single value; give arrays whose first axis is the examples")
+        raise DataError(f"{name} or its targets are a single value; give arrays whose first axis is the examples")
     targets = _read(targets, slice(None), name) if isinstance(targets, zarr.Array) else targets
     if inputs.shape[0] != targets.shape[0]:
-        raise NNTKError(
+        raise DataError(
             f"{name} has {inputs.shape[0]} rows but its targets have {targets.shape[0]}; give one target per row"
         )
-    return Rows(name, targets, lambda rows: _take(inputs, rows, name))
+    return SourceRows(name, targets, lambda rows: _take(inputs, rows, name))
 
 
 def _read(array: zarr.Array, selection: Any, name: str) -> Shaped[np.ndarray, "..."]:
@@ -115,7 +149,7 @@ def _read(array: zarr.Array, selection: Any, name: str) -> Shaped[np.ndarray, ".
         return np.asarray(array.oindex[selection])
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        raise NNTKError(
+        raise DataError(
             f"'{array.path}' of {name} cannot be read ({reason}); write it again, or check your access to it"
         ) from error
 

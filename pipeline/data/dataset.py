@@ -1,4 +1,4 @@
-"""What the rest of the pipeline sees of the data: plain arrays, selected, labelled and normalised.
+"""The data as the rest of the pipeline sees them: plain arrays, selected, labelled and normalised.
 
 Axes: n examples of one split, T targets of one example.
 """
@@ -14,7 +14,7 @@ class Split:
     """The examples of one split.
 
     Attributes:
-        ids: row of each example in its source (in its own file, where the source comes split).
+        ids: row of each example in its source, or in its own file if the source has two sets.
         inputs: the examples.
         targets: labels 0 … C-1, or real values.
     """
@@ -32,8 +32,8 @@ class Dataset:
         train: at least one example.
         test: possibly no example.
         num_classes: C, or None for regression.
-        mean: subtracted from every channel (zeros where not normalised).
-        deviation: what every channel was then divided by (ones where not normalised or constant).
+        mean: subtracted from each channel; zeros if the data are not normalised.
+        deviation: each channel is divided by it; ones if it is constant or the data are not normalised.
     """
 
     train: Split
@@ -49,5 +49,5 @@ class Dataset:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs that a model needs: one per class, or one per real target."""
+        """Number of outputs that a model needs: one for each class or real target."""
         return self.train.targets.shape[1] if self.num_classes is None else self.num_classes

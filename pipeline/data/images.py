@@ -1,4 +1,7 @@
-"""Encoded images (PNG, JPEG, …) to arrays. Refuses pixels of more than eight bits, which it would have to rescale."""
+"""Decoding images (PNG, JPEG, …). Pixels of more than eight bits are refused, since they would have to be rescaled.
+
+Axes: channels, height, width.
+"""
 
 import io
 
@@ -6,26 +9,30 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, UnidentifiedImageError
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import DataError
 
 GREY_MODES = ("1", "L")
 
 
 def decode_image(data: bytes | None, *, what: str) -> Float32[np.ndarray, "channels height width"]:
-    """The pixels of an encoded image, in [0, 1]: one channel if it is grey, otherwise red, green and blue.
+    """Decode an image to values in [0, 1]: one channel if it is grey, otherwise red, green and blue.
+
+    Args:
+        data: the encoded image.
+        what: names the image in messages.
 
     Raises:
-        NNTKError: there are no bytes, they are no readable image, or a pixel has more than eight bits.
+        DataError: there are no bytes, they are no readable image, or a pixel has more than eight bits.
     """
     if not data:
-        raise NNTKError(f"{what} has no image bytes; store the encoded images in the column itself")
+        raise DataError(f"{what} has no image bytes; store the encoded images in the column itself")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode[0] in "IF":
-                raise NNTKError(f"{what} has pixels of more than 8 bits (mode {image.mode}); convert it to 8 bits")
+                raise DataError(f"{what} has pixels of more than 8 bits (mode {image.mode}); convert it to 8 bits")
             pixels = np.asarray(image.convert("L" if image.mode in GREY_MODES else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise NNTKError(f"{what} cannot be decoded as an image ({reason}); remove or repair it") from error
+        raise DataError(f"{what} cannot be decoded as an image ({reason}); remove or repair it") from error
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return pixels / np.float32(255)

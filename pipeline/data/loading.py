@@ -1,32 +1,37 @@
-"""From the name of a source to a data set: open, select, label, read, check, normalise. In this order, so that a wrong
-size or label costs no reading and only the selected inputs are read.
+"""From the name of a source to a data set: open, select, label, read, check, normalise.
+
+In this order, so that a wrong size or label costs no reading, and only the selected inputs are read.
+
+Axes: those of `pipeline.data.dataset`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from nntk_dist.errors import NNTKError, check_choice
-from pipeline.data.arrays import open_npz, open_python, open_zarr
+from nntk_dist.errors import ArgumentError, DataError, check_choice
+from nntk_dist.registration.callables import call_checked
+from nntk_dist.registration.registry import Registry
 from pipeline.data.dataset import Dataset, Split
-from pipeline.data.idx import open_idx
-from pipeline.data.parquet import open_parquet
 from pipeline.data.preparation import check_inputs, encode_targets, fit_normalization, normalized, num_channels
-from pipeline.data.scikit_learn import open_sklearn
 from pipeline.data.selection import select_rows
-from pipeline.data.source import Source
-from pipeline.data.synthetic import open_synthetic
+from pipeline.data.source import OpenSource, Source
 
-FAMILIES: Mapping[str, Callable[[str], Source]] = MappingProxyType(
+# Each family is an `OpenSource`. Other packages add theirs as entry points of this group.
+SOURCES: Registry[OpenSource] = Registry(
+    "family of data.source",
+    "nntk_dist.data_sources",
     {
-        "sklearn": open_sklearn,
-        "synthetic": open_synthetic,
-        "npz": open_npz,
-        "idx": open_idx,
-        "zarr": open_zarr,
-        "python": open_python,
-    }
+        "sklearn": "pipeline.data.scikit_learn:open_sklearn",
+        "synthetic": "pipeline.data.synthetic:open_synthetic",
+        "npz": "pipeline.data.arrays:open_npz",
+        "idx": "pipeline.data.idx:open_idx",
+        "zarr": "pipeline.data.arrays:open_zarr",
+        "parquet": "pipeline.data.parquet:open_parquet",
+        "python": "pipeline.data.arrays:open_python",
+    },
 )
 
 
@@ -39,23 +44,30 @@ def load_dataset(
     seed: int = 0,
     input_columns: Sequence[str] | None = None,
     target_column: str | None = None,
+    args: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Load a data set: a pure function of its arguments and of what the source holds.
 
     Args:
-        source: `family:location`; the families are those of `FAMILIES` and `parquet`, each described in its own file.
+        source: `family:location`, with a family of `SOURCES`; each is described in its own file.
         train: number of training examples, or None for all.
         test: number of test examples, 0 for none, or None for all.
-        normalize: subtract one mean and divide by one deviation per channel, of the selected training examples.
+        normalize: subtract one mean and divide by one deviation for each channel, of the selected training examples.
         seed: of the selection. An example keeps its id whatever the sizes and the seed.
-        input_columns: columns of a Parquet file that hold the inputs (see `open_parquet`).
-        target_column: column of a Parquet file that holds the targets.
+        input_columns: columns that hold the inputs, for a source with columns.
+        target_column: column that holds the targets, for a source with columns.
+        args: further options of the source.
 
     Raises:
-        NNTKError: an unknown source, data that are missing, damaged, empty, malformed, too few or not finite, or
-            columns named for a source that has none.
+        ArgumentError: an unknown source, an option that it does not take, or sizes that do not fit.
+        DataError: data that are missing, damaged, empty, malformed or not finite.
+
+    Example:
+        >>> load_dataset("sklearn:digits", train=100, test=10).train.inputs.shape
+        (100, 1, 8, 8)
     """
-    found = _open(source, input_columns, target_column)
+    columns = {"input_columns": input_columns, "target_column": target_column}
+    found = _open(source, {name: value for name, value in columns.items() if value is not None} | dict(args or {}))
     train_rows, test_rows = select_rows(found, train=train, test=test, seed=seed)
     train_targets, test_targets, num_classes = encode_targets(found, train_rows, test_rows)
     train_inputs = found.train.read(train_rows)
@@ -65,7 +77,7 @@ def load_dataset(
     if len(test_rows):
         check_inputs(test_inputs, test_rows, test_set.name)
     if test_inputs.shape[1:] != train_inputs.shape[1:]:
-        raise NNTKError(
+        raise DataError(
             f"examples of {test_set.name} have shape {test_inputs.shape[1:]}, the training examples "
             f"{train_inputs.shape[1:]}; give both one shape"
         )
@@ -80,16 +92,14 @@ def load_dataset(
     )
 
 
-def _open(source: str, input_columns: Sequence[str] | None, target_column: str | None) -> Source:
+def _open(source: str, options: Mapping[str, Any]) -> Source:
+    """Open a source with options that it takes."""
     family, colon, location = source.partition(":")
-    families = (*FAMILIES, "parquet")
     if not colon:
-        raise NNTKError(f"data.source is '{source}'; write FAMILY:LOCATION with one of {', '.join(families)}")
-    check_choice("family of data.source", family, families)
-    if family == "parquet":
-        return open_parquet(location, input_columns, target_column)
-    if input_columns is not None or target_column is not None:
-        raise NNTKError(
-            f"data.input_columns and data.target_column are for parquet:, not for '{source}'; leave them out"
-        )
-    return FAMILIES[family](location)
+        raise ArgumentError(f"data.source is '{source}'; write FAMILY:LOCATION with one of {', '.join(SOURCES)}")
+    check_choice("family of data.source", family, SOURCES)
+    what = f"data source '{source}'"
+    found = call_checked(partial(SOURCES.get(family), location), options, what=what, failure=DataError)
+    if not isinstance(found, Source):
+        raise DataError(f"{what}: its family returned a {type(found).__name__}; it must return a Source")
+    return found

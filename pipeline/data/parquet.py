@@ -1,7 +1,9 @@
 """Parquet files: a column of encoded images, or columns of numbers, and a column of targets.
 
 Images become (channels, height, width) in [0, 1]; columns of numbers become vectors, in the order of `input_columns`.
-The targets of all rows are read at once; of the inputs only the selected rows are, and only those are decoded.
+The targets of all rows are read at once; inputs are read and decoded for the selected rows only.
+
+Axes: n examples, features, channels, height, width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,15 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from jaxtyping import Float, Int64, Shaped
 
-from nntk_dist.errors import NNTKError, nearest_name
+from nntk_dist.errors import DataError, nearest_name
 from pipeline.data.images import decode_image
-from pipeline.data.source import Rows, Source, existing_path
+from pipeline.data.source import Source, SourceRows, existing_path
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "class", "y")
 
 
-def open_parquet(location: str, input_columns: Sequence[str] | None, target_column: str | None) -> Source:
-    """One file; `TRAIN,TEST`; or a folder of `train*.parquet` and `test*.parquet` (read in the order of their names).
+def open_parquet(location: str, input_columns: Sequence[str] | None = None, target_column: str | None = None) -> Source:
+    """Open one file; `TRAIN,TEST`; or a folder of `train*.parquet` and `test*.parquet`, in the order of their names.
 
     Args:
         location: path or paths.
@@ -32,7 +34,7 @@ def open_parquet(location: str, input_columns: Sequence[str] | None, target_colu
         target_column: None for the only column called label, labels, target, targets, class or y.
 
     Raises:
-        NNTKError: a missing or unreadable file, a missing column, or one of a type that cannot be used.
+        DataError: a file is missing or unreadable, or a column is missing or of a type that cannot be used.
     """
     what = f"parquet:{location}"
     train, *test = [_Table(paths, what) for paths in _files(location, what)]
@@ -52,7 +54,7 @@ def _files(location: str, what: str) -> list[list[Path]]:
     sets = [sorted(path.glob(f"{name}*.parquet")) for name in ("train", "test")]
     if not all(sets):
         absent = "test" if sets[0] else "train"
-        raise NNTKError(f"{what} has no {absent}*.parquet; a folder needs train*.parquet and test*.parquet")
+        raise DataError(f"{what} has no {absent}*.parquet; a folder needs train*.parquet and test*.parquet")
     return sets
 
 
@@ -73,9 +75,9 @@ class _Table:
         target = _target_column(schema, target_column, self.name)
         return target, _input_columns(schema, input_columns, target, self.name)
 
-    def rows(self, target: str, inputs: list[str]) -> Rows:
+    def rows(self, target: str, inputs: list[str]) -> SourceRows:
         read = self._read_images if _is_image(self._schema().field(inputs[0]).type) else self._read_numbers
-        return Rows(self.name, self._read_targets(target), lambda rows: read(inputs, rows))
+        return SourceRows(self.name, self._read_targets(target), lambda rows: read(inputs, rows))
 
     def _schema(self) -> pa.Schema:
         with self._readable():
@@ -90,7 +92,7 @@ class _Table:
             yield
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise NNTKError(
+            raise DataError(
                 f"{self.what}: {self.name} is no readable Parquet file ({reason}); write it again"
             ) from error
 
@@ -106,7 +108,7 @@ class _Table:
             values = values.dictionary_decode()
         if values.null_count and not pa.types.is_floating(values.type):
             first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            raise NNTKError(
+            raise DataError(
                 f"{self.name} has {values.null_count} missing targets, the first in row {first}; remove these rows"
             )
         targets: np.ndarray = values.to_numpy(zero_copy_only=False)
@@ -127,7 +129,7 @@ class _Table:
             if images is None:
                 images = np.empty((len(rows), *image.shape), dtype=np.float32)
             elif image.shape != images.shape[1:]:
-                raise NNTKError(
+                raise DataError(
                     f"{self.name}: image in row {row} has shape {image.shape} (channels, height, width), "
                     f"that in row {rows[0]} {images.shape[1:]}; give images of one size and kind"
                 )
@@ -142,14 +144,14 @@ def _target_column(schema: pa.Schema, column: str | None, name: str) -> str:
     else:
         found = [candidate for candidate in schema.names if candidate in TARGET_NAMES]
         if len(found) != 1:
-            raise NNTKError(
+            raise DataError(
                 f"{name} has {len(found)} columns called {', '.join(TARGET_NAMES)}; "
                 f"name the column of targets with data.target_column: {', '.join(schema.names)}"
             )
         column = found[0]
     kind = schema.field(column).type
     if pa.types.is_nested(kind) or pa.types.is_temporal(kind) or _is_image(kind):
-        raise NNTKError(f"{name}: column '{column}' of type {kind} cannot be the target; give numbers or class names")
+        raise DataError(f"{name}: column '{column}' of type {kind} cannot be the target; give numbers or class names")
     return column
 
 
@@ -160,14 +162,14 @@ def _input_columns(schema: pa.Schema, columns: Sequence[str] | None, target: str
     else:
         chosen = list(columns)
     if not chosen or target in chosen:
-        raise NNTKError(
+        raise DataError(
             f"{name}: the inputs must be columns other than the target '{target}'; name them with data.input_columns"
         )
     for column in chosen:
         _check_column(schema, column, name)
         kind = schema.field(column).type
         if not (_is_number(kind) or (_is_image(kind) and len(chosen) == 1)):
-            raise NNTKError(
+            raise DataError(
                 f"{name}: column '{column}' of type {kind} cannot be an input beside others; "
                 "name columns of numbers, or one of images, with data.input_columns"
             )
@@ -176,7 +178,7 @@ def _input_columns(schema: pa.Schema, columns: Sequence[str] | None, target: str
 
 def _check_column(schema: pa.Schema, column: str, name: str) -> None:
     if column not in schema.names:
-        raise NNTKError(
+        raise DataError(
             f"{name} has no column '{column}'; it has {', '.join(schema.names)}{nearest_name(column, schema.names)}"
         )
 

@@ -1,9 +1,10 @@
-"""From what a source holds to what a model takes: class labels, finite numbers, normalised float32.
+"""Preparing the arrays of a source for a model: class labels, finite numbers, normalised float32.
 
-Channels: each feature of a vector, each leading-axis entry of an example with three or more axes (colours of an image);
-an example with two axes (height, width) is one channel.
+A channel is a feature of a vector, or an entry along the first axis of an example with three or more axes (a colour of
+an image); an example with two axes (height, width) is one channel. Sums and differences are taken in float64, a block
+of rows at a time, so that no float64 copy of the data is held.
 
-Sums and differences are taken in float64, a block of rows at a time, so that no float64 copy of the data is held.
+Axes: n examples, T targets of one example, channels.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from math import prod
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Num, Shaped
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import DataError
 from pipeline.data.source import Source
 
 BLOCK_ELEMENTS = 2**22
@@ -21,19 +22,27 @@ BLOCK_ELEMENTS = 2**22
 def encode_targets(
     source: Source, train_rows: Int64[np.ndarray, " train"], test_rows: Int64[np.ndarray, " test"]
 ) -> tuple[Shaped[np.ndarray, "train *T"], Shaped[np.ndarray, "test *T"], int | None]:
-    """Targets of the selected rows, and the number of classes (None for regression).
+    """Encode the targets of the selected rows.
 
     Floats are regression targets, float64 (n, T). Integers, booleans and strings are classes, int64 (n,): 0 … C-1 in
     the sorted order of all classes of the whole source, selected or not.
 
+    Args:
+        source: holds the targets.
+        train_rows: indices of the training rows.
+        test_rows: indices of the test rows.
+
+    Returns:
+        Training targets, test targets, and the number of classes (None for regression).
+
     Raises:
-        NNTKError: targets of another type or shape, of two types or widths in the two sets, or not finite.
+        DataError: targets have another type or shape, differ in type or width between the sets, or are not finite.
     """
     sets = [source.train] if source.test is None else [source.train, source.test]
     arrays = [_targets(rows.targets, rows.name) for rows in sets]
     if len({(_form(array), array.shape[1:]) for array in arrays}) > 1:
         described = " and ".join(f"{array.dtype} {array.shape}" for array in arrays)
-        raise NNTKError(f"the targets of {sets[0].name} and of its test set differ: {described}; give both one form")
+        raise DataError(f"the targets of {sets[0].name} and of its test set differ: {described}; give both one form")
     num_classes = None
     if _form(arrays[0]) != "real":
         # labels of the two sets may be stored in different integer types, or lengths of strings
@@ -48,24 +57,29 @@ def encode_targets(
 
 
 def check_inputs(inputs: Shaped[np.ndarray, "n *shape"], rows: Int64[np.ndarray, " n"], name: str) -> None:
-    """Refuse inputs that float32 cannot hold.
+    """Check that float32 can hold the inputs.
+
+    Args:
+        inputs: of the selected rows.
+        rows: their indices in the source.
+        name: names the source in messages.
 
     Raises:
-        NNTKError: inputs that are not real numbers, are without a feature, or are not finite in float32.
+        DataError: they are not real numbers, have no feature, or are not finite in float32.
     """
     if inputs.dtype.kind not in "biuf":
-        raise NNTKError(f"inputs of {name} have the type {inputs.dtype}; give real numbers")
+        raise DataError(f"inputs of {name} have the type {inputs.dtype}; give real numbers")
     if inputs[0].size == 0:
-        raise NNTKError(f"inputs of {name} have the shape {inputs.shape}: examples without a value; give at least one")
+        raise DataError(f"inputs of {name} have the shape {inputs.shape}: examples without a value; give at least one")
     _check_finite(inputs, rows, f"inputs of {name}", np.float32)
 
 
 def fit_normalization(
     inputs: Num[np.ndarray, "n *shape"],
 ) -> tuple[Float64[np.ndarray, " channels"], Float64[np.ndarray, " channels"]]:
-    """Mean and standard deviation (dividing by the count) of each channel.
+    """Return mean and standard deviation (squares divided by the count) of each channel, in two passes over the data.
 
-    A constant channel gets its value as the mean and deviation 1. Two passes over the data.
+    A constant channel gets its value as the mean, and deviation 1.
     """
     count = inputs.size // num_channels(inputs.shape[1:])
     axes = (0, 2)
@@ -84,7 +98,7 @@ def normalized(
     mean: Float64[np.ndarray, " channels"],
     deviation: Float64[np.ndarray, " channels"],
 ) -> Float32[np.ndarray, "n *shape"]:
-    """(inputs - mean) / deviation for each channel."""
+    """Return (inputs - mean) / deviation for each channel, in float32."""
     result = np.empty(inputs.shape, dtype=np.float32)
     start = 0
     for block in _blocks(inputs):
@@ -95,7 +109,7 @@ def normalized(
 
 
 def num_channels(input_shape: tuple[int, ...]) -> int:
-    """Channels of an example of that shape."""
+    """Return the number of channels of an example of this shape."""
     return 1 if len(input_shape) == 2 else input_shape[0]
 
 
@@ -108,18 +122,18 @@ def _blocks(inputs: Num[np.ndarray, "n *shape"]) -> Iterator[Float64[np.ndarray,
 
 
 def _targets(targets: Shaped[np.ndarray, "n *shape"], name: str) -> Shaped[np.ndarray, "n *T"]:
-    """As labels (n,), or as float64 values (n, T)."""
+    """Return labels (n,), or float64 values (n, T)."""
     if targets.dtype.kind in "OT":  # strings, as Arrow and Zarr hand them over
         if not all(isinstance(value, str) for value in targets.flat):
-            raise NNTKError(f"targets of {name} mix types or miss values; give integers, class names or floats")
+            raise DataError(f"targets of {name} mix types or miss values; give integers, class names or floats")
         targets = np.array(targets.tolist())
     if targets.dtype.kind not in "biufUS":
-        raise NNTKError(f"targets of {name} have the type {targets.dtype}; give integers, class names or floats")
+        raise DataError(f"targets of {name} have the type {targets.dtype}; give integers, class names or floats")
     if targets.dtype.kind == "f" and targets.ndim <= 2 and targets[:1].size:
         return targets.reshape(len(targets), -1).astype(np.float64)
     if targets.dtype.kind != "f" and targets.shape in ((len(targets),), (len(targets), 1)):
         return targets.reshape(-1)
-    raise NNTKError(
+    raise DataError(
         f"targets of {name} are {targets.dtype} of shape {targets.shape}; "
         "labels must have the shape (n,), and real targets (n,) or (n, T) as floats"
     )
@@ -139,7 +153,7 @@ def _check_finite(values: Num[np.ndarray, "n *shape"], rows: Int64[np.ndarray, "
         num_bad += int(bad.sum())
         bad_rows.extend(rows[start : start + step][bad.any(axis=1)].tolist())
     if num_bad:
-        raise NNTKError(
+        raise DataError(
             f"{what} hold {num_bad} values that are NaN, infinite or too large for {np.dtype(dtype).name}, in "
             f"{len(bad_rows)} of the {len(values)} selected rows, the first of them row {min(bad_rows)}; "
             "remove these rows or fill the gaps"

@@ -1,4 +1,4 @@
-"""The data sets that come inside scikit-learn. Refuses those that it would download.
+"""The data sets that come with scikit-learn; those that it would download are refused.
 
 `digits` are grey images (1, 8, 8) with values in [0, 1]; all others are vectors of features as scikit-learn gives them.
 """
@@ -24,14 +24,17 @@ LOADERS = MappingProxyType(
 )
 
 
-def open_sklearn(name: str) -> Source:
-    """One of scikit-learn's own data sets, not split.
+def open_sklearn(location: str) -> Source:
+    """Open one of scikit-learn's own data sets, as one set.
+
+    Args:
+        location: a key of `LOADERS`.
 
     Raises:
-        NNTKError: an unknown name.
+        ArgumentError: the name is unknown.
     """
-    check_choice("data set of sklearn:", name, LOADERS)
-    inputs, targets = LOADERS[name](return_X_y=True)
-    if name == "digits":
+    check_choice("data set of sklearn:", location, LOADERS)
+    inputs, targets = LOADERS[location](return_X_y=True)
+    if location == "digits":
         inputs = inputs.reshape(-1, 1, 8, 8) / 16
-    return source_from_arrays({"x": np.asarray(inputs), "y": np.asarray(targets)}, what=f"sklearn:{name}")
+    return source_from_arrays({"x": np.asarray(inputs), "y": np.asarray(targets)}, what=f"sklearn:{location}")

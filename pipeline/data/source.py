@@ -1,26 +1,29 @@
-"""The interface between the families of sources and the loader: targets at once, inputs row by row when asked.
+"""The interface between the families of sources and the loader: targets at once, inputs by rows on demand.
 
-A family says where rows lie and how to read them; selecting, labelling, checking and normalising are not its business.
+A family knows where rows are and how to read them; the loader selects, labels, checks and normalises.
+
+Axes: n examples, rows of a source.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class SourceRows:
     """The rows of one file or array.
 
     Attributes:
-        name: for messages.
+        name: names them in messages.
         targets: of all rows, as the source holds them.
-        read: from row indices, in any order, to their inputs.
+        read: maps row indices, in any order, to their inputs.
     """
 
     name: str
@@ -30,19 +33,44 @@ class Rows:
 
 @dataclass(frozen=True)
 class Source:
-    """A source of examples: one set of rows, or a training and a test set as given (`test` is then not None)."""
+    """A source of examples.
 
-    train: Rows
-    test: Rows | None
+    Attributes:
+        train: the training set, or the only set, which the loader splits.
+        test: the test set; None if the source has one set.
+    """
+
+    train: SourceRows
+    test: SourceRows | None
+
+
+class OpenSource(Protocol):
+    """A family of sources: opens one by its location, with the options that its signature names."""
+
+    def __call__(self, location: str, /, **options: Any) -> Source:
+        """Open the source.
+
+        Args:
+            location: what follows the colon in `data.source`.
+            **options: `input_columns`, `target_column` and the entries of `data.args`, as far as they are given.
+
+        Raises:
+            DataError: the data are missing, damaged or malformed.
+        """
+        ...
 
 
 def existing_path(location: str, *, what: str) -> Path:
-    """The path that `location` names, `~` expanded.
+    """Return the path that `location` names, with `~` expanded.
+
+    Args:
+        location: a path.
+        what: names the source in the message.
 
     Raises:
-        NNTKError: there is nothing at it.
+        DataError: the path does not exist.
     """
     path = Path(location).expanduser()
     if not location or not path.exists():
-        raise NNTKError(f"{what}: '{location}' does not exist (looked in '{Path.cwd()}'); give the path of the data")
+        raise DataError(f"{what}: '{location}' does not exist (looked in '{Path.cwd()}'); give the path of the data")
     return path

@@ -1,8 +1,10 @@
 """One-dimensional regression problems on [-1, 1], without noise.
 
-Example i of 65,536 is the midpoint x_i = (2i + 1)/65536 - 1 of a fixed grid, so an id means the same point under every
-seed and size; a seeded selection of rows is then a uniform sample without repetition, and x = 0, where `sign` and
-`relu` are not smooth, is never hit.
+Example i of 65,536 is the midpoint x_i = (2i + 1)/65536 - 1 of a fixed grid, so an id means the same point for every
+seed and size. A seeded selection of rows is a uniform sample without repetition; it never contains x = 0, at which
+`sign` and `relu` are not smooth.
+
+Axes: n examples.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +29,15 @@ FUNCTIONS: Mapping[str, Callable[[Float64[np.ndarray, " n"]], Float64[np.ndarray
 )
 
 
-def open_synthetic(name: str) -> Source:
-    """The grid with the values of that function as its targets, not split.
+def open_synthetic(location: str) -> Source:
+    """Open the grid with the values of a function as its targets, as one set.
+
+    Args:
+        location: a key of `FUNCTIONS`.
 
     Raises:
-        NNTKError: an unknown name.
+        ArgumentError: the name is unknown.
     """
-    check_choice("function of synthetic:", name, FUNCTIONS)
+    check_choice("function of synthetic:", location, FUNCTIONS)
     x = (2 * np.arange(GRID_POINTS) + 1) / GRID_POINTS - 1
-    return source_from_arrays({"x": x, "y": FUNCTIONS[name](x)}, what=f"synthetic:{name}")
+    return source_from_arrays({"x": x, "y": FUNCTIONS[location](x)}, what=f"synthetic:{location}")

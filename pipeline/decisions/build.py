@@ -34,6 +34,7 @@ def build_dataset(config: Config) -> Dataset:
         seed=data.seed,
         input_columns=data.input_columns,
         target_column=data.target_column,
+        args=data.args,
     )
 
 

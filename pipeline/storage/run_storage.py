@@ -1,16 +1,15 @@
 """The run directory: small files by name, on a local disk or in an object store, through obstore.
 
-What this room is for: one address (`runs/digits`, `s3://bucket/runs/digits`) that the driver and every worker open for
-themselves, with the handful of operations that the ledger, the manifest and the heartbeat need.
-What it refuses to do: to know what is inside the files, to create anything before the first write, to handle
-credentials (obstore reads the cloud's ordinary environment variables), to promise survival of a power cut (writes are
-atomic against a killed process; they are not fsynced).
+One address (`runs/digits`, `s3://bucket/runs/digits`) that the driver and every worker open for themselves, with the
+few operations that the ledger, the manifest and the heartbeat need. This module does not know what is inside the files,
+creates nothing before the first write, and handles no credentials (obstore reads the cloud's usual environment
+variables). Writes are atomic against a killed process, not against a power cut: they are not fsynced.
 
-Axis legend: none; paths are relative to the run directory, with `/` between the parts.
+Axes: none; paths are relative to the run directory, with `/` between the parts.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import takewhile
@@ -22,41 +21,51 @@ import obstore
 import zarr.abc.store
 import zarr.storage
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ArgumentError, StoreError, check_choice
+from nntk_dist.registration.registry import Registry
 
 KERNEL_STORE = "kernel.zarr"
-REMOTE_SCHEMES = ("s3", "gs", "az")
+# From a scheme to a function that opens a URL as an obstore store. Other packages add theirs as entry points.
+BACKENDS: Registry[Callable[[str], Any]] = Registry(
+    "scheme of run_dir",
+    "nntk_dist.storage_backends",
+    {"s3": "obstore.store:from_url", "gs": "obstore.store:from_url", "az": "obstore.store:from_url"},
+)
 
-STORAGE_ERRORS = (BaseError, OSError)  # what object stores and disks raise
-ACCESS_ERRORS = (BaseError, PermissionError)  # those that say nothing of what is there
-# What a hard kill can leave behind: zarr's temporary files (`0.<uuid>.partial`) and obstore's (`manifest.json#1`).
+STORAGE_ERRORS = (BaseError, OSError)  # raised by object stores and disks
+ACCESS_ERRORS = (BaseError, PermissionError)  # after which nothing is known of what the storage holds
+# Files that a hard kill can leave: of shards and zarr (`0.<uuid>.partial`), and of obstore (`manifest.json#1`).
 _PARTIAL_FILE = re.compile(r"\.partial$|#\d+$")
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>")
 _PROBE_FILE = ".writable"
 _OWN_FOLDERS = (KERNEL_STORE, "ledger", "tables", "report")
 
 
-class StorageRefusal(NNTKError):
-    """A disk or an object store does not answer, or not us: nothing is known of what it holds."""
+class StorageRefusal(StoreError):
+    """A disk or an object store does not answer or denies access: nothing is known of what it holds."""
 
 
 class RunStorage:
-    """A run directory by its address; cheap to pickle, since it travels as its url and is reopened on arrival.
+    """A run directory by its address. It is pickled as its address, and opened again on arrival.
 
     Args:
-        url: a local path (relative ones are made absolute here, because workers run elsewhere), `file://…`, or
-            `s3://bucket/prefix` (also `gs://`, `az://`).
+        url: a local path (a relative one is made absolute here, because workers run elsewhere), `file://…`, or
+            `s3://bucket/prefix` (also `gs://`, `az://`, and the schemes that other packages add to `BACKENDS`).
 
     Raises:
-        NNTKError: empty url, or a scheme that is not supported.
+        ArgumentError: the url is empty, has an unknown scheme, or names no bucket.
+
+    Example:
+        >>> RunStorage("s3://bucket/runs/digits/").url
+        's3://bucket/runs/digits'
     """
 
     def __init__(self, url: str | Path) -> None:
         text = str(url)
         if not text.strip():
-            raise NNTKError("run_dir is empty; give a local path or s3://bucket/prefix")
+            raise ArgumentError("run_dir is empty; give a local path or s3://bucket/prefix")
         scheme, separator, _ = text.partition("://")
         self.local_path: Path | None = None
         if not separator:
@@ -64,9 +73,9 @@ class RunStorage:
         elif scheme == "file":
             self.local_path = Path(unquote(urlsplit(text).path))
         else:
-            check_choice(f"scheme of run_dir '{text}'", scheme, (*REMOTE_SCHEMES, "file"))
+            check_choice(f"scheme of run_dir '{text}'", scheme, (*BACKENDS, "file"))
             if not urlsplit(text).netloc:
-                raise NNTKError(f"run_dir '{text}' names no bucket; write {scheme}://bucket/prefix")
+                raise ArgumentError(f"run_dir '{text}' names no bucket; write {scheme}://bucket/prefix")
         self.url = str(self.local_path) if self.local_path else text.rstrip("/")
 
     def __reduce__(self) -> tuple[type["RunStorage"], tuple[str]]:
@@ -76,7 +85,11 @@ class RunStorage:
         return f"RunStorage({self.url!r})"
 
     def read_bytes(self, path: str) -> bytes | None:
-        """The content of the file, or None where there is none."""
+        """Return the content of a file, or None if there is none.
+
+        Raises:
+            StoreError: the storage does not answer or denies access.
+        """
         if not self._exists():
             return None
         with self._errors_named("read", path):
@@ -86,12 +99,20 @@ class RunStorage:
                 return None
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Write the whole file, atomically: a reader, or a kill in the middle, sees the old content or the new one."""
+        """Write a whole file, atomically: a reader, or a kill in the middle, sees the old content or the new one.
+
+        Raises:
+            StoreError: the storage cannot be written.
+        """
         with self._errors_named("write", path):
             obstore.put(self._store, path, data)
 
     def list(self, prefix: str = "") -> Sequence[str]:
-        """Sorted paths of all files below the folder `prefix` (of the whole run directory where it is empty)."""
+        """Return the sorted paths of all files below the folder `prefix`; "" stands for the run directory.
+
+        Raises:
+            StoreError: the storage does not answer or denies access.
+        """
         if not self._exists():
             return []
         with self._errors_named("list", prefix or "."):
@@ -99,26 +120,30 @@ class RunStorage:
             return sorted(entry["path"] for batch in batches for entry in batch)
 
     def delete(self, path: str) -> None:
-        """Delete the file; no error where there is none."""
+        """Delete a file, if there is one.
+
+        Raises:
+            StoreError: the storage cannot be written.
+        """
         if not self._exists():
             return
         with self._errors_named("delete", path), suppress(FileNotFoundError):
             obstore.delete(self._store, path)
 
     def zarr_store(self, *, read_only: bool) -> zarr.abc.store.Store:
-        """The zarr store of `kernel.zarr`. Nothing is created or read until zarr opens it."""
+        """Return the Zarr store of `kernel.zarr`. Nothing is created or read before Zarr opens it."""
         if self.local_path is not None:
             return zarr.storage.LocalStore(self.local_path / KERNEL_STORE, read_only=read_only)
         return zarr.storage.ObjectStore(self._open_remote(KERNEL_STORE), read_only=read_only)
 
     def check_writable(self) -> None:
-        """Prove, by writing a probe file and taking it away again, that this run directory can be written.
+        """Check, by writing a probe file and deleting it, that this run directory can be written.
 
-        A probe and not a look at permission bits: those say nothing of read-only mounts, of /proc, of a full disk or of
-        a missing bucket, and nothing at all to root. Folders made for the probe are removed again.
+        Permission bits would say nothing of read-only mounts, /proc, a full disk or a missing bucket, and nothing at
+        all to root. Folders made for the probe are removed again.
 
         Raises:
-            NNTKError: the place cannot be written, a file is where a folder should be, the bucket does not exist.
+            StoreError: the place cannot be written, a file is in the place of a folder, or the bucket does not exist.
         """
         if self.local_path is None:
             self.write_bytes(_PROBE_FILE, b"")
@@ -131,12 +156,12 @@ class RunStorage:
             missing.extend(takewhile(lambda folder: not folder.exists(), lineage))
             nearest = lineage[len(missing)]
             if not nearest.is_dir():
-                raise NNTKError(f"run_dir '{self.url}': '{nearest}' is a file, not a folder; choose another run_dir")
+                raise StoreError(f"run_dir '{self.url}': '{nearest}' is a file, not a folder; choose another run_dir")
             self.local_path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"probe")
         except OSError as error:
             reason = error.strerror or error
-            raise NNTKError(f"run_dir '{self.url}' cannot be written ({reason}); choose another run_dir") from error
+            raise StoreError(f"run_dir '{self.url}' cannot be written ({reason}); choose another run_dir") from error
         finally:
             with suppress(OSError):
                 probe.unlink()
@@ -145,10 +170,10 @@ class RunStorage:
                     folder.rmdir()  # refuses what somebody else has begun to use meanwhile
 
     def remove_partial_files(self) -> int:
-        """Delete the temporary files that hard kills leave of the run's own files on a local disk; returns how many.
+        """Delete the temporary files that hard kills have left on a local disk, and return how many.
 
-        Only for the holder of the run lock, before it starts workers: a file that is being written looks the same.
-        Object stores show no unfinished uploads, so there is nothing to do there.
+        Only the holder of the run lock may call this, before it starts workers: a file that is being written looks the
+        same. Object stores show no unfinished uploads.
         """
         if self.local_path is None:
             return 0
@@ -169,24 +194,24 @@ class RunStorage:
         return self._open_remote() if self.local_path is None else LocalStore(self.local_path, mkdir=True)
 
     def _open_remote(self, *parts: str) -> Any:
-        return from_url("/".join((self.url, *parts)))
+        return BACKENDS.get(self.url.partition("://")[0])("/".join((self.url, *parts)))
 
     @contextmanager
     def _errors_named(self, action: str, path: str) -> Iterator[None]:
         try:
             yield
         except STORAGE_ERRORS as error:
-            raise NNTKError(
+            raise StoreError(
                 f"cannot {action} '{path}' in run_dir '{self.url}': {reason_of(error)}; check the address and your "
                 "access to it"
             ) from error
 
 
 def reason_of(error: Exception) -> str:
-    """What a disk or an object store has said, in a few words.
+    """Return in a few words what a disk or an object store has said.
 
-    Object stores answer with a code such as NoSuchBucket; otherwise the first line says what happened, and obstore lets
-    pages of debugging output follow.
+    Object stores answer with a code such as NoSuchBucket. Otherwise the first line says what happened; pages of
+    debugging output may follow it.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

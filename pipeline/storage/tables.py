@@ -1,7 +1,8 @@
 """The tables of a run directory: small Parquet files under `tables/`, whole or absent.
 
-No task adds to a table; a table is written once by the stage that makes it, and replaced as a whole when that stage
-reruns.
+The stage that makes a table writes it once, and replaces it as a whole when it runs again; no task adds to it.
+
+Axes: none.
 """
 
 import io
@@ -15,12 +16,24 @@ from pipeline.storage.run_storage import RunStorage
 
 
 def table_path(name: str) -> str:
-    """Where a table lies in the run directory."""
+    """Return the path of a table in the run directory."""
     return f"tables/{name}.parquet"
 
 
 def write_table(storage: RunStorage, name: str, columns: Mapping[str, Sequence[Any] | Any]) -> int:
-    """Write the columns as one Parquet file and return its bytes."""
+    """Write a table as one Parquet file.
+
+    Args:
+        storage: the run directory.
+        name: of the table.
+        columns: values by column name, all of one length.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        StoreError: the storage cannot be written.
+    """
     buffer = io.BytesIO()
     pq.write_table(pa.table(dict(columns)), buffer, compression="zstd")
     content = buffer.getvalue()
@@ -29,6 +42,10 @@ def write_table(storage: RunStorage, name: str, columns: Mapping[str, Sequence[A
 
 
 def read_table(storage: RunStorage, name: str) -> dict[str, list[Any]] | None:
-    """The columns of a table as lists, None where it does not exist."""
+    """Return the columns of a table as lists, or None if it does not exist.
+
+    Raises:
+        StoreError: the storage does not answer or denies access.
+    """
     content = storage.read_bytes(table_path(name))
     return None if content is None else pq.read_table(io.BytesIO(content)).to_pydict()

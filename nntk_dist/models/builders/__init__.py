@@ -1,30 +1,37 @@
-"""Models by name: the built-in builders, anyone's own (`python:module:function`), and their checkpoints.
+"""Models by name: the built-in builders, and anyone's own.
 
 A builder maps `(*, input_shape, num_outputs, **args)` to a module that maps (n, *input_shape) to (n, num_outputs). All
 built-in models are free of in-place operations and of batch effects in eval mode, so they work under
-`torch.func.functional_call`, `vmap` over parameters and `jacrev`, in float32 and float64.
+`torch.func.functional_call`, `vmap` over parameters and `jacrev`, in float32 and float64. What is done with a model
+once it is built does not belong here.
+
+Axes: n examples.
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ModelError
 from nntk_dist.models.builders.activations import ACTIVATIONS, make_activation
-from nntk_dist.models.builders.cnn import cnn
-from nntk_dist.models.builders.mlp import mlp
-from nntk_dist.models.builders.resnet import resnet
-from nntk_dist.models.builders.transformer import transformer
 from nntk_dist.models.checkpoint import load_checkpoint
-from nntk_dist.registration.callables import call_checked, check_integer, import_function
+from nntk_dist.registration.callables import call_checked, check_integer
+from nntk_dist.registration.registry import Registry
 
-__all__ = ["ACTIVATIONS", "BUILDERS", "build_model", "import_function", "load_checkpoint", "make_activation"]
+__all__ = ["ACTIVATIONS", "BUILDERS", "build_model", "load_checkpoint", "make_activation"]
 
-BUILDERS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {"mlp": mlp, "cnn": cnn, "resnet": resnet, "transformer": transformer}
+# Other packages add their builders as entry points of this group.
+BUILDERS: Registry[Callable[..., nn.Module]] = Registry(
+    "model builder",
+    "nntk_dist.model_builders",
+    {
+        "mlp": "nntk_dist.models.builders.mlp:mlp",
+        "cnn": "nntk_dist.models.builders.cnn:cnn",
+        "resnet": "nntk_dist.models.builders.resnet:resnet",
+        "transformer": "nntk_dist.models.builders.transformer:transformer",
+    },
 )
 
 
@@ -33,49 +40,51 @@ def build_model(
 ) -> nn.Module:
     """Build a model by name: float32, on the CPU, in eval mode, its initial parameters a function of `seed` alone.
 
-    Torch's global random state is left as it was.
+    Torch's global random state stays as it is.
 
     Args:
-        builder: a key of `BUILDERS`, or `python:module:function` for an importable function that returns a module.
-        args: the builder's own arguments. `input_shape` and `num_outputs` are added where its signature takes them.
+        builder: a name in `BUILDERS`, or `python:module:function` for a function that returns a module.
+        args: the builder's own arguments. `input_shape` and `num_outputs` are added if its signature takes them.
         input_shape: shape of one example.
         num_outputs: number of outputs that the data ask for.
         seed: of the initial parameters, not negative. (A function that draws from another generator than torch's must
             take a seed of its own in `args`.)
 
     Raises:
-        NNTKError: an unknown builder or argument, a value that the builder refuses, a result that is no `nn.Module`, or
-            a model that does not map (n, *input_shape) to (n, outputs).
+        ArgumentError: an unknown builder or argument, or a value that a built-in builder refuses.
+        ModelError: the builder fails, returns no `nn.Module`, or its model does not map (n, *input_shape) to
+            (n, outputs).
+
+    Example:
+        >>> model = build_model("mlp", {"widths": [8]}, input_shape=(3,), num_outputs=2, seed=0)
+        >>> model(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
     """
     check_integer("model seed", seed, minimum=0)
     what = f"model {builder}"
-    if builder.startswith("python:"):
-        function = import_function(builder.removeprefix("python:"), what="model builder")
-    else:
-        check_choice("model builder", builder, (*BUILDERS, "python:module:function"))
-        function = BUILDERS[builder]
+    function = BUILDERS.get(builder)
     offered = {"input_shape": tuple(input_shape), "num_outputs": num_outputs}
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would also seed every other device's generator
         torch.default_generator.manual_seed(seed)
-        model = call_checked(function, args, what=what, offered=offered)
+        model = call_checked(function, args, what=what, offered=offered, failure=ModelError)
         if not isinstance(model, nn.Module):
-            raise NNTKError(f"{what} returned a {type(model).__name__}; it must return a torch.nn.Module")
+            raise ModelError(f"{what} returned a {type(model).__name__}; it must return a torch.nn.Module")
         model = model.to(device="cpu", dtype=torch.float32).eval()
         _check_shapes(model, what, tuple(input_shape))
     return model
 
 
 def _check_shapes(model: nn.Module, what: str, input_shape: tuple[int, ...]) -> None:
-    """Run the model once on two blank examples: a misfit is told here in a line, not by a worker in a traceback."""
+    """Run the model once on two blank examples: a misfit is an error here, not a traceback of a worker."""
     try:
         with torch.no_grad():
             output = model(torch.zeros(2, *input_shape, dtype=torch.float32))
     except Exception as error:  # the model may be anyone's; its exception stays visible as the cause
         reason = " ".join(str(error).split())
-        raise NNTKError(
+        raise ModelError(
             f"{what} cannot be evaluated on examples of shape {input_shape}: {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != 2:
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise NNTKError(f"{what} returned {came} for 2 examples; it must return a tensor of shape (2, outputs)")
+        raise ModelError(f"{what} returned {came} for 2 examples; it must return a tensor of shape (2, outputs)")

@@ -1,7 +1,9 @@
-"""Activation functions by name, those with jumps included.
+"""Activation functions by name, with and without jumps.
 
-None of them works in place, and the ones with jumps carry no straight-through gradient: their derivative is zero, as
-mathematics says, so that a gradient estimator that cannot see a jump is caught rather than fooled.
+None of them works in place. Those with jumps have no straight-through gradient: their derivative is zero, as it is in
+mathematics, so that a gradient estimator that cannot see a jump is caught rather than fooled.
+
+Axes: all activations are elementwise.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ArgumentError, check_choice
 from nntk_dist.models.brownian import BrownianActivation
 from nntk_dist.registration.callables import call_checked, check_integer
 
@@ -38,24 +40,27 @@ class Step(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Apply it elementwise."""
-        # A comparison would cut the output off from the graph, and automatic differentiation would then fail
-        # where the answer is simply zero.
+        # A comparison would cut the output off from the graph, and automatic differentiation would then fail, though
+        # the derivative is simply zero.
         return torch.sign(x).clamp(min=0)
 
 
 class Quantize(nn.Module):
-    """The nearest of `levels` equally spaced values from -limit to limit (midpoints go to the even level).
+    """The nearest of `levels` equally spaced values from -limit to limit; midpoints go to the even level.
 
     Args:
         levels: number of values, at least 2.
-        limit: the largest value, positive; inputs beyond it are clipped to it.
+        limit: the largest value, positive; inputs beyond it are clipped.
+
+    Raises:
+        ArgumentError: fewer than two levels, or a limit that is not positive.
     """
 
     def __init__(self, levels: int = 8, limit: float = 1.0) -> None:
         super().__init__()
         check_integer("activation quantize: levels", levels, minimum=2)
         if not limit > 0:
-            raise NNTKError(f"activation quantize: limit is {limit}; give a positive number")
+            raise ArgumentError(f"activation quantize: limit is {limit}; give a positive number")
         self.levels = levels
         self.limit = limit
 
@@ -66,11 +71,11 @@ class Quantize(nn.Module):
         return torch.round(position) * (2 * self.limit / intervals) - self.limit
 
     def extra_repr(self) -> str:
-        """The settings, for printing the model."""
+        """Settings, for printing the model."""
         return f"levels={self.levels}, limit={self.limit}"
 
 
-# Functions without arguments, so that nobody can ask for an activation that works in place.
+# Functions without arguments, so that no configuration can ask for an activation that works in place.
 ACTIVATIONS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         "relu": lambda: nn.ReLU(),
@@ -89,14 +94,21 @@ ACTIVATIONS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
 
 
 def make_activation(activation: str | Mapping[str, Any]) -> nn.Module:
-    """The activation of that name, or of `{name: …, further arguments}` such as `{name: quantize, levels: 4}`.
+    """Make an activation.
+
+    Args:
+        activation: its name, or a mapping of `name` and further arguments.
 
     Raises:
-        NNTKError: an unknown name, an argument that the activation does not take, or a bad value.
+        ArgumentError: an unknown name, an argument that the activation does not take, or a bad value.
+
+    Example:
+        >>> make_activation({"name": "quantize", "levels": 4})
+        Quantize(levels=4, limit=1.0)
     """
     arguments = {"name": activation} if isinstance(activation, str) else activation
     if not isinstance(arguments, Mapping) or not isinstance(arguments.get("name"), str):
-        raise NNTKError(f"activation is {activation!r}; give a name ({', '.join(ACTIVATIONS)}) or {{name: …, …}}")
+        raise ArgumentError(f"activation is {activation!r}; give a name ({', '.join(ACTIVATIONS)}) or {{name: …, …}}")
     name = arguments["name"]
     check_choice("activation", name, ACTIVATIONS)
     rest = {key: value for key, value in arguments.items() if key != "name"}

@@ -1,4 +1,7 @@
-"""A plain convolutional network for images, as small as one likes."""
+"""A plain convolutional network for images.
+
+Axes: n examples.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -6,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ArgumentError, check_choice
 from nntk_dist.models.builders.activations import make_activation
 from nntk_dist.models.builders.images import image_input
 from nntk_dist.models.dropout import dropout_layers
@@ -34,22 +37,22 @@ def cnn(
         kernel_size: odd, so that padding keeps the image size.
         activation: name, or `{name, …}`, of the activation (see `activations`).
         pool: `average`, `max`, or `none` for no pooling.
-        readout: `mean` (average over positions) or `flatten` (every position its own weights) before the last Linear.
+        readout: `mean` (average over positions) or `flatten` (own weights for each position) before the last Linear.
         bias: whether convolutions and the last Linear have one.
-        dropout: share of the channels that are left out at random behind each activation, in eval mode too; from 0,
-            which adds no module, to below 1 (see `nntk_dist.models.dropout`).
+        dropout: share of the channels that are zeroed at random behind each activation, in eval mode too; at least 0,
+            which adds no module, and below 1 (see `nntk_dist.models.dropout`).
 
     Raises:
-        NNTKError: inputs that are no images or too small for the pooling, or a bad value.
+        ArgumentError: inputs are no images or too small for the pooling, or a value is bad.
     """
     check_integers("model cnn: channels", channels, minimum=1)
     check_integer("model cnn: kernel_size", kernel_size, minimum=1)
     check_choice("model cnn: pool", pool, ("average", "max", "none"))
     check_choice("model cnn: readout", readout, ("mean", "flatten"))
     if kernel_size % 2 == 0:
-        raise NNTKError(f"model cnn: kernel_size is {kernel_size}; give an odd number")
+        raise ArgumentError(f"model cnn: kernel_size is {kernel_size}; give an odd number")
     if not channels:
-        raise NNTKError("model cnn: channels is empty; give the output channels of at least one convolution")
+        raise ArgumentError("model cnn: channels is empty; give the output channels of at least one convolution")
     to_image, (width, height, breadth) = image_input("cnn", input_shape)
     layers: OrderedDict[str, nn.Module] = OrderedDict(image=to_image)
     for index, next_width in enumerate(channels):
@@ -61,7 +64,7 @@ def cnn(
             layers[f"pool{index}"] = nn.AvgPool2d(2) if pool == "average" else nn.MaxPool2d(2)
             height, breadth = height // 2, breadth // 2
     if min(height, breadth) == 0:
-        raise NNTKError(
+        raise ArgumentError(
             f"model cnn: {len(channels)} poolings leave nothing of images of shape {input_shape}; "
             "give fewer channels or pool: none"
         )

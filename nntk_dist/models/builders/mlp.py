@@ -1,4 +1,7 @@
-"""The fully connected network. Inputs of any shape are flattened first."""
+"""The fully connected network. Inputs of any shape are flattened first.
+
+Axes: n examples.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -29,11 +32,11 @@ def mlp(
         widths: units of each hidden layer; empty for a linear model.
         activation: name, or `{name, …}`, of the activation (see `activations`).
         bias: whether the Linears have one.
-        dropout: share of the units that are left out at random behind each activation, in eval mode too; from 0, which
-            adds no module, to below 1 (see `nntk_dist.models.dropout`).
+        dropout: share of the units that are zeroed at random behind each activation, in eval mode too; at least 0,
+            which adds no module, and below 1 (see `nntk_dist.models.dropout`).
 
     Raises:
-        NNTKError: a width below 1, an unknown activation, or a dropout out of range.
+        ArgumentError: a width below 1, an unknown activation, or a dropout out of range.
     """
     check_integers("model mlp: widths", widths, minimum=1)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())

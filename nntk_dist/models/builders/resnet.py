@@ -2,7 +2,9 @@
 
 Three stages of k basic blocks, of `width`, 2·`width` and 4·`width` channels, make 6k + 2 layers with weights. The
 shortcuts hold none: where a stage begins they take every second pixel and pad channels with zeros ("option A").
-Evaluated in eval mode: batch normalisation uses its running statistics, so examples do not see each other.
+In eval mode batch normalisation uses its running statistics, so examples do not influence each other.
+
+Axes: n examples.
 """
 
 from collections import OrderedDict
@@ -14,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ArgumentError, check_choice
 from nntk_dist.models.builders.activations import make_activation
 from nntk_dist.models.builders.images import image_input
 from nntk_dist.registration.callables import check_integer
@@ -42,14 +44,14 @@ def resnet(
         activation: name, or `{name, …}`, of the activation (see `activations`).
 
     Raises:
-        NNTKError: inputs that are no images, a depth that is not 6k + 2, or a bad value.
+        ArgumentError: inputs are no images, the depth is not 6k + 2, or a value is bad.
     """
     check_integer("model resnet: depth", depth, minimum=8)
     check_integer("model resnet: width", width, minimum=1)
     check_choice("model resnet: norm", norm, NORMS)
     if depth % 6 != 2:
         below = depth - (depth - 2) % 6
-        raise NNTKError(f"model resnet: depth is {depth}; give 6k + 2, such as {below} or {below + 6}")
+        raise ArgumentError(f"model resnet: depth is {depth}; give 6k + 2, such as {below} or {below + 6}")
     to_image, (channels, _, _) = image_input("resnet", input_shape)
     layers: OrderedDict[str, nn.Module] = OrderedDict(image=to_image)
     layers["stem"] = _convolution(channels, width, 1, norm)

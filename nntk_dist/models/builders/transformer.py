@@ -1,8 +1,7 @@
 """A small transformer for images (patches), sequences (tokens as given) and vectors (one scalar a token).
 
-Pre-norm blocks, learned positions, dropout of what a block adds where asked for. Attention is written out with plain
-Linears and a softmax: fused kernels would hide the Linears from layer-by-layer contraction and lack the higher
-derivatives.
+Pre-norm blocks, learned positions, optional dropout of what a block adds. Attention is written out with plain Linears
+and a softmax: fused kernels would hide the Linears from layer-by-layer contraction and lack higher derivatives.
 
 Axes: n examples, t tokens (the class token included), d model dimension, h heads, e = d / h.
 """
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ArgumentError, check_choice
 from nntk_dist.models.builders.activations import make_activation
 from nntk_dist.models.dropout import Dropout
 from nntk_dist.registration.callables import check_integer
@@ -44,20 +43,20 @@ def transformer(
         heads: number of attention heads.
         hidden: width of the two-layer network in each block.
         patch: side of an image patch in pixels, a divisor of height and width.
-        pool: what the readout sees: `class` (a learned token) or `mean` (over tokens).
+        pool: input of the readout: `class` (a learned token) or `mean` (over tokens).
         activation: name, or `{name, …}`, of the activation (see `activations`).
-        dropout: share of the numbers that attention and network add to the tokens which is left out at random, in eval
-            mode too; from 0, which adds no module, to below 1 (see `nntk_dist.models.dropout`).
+        dropout: share of the numbers added to the tokens by each block that is zeroed at random, in eval mode too; at
+            least 0, which adds no module, and below 1 (see `nntk_dist.models.dropout`).
 
     Raises:
-        NNTKError: an input shape of other form, or a bad value.
+        ArgumentError: an input shape of another form, or a bad value.
     """
     sizes = {"dim": dim, "depth": depth, "heads": heads, "hidden": hidden, "patch": patch}
     for name, value in sizes.items():
         check_integer(f"model transformer: {name}", value, minimum=1)
     check_choice("model transformer: pool", pool, ("class", "mean"))
     if dim % heads:
-        raise NNTKError(f"model transformer: dim is {dim} and heads {heads}; dim must be a multiple of heads")
+        raise ArgumentError(f"model transformer: dim is {dim} and heads {heads}; dim must be a multiple of heads")
     tokens = _Tokens(input_shape, patch)
     blocks = [_Block(dim, heads, hidden, activation, dropout) for _ in range(depth)]
     return _Transformer(tokens, blocks, dim, num_outputs, class_token=pool == "class")
@@ -73,7 +72,7 @@ class _Tokens(nn.Module):
         if self.is_image:
             channels, height, width = input_shape
             if height % patch or width % patch:
-                raise NNTKError(
+                raise ArgumentError(
                     f"model transformer: patch is {patch}, which does not divide images of {height} x {width} pixels; "
                     "give a common divisor of height and width"
                 )
@@ -81,7 +80,7 @@ class _Tokens(nn.Module):
         elif len(input_shape) in (1, 2):
             self.num_tokens, self.num_features = (*input_shape, 1)[:2]
         else:
-            raise NNTKError(
+            raise ArgumentError(
                 f"model transformer takes images (channels, height, width), sequences (length, features) and vectors "
                 f"(features,), but an example has shape {input_shape}; use mlp for other shapes"
             )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, NNTKError
 from pipeline.data import load_dataset
 from pipeline.data.selection import shuffled
 
@@ -261,5 +261,5 @@ def test_negative_seed():
 
 @pytest.mark.parametrize("columns", [{"input_columns": ["a"]}, {"target_column": "b"}])
 def test_columns_of_sources_without_columns(columns):
-    with pytest.raises(NNTKError, match="are for parquet:, not for 'sklearn:iris'; leave them out"):
+    with pytest.raises(ArgumentError, match=r"data source 'sklearn:iris' takes no argument '(input|target)_column"):
         load_dataset("sklearn:iris", train=1, test=1, **columns)

@@ -16,7 +16,6 @@ from obstore.store import LocalStore
 from nntk_dist.errors import NNTKError
 from pipeline.records import lock as lock_module
 from pipeline.records.lock import FRESH_SECONDS, HEARTBEAT_PATH, Heartbeat, RunLock, driver_alive, read_heartbeat
-from pipeline.storage import run_storage as storage_module
 from pipeline.storage.run_storage import RunStorage
 
 REPOSITORY = Path(__file__).parents[3]
@@ -34,7 +33,7 @@ with RunLock(RunStorage(sys.argv[1]), beat_seconds=0.05) as lock:
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
     """A run directory of which the code believes that it lies in an object store."""
-    monkeypatch.setattr(storage_module, "from_url", lambda url: LocalStore(tmp_path / "bucket", mkdir=True))
+    monkeypatch.setattr("obstore.store.from_url", lambda url: LocalStore(tmp_path / "bucket", mkdir=True))
     return RunStorage("s3://bucket/run")
 
 

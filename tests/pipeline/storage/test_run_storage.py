@@ -14,7 +14,6 @@ import zarr
 from obstore.store import LocalStore
 
 from nntk_dist.errors import NNTKError
-from pipeline.storage import run_storage as storage_module
 from pipeline.storage.run_storage import RunStorage
 
 REPOSITORY = Path(__file__).parents[3]
@@ -28,7 +27,7 @@ def storage(request, tmp_path, monkeypatch):
     def from_url(url):
         return LocalStore(tmp_path / url.removeprefix("s3://"), mkdir=True)
 
-    monkeypatch.setattr(storage_module, "from_url", from_url)
+    monkeypatch.setattr("obstore.store.from_url", from_url)
     return RunStorage("s3://bucket/a-run/")
 
 

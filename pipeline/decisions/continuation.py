@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import NNTKError, StoreError
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.model_probes import ModelProbes
+from nntk_dist.products.feature_description import FeatureStorage
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from pipeline.config.schema import Config, config_from_dict
 from pipeline.decisions.build import build_spec
@@ -32,6 +33,7 @@ def stored_job(manifest: Manifest) -> Job:
         decision=_restored_decision(manifest),
         layout=_restored(Layout, manifest.layout, "layout"),
         sizes=_restored(Sizes, manifest.sizes, "sizes"),
+        features=_restored_features(manifest),
     )
 
 
@@ -46,6 +48,16 @@ def stored_probes(manifest: Manifest) -> ModelProbes | None:
 
 def _restored_decision(manifest: Manifest) -> Decision:
     return _restored(Decision, {**manifest.decision, "probes": stored_probes(manifest)}, "decision")
+
+
+def _restored_features(manifest: Manifest) -> FeatureStorage:
+    """How the store keeps features. Raises a StoreError if the manifest's record is not whole."""
+    try:
+        return FeatureStorage.from_plain(manifest.features)
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"manifest.json is broken at features: {error}; restore it, or choose another run_dir"
+        ) from error
 
 
 def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Section:

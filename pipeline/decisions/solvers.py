@@ -14,7 +14,7 @@ from nntk_dist.analysis.leave_one_out import num_sampled_examples
 from nntk_dist.errors import NNTKError
 from nntk_dist.products.factor_form import WITH_FACTOR, FactorForm
 from pipeline.job.job import Job
-from pipeline.storage.array_table import StoredArray, holds_differences, kernel_width, statistics_of
+from pipeline.storage.array_table import kernel_width, statistics_of, stored_factor_form
 
 SOLVED = ("spectrum", "regression")
 _DENSE_ROWS = 10_000  # 3 GiB and minutes
@@ -71,11 +71,6 @@ def choose_solver(job: Job, stage: str, factor: FactorForm | None) -> Solver:
     return Solver("iterative", f"for {num_rows:,} kernel rows, more than {_DENSE_ROWS:,}, without a narrow factor")
 
 
-def factor_form(job: Job, features: StoredArray) -> FactorForm:
-    """The form of the factor that an array of features is."""
-    return FactorForm(features.axes[1:], features.shape[1:], job.spec.meeting.full)
-
-
 def solver_bytes(job: Job, stage: str, solver: Solver) -> int:
     """What a stage takes beside the process itself."""
     rows = job.sizes.num_train * kernel_width(job)
@@ -86,7 +81,9 @@ def solver_bytes(job: Job, stage: str, solver: Solver) -> int:
         block = min(job.layout.shard_rows, job.sizes.num_train) * kernel_width(job)
         spectrum = stage == "spectrum"
         held = 8 * rows * (job.config.spectrum.top_k if spectrum else 3 * ridges * _num_right(job))
-        all_vectors = not spectrum or (holds_differences(job) and "unbiased" in statistics_of(job).values())
+        factor = stored_factor_form(job)
+        has_unbiased = factor is not None and not factor.is_sketch and "unbiased" in statistics_of(job).values()
+        all_vectors = not spectrum or has_unbiased
         copies = _DENSE_COPIES if all_vectors else _DENSE_COPIES - 1
         return copies * 8 * solver.columns**2 + 8 * block * (_PIECES + 3) * solver.columns + held
     edge = min(job.layout.tile, job.sizes.num_train) * kernel_width(job)

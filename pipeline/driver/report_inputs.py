@@ -30,7 +30,8 @@ from pipeline.report import (
     Thumbnail,
     render_report,
 )
-from pipeline.storage.factor import factor_rows, stored_factor
+from pipeline.storage.array_table import stored_factor_form
+from pipeline.storage.factor import factor_rows
 from pipeline.storage.kernel_arrays import KernelArrays
 from pipeline.storage.run_storage import RunStorage
 from pipeline.storage.tables import read_table
@@ -188,7 +189,7 @@ def _stored_entries(store: KernelArrays, chosen: np.ndarray, num_examples: int, 
 
 def _made_entries(store: KernelArrays, manifest: Manifest, chosen: np.ndarray) -> np.ndarray:
     """The same entries from the factor, of a run without tiles."""
-    factor = stored_factor(store, stored_job(manifest))
+    factor = stored_factor_form(stored_job(manifest))
     assert factor is not None
     read = factor_rows(store, factor, "train").read
     breaks = np.flatnonzero(np.diff(chosen) > 1) + 1

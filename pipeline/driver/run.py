@@ -209,6 +209,7 @@ def _manifest(prepared: Prepared) -> Manifest:
         layout=as_plain(plan.job.layout),
         sizes=as_plain(plan.job.sizes),
         decision=as_plain(replace(plan.job.decision, sites=None)),  # which follow from the model
+        features=plan.job.features.to_plain(),
         projection=as_plain(plan.projection),
         stages=stages,
     )

@@ -214,7 +214,7 @@ def _finiteness(context: Context) -> Finding:
 def _kernel_or_factor(context: Context) -> list[StoredArray]:
     """The arrays that hold the kernel: tiles, or where there are none the features that stand for them."""
     tiles = context.job.layout.write_tiles
-    return kernel_arrays(context.job) + ([] if tiles else feature_arrays(context.job, context.features.arrays))
+    return kernel_arrays(context.job) + ([] if tiles else feature_arrays(context.job))
 
 
 def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:

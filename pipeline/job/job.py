@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nntk_dist.planning.decision import Decision
+from nntk_dist.products.feature_description import FeatureStorage
 from nntk_dist.spec import KernelSpec
 from pipeline.config.schema import Config
 from pipeline.job.task import Outcome, Task
@@ -66,6 +67,7 @@ class Job:
     decision: Decision
     layout: Layout
     sizes: Sizes
+    features: FeatureStorage
 
 
 def intervals(total: int, step: int) -> list[tuple[int, int]]:

@@ -18,20 +18,21 @@ from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.factor_form import WITH_FACTOR
-from nntk_dist.products.features import ArraySpec, FeatureMap
+from nntk_dist.products.feature_description import FeatureCosts
+from nntk_dist.products.features import FeatureMap
 from nntk_dist.runtime.precision import full_precision
 from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.decisions.layout import choose_batch, make_layout, threads_of
-from pipeline.decisions.solvers import SOLVED, Solver, choose_solver, factor_form
+from pipeline.decisions.solvers import SOLVED, Solver, choose_solver
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job, Layout, Sizes
-from pipeline.planning.projection import BASE_BYTES, Projection, project
+from pipeline.planning.projection import BASE_BYTES, Projection, feature_costs, project
 from pipeline.records.manifest import fingerprint
 from pipeline.runtime.cpus import available_cpus
 from pipeline.runtime.fitting_batch import FittingBatch
-from pipeline.storage.array_table import StoredArray, all_arrays, holds_factor
+from pipeline.storage.array_table import StoredArray, all_arrays, stored_factor_form
 from pipeline.storage.run_storage import RunStorage
 
 _PROBE_EXAMPLES = 32
@@ -98,10 +99,10 @@ def make_plan(
     layout = kept or make_layout(config, spec, features, sizes, batch=batch, device=device)
     parts = identity(config, dataset, model)
     prints = stage_fingerprints(config, parts)
-    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, decision, layout, sizes)
-    arrays = describe_arrays(job, features.arrays, dataset)
+    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, decision, layout, sizes, features.storage)
+    arrays = describe_arrays(job, dataset)
     if kept is None:
-        job, arrays = _with_or_without_tiles(job, arrays, features.arrays, dataset)
+        job, arrays = _with_or_without_tiles(job, arrays, dataset)
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
     plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
@@ -126,31 +127,31 @@ def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
 
 
 def _with_or_without_tiles(
-    job: Job, arrays: tuple[StoredArray, ...], specs: tuple[ArraySpec, ...], dataset: Dataset
+    job: Job, arrays: tuple[StoredArray, ...], dataset: Dataset
 ) -> tuple[Job, tuple[StoredArray, ...]]:
     """Without tiles where they are more than the disk has room for and a factor says the same.
 
     Raises: NNTKError where no tiles are asked for and there is no factor.
     """
-    asked = job.config.compute.write_tiles
-    if asked is False and not holds_factor(job):
+    asked, factor = job.config.compute.write_tiles, stored_factor_form(job)
+    if asked is False and factor is None:
         raise NNTKError(
             f"compute.write_tiles is false, and this kernel has no factor to work from instead; {WITH_FACTOR}, unless "
             "'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true"
         )
     free = free_disk(RunStorage(job.run_dir))
     wanted = sum(array.num_bytes for array in arrays)
-    if asked != "auto" or not holds_factor(job) or free is None or wanted <= free[0]:
+    if asked != "auto" or factor is None or free is None or wanted <= free[0]:
         return job, arrays
     job = replace(job, layout=replace(job.layout, write_tiles=False))
-    return job, describe_arrays(job, specs, dataset)
+    return job, describe_arrays(job, dataset)
 
 
-def describe_arrays(job: Job, specs: tuple[ArraySpec, ...], dataset: Dataset) -> tuple[StoredArray, ...]:
+def describe_arrays(job: Job, dataset: Dataset) -> tuple[StoredArray, ...]:
     """All arrays of the store for this job and data."""
     targets = {split: getattr(dataset, split).targets for split in SPLITS}
     ids = {split: getattr(dataset, split).ids for split in SPLITS}
-    return tuple(all_arrays(job, specs, targets, ids))
+    return tuple(all_arrays(job, targets, ids))
 
 
 def stage_fingerprints(config: Config, parts: Mapping[str, Any]) -> dict[str, str]:
@@ -175,8 +176,7 @@ def _fit(
 ) -> Plan:
     """The number of workers that fit, and the refusal where none does."""
     wanted = wanted_workers(config, job.layout)
-    stored = next((array for array in arrays if array.path == "train/features"), None)
-    factor = None if stored is None or not holds_factor(job) else factor_form(job, stored)
+    factor = stored_factor_form(job)
     solvers = {stage: choose_solver(job, stage, factor) for stage in SOLVED}
     cpus = available_cpus()
     projection = project(job, features, list(arrays), model, x, num_workers=wanted, solvers=solvers, num_cpus=cpus)
@@ -194,7 +194,7 @@ def _fit(
         raise NNTKError(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
             f"({_gib(usable)} usable for {max(1, workers)} worker(s)); {_smaller_tiles(job.layout)}use fewer "
-            f"compute.workers or raise compute.memory_per_worker{_other_contraction(job)}"
+            f"compute.workers or raise compute.memory_per_worker{_other_contraction(feature_costs(job, features))}"
         )
     if projection.solve_bytes > usable:
         raise NNTKError(
@@ -223,10 +223,9 @@ def _smaller_tiles(layout: Layout) -> str:
     return smaller + ("set compute.stderr to sample, " if layout.stderr == "entry" else "")
 
 
-def _other_contraction(job: Job) -> str:
-    """What else would make features smaller, where they are exact gradients."""
-    sketchable = job.decision.estimator == "autodiff" and job.spec.pair_blocks and not job.decision.num_columns
-    return "; or set kernel.contraction to sketch, which takes less for an error of its own" if sketchable else ""
+def _other_contraction(costs: FeatureCosts) -> str:
+    """What else would make features smaller, if a sketch would."""
+    return "; or set kernel.contraction to sketch, which takes less for an error of its own" if costs.allows_sketch else ""
 
 
 def wanted_workers(config: Config, layout: Layout) -> int:

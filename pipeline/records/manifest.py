@@ -64,6 +64,7 @@ class Manifest(BaseModel):
         layout: what fixes rounding (tile, batch, draw chunk, threads, …); a resumed run takes it from here.
         sizes: how many rows, outputs, parameters, draws and blocks.
         decision: the estimator that was chosen and the sentence that says why, with what follows from it.
+        features: the feature arrays, and how the store keeps them.
         identity: what the kernel's fingerprint is a hash of, in nameable parts.
         projection: projected bytes, operations and tiles.
         stages: stage name to outcome, in the order in which they began.
@@ -83,6 +84,7 @@ class Manifest(BaseModel):
     layout: dict[str, Any]
     sizes: dict[str, Any]
     decision: dict[str, Any]
+    features: dict[str, Any]
     identity: dict[str, Any]
     projection: dict[str, Any] = Field(default_factory=dict)
     stages: dict[str, StageRecord] = Field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""Which arrays a run's `kernel.zarr` holds, as one table: path, shape, shards, names of the axes.
+"""The table of all arrays of a run's `kernel.zarr`: path, shape, shards, names of the axes.
 
-The plan sums its bytes, the driver creates the arrays, the workers write their shards, `verify` checks them. It opens
-nothing.
+The plan sums their bytes, the driver creates them, the workers write their shards, `verify` checks them. This module
+opens nothing; which arrays features have, they say themselves (`Job.features`).
 
-Axes: row (train), test rows are named test; column is a train example; draw, block, output, unit, parameter of
-features.
+Axes: row and col are train examples (row of the test arrays: test examples); row_output and col_output are kernel rows
+of a `full` kernel. Feature arrays name their own axes.
 """
 
 import math
@@ -12,15 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nntk_dist.planning.feature_maps import forms_means
-from nntk_dist.products.factor_form import METRIC_DRAWS
-from nntk_dist.products.features import ArraySpec
+from nntk_dist.products.feature_description import ArraySpec
+from nntk_dist.products.factor_form import FactorForm
 from pipeline.job.job import SPLITS, Job
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of the store; `shards` is what one task writes at a time."""
+    """One array of the store.
+
+    Attributes:
+        path: Path in the store.
+        shape: Shape of the whole array.
+        shards: Shape of what one task writes at a time.
+        axes: Names of the axes.
+        dtype: Name of the NumPy dtype.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -30,11 +37,12 @@ class StoredArray:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the whole array before compression."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def statistics_of(job: Job) -> dict[str, str]:
-    """Array suffix -> what it holds: `gram` is the asked statistic (plugin for both), `gram_unbiased` the other."""
+    """Return array suffix -> statistic: `gram` holds the requested one (plugin for `both`), `gram_unbiased` the other."""
     if not job.spec.pair_blocks:
         names = {"": "plugin"}
     elif job.spec.statistic == "both":
@@ -45,12 +53,22 @@ def statistics_of(job: Job) -> dict[str, str]:
 
 
 def kernel_width(job: Job) -> int:
-    """Kernel rows of one example: C for `full`, else 1."""
+    """Return the kernel rows of one example: C for a `full` kernel, else 1."""
     return job.sizes.num_kernel_outputs if job.spec.meeting.full else 1
 
 
+def stored_factor_form(job: Job) -> FactorForm | None:
+    """Return the form of the explicit factor of `gram` that the store keeps, or None without one.
+
+    There is none if features are not stored, if they are no factor, or if `gram` holds `unbiased`.
+    """
+    is_plugin = statistics_of(job)[""] == "plugin"
+    stored = job.layout.store_features and is_plugin
+    return job.features.factor_form(full=job.spec.meeting.full) if stored else None
+
+
 def kernel_arrays(job: Job) -> list[StoredArray]:
-    """Train and test Gram matrices, where tiles are written, and the test diagonal, each with its companions."""
+    """Return the train and test Gram matrices, if tiles are written, and the test diagonal, for each statistic."""
     width, dtype = kernel_width(job), job.layout.dtype
     train, test = job.sizes.num_train * width, job.sizes.num_test * width
     names = ("row_output", "col_output") if job.spec.meeting.full else ("row", "col")
@@ -70,68 +88,37 @@ def kernel_arrays(job: Job) -> list[StoredArray]:
     return arrays
 
 
-def holds_differences(job: Job) -> bool:
-    """Whether features are output differences Δ, in one array for which Φ M Φᵀ is the kernel."""
-    return job.decision.estimator == "weight" and not forms_means(job.spec, job.decision)
-
-
-def holds_sketch(job: Job) -> bool:
-    """Whether features are sketches of block means and nothing else, in one array for which Φ M Φᵀ is the kernel."""
-    return job.decision.estimator == "autodiff" and job.decision.num_sketched == job.sizes.num_parameters
-
-
-def holds_metric(job: Job) -> bool:
-    """Whether the store keeps M: always for differences of paired blocks, which need it, else while it is small."""
-    if holds_sketch(job):
-        return True
-    return holds_differences(job) and (job.spec.pair_blocks or job.sizes.num_draws <= METRIC_DRAWS)
-
-
-def holds_factor(job: Job) -> bool:
-    """Whether the store keeps features and M of which `gram` is Φ M Φᵀ: not where `gram` is `unbiased`."""
-    is_plugin = not job.spec.pair_blocks or job.spec.statistic != "unbiased"
-    return job.layout.store_features and holds_metric(job) and is_plugin
-
-
-def feature_path(job: Job, split: str, name: str) -> str:
-    """Where a feature array lies: differences, or sketches alone, are `features`; others are members of a group."""
-    alone = holds_differences(job) or holds_sketch(job)
-    return f"{split}/features" if alone else f"{split}/features/{name}"
-
-
-def feature_arrays(job: Job, specs: tuple[ArraySpec, ...]) -> list[StoredArray]:
-    """Features of both splits, in shards of (shard_rows, one chunk of draws)."""
+def feature_arrays(job: Job) -> list[StoredArray]:
+    """Return the features of both splits, in shards of (shard_rows, one chunk of draws); none if they are not stored."""
     if not job.layout.store_features:
         return []
     arrays = []
     for split in SPLITS:
         rows = job.sizes.rows(split)
-        for spec in specs:
-            step = chunk_length(job, spec)
-            shards = (min(job.layout.shard_rows, rows), step, *spec.shape[1:])
-            path = feature_path(job, split, spec.name)
+        for spec in job.features.arrays:
+            shards = (min(job.layout.shard_rows, rows), chunk_length(job, spec), *spec.shape[1:])
             axes = tuple(
-                _output_axis(job, spec.shape[i]) if axis == "output" else axis for i, axis in enumerate(spec.axes)
+                _output_axis(job, length) if axis == "output" else axis
+                for axis, length in zip(spec.axes, spec.shape, strict=True)
             )
+            path = job.features.path(split, spec)
             arrays.append(StoredArray(path, (rows, *spec.shape), shards, ("row", *axes), job.layout.dtype))
     return arrays
 
 
 def _output_axis(job: Job, length: int, other: str = "kernel_output") -> str:
-    """`output`, or another name where the length differs: arrays of a group that share a name share its length."""
+    """Return `output`, or `other` for another length: arrays of a group that share an axis name share its length."""
     return "output" if length == job.sizes.num_outputs else other
 
 
 def chunk_length(job: Job, spec: ArraySpec) -> int:
-    """How much of a feature array's first axis one chunk of draws fills."""
+    """Return how much of a feature array's first axis one chunk of draws fills."""
     return job.layout.chunk_draws * spec.shape[0] // job.sizes.num_draws
 
 
-def all_arrays(
-    job: Job, specs: tuple[ArraySpec, ...], targets: dict[str, np.ndarray], ids: dict[str, np.ndarray]
-) -> list[StoredArray]:
-    """Every array of the store."""
-    arrays = kernel_arrays(job) + feature_arrays(job, specs)
+def all_arrays(job: Job, targets: dict[str, np.ndarray], ids: dict[str, np.ndarray]) -> list[StoredArray]:
+    """Return every array of the store; `targets` and `ids` are those of each split."""
+    arrays = kernel_arrays(job) + feature_arrays(job)
     for split in SPLITS:
         rows = job.sizes.rows(split)
         step = min(job.layout.shard_rows, rows)
@@ -144,7 +131,7 @@ def all_arrays(
             arrays.append(
                 StoredArray(f"{split}/{name}", values.shape, (step, *values.shape[1:]), axes, str(values.dtype))
             )
-    if holds_metric(job):
-        axis, length = ("block", job.sizes.num_blocks) if holds_sketch(job) else ("draw", job.sizes.num_draws)
-        arrays.append(StoredArray("metric", (length, length), (length, length), (axis, f"{axis}_col"), "float64"))
+    if job.features.metric is not None:
+        metric = job.features.metric
+        arrays.append(StoredArray(metric.name, metric.shape, metric.shape, metric.axes, "float64"))
     return arrays

@@ -1,37 +1,25 @@
-"""The stored factor of a run as rows that the solvers read: features and metric of `kernel.zarr`, shard by shard.
+"""The stored factor of a run as rows that solvers read: features and metric of `kernel.zarr`, shard by shard.
 
-It reads and reshapes; what features mean is in `nntk_dist.products.factor_form`.
+It reads and reshapes; what the features mean is defined in `nntk_dist.products.factor_form`.
 
 Axes: n examples, F columns of the factor.
 """
 
-from typing import Any, cast
-
 import numpy as np
 
 from nntk_dist.products.factor_form import FactorForm, FactorRows
-from pipeline.job.job import Job, intervals
-from pipeline.storage.array_table import holds_factor
+from pipeline.job.job import intervals
 from pipeline.storage.kernel_arrays import KernelArrays
 
 
-def stored_factor(store: KernelArrays, job: Job) -> FactorForm | None:
-    """The form of the run's factor, None where it keeps none."""
-    if not holds_factor(job):
-        return None
-    array = store.array("train/features")
-    axes = cast(Any, array.metadata).dimension_names
-    return FactorForm(tuple(axes[1:]), tuple(array.shape[1:]), job.spec.meeting.full)
-
-
 def factor_rows(store: KernelArrays, form: FactorForm, split: str) -> FactorRows:
-    """Rows of W, `gram = W Wᵀ`, of one split."""
+    """Return the rows of W, `gram = W Wᵀ`, of one split."""
     root = form.root(store.read("metric"))
     return _rows(store, form, split, root, form.num_columns_with(root))
 
 
 def feature_columns(store: KernelArrays, form: FactorForm, split: str) -> FactorRows:
-    """Rows of Φ of output differences, draws within outputs, for any metric."""
+    """Return the rows of Φ of output differences, draws within outputs, for any metric."""
     return _rows(store, form, split, None, form.num_columns)
 
 
@@ -41,7 +29,7 @@ def _rows(store: KernelArrays, form: FactorForm, split: str, root: np.ndarray | 
     pieces = intervals(array.shape[1], shards[1] if form.is_sketch else array.shape[1])
 
     def read(interval: tuple[int, int]) -> np.ndarray:
-        """One row of shards, a shard at a time where sketches add up."""
+        """Read one row of shards: a shard at a time if they are added up, as those of sketches are."""
         total = None
         for start, stop in pieces:
             values = store.read(f"{split}/features", slice(*interval), slice(start, stop))

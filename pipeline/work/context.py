@@ -10,7 +10,7 @@ Axes: n rows, s draws, c outputs.
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -18,11 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.estimators.gradients import feature_bytes
-from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.products.features import FeatureMap, Rows, feature_bytes
 from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.reused_memory import ReusedMemory
@@ -33,7 +31,6 @@ from pipeline.decisions.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job
 from pipeline.runtime.fitting_batch import FittingBatch
-from pipeline.storage.array_table import feature_path, holds_differences
 from pipeline.storage.kernel_arrays import KernelArrays, Piece
 from pipeline.storage.run_storage import RunStorage
 
@@ -115,13 +112,13 @@ class Context:
 
     @cached_property
     def features_with_metric(self) -> FeatureMap:
-        """The features with the stored metric, for products of differences; without one, the same as `features`."""
-        if not (holds_differences(self.job) and self.job.spec.pair_blocks):
+        """The features with the stored metric if products need it; else the same as `features`."""
+        stored = self.job.features
+        if stored.metric is None or not stored.needs_metric:
             return self.features
         factor = scale_factor(self.job.spec.scale, self.job.sizes.num_parameters)
-        metric = torch.from_numpy(self.store.read("metric")) / factor
-        assert isinstance(self.features, DifferenceFeatures)
-        return replace(self.features, metric=metric.to(self.job.layout.device))  # scores of draws are shared
+        metric = torch.from_numpy(self.store.read(stored.metric.name)) / factor
+        return self.features.with_metric(metric.to(self.job.layout.device))
 
     def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
         """Model inputs of some rows, at the job's dtype and device: a copy, since a model may write to its input."""
@@ -181,8 +178,8 @@ class Context:
         if not self.job.layout.store_features:
             return self.compute(split, slice(start, stop), columns)
         layout, rows = self.job.layout, {}
-        for spec in self.features.arrays:
-            path = feature_path(self.job, split, spec.name)
+        for spec in self.job.features.arrays:
+            path = self.job.features.path(split, spec)
             values = self.store.read(path, slice(start, stop), threads=layout.threads)
             rows[spec.name] = torch.from_numpy(values).to(layout.device)
         return rows

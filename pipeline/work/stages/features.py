@@ -1,7 +1,7 @@
 """Stage `features`: outputs, targets, ids, and the features of one shard of rows under one chunk of draws.
 
-Tile: split/row shard/draw chunk. A task writes whole shards and nothing else; the first chunk of a shard also writes
-what belongs to the rows themselves. Where features are recomputed for every tile, only the first chunk exists.
+Tile: split/row shard/draw chunk. A task writes whole shards; that of the first chunk also writes outputs, targets and
+ids. If features are recomputed for every tile, there is only the first chunk.
 
 Axes: n rows, s draws, c outputs.
 """
@@ -9,7 +9,7 @@ Axes: n rows, s draws, c outputs.
 from collections.abc import Iterator
 
 from pipeline.job.job import SPLITS, Job, Task, intervals
-from pipeline.storage.array_table import chunk_length, feature_path
+from pipeline.storage.array_table import chunk_length
 from pipeline.work.context import Context, Written
 
 NAME = "features"
@@ -17,7 +17,7 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """One task for each row shard and draw chunk."""
+    """Return one task for each row shard and draw chunk."""
     chunks = len(intervals(job.sizes.num_draws, job.layout.chunk_draws)) if job.layout.store_features else 1
     for split in SPLITS:
         for shard in range(len(intervals(job.sizes.rows(split), job.layout.shard_rows))):
@@ -26,7 +26,7 @@ def tasks(job: Job) -> Iterator[Task]:
 
 
 def execute(context: Context, task: Task) -> Written:
-    """Compute and write one task's shards."""
+    """Compute and write the shards of one task."""
     job = context.job
     split, shard, chunk = task.tile.split("/")[0], *map(int, task.tile.split("/")[1:])
     start, stop = intervals(job.sizes.rows(split), job.layout.shard_rows)[shard]
@@ -45,7 +45,7 @@ def execute(context: Context, task: Task) -> Written:
                 x, context.keys(split, rows), range(first, last), context.features.columns, batch=batch
             )
         )
-        for spec in context.features.arrays:
+        for spec in job.features.arrays:
             position = (start, chunk * chunk_length(job, spec))
-            context.write(written, feature_path(job, split, spec.name), position, features[spec.name])
+            context.write(written, job.features.path(split, spec), position, features[spec.name])
     return written

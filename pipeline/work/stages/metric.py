@@ -1,16 +1,13 @@
-"""Stage `metric`: the matrix M of a kernel Φ M Φᵀ whose features are one array: output differences, or sketches; one
-task, since M belongs to no row.
+"""Stage `metric`: the matrix M of features that are an explicit factor, `plugin = Φ M Φᵀ`; one task for the whole
+kernel.
 
 Axes: s draws, or r blocks.
 """
 
 from collections.abc import Iterator
 
-from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.statistics.tile_estimates import scale_factor
 from pipeline.job.job import Job, Task
-from pipeline.storage.array_table import holds_metric
 from pipeline.work.context import Context, Written
 
 NAME = "metric"
@@ -18,16 +15,17 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """One task where features are one array and their metric is kept, none elsewhere."""
-    if holds_metric(job):
+    """Return one task if the store keeps a metric, and none if not."""
+    if job.features.metric is not None:
         yield Task(NAME, "metric")
 
 
 def execute(context: Context, task: Task) -> Written:
     """Make the metric and write it."""
-    features = context.features
-    assert isinstance(features, DifferenceFeatures | GradientFeatures)
+    metric, spec = context.features.make_metric(), context.job.features.metric
+    assert metric is not None
+    assert spec is not None
     written = Written()
     factor = scale_factor(context.job.spec.scale, context.job.sizes.num_parameters)
-    context.write(written, "metric", (0, 0), features.make_metric() * factor)
+    context.write(written, spec.name, (0, 0), metric * factor)
     return written

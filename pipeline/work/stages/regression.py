@@ -19,7 +19,8 @@ from nntk_dist.analysis.ridge_problem import RidgeProblem, RidgeRegression, ridg
 from nntk_dist.products.factor_form import FactorForm
 from pipeline.decisions.solvers import choose_solver
 from pipeline.job.job import Job, Task
-from pipeline.storage.factor import factor_rows, stored_factor
+from pipeline.storage.array_table import stored_factor_form
+from pipeline.storage.factor import factor_rows
 from pipeline.storage.streamed_kernels import stored_rectangle, stored_tiles
 from pipeline.storage.tables import write_table
 from pipeline.work.context import Context, Written
@@ -36,7 +37,7 @@ def tasks(job: Job) -> Iterator[Task]:
 def execute(context: Context, task: Task) -> Written:
     """Fit, select, predict, and write the tables."""
     store = context.store
-    factor = stored_factor(store, context.job)
+    factor = stored_factor_form(context.job)
     solver = choose_solver(context.job, NAME, factor)
     written = Written()
     if solver.method == "dense":

@@ -18,8 +18,8 @@ from nntk_dist.analysis.spectrum import Spectrum, kernel_spectrum
 from nntk_dist.products.factor_form import FactorForm, unbiased_metric
 from pipeline.decisions.solvers import choose_solver
 from pipeline.job.job import Job, Task
-from pipeline.storage.array_table import statistics_of
-from pipeline.storage.factor import factor_rows, feature_columns, stored_factor
+from pipeline.storage.array_table import statistics_of, stored_factor_form
+from pipeline.storage.factor import factor_rows, feature_columns
 from pipeline.storage.streamed_kernels import stored_tiles
 from pipeline.storage.tables import write_table
 from pipeline.work.context import Context, Written
@@ -35,7 +35,7 @@ def tasks(job: Job) -> Iterator[Task]:
 
 def execute(context: Context, task: Task) -> Written:
     """Decompose the Gram matrices and write the tables."""
-    factor = stored_factor(context.store, context.job)
+    factor = stored_factor_form(context.job)
     solver = choose_solver(context.job, NAME, factor)
     written = Written()
     columns: dict[str, np.ndarray] = {}

@@ -32,6 +32,7 @@ MANIFEST = Manifest(
     layout={"tile": 1024},
     sizes={"num_train": 1437},
     decision={"estimator": "autodiff", "reason": "every activation is locally Lipschitz"},
+    features={"arrays": [], "is_single": False, "metric": None, "needs_metric": False},
     identity={"dtype": "float32"},
 )
 

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.ridge_problem import RidgeProblem, RidgeRegression, absolute_ridges, check_mean_diagonal
 from nntk_dist.analysis.spectrum import Spectrum, kernel_spectrum
 from nntk_dist.errors import NNTKError
-from nntk_dist.products.factor_form import FactorRows
 
 
 def column_products(

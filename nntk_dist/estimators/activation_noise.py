@@ -1,9 +1,9 @@
-"""Features of the estimator `activation`: gradients by Stein's identity, every layer with noise of its own an example.
+"""The estimator `activation`: gradients by Stein's identity, with each example's own noise in every layer.
 
 One draw is one forward pass with noise (`nntk_dist.estimators.noisy_passes`). With D = (f(noisy) − f(x; θ))/σ its
 gradient is D Σ_k η_k ⊗ q_k in a noisy layer, D n in weight space, and h̃ of the noisy pass, exactly, in a layer whose
-output is the model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²], and its error hardly feels P: a layer's
-noise has as many numbers as it has units. Gaussian ρ, the nonlocal kernel; any activation, jumps included.
+output is the model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²]. The error hardly depends on P: a layer's
+noise has one number for each unit. Gaussian ρ and the nonlocal kernel only; any activation, jumps included.
 
 Products: layers in factors over all pairs of draws (`nntk_dist.products.noise_pairs`), from block-mean gradients, or
 from their sketch (`nntk_dist.estimators.noise_contraction`); weight space from D and ⟨n_s, n_t⟩; the readout from block
@@ -20,54 +20,61 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from nntk_dist.estimators.drawn_features import DrawnFeatures
 from nntk_dist.estimators.noise_contraction import NoiseContraction
 from nntk_dist.estimators.noisy_passes import NoisyDraws, NoisyPass
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sketch import Sketch
-from nntk_dist.models.evaluation import Evaluator, check_finite, output_index
+from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.models.noise import fixed_noise
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
-from nntk_dist.products.features import ArraySpec, Rows, block_range, join_batches
-from nntk_dist.products.formed import combined, formed_products, formed_terms, prepared_sketch, terms_of_columns
-from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
-from nntk_dist.products.noise_pairs import NoiseFeatures, add_pairs_, pair_products
+from nntk_dist.products.feature_description import ArraySpec, FeatureCosts
+from nntk_dist.products.features import Rows, block_range, join_batches
+from nntk_dist.products.formed import (
+    column_weighted_products,
+    combined,
+    formed_block_products,
+    formed_weighted_products,
+    prepared_sketch,
+    products_per_block,
+)
+from nntk_dist.products.metric import PLAIN, by_blocks, metric_block_products, metric_weighted_products, mixed_by_metric
+from nntk_dist.products.noise_pairs import CHUNK_NUMBERS, NoiseFeatures, add_pairs_, pair_block_products
 from nntk_dist.products.wanted import Side, Wanted
-from nntk_dist.products.weighted_products import add_terms_
-from nntk_dist.sampling.draws import Drawing
+from nntk_dist.products.weighted_products import add_products_
 
 
 @dataclass(frozen=True)
-class ActivationFeatures:
-    """Features under all draws, contracted as `contraction` says; `sketch` is None where it sketches nothing.
+class ActivationFeatures(DrawnFeatures):
+    """Features under all draws.
 
     Entries of examples whose output no draw changed have no standard error (`BlockSums.resolved`); the readout's part
     of them is known in any case.
+
+    Attributes:
+        plan: Which layers have noise, which parameters move in weight space, and which layer is the readout.
+        contraction: Which noisy layers are formed, and which are sketched; the others stay in factors.
+        sketch: The sketch; None if nothing is sketched.
     """
 
-    evaluator: Evaluator
     plan: NoisePlan
-    drawing: Drawing
-    columns: tuple[int, ...]
     contraction: NoiseContraction
     sketch: Sketch | None = None
-    pair_blocks: bool = True
-    shows_unresolved: bool = False
 
     @property
-    def num_draws(self) -> int:
-        return self.drawing.num_draws
+    def pair_blocks(self) -> bool:
+        """True: products pair all blocks."""
+        return True
 
     @property
-    def num_blocks(self) -> int:
-        return self.drawing.num_blocks
-
-    @property
-    def num_parameters(self) -> int:
-        return self.drawing.num_parameters
+    def shows_unresolved(self) -> bool:
+        """False: `BlockSums.resolved` says which entries are resolved."""
+        return False
 
     @property
     def num_sketch_groups(self) -> int:
+        """Q, the number of independent groups of sketch columns; 0 if products are exact."""
         return 0 if self.sketch is None else self.sketch.num_groups
 
     @cached_property
@@ -77,6 +84,7 @@ class ActivationFeatures:
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
+        """D, draw by draw; basis and noise of layers in factors; block means of the others."""
         outputs = len(self.columns)
         specs = [ArraySpec("differences", ("draw", "output"), (self.num_draws, outputs))]
         for index, each in enumerate(self._factors):
@@ -108,16 +116,37 @@ class ActivationFeatures:
     def _has_metric(self) -> bool:
         return bool(self.plan.weight_space) and not self.contraction.forms_weight_space
 
-    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed, batch)
+    def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
+        """Return the costs: a pass for each draw, and S² pairs of draws of each layer in factors."""
+        outputs, draws, blocks = len(self.columns), self.num_draws, self.num_blocks
+        copies, per_block = meeting.width(outputs), products_per_block(blocks, wanted)
+        groups = 1.0 if wanted.stderr else 0.0
+        total = 2.0 * (3.0 if wanted.stderr else 2.0) * draws * outputs * copies
+        for each in self._factors:
+            total += 2.0 * (draws * each.rank * each.width) * draws * each.rank
+            total += 2.0 * (draws * each.rank * each.units) * draws * each.rank
+        if self._num_formed:
+            total += 2.0 * per_block * blocks * (outputs * self._num_formed) * copies
+        if self.sketch is not None:
+            total += 2.0 * (per_block + groups) * blocks * (outputs * self.sketch.num_columns) * copies
+        if self.plan.readout is not None:
+            total += 2.0 * per_block * blocks * self.plan.readout.width * copies
+        return FeatureCosts(
+            entry_operations=total,
+            passes_per_draw=None if self.sketch is not None else self.difference_passes(),
+            prepared_share=per_block + (1.0 if wanted.stderr and self.sketch is not None else 0.0),
+            copies_sample=bool(self._factors),
+            pair_numbers=4 * CHUNK_NUMBERS if self._factors else 0,
+        )
 
     def compute(
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
     ) -> dict[str, Tensor]:
+        """Compute the arrays; see `FeatureMap.compute`."""
         return join_batches(lambda rows, names: self._one_batch(rows, names, draws, columns), x, ids, batch)
 
     def _one_batch(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Features of a batch: noise is the examples' own, so that nothing would be shared by taking them together."""
+        """Compute the features of one batch; noise is each example's own, so batches share nothing."""
         base = self.evaluator.base(x)
         check_finite(base, "the model's output")
         size = self.drawing.draws_per_block
@@ -133,7 +162,7 @@ class ActivationFeatures:
     def _one_block(
         self, x: Tensor, ids: Tensor, base: Tensor, block: range, columns: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Every array of one block of draws: draw by draw, or the block's mean."""
+        """Compute every array of one block of draws: draw by draw, or the block's mean."""
         by_draw: dict[str, list[Tensor]] = {}
         sums: dict[str, Tensor] = {}
         for draws in self.draws.stacks(block, x):
@@ -154,14 +183,14 @@ class ActivationFeatures:
         return result | {name: (total / len(block))[:, None] for name, total in sums.items()}
 
     def _passes(self, x: Tensor, ids: Tensor, base: Tensor, draws: range) -> tuple[NoisyPass, Tensor]:
-        """The pass under some draws, and f(x; θ): of a model with noise, both under that of the group they are."""
+        """Return the pass under some draws and f(x; θ), for a random model both under the noise of the draws' group."""
         if not self.evaluator.is_random:
             return self.draws.evaluate(x, ids, draws), base
         with fixed_noise(self.evaluator.model, self.drawing.seed, draws.start // self.drawing.group_size):
             return self.draws.evaluate(x, ids, draws), self.evaluator.base(x)
 
     def _formed_gradients(self, passed: NoisyPass, differences: Float[Tensor, "n s c"]) -> Float[Tensor, "n c p"]:
-        """Gradients of the formed layers, unit by unit, and of weight space, summed over the draws of one pass."""
+        """Return the gradients of formed layers and of weight space, summed over the draws of one pass."""
         parts = []
         for each in self.plan.noisy:
             if each.module in self.contraction.formed:
@@ -176,7 +205,7 @@ class ActivationFeatures:
     def _sketched_gradients(
         self, sketch: Sketch, passed: NoisyPass, differences: Float[Tensor, "n s c"]
     ) -> Float[Tensor, "n c k"]:
-        """The sketch of the sketched layers' gradients, summed over the draws of one pass."""
+        """Return the sketch of the sketched layers' gradients, summed over the draws of one pass."""
         total = differences.new_zeros(len(differences), differences.shape[2], sketch.num_columns)
         for each in self.plan.noisy:
             if each.module in self.contraction.sketched:
@@ -191,6 +220,7 @@ class ActivationFeatures:
         return total
 
     def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
+        """Combine the blocks of formed, sketched and readout means, and multiply the metric of weight space."""
         prepared = dict(rows)
         if "dense" in prepared:
             prepared["dense_columns"] = combined(prepared.pop("dense"), wanted)
@@ -205,6 +235,7 @@ class ActivationFeatures:
         return prepared
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        """Sum the block products of one tile, and note which entries are resolved."""
         rows = self.prepare(rows, wanted.on(Side.ROWS))
         others = self.prepare(others, wanted.on(Side.COLUMNS))
         first, second = rows["differences"], others["differences"]
@@ -214,20 +245,18 @@ class ActivationFeatures:
         if self._factors:
             add_pairs_(sums, self._noise_features(rows), self._noise_features(others), meeting)
         if self._has_metric:
-            add_terms_(sums, metric_terms(rows, others, wanted), meeting)
+            add_products_(sums, metric_weighted_products(rows, others, wanted), meeting)
         names, blocks = ("dense_columns",), self.num_blocks
-        if terms := terms_of_columns(rows, others, names, blocks, wanted, pair_blocks=True):
-            add_terms_(sums, terms, meeting)
+        if terms := column_weighted_products(rows, others, names, blocks, wanted, pair_blocks=True):
+            add_products_(sums, terms, meeting)
         if (name := "readout_columns") in rows:
             _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
         if self.plan.noisy or self.plan.weight_space:
             sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
         return sums
 
-    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> None:
-        """None: noise pairs, and which entries are resolved, are no products."""
-
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
+        """Return every block product of few entries, in float64."""
         left, right = (
             {name: array if name in ("dense", "sketch") else array.double() for name, array in part.items()}
             for part in (rows, others)
@@ -236,17 +265,17 @@ class ActivationFeatures:
         shape = meeting.shape(len(first), len(second), first.shape[2])
         total = torch.zeros(blocks, blocks, *shape, dtype=torch.float64, device=first.device)
         if self._factors:
-            total += pair_products(self._noise_features(left), self._noise_features(right), meeting, blocks)
+            total += pair_block_products(self._noise_features(left), self._noise_features(right), meeting, blocks)
         if self._has_metric:
             differences = first.transpose(1, 2), second.transpose(1, 2)
-            total += metric_products(*differences, self.draws.weight_metric, blocks, meeting)
+            total += metric_block_products(*differences, self.draws.weight_metric, blocks, meeting)
         if self._num_formed:
-            total += formed_products(left["dense"], right["dense"], meeting)
+            total += formed_block_products(left["dense"], right["dense"], meeting)
         if self.sketch is not None:
-            total += formed_products(left["sketch"], right["sketch"], meeting)
+            total += formed_block_products(left["sketch"], right["sketch"], meeting)
         if self.plan.readout is not None:
             plain = Meeting(paired=meeting.paired)
-            product = formed_products(left["readout"][:, :, None], right["readout"][:, :, None], plain)
+            product = formed_block_products(left["readout"][:, :, None], right["readout"][:, :, None], plain)
             total += meeting.same_output(product, first.shape[2])
         return total
 
@@ -257,11 +286,11 @@ class ActivationFeatures:
 
 
 def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meeting, num_outputs: int) -> None:
-    """Add ⟨h̃, h̃'⟩ of block means: the same for every output with itself, 0 for two different ones."""
+    """Add ⟨h̃, h̃'⟩ of block means: the same for each output with itself, 0 for two different outputs."""
     plain, wanted = Meeting(paired=meeting.paired), Wanted(stderr=sums.by_block is not None)
     shape = plain.shape(len(rows), len(others), 1)
     shared = empty_sums(shape, sums.num_blocks, wanted, pair_blocks=True, device=rows.device)
-    add_terms_(shared, formed_terms(rows, others, sums.num_blocks, wanted), plain)
+    add_products_(shared, formed_weighted_products(rows, others, sums.num_blocks, wanted), plain)
     spread = [
         None if part is None else meeting.same_output(part, num_outputs)
         for part in (shared.within, shared.between, shared.by_block)
@@ -271,6 +300,6 @@ def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meetin
 
 
 def _changed(differences: Float[Tensor, "n s c"], meeting: Meeting) -> Bool[Tensor, "n *c"]:
-    """Rows (with `full`, rows and outputs) that some draw changed."""
+    """Return which rows (with `full`, which rows and outputs) at least one draw changed."""
     changed = (differences != 0).any(1)
     return changed if meeting.full else changed.any(1)

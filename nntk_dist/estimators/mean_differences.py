@@ -1,10 +1,8 @@
 """The estimator `weight` with its gradients formed: block means g_r = mean(Δ_s v_s), for few parameters.
 
-v_s is the draw's direction (`nntk_dist.sampling.draws`), P·z_s/|z_s|² for radial laws.
-
-Where R·P is less than S, R mean gradients of length P say the same as S differences and their S × S metric, which
-soon outgrows memory. The numbers are the same to rounding; `spec` chooses. Nonlocal kernel only. With attention
-the means are weighted ones, g_r = Σ_s α_s Δ_s v_s.
+v_s is the draw's direction (`nntk_dist.sampling.draws`), P·z_s/|z_s|² for radial laws. If R·P < S, R mean gradients of
+length P hold the same as S differences and their S × S metric, which soon exceeds the memory. The numbers are the same
+to rounding. Nonlocal kernel only. With attention the means are weighted: g_r = Σ_s α_s Δ_s v_s.
 
 Axes: n rows, s draws, r blocks, c outputs, k parameters.
 """
@@ -16,51 +14,66 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.models.evaluation import Evaluator, check_finite, output_index
+from nntk_dist.estimators.drawn_features import DrawnFeatures
+from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
-from nntk_dist.products.features import ArraySpec, Rows, block_range
-from nntk_dist.products.formed import combined, formed_products, formed_terms
+from nntk_dist.products.feature_description import ArraySpec, FeatureCosts
+from nntk_dist.products.features import Rows, block_range
+from nntk_dist.products.formed import (
+    combined,
+    formed_block_products,
+    formed_weighted_products,
+    products_per_block,
+)
 from nntk_dist.products.wanted import Wanted
-from nntk_dist.products.weighted_products import add_terms_
-from nntk_dist.sampling.draws import Drawing, draw_chunks
+from nntk_dist.products.weighted_products import add_products_
+from nntk_dist.sampling.draws import draw_chunks
 from nntk_dist.weighting.attention import Attention, RunningSoftmax
 
 
 @dataclass(frozen=True)
-class DifferenceMeans:
-    """Block means of the draws' nonlocal gradients, (n, r, c, k), in the model's dtype."""
+class DifferenceMeans(DrawnFeatures):
+    """Block means of the draws' nonlocal gradients, (n, r, c, k), in the model's dtype.
 
-    evaluator: Evaluator
-    drawing: Drawing
-    columns: tuple[int, ...]
-    pair_blocks: bool = True
-    shows_unresolved: bool = True
-    num_sketch_groups: int = 0
+    Attributes:
+        attention: Weights of the draws; None weights them equally.
+    """
+
     attention: Attention | None = None
 
     @property
-    def num_draws(self) -> int:
-        return self.drawing.num_draws
+    def pair_blocks(self) -> bool:
+        """True: products pair all blocks."""
+        return True
 
     @property
-    def num_blocks(self) -> int:
-        return self.drawing.num_blocks
-
-    @property
-    def num_parameters(self) -> int:
-        return self.drawing.num_parameters
+    def shows_unresolved(self) -> bool:
+        """True: differences of 0 in all blocks mean that no draw changed the output."""
+        return True
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
+        """One array: the block means."""
         shape = (self.num_blocks, len(self.columns), self.num_parameters)
         return (ArraySpec("dense", ("block", "output", "parameter"), shape),)
 
-    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed, batch)
+    def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
+        """Return the costs: a product of length P for each block, and one more with standard errors."""
+        blocks, outputs = self.num_blocks, len(self.columns)
+        return FeatureCosts(
+            entry_operations=2.0
+            * products_per_block(blocks, wanted)
+            * blocks
+            * (outputs * self.num_parameters)
+            * meeting.width(outputs),
+            passes_per_draw=self.difference_passes(),
+            prepared_share=products_per_block(blocks, wanted),
+        )
 
     def compute(
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
     ) -> dict[str, Tensor]:
+        """Compute the block means; see `FeatureMap.compute`."""
         base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
         means = [
@@ -74,7 +87,7 @@ class DifferenceMeans:
     def _block_mean(
         self, x: Tensor, base: Tensor, block: int, columns: Sequence[int], batch: int | None
     ) -> Float64[Tensor, "n c k"]:
-        """g_r of one block, a chunk of draws at a time, summed in float64."""
+        """Compute g_r of one block, a chunk of draws at a time, summed in float64."""
         size, numbers = self.drawing.draws_per_block, max(self.num_parameters, len(x) * base.shape[1])
         chunks = draw_chunks(range(block * size, (block + 1) * size), numbers, self.drawing.group_size)
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
@@ -92,30 +105,31 @@ class DifferenceMeans:
         return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
 
     def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
+        """Combine the blocks, and note which outputs changed in each block."""
         if "dense" not in rows:
             return dict(rows)
         changed = (rows["dense"] != 0).any(3)
         return {"columns": combined(rows["dense"], wanted), "changed": changed.to(rows["dense"].dtype)}
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        """Sum the block products of one tile, and note which entries are resolved."""
         rows, others = (self.prepare(part, wanted) for part in (rows, others))
         left, right = rows["columns"], others["columns"]
         shape = meeting.shape(len(left), len(right), left.shape[2])
         sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=True, device=left.device)
-        add_terms_(sums, formed_terms(left, right, self.num_blocks, wanted), meeting)
+        add_products_(sums, formed_weighted_products(left, right, self.num_blocks, wanted), meeting)
         sums.resolved = _resolved(rows["changed"], others["changed"], meeting)
         return sums
 
-    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> None:
-        """None: which entries are resolved is no product."""
-
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
-        return formed_products(rows["dense"], others["dense"], meeting)
+        """Return every block product of few entries, in float64."""
+        return formed_block_products(rows["dense"], others["dense"], meeting)
 
 
 def _resolved(rows: Float[Tensor, "n1 r c"], columns: Float[Tensor, "n2 r c"], meeting: Meeting) -> Tensor:
-    """Where one example's output changed in one block and the other's in another: elsewhere products of different
-    blocks are 0, and their sums, made of products that cancel, are rounding at best.
+    """Return the entries of which one example's output changed in one block and the other's in another.
+
+    In all other entries products of different blocks are 0, and their sums, made of products that cancel, are rounding.
     """
     total, own = meeting.outputs(rows.sum(1)[..., None], columns.sum(1)[..., None]), None
     for r in range(rows.shape[1]):

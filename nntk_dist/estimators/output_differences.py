@@ -1,81 +1,95 @@
-"""Features made of output differences Δ_s(x) = f(x; θ+z_s) − f(x; θ): the estimator `weight` and the kernel
-`covariance`.
+"""The estimator `weight` and the kernel `covariance`: output differences Δ_s(x) = f(x; θ+z_s) − f(x; θ).
 
-Valid for anything that can be evaluated: no gradient is taken. The kernel is Φ M Φᵀ with Φ = Δ:
-`weight`       M_st = ⟨v_s,v_t⟩ of the draws' directions, since g = E[Δ v], for radial laws v = P·z/|z|²; blocks are
-paired, error of `unbiased` ~ √(2P)/S; with attention, differences carry the factors B·α of
-`nntk_dist.weighting.attention`;
-`covariance`   M_ss = P/|z_s|², C(x,x') = P·E[ΔΔ'/|z|²]; PSD, error ~ 1/√S whatever P, *not* the NNTK unless γ → 0.
+Valid for everything that can be evaluated: no gradient is taken. The kernel is Φ M Φᵀ with Φ = Δ:
+`weight`       M_st = ⟨v_s, v_t⟩, v_s the draw's direction, P·z/|z|² for radial laws, since g = E[Δ v]. Blocks are
+               paired; the error of `unbiased` is about √(2P)/S. With attention, differences carry the factors B·α of
+               `nntk_dist.weighting.attention`.
+`covariance`   M_ss = P/|z_s|²: C(x, x') = P·E[ΔΔ'/|z|²]; positive semidefinite, with an error of about 1/√S for every
+               P. It equals the nonlocal kernel only as γ → 0.
 
 Axes: n rows, s draws, r blocks, b draws of a block, c outputs.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError
+from nntk_dist.estimators.drawn_features import DrawnFeatures
 from nntk_dist.layers.low_rank_passes import LowRankPasses
-from nntk_dist.models.evaluation import Evaluator, check_finite, output_index
+from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
-from nntk_dist.products.features import ArraySpec, Rows
-from nntk_dist.products.formed import alone_terms
-from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
+from nntk_dist.products.factor_form import METRIC_DRAWS
+from nntk_dist.products.feature_description import ArraySpec, FeatureCosts, FeatureStorage
+from nntk_dist.products.features import Rows, num_rows
+from nntk_dist.products.formed import alone_weighted_products
+from nntk_dist.products.metric import PLAIN, by_blocks, metric_block_products, metric_weighted_products, mixed_by_metric
 from nntk_dist.products.wanted import Side, Wanted
-from nntk_dist.products.weighted_products import Term, add_terms_
-from nntk_dist.sampling.draws import Drawing, draw_chunks
+from nntk_dist.products.weighted_products import WeightedProduct, add_products_
+from nntk_dist.sampling.draws import draw_chunks
 from nntk_dist.weighting.attention import Attention
 
-_PORTION = 2**22  # numbers of a row set that are copied in float64 at a time
+_PORTION_NUMBERS = 2**22  # of a row set, which are copied to float64 at a time
 
 
 @dataclass(frozen=True)
-class DifferenceFeatures:
-    """Output differences under all draws; `pair_blocks` False gives the covariance kernel.
+class DifferenceFeatures(DrawnFeatures):
+    """Output differences under all draws.
 
-    `product` evaluates low-rank draws without their weights, where the model allows it and scores do not need them.
-
-    `metric`, (S, S) float64, is M scaled so that the mean over all pairs of blocks is Φ M Φᵀ; it is made from the
-    draws where not given. It is the same for all rows, so a pipeline makes it once.
+    Attributes:
+        pair_blocks: Whether blocks are paired; False gives the covariance kernel.
+        metric: M, (S, S) float64, scaled such that the mean over all pairs of blocks is Φ M Φᵀ. None makes it from the
+            draws when it is needed. It is the same for all rows, so a pipeline makes it once.
+        attention: Weights of the draws; None weights them equally.
+        product: Evaluates low-rank draws without forming their weights; None if the model does not allow it, or if
+            attention scores need the weights.
     """
 
-    evaluator: Evaluator
-    drawing: Drawing
-    columns: tuple[int, ...]
     pair_blocks: bool = True
     metric: Float64[Tensor, "s s"] | None = None
-    shows_unresolved: bool = True
-    num_sketch_groups: int = 0
     attention: Attention | None = None
     product: LowRankPasses | None = None
 
     @property
-    def num_draws(self) -> int:
-        return self.drawing.num_draws
-
-    @property
-    def num_blocks(self) -> int:
-        return self.drawing.num_blocks
-
-    @property
-    def num_parameters(self) -> int:
-        return self.drawing.num_parameters
+    def shows_unresolved(self) -> bool:
+        """True: differences of 0 in all blocks mean that no draw changed the output."""
+        return True
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
+        """One array: Δ, draw by draw."""
         return (ArraySpec("differences", ("draw", "output"), (self.num_draws, len(self.columns))),)
 
-    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
-        return self.evaluator.expected(x, self.drawing.seed, batch)
+    @property
+    def storage(self) -> FeatureStorage:
+        """One array, with M if products need it or if it is small."""
+        keeps_metric = self.pair_blocks or self.num_draws <= METRIC_DRAWS
+        metric = ArraySpec("metric", ("draw", "draw_col"), (self.num_draws, self.num_draws))
+        return FeatureStorage(self.arrays, True, metric if keeps_metric else None, needs_metric=self.pair_blocks)
+
+    def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
+        """Return the costs: 2 products of length S an entry and output, 3 with standard errors, 1 without pairs."""
+        draws, outputs, item = self.num_draws, len(self.columns), 8
+        products = (3.0 if wanted.stderr else 2.0) if self.pair_blocks else 1.0
+        held = 4 * item * draws**2 if self.pair_blocks else 0
+        return FeatureCosts(
+            entry_operations=2.0 * products * draws * outputs * meeting.width(outputs),
+            passes_per_draw=self.difference_passes(),
+            metric_operations=0.0 if self.storage.metric is None else 2.0 * draws**2 * self.num_parameters,
+            held_bytes=held + (0 if self.product is None else self.product.trial_bytes),
+            prepared_share=3.0 if self.pair_blocks else 1.0,
+        )
 
     def compute(
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
     ) -> dict[str, Tensor]:
+        """Compute the differences; see `FeatureMap.compute`."""
         base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
         differences = base.new_empty(len(x), len(draws), len(columns))
@@ -94,7 +108,7 @@ class DifferenceFeatures:
     def _passes(
         self, x: Tensor, base: Float[Tensor, "n c"], draws: range, batch: int | None
     ) -> Iterator[tuple[range, Float[Tensor, "s P"] | None, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
-        """(draws, z, f(x; θ), f(x; θ+z)), some draws at a time; z None where it is not made."""
+        """Yield (draws, z, f(x; θ), f(x; θ+z)), some draws at a time; z is None if it is not made."""
         group = self.drawing.group_size
         if self.product is not None:
             for part in draw_chunks(draws, max(self.product.numbers_of_a_draw, base.numel()), group):
@@ -106,11 +120,13 @@ class DifferenceFeatures:
                 yield members, z[members.start - part.start : members.stop - part.start], unmoved, moved
 
     def make_metric(self) -> Float64[Tensor, "s s"]:
-        """M such that `plugin` (or the covariance kernel) is Φ M Φᵀ; 2·S²·P operations and S² numbers where blocks are
-        paired; otherwise M is diagonal.
+        """Make M such that `plugin`, or the covariance kernel, is Φ M Φᵀ.
 
-        Raises: NNTKError where products of blocks do not fit into the model's dtype: draws as short as those of
-        `fractional` may be have directions z/|z|² of any length.
+        2·S²·P operations and S² numbers if blocks are paired; otherwise M is diagonal.
+
+        Raises:
+            ArgumentError: products of blocks do not fit into the model's dtype. Draws of a law like `fractional` can be
+                so short that their directions z/|z|² overflow.
         """
         if not self.pair_blocks:
             return torch.diag(self._weights)
@@ -118,14 +134,18 @@ class DifferenceFeatures:
         self._check_fits(float(products.abs().max()) / self.drawing.draws_per_block**2)
         return products.div_(self.num_draws**2)
 
+    def with_metric(self, metric: Float64[Tensor, "s s"]) -> Self:
+        """Return the same features with M given."""
+        return replace(self, metric=metric)
+
     def _check_fits(self, largest: float) -> None:
-        """Raise an NNTKError where such a product of block directions does not fit into the model's dtype."""
+        """Raise an ArgumentError if a product of block directions of this size does not fit into the model's dtype."""
         dtype = next(self.evaluator.model.parameters()).dtype
         most = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float64).max))  # errors are made of squares
         if not largest <= most:
             name = str(dtype).removeprefix("torch.")
-            gradients = ", or estimator autodiff, where the model has no jumps" if self.pair_blocks else ""
-            raise NNTKError(
+            gradients = ", or estimator autodiff, if the model has no jumps" if self.pair_blocks else ""
+            raise ArgumentError(
                 f"products of the draws' directions z/|z|² overflow {name}; use a smaller alpha or another "
                 f"distribution, or dtype float64{gradients}"
             )
@@ -136,10 +156,7 @@ class DifferenceFeatures:
 
     @cached_property
     def _weights(self) -> Float64[Tensor, " s"]:
-        """The diagonal of the covariance kernel's metric: P/|z_s|²/S.
-
-        Raises: NNTKError where one times R does not fit into the model's dtype.
-        """
+        """The diagonal of the covariance kernel's metric: P/|z_s|²/S; an ArgumentError if it overflows."""
         weights = self.num_parameters / self.num_draws / self.drawing.squared_norms(device=self._device)
         self._check_fits(float(weights.max()) * self.num_blocks)
         return weights
@@ -150,6 +167,7 @@ class DifferenceFeatures:
         return (self.make_metric() if self.metric is None else self.metric) * self.num_blocks**2
 
     def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
+        """Multiply M to rows that are columns of tiles; without pairs, weight the differences."""
         if self.pair_blocks:
             plain = rows if PLAIN in rows else {PLAIN: self._by_block(rows["differences"])}
             return mixed_by_metric(plain, self._block_metric, wanted)
@@ -162,24 +180,27 @@ class DifferenceFeatures:
         return by_blocks(differences.transpose(1, 2), self.num_blocks)
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        """Sum the block products of one tile."""
         rows = self.prepare(rows, wanted.on(Side.ROWS))
         others = self.prepare(others, wanted.on(Side.COLUMNS))
-        first, second = (next(iter(part.values())) for part in (rows, others))
-        shape = meeting.shape(len(first), len(second), first.shape[2])
-        sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=self.pair_blocks, device=first.device)
-        add_terms_(sums, self.terms(rows, others, wanted), meeting)
+        shape = meeting.shape(num_rows(rows), num_rows(others), next(iter(rows.values())).shape[2])
+        device = next(iter(rows.values())).device
+        sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=self.pair_blocks, device=device)
+        add_products_(sums, self.weighted_products(rows, others, wanted), meeting)
         return sums
 
-    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> list[Term]:
+    def weighted_products(self, rows: Rows, others: Rows, wanted: Wanted) -> list[WeightedProduct]:
+        """Return the matrix products of prepared row sets."""
         if self.pair_blocks:
-            return metric_terms(rows, others, wanted)
-        return alone_terms(rows["weighted"], others["weighted"], wanted)
+            return metric_weighted_products(rows, others, wanted)
+        return alone_weighted_products(rows["weighted"], others["weighted"], wanted)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
+        """Return every block product of few entries, in float64."""
         left, right = (part["differences"].transpose(1, 2) for part in (rows, others))
         if meeting.full:
             return self._products(left, right, meeting)
-        step = max(1, _PORTION // (max(len(left), len(right)) * self.num_draws))
+        step = max(1, _PORTION_NUMBERS // (max(len(left), len(right)) * self.num_draws))
         total: Tensor | None = None
         for some, those in zip(left.split(step, 1), right.split(step, 1), strict=True):
             part = self._products(some, those, meeting)
@@ -191,7 +212,7 @@ class DifferenceFeatures:
         self, left: Float[Tensor, "n1 c s"], right: Float[Tensor, "n2 c s"], meeting: Meeting
     ) -> Float64[Tensor, "..."]:
         if self.pair_blocks:
-            return metric_products(left, right, self._block_metric, self.num_blocks, meeting)
+            return metric_block_products(left, right, self._block_metric, self.num_blocks, meeting)
         weighted = by_blocks(left.double() * (self._weights * self.num_blocks), self.num_blocks)
         columns = by_blocks(right.double(), self.num_blocks)
         return torch.stack([meeting.outputs(weighted[:, r], columns[:, r]) for r in range(self.num_blocks)])

@@ -32,9 +32,9 @@ from nntk_dist.weighting.options import Reference
 
 
 def forms_means(spec: KernelSpec, decision: Decision) -> bool:
-    """Whether `weight` forms its block-mean gradients: where these are shorter than differences and their metric."""
+    """Return whether `weight` forms its block-mean gradients: if they are shorter than differences and their metric."""
     few_parameters = spec.blocks * decision.num_parameters <= decision.num_draws
-    return decision.estimator == "weight" and spec.pair_blocks and few_parameters and decision.num_draws > METRIC_DRAWS
+    return spec.pair_blocks and few_parameters and decision.num_draws > METRIC_DRAWS
 
 
 def make_feature_map(
@@ -130,4 +130,4 @@ def _activation_features(
         groups = groups_of_columns(chosen.num_columns, spec.blocks)
         sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names)
     drawing = spec.drawing("activation", space, evaluator.model)
-    return ActivationFeatures(evaluator, plan, drawing, columns, chosen, sketch)
+    return ActivationFeatures(evaluator, drawing, columns, plan, chosen, sketch)

@@ -1,13 +1,12 @@
-"""Sums of block products over a tile: all that the statistics of a kernel need, whatever features they are made of.
+"""Sums of block products over a tile: all that the statistics of a kernel need, whatever the features.
 
-A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. This room holds the sums and how
-two row sets meet; how features become sums is the business of `nntk_dist.products.formed` (features are columns),
-`metric_products` (columns and a matrix between them), `layered_products` and `pair_products` (outer products that are
-never formed). No models, no randomness; standard errors are made of these sums in `nntk_dist.statistics.estimates`.
+A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. This module defines the sums and
+how two row sets meet. The modules `formed`, `metric`, `layered` and `noise_pairs` make sums of features;
+`nntk_dist.statistics.estimates` makes statistics of sums. No models, no randomness.
 
 Axes: n rows, r/R blocks, c outputs, k feature columns of one output, w slots of features (blocks, draws, or
 combinations of blocks), q/Q groups of sketch columns.
-Pairings: "blocks" pairs all blocks (nonlocal kernel), "draws" only a draw with itself (averaged, covariance, local).
+Pairings: all blocks are paired (nonlocal kernel), or each draw only with itself (averaged, covariance, local).
 """
 
 from collections.abc import Sequence
@@ -19,25 +18,33 @@ from torch import Tensor
 
 from nntk_dist.products.wanted import Wanted
 
-Sum = tuple[str, int]  # the name of one: what it sums, and the number of its block or group
+Sum = tuple[str, int]  # the name of a sum: what it adds up, and the index of its block or group
 WITHIN, BETWEEN = ("within", 0), ("between", 0)
 
-# So many terms of an inner product are summed in the features' dtype; further ones join them in float64.
+# Up to this many terms of an inner product are summed in the features' dtype; longer ones continue in float64.
 INNER_TERMS = 4096
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """How two row sets meet: all rows with all (`cross`) or each with its namesake (`paired`), outputs summed or kept.
+    """How two row sets meet.
 
-    Shapes of a product: cross (n1, n2) or, with `full`, (n1·C, n2·C); paired (n,) or (n, C, C).
+    A product has shape (n1, n2), or (n1·C, n2·C) with `full`; paired (n,), or (n, C, C) with `full`.
+
+    Attributes:
+        full: Whether outputs are kept; otherwise they are summed.
+        paired: Whether each row meets only its namesake; otherwise all rows meet all.
     """
 
     full: bool = False
     paired: bool = False
 
+    def width(self, num_outputs: int) -> int:
+        """Return the kernel rows of one example."""
+        return num_outputs if self.full else 1
+
     def outputs(self, a: Float[Tensor, "n1 c k"], b: Float[Tensor, "n2 c k"]) -> Tensor:
-        """Products of features that carry outputs."""
+        """Multiply features that have an axis of outputs."""
         if self.paired:
             return torch.einsum("nck,ndk->ncd", a, b) if self.full else torch.einsum("nck,nck->n", a, b)
         if self.full:
@@ -45,8 +52,9 @@ class Meeting:
         return a.flatten(1) @ b.flatten(1).T
 
     def paired_product(self, a: Float[Tensor, "n w c k"], b: Float[Tensor, "n w c k"]) -> Float64[Tensor, "n *c"]:
-        """Products of each row with its column, summed over their slots: at most `INNER_TERMS` terms in the features'
-        dtype, the rest in float64.
+        """Multiply each row with its column, summed over slots.
+
+        At most `INNER_TERMS` terms are summed in the features' dtype, the rest in float64.
         """
         left, right = (part.transpose(1, 2).flatten(2) for part in (a, b))
         if not self.full:
@@ -55,11 +63,11 @@ class Meeting:
         return torch.stack([self.outputs(some, others).double() for some, others in portions]).sum(0)
 
     def matrix(self, features: Float[Tensor, "n w c k"]) -> Float[Tensor, "rows inner"]:
-        """One row for each of the kernel's; a view wherever the features lie so."""
+        """Return one row for each kernel row; a view if the memory order allows it."""
         return features.transpose(1, 2).flatten(2).flatten(0, 1) if self.full else features.flatten(1)
 
     def shared(self, a: Float[Tensor, "n1 k"], b: Float[Tensor, "n2 k"], num_outputs: int) -> Tensor:
-        """Products of features that all outputs share, shaped to multiply those of `outputs`."""
+        """Multiply features that all outputs share, in a shape that multiplies the result of `outputs`."""
         if self.paired:
             product = torch.einsum("nk,nk->n", a, b)
             return product[:, None, None] if self.full else product
@@ -69,19 +77,20 @@ class Meeting:
         return product
 
     def shape(self, num_rows: int, num_columns: int, num_outputs: int) -> tuple[int, ...]:
+        """Return the shape of a product."""
         if self.paired:
             return (num_rows, num_outputs, num_outputs) if self.full else (num_rows,)
-        width = num_outputs if self.full else 1
+        width = self.width(num_outputs)
         return (num_rows * width, num_columns * width)
 
     def both(self, a: Bool[Tensor, "n1 *c"], b: Bool[Tensor, "n2 *c"]) -> Bool[Tensor, "*tile"]:
-        """Where a row's property and a column's are both true; with `full` each output has its own."""
+        """Return where a property of the rows and one of the columns are both true; with `full`, output by output."""
         if self.paired:
             return a[:, :, None] & b[:, None, :] if self.full else a & b
         return a.flatten()[:, None] & b.flatten()[None, :]
 
     def same_output(self, values: Float[Tensor, "*lead tile"], num_outputs: int) -> Tensor:
-        """Products that are `values` for an output with itself and 0 for two different ones."""
+        """Return products that are `values` for each output with itself and 0 for two different outputs."""
         if not self.full:
             return values * num_outputs
         identity = torch.eye(num_outputs, dtype=values.dtype, device=values.device)
@@ -91,12 +100,12 @@ class Meeting:
 
 
 def block(number: int) -> Sum:
-    """The name of `by_block[number]`."""
+    """Return the name of `by_block[number]`."""
     return "block", number
 
 
 def group(number: int) -> Sum:
-    """The name of `by_group[number]`."""
+    """Return the name of `by_group[number]`."""
     return "group", number
 
 
@@ -104,10 +113,14 @@ def group(number: int) -> Sum:
 class BlockSums:
     """Sums over blocks of the products of one tile, in float64.
 
-    within = Σ_r H_rr; between = Σ_{r≠r'} H_rr' (pairing "blocks" only); by_block, where asked: T_r = Σ_{r'≠r} h_rr',
-    h_rr' = ½(H_rr' + H_r'r) for "blocks", H_rr for "draws"; its leading axis is r. by_group, where features are
-    sketched: what each group of sketch columns contributes to `between`, its leading axis is q. resolved: entries of
-    whose every part some draw told something; None where all are, or where `by_block` shows it.
+    Attributes:
+        num_blocks: R.
+        within: Σ_r H_rr.
+        between: Σ_{r≠r'} H_rr'; None unless blocks are paired.
+        by_block: If wanted, T_r = Σ_{r'≠r} h_rr', h_rr' = ½(H_rr' + H_r'r), for paired blocks, else H_rr; r leading.
+        by_group: If features are sketched, what each group of sketch columns adds to `between`; q leading.
+        resolved: Entries for which every part was changed by at least one draw. None if all are, or if `by_block`
+            shows it.
     """
 
     num_blocks: int
@@ -118,7 +131,7 @@ class BlockSums:
     resolved: Bool[Tensor, "*tile"] | None = None
 
     def parts(self) -> dict[Sum, Float64[Tensor, "*tile"]]:
-        """The sums by name, as views: `WITHIN`, `BETWEEN`, `block(r)`, `group(q)`."""
+        """Return the sums by name, as views: `WITHIN`, `BETWEEN`, `block(r)`, `group(q)`."""
         named = {WITHIN: self.within}
         if self.between is not None:
             named[BETWEEN] = self.between
@@ -127,7 +140,7 @@ class BlockSums:
         return named
 
     def of_stack(self, stack: Float64[Tensor, "m *tile"]) -> "BlockSums":
-        """The same sums as views of a stack, in the order of `parts`."""
+        """Return the same sums as views of a stack, in the order of `parts`."""
         num_blocks = 0 if self.by_block is None else len(self.by_block)
         first = 1 if self.between is None else 2
         pairs, blocks, groups = stack.tensor_split((first, first + num_blocks))
@@ -140,14 +153,14 @@ class BlockSums:
         )
 
     def of_rows(self, rows: slice) -> "BlockSums":
-        """Those of some rows of the tile, as views."""
+        """Return the sums of some rows of the tile, as views."""
         assert self.resolved is None
         within, between = self.within[rows], None if self.between is None else self.between[rows]
         by_block, by_group = (None if stack is None else stack[:, rows] for stack in (self.by_block, self.by_group))
         return BlockSums(self.num_blocks, within, between, by_block, by_group)
 
     def add_(self, other: "BlockSums") -> "BlockSums":
-        """Add the sums of further outputs or layers, in place."""
+        """Add the sums of further outputs or layers in place."""
         self.within += other.within
         if self.between is not None and other.between is not None:
             self.between += other.between
@@ -169,7 +182,7 @@ def empty_sums(
     device: torch.device,
     num_groups: int = 0,
 ) -> BlockSums:
-    """Sums of nothing; groups are kept apart only together with blocks, for the standard error."""
+    """Return sums that are 0; groups are kept apart only together with blocks, for standard errors."""
 
     def zeros(*size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=device)

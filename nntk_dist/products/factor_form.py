@@ -1,21 +1,18 @@
-"""The explicit factor of a kernel: from features and metric, as a store keeps them, to rows of W with `gram = W Wᵀ`.
+"""The explicit factor of a kernel: from features and metric to rows of W with `gram = W Wᵀ`.
 
-Two kinds of features are such factors (`nntk_dist.estimators.output_differences`, `nntk_dist.layers.sketch`): output
-differences with a metric of the draws, and sketches of the gradients of all blocks. Everything is float64. Nothing is
-read here, and nothing is decomposed but the metric.
+Two kinds of features are such factors: output differences with a metric of the draws
+(`nntk_dist.estimators.output_differences`), and sketches of the gradients of all blocks (`nntk_dist.layers.sketch`).
+Everything is float64. Nothing is read here, and nothing but the metric is decomposed.
 
 Axes: n examples, s draws, r blocks, c outputs, k columns of a sketch, F columns of W. A kernel of form `full` has C
 rows for each example, any other has one.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-
-from nntk_dist.runtime.read_ahead import read_ahead
 
 # Up to here the S × S metric of differences (128 MiB) is cheap, and differences are what other programs read.
 METRIC_DRAWS = 4096
@@ -29,10 +26,13 @@ DRAWS, SKETCHES = "draw", "block"  # the first axis behind the rows, of differen
 
 @dataclass(frozen=True)
 class FactorForm:
-    """How features follow each other: `axes` and `shape` are those behind the row axis.
+    """The axes of features that are an explicit factor.
 
-    ("draw", "output") of differences; of sketches ("block", "output", "column"), or ("block", "column") where one
-    sketch is shared by all outputs.
+    Attributes:
+        axes: Names of the axes behind the row axis: ("draw", "output") for differences; ("block", "output", "column")
+            for sketches, or ("block", "column") for sketches that all outputs share.
+        shape: Lengths of these axes.
+        full: Whether each output has its own kernel row.
     """
 
     axes: tuple[str, ...]
@@ -51,22 +51,22 @@ class FactorForm:
 
     @property
     def num_columns(self) -> int:
-        """F where the metric has full rank; the rank of M is at most the number of draws, or 1 for sketches."""
+        """F for a metric of full rank."""
         return math.prod(self.shape[1:] if self.is_sketch else self.shape) // self.rows_per_example
 
     def num_columns_with(self, root: Float[np.ndarray, "s s2"]) -> int:
-        """F with a root of the metric, of as many columns as M has rank."""
+        """Return F for a root of the metric, which has as many columns as M has rank."""
         return self.num_columns if self.is_sketch else self.num_columns // len(root) * root.shape[1]
 
     def columns(self, features: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "rows F"]:
-        """Φ of some examples: differences draw by draw, with the draw last, or sketches summed over blocks."""
+        """Return Φ of some examples: differences with the draw last, or sketches summed over blocks."""
         if self.is_sketch:
             return np.sum(features, axis=1, dtype=np.float64).reshape(len(features) * self.rows_per_example, -1)
         by_output = np.ascontiguousarray(features.transpose(0, 2, 1), dtype=np.float64)
         return by_output.reshape(len(features) * self.rows_per_example, -1)
 
     def root(self, metric: Float[np.ndarray, "s s"]) -> Float[np.ndarray, "s s2"]:
-        """`M = root rootᵀ`, of as many columns as M has rank; (1, 1) for sketches, whose M is one number."""
+        """Return a root of M, `M = root rootᵀ`, with as many columns as M has rank; (1, 1) for sketches."""
         if self.is_sketch:
             return np.sqrt(metric[:1, :1])
         if not np.any(metric - np.diag(np.diagonal(metric))):
@@ -76,38 +76,14 @@ class FactorForm:
         return vectors[:, kept] * np.sqrt(values[kept])
 
     def rows(self, features: Float[np.ndarray, "n ..."], root: Float[np.ndarray, "s s2"]) -> np.ndarray:
-        """W of some examples, (rows, F): `W = Φ·root`, output by output."""
+        """Return W of some examples: `W = Φ·root`, output by output."""
         columns = self.columns(features)
         if self.is_sketch:
             return columns * root[0, 0]
         return (columns.reshape(-1, len(root)) @ root).reshape(len(columns), -1)
 
 
-@dataclass(frozen=True)
-class FactorRows:
-    """Rows of W (or of Φ) that are read an interval of examples at a time; `intervals` cover all of them in order."""
-
-    num_rows: int
-    num_columns: int
-    intervals: tuple[tuple[int, int], ...]
-    read: Callable[[tuple[int, int]], Float[np.ndarray, "rows F"]]
-
-    def blocks(self) -> Iterator[Float[np.ndarray, "rows F"]]:
-        """All rows, some examples at a time; the next are read meanwhile."""
-        for _, block in read_ahead(self.intervals, self.read):
-            yield block
-
-    def product(self, vectors: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "n v"]:
-        """`W Wᵀ·vectors` in two passes over the rows, 4·n·F operations a vector."""
-        vectors = np.asarray(vectors, dtype=np.float64)
-        inner, start = np.zeros((self.num_columns, vectors.shape[1])), 0
-        for block in self.blocks():
-            inner += block.T @ vectors[start : start + len(block)]
-            start += len(block)
-        return np.concatenate([block @ inner for block in self.blocks()])
-
-
 def unbiased_metric(metric: Float[np.ndarray, "s s"], num_blocks: int) -> Float[np.ndarray, "s s"]:
-    """The metric of the unbiased statistic from that of `plugin`: products within a block do not count."""
+    """Return the metric of `unbiased` from the metric of `plugin`: products within a block do not count."""
     block = np.arange(len(metric)) // (len(metric) // num_blocks)
     return np.where(block[:, None] == block[None, :], 0.0, metric) * (num_blocks / (num_blocks - 1))

@@ -1,55 +1,44 @@
-"""What every kind of feature offers: arrays with a leading row axis, and the block sums of two row sets.
+"""The interface of features: arrays with a leading row axis, their costs, and the block sums of two row sets.
 
-The interface only. `differences` (weight, covariance) and `gradients` (autodiff, averaged, local) fulfil it; the
-in-memory functions and the pipeline use nothing else of them, so that a tile is the same whichever made its features.
+Every estimator (`nntk_dist.estimators`) fulfils `FeatureMap`. The in-memory functions and the pipeline use nothing
+else of an estimator, so a tile has the same bits whoever computes it.
 
 Axes: n rows, s draws, r blocks, c outputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BlockSums, Meeting
+from nntk_dist.products.feature_description import ArraySpec, FeatureCosts, FeatureStorage
 from nntk_dist.products.wanted import Wanted
-from nntk_dist.products.weighted_products import Term
+from nntk_dist.products.weighted_products import WeightedProduct
 from nntk_dist.runtime.batches import in_batches
 
-Rows = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One feature array: its name, and the names and lengths of the axes behind the row axis.
-
-    The first of them, "draw" or "block", is what chunks of draws divide.
-    """
-
-    name: str
-    axes: tuple[str, ...]
-    shape: tuple[int, ...]
+Rows = Mapping[str, Tensor]  # feature arrays by name, with a leading row axis
 
 
 @runtime_checkable
 class FeatureMap(Protocol):
-    """Features of rows under all draws; for the meaning of the sums see `nntk_dist.products.block_sums`."""
+    """Features of examples under all draws of a kernel, and everything that a pipeline must know of them."""
 
     @property
     def num_draws(self) -> int:
-        """S, perturbed models."""
+        """S, the number of perturbed models."""
         ...
 
     @property
     def num_blocks(self) -> int:
-        """R, independent blocks of draws."""
+        """R, the number of independent blocks of draws."""
         ...
 
     @property
     def num_parameters(self) -> int:
-        """P."""
+        """P, the number of selected parameters."""
         ...
 
     @property
@@ -59,17 +48,17 @@ class FeatureMap(Protocol):
 
     @property
     def pair_blocks(self) -> bool:
-        """Whether products of different blocks are made (the nonlocal kernel), or only of each draw with itself."""
+        """Whether products pair all blocks (the nonlocal kernel), or each draw only with itself."""
         ...
 
     @property
     def shows_unresolved(self) -> bool:
-        """Whether blocks that all agree mean that no draw changed the output, rather than that there is no noise."""
+        """Whether blocks that all agree mean that no draw changed the output, not that there is no noise."""
         ...
 
     @property
     def num_sketch_groups(self) -> int:
-        """Q, independent groups of sketch columns; 0 where products are exact."""
+        """Q, the number of independent groups of sketch columns; 0 if products are exact."""
         ...
 
     @property
@@ -77,18 +66,47 @@ class FeatureMap(Protocol):
         """The arrays that `compute` returns."""
         ...
 
-    def compute(
-        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
-    ) -> dict[str, Tensor]:
-        """Features of inputs under a whole number of blocks of draws, for some of the outputs.
+    @property
+    def storage(self) -> FeatureStorage:
+        """How a store keeps the arrays, and whether they are an explicit factor of the kernel."""
+        ...
 
-        `ids`, (n,) int64 from 0 to 2^32 − 1, name the examples: an example's own noise is a function of its id. Rows
-        pass through the model in padded batches of `batch`, or all at once.
+    def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
+        """Return what the features and their products cost.
+
+        Args:
+            meeting: Whether outputs are summed or kept.
+            wanted: Whether standard errors are wanted.
         """
         ...
 
-    def outputs(self, x: Tensor, *, batch: int | None = None) -> Tensor:
-        """f(x; θ), (n, C), all outputs."""
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the features of inputs under whole blocks of draws.
+
+        Args:
+            x: Inputs, (n, ...).
+            ids: Names of the examples, (n,) int64 from 0 to 2^32 − 1. An example's own noise is a function of its id.
+            draws: The draws, a whole number of blocks.
+            columns: The outputs, all of them or some.
+            batch: Rows that pass through the model at a time, padded; None takes all at once.
+
+        Returns:
+            The arrays by name, in the model's dtype.
+        """
+        ...
+
+    def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
+        """Compute f(x; θ), all outputs, in batches as `compute` does."""
+        ...
+
+    def make_metric(self) -> Float64[Tensor, "k k"] | None:
+        """Make the matrix M with `plugin = Φ M Φᵀ`; None if the features are no explicit factor of the kernel."""
+        ...
+
+    def with_metric(self, metric: Float64[Tensor, "k k"]) -> Self:
+        """Return the same features with a metric that was made before, which spares making it again."""
         ...
 
     def prepare(self, rows: Rows, wanted: Wanted) -> Rows:
@@ -120,35 +138,37 @@ class FeatureMap(Protocol):
         """
         ...
 
-    def terms(self, rows: Rows, others: Rows, wanted: Wanted) -> list[Term] | None:
-        """The matrix products that the sums of prepared row sets are made of, which are added up faster than by
-        `block_sums`; None where sums take more than these.
+    def weighted_products(self, rows: Rows, others: Rows, wanted: Wanted) -> list[WeightedProduct] | None:
+        """Return the matrix products that make up the sums of prepared row sets.
+
+        They are added up faster than by `block_sums`. None if the sums take more than matrix products.
         """
         ...
 
-    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Tensor:
-        """All products, for calibration on few entries: (R, R, *tile) where blocks are paired, else (R, *tile);
-        float64.
+    def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
+        """Return every block product of few entries, for calibration.
+
+        Their shape is (R, R, *tile) if blocks are paired, else (R, *tile).
         """
         ...
 
 
 def block_range(draws: range, draws_per_block: int) -> range:
-    """The blocks that a whole number of blocks of draws covers."""
+    """Return the blocks that a whole number of blocks of draws covers."""
     if draws.start % draws_per_block or draws.stop % draws_per_block:
         raise ValueError(f"draws {draws.start}:{draws.stop} are not whole blocks of {draws_per_block}")
     return range(draws.start // draws_per_block, draws.stop // draws_per_block)
 
 
 def concatenate_rows(parts: Sequence[Rows]) -> dict[str, Tensor]:
-    """Row sets one after the other."""
+    """Concatenate row sets."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def join_batches(
     compute: Callable[[Tensor, Tensor], Rows], x: Tensor, ids: Tensor, batch: int | None
 ) -> dict[str, Tensor]:
-    """Features of rows and their ids, a padded batch after the other."""
+    """Compute features of inputs and ids in padded batches, and concatenate them."""
     parts = []
     for (rows, own), (names, _) in zip(in_batches(x, batch), in_batches(ids, batch), strict=True):
         parts.append(slice_rows(compute(rows, names), slice(own.stop - own.start)))
@@ -156,5 +176,15 @@ def join_batches(
 
 
 def slice_rows(rows: Rows, selection: slice | Tensor) -> dict[str, Tensor]:
-    """Some of the rows."""
+    """Select some of the rows."""
     return {name: array[selection] for name, array in rows.items()}
+
+
+def num_rows(rows: Rows) -> int:
+    """Return the number of rows of a row set."""
+    return len(next(iter(rows.values())))
+
+
+def feature_bytes(rows: Rows) -> int:
+    """Return the bytes of a row set."""
+    return sum(array.nbytes for array in rows.values())

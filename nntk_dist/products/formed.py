@@ -1,8 +1,8 @@
-"""Block products of gradients that are formed: features are columns, and sums are made of plain matrix products.
+"""Block products of gradients that are formed: features are columns, and sums are plain matrix products.
 
 Blocks are combined before rows meet columns, so that a tile takes one product of the features' whole length:
 `contrasts`  ĝ = Q g over the blocks, Q orthogonal, its first row 1/√R: Σ_rr' H_rr' = R⟨ĝ_0, ĝ'_0⟩ and
-             Σ_r H_rr = Σ_w ⟨ĝ_w, ĝ'_w⟩; what the blocks agree in is in ĝ_0 alone, and nothing of it cancels;
+             Σ_r H_rr = Σ_w ⟨ĝ_w, ĝ'_w⟩. What the blocks agree in is in ĝ_0 alone, and nothing of it cancels.
 `halves`     with sums by block: G = Σ_r g_r and c_r = g_r − G/2: T_r = ¼⟨G, G'⟩ − ⟨c_r, c'_r⟩, 1 + 1/R products.
 Combinations belong to one row set and are made once for all tiles. No models, no randomness.
 
@@ -18,15 +18,17 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block, group
 from nntk_dist.products.wanted import Wanted
-from nntk_dist.products.weighted_products import Term
+from nntk_dist.products.weighted_products import WeightedProduct
 
-# Numbers of a portion of features that is taken to float64 for products of all pairs of blocks (32 MiB).
-_PORTION_ELEMENTS = 1 << 22
+# Numbers of features that are copied to float64 at a time for products of all pairs of blocks (32 MiB).
+_PORTION_NUMBERS = 1 << 22
 
 
 def combined(gradients: Float[Tensor, "n r c k"], wanted: Wanted) -> Float[Tensor, "n w c k"]:
-    """The combinations of block means that `formed_terms` takes: R contrasts, or G and R halves where sums by block are
-    wanted.
+    """Combine block means as `formed_weighted_products` takes them.
+
+    Returns:
+        R contrasts; or, with standard errors, G and R halves.
     """
     blocks = gradients.shape[1]
     if wanted.stderr:
@@ -38,8 +40,13 @@ def combined(gradients: Float[Tensor, "n r c k"], wanted: Wanted) -> Float[Tenso
     return (mixing @ gradients.flatten(2)).reshape(gradients.shape)
 
 
+def products_per_block(num_blocks: int, wanted: Wanted) -> float:
+    """Return the products of a tile over R, each as long as the features of one block."""
+    return 1.0 + 1.0 / num_blocks if wanted.stderr else 1.0
+
+
 def _contrasts(blocks: int) -> Float64[Tensor, "w r"]:
-    """Helmert's orthogonal matrix: 1/√R, then each block against the mean of those before it."""
+    """Return Helmert's orthogonal matrix: 1/√R, then each block against the mean of the blocks before it."""
     rows = torch.arange(blocks, dtype=torch.float64)
     matrix = torch.ones(blocks, blocks, dtype=torch.float64).tril(-1)
     matrix -= torch.diag(rows)
@@ -48,29 +55,29 @@ def _contrasts(blocks: int) -> Float64[Tensor, "w r"]:
     return matrix
 
 
-def formed_terms(
+def formed_weighted_products(
     rows: Float[Tensor, "n1 w c k"], columns: Float[Tensor, "n2 w c k"], num_blocks: int, wanted: Wanted
-) -> list[Term]:
-    """The products of `combined` features, for all pairs of blocks.
+) -> list[WeightedProduct]:
+    """Return the products of `combined` features, for all pairs of blocks.
 
-    Float32 products of up to `INNER_TERMS` terms, summed in float64: what cancels between them, the more the larger
-    `within` is against `between`, is known to the rounding of `within`.
+    In float32, products of up to `INNER_TERMS` terms are summed in float64. What cancels between them is known to the
+    rounding of `within`, so the relative error grows with `within` over `between`.
     """
     if not wanted.stderr:
         return [
-            Term(rows[:, :1], columns[:, :1], {WITHIN: 1.0, BETWEEN: num_blocks - 1.0}),
-            Term(rows[:, 1:], columns[:, 1:], {WITHIN: 1.0, BETWEEN: -1.0}),
+            WeightedProduct(rows[:, :1], columns[:, :1], {WITHIN: 1.0, BETWEEN: num_blocks - 1.0}),
+            WeightedProduct(rows[:, 1:], columns[:, 1:], {WITHIN: 1.0, BETWEEN: -1.0}),
         ]
     quarters = 0.25 * num_blocks
     everywhere = {WITHIN: 1.0 - quarters, BETWEEN: quarters} | {block(r): 0.25 for r in range(num_blocks)}
     halves = [
-        Term(rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2], {WITHIN: 1.0, BETWEEN: -1.0, block(r): -1.0})
+        WeightedProduct(rows[:, r + 1 : r + 2], columns[:, r + 1 : r + 2], {WITHIN: 1.0, BETWEEN: -1.0, block(r): -1.0})
         for r in range(num_blocks)
     ]
-    return [Term(rows[:, :1], columns[:, :1], everywhere), *halves]
+    return [WeightedProduct(rows[:, :1], columns[:, :1], everywhere), *halves]
 
 
-def terms_of_columns(
+def column_weighted_products(
     rows: Mapping[str, Tensor],
     columns: Mapping[str, Tensor],
     names: Sequence[str],
@@ -78,23 +85,26 @@ def terms_of_columns(
     wanted: Wanted,
     *,
     pair_blocks: bool,
-) -> list[Term]:
-    """The products of those of these prepared features that there are, and of sketches."""
-    terms = []
+) -> list[WeightedProduct]:
+    """Return the products of the named prepared features, as far as they exist, and of sketches."""
+    products = []
     for name in names:
         if name in rows and pair_blocks:
-            terms += formed_terms(rows[name], columns[name], num_blocks, wanted)
+            products += formed_weighted_products(rows[name], columns[name], num_blocks, wanted)
         elif name in rows:
-            terms += alone_terms(rows[name], columns[name], wanted)
+            products += alone_weighted_products(rows[name], columns[name], wanted)
     if "sketch_columns" in rows:
-        terms += sketched_terms(rows, columns, num_blocks, wanted)
-    return terms
+        products += sketched_weighted_products(rows, columns, num_blocks, wanted)
+    return products
 
 
 def prepared_sketch(
     sketch: Float[Tensor, "n r c k"], num_groups: int, wanted: Wanted
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """What `sketched_terms` takes: the combinations, and with sums by block the contrasts again, group by group."""
+    """Combine sketches as `sketched_weighted_products` takes them.
+
+    With standard errors, the contrasts are kept once more, group by group.
+    """
     prepared = {"sketch_columns": combined(sketch, wanted)}
     if wanted.stderr:
         contrasts = combined(sketch, Wanted(stderr=False)).unflatten(3, (num_groups, -1))
@@ -102,37 +112,50 @@ def prepared_sketch(
     return prepared
 
 
-def sketched_terms(
+def sketched_weighted_products(
     rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], num_blocks: int, wanted: Wanted
-) -> list[Term]:
-    """The products of sketches; where the standard error wants them, those of every group once more, in one further
-    product of the whole length: R·Q products of blocks and groups would be too short to be fast.
+) -> list[WeightedProduct]:
+    """Return the products of sketches.
+
+    With standard errors, the products of every group are made once more, in one further product of the whole length:
+    R·Q products of blocks and groups would be too short to be fast.
     """
-    terms = formed_terms(rows["sketch_columns"], columns["sketch_columns"], num_blocks, wanted)
+    products = formed_weighted_products(rows["sketch_columns"], columns["sketch_columns"], num_blocks, wanted)
     if not wanted.stderr:
-        return terms
+        return products
     left, right = rows["sketch_groups"], columns["sketch_groups"]
     weights = torch.full((num_blocks, 1, 1), -1.0, dtype=left.dtype, device=left.device)
     weights[0] += num_blocks
-    return [*terms, *(Term(left[:, q], right[:, q], {group(q): 1.0}, weights) for q in range(left.shape[1]))]
+    return [
+        *products,
+        *(WeightedProduct(left[:, q], right[:, q], {group(q): 1.0}, weights) for q in range(left.shape[1])),
+    ]
 
 
-def alone_terms(rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], wanted: Wanted) -> list[Term]:
-    """The products of every block with itself, for kernels that pair no blocks; one in all without sums by block."""
+def alone_weighted_products(
+    rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], wanted: Wanted
+) -> list[WeightedProduct]:
+    """Return the products of every block with itself, for kernels that pair no blocks.
+
+    Without standard errors they are one product.
+    """
     if not wanted.stderr:
-        return [Term(rows, columns, {WITHIN: 1.0})]
-    return [Term(rows[:, r : r + 1], columns[:, r : r + 1], {WITHIN: 1.0, block(r): 1.0}) for r in range(rows.shape[1])]
+        return [WeightedProduct(rows, columns, {WITHIN: 1.0})]
+    return [
+        WeightedProduct(rows[:, r : r + 1], columns[:, r : r + 1], {WITHIN: 1.0, block(r): 1.0})
+        for r in range(rows.shape[1])
+    ]
 
 
-def formed_products(
+def formed_block_products(
     rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
 ) -> Float64[Tensor, "r r *tile"]:
-    """H_rr' of block-mean gradients for all pairs of blocks, by definition and in float64: for few entries.
+    """Return H_rr' of block-mean gradients for all pairs of blocks, (R, R, *tile), by definition and in float64.
 
-    A portion of the columns at a time: no features are copied to float64 as a whole.
+    For few entries. The columns are copied to float64 a portion at a time, never as a whole.
     """
     total: Tensor | None = None
-    step = max(1, _PORTION_ELEMENTS // (rows[..., 0].numel() + columns[..., 0].numel()))
+    step = max(1, _PORTION_NUMBERS // (rows[..., 0].numel() + columns[..., 0].numel()))
     for left, right in zip(rows.split(step, -1), columns.split(step, -1), strict=True):
         product = _all_pairs(left.double(), right.double(), meeting)
         total = product if total is None else total.add_(product)
@@ -141,7 +164,7 @@ def formed_products(
 
 
 def _all_pairs(rows: Tensor, columns: Tensor, meeting: Meeting) -> Tensor:
-    """H_rr' of a portion, in one product where rows meet all."""
+    """Return H_rr' of a portion, in one product if rows meet all columns."""
     num_blocks = rows.shape[1]
     if meeting.paired:
         blocks = range(num_blocks)
@@ -150,9 +173,9 @@ def _all_pairs(rows: Tensor, columns: Tensor, meeting: Meeting) -> Tensor:
     return product.unflatten(1, (num_blocks, -1)).unflatten(0, (num_blocks, -1)).transpose(1, 2)
 
 
-def alone_products(
+def alone_block_products(
     rows: Float[Tensor, "n1 r c k"], columns: Float[Tensor, "n2 r c k"], meeting: Meeting
 ) -> Float64[Tensor, "r *tile"]:
-    """H_rr of every block with itself, in float64: for few entries."""
+    """Return H_rr of every block with itself, (R, *tile), in float64: for few entries."""
     blocks = range(rows.shape[1])
     return torch.stack([meeting.outputs(rows[:, r].double(), columns[:, r].double()) for r in blocks])

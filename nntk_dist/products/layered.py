@@ -1,7 +1,7 @@
-"""Block products of gradients in layers: outer products δ ⊗ h̃ that are never formed, ⟨h̃, h̃'⟩⟨δ, δ'⟩ a pair of draws.
+"""Block products of gradients in layers: outer products δ ⊗ h̃ that are never formed; ⟨h̃, h̃'⟩⟨δ, δ'⟩ a pair of draws.
 
-A layer whose inputs are the same under every draw is not for this room: its pairs are those of mean gradients. No
-models, no randomness.
+Layers whose inputs no draw changes are not treated here: their pairs are pairs of mean gradients (`formed`). No models,
+no randomness.
 
 Axes: n rows, s/t draws, r/R blocks, c outputs.
 """
@@ -16,17 +16,20 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, Sum, block
 from nntk_dist.products.wanted import Wanted
-from nntk_dist.products.weighted_products import Inputs, Term
+from nntk_dist.products.weighted_products import Inputs, WeightedProduct
 
 Partner = tuple[Float[Tensor, "t n2 _"], Float[Tensor, "t n2 c _"]]
 
 
 @dataclass(frozen=True)
 class Layered:
-    """Outer-product features of one row set: for every layer its inputs h̃ and its output gradients δ, draw by draw.
+    """Outer-product features of one row set, draw by draw.
 
-    Layers with `weights` hold derivatives (`nntk_dist.layers.penultimate`): theirs is ⟨δ, w_st ⊙ δ'⟩ for a pair of
-    draws, and only pairs of draws have them.
+    Attributes:
+        inputs: For each layer its inputs h̃.
+        gradients: For each layer its output gradients δ.
+        weights: For each layer None, or w if it holds derivatives (`nntk_dist.layers.penultimate`): a pair of draws
+            then has ⟨δ, w_st ⊙ δ'⟩. Only paired blocks have weights.
     """
 
     inputs: tuple[Float[Tensor, "n s _"], ...]
@@ -35,39 +38,44 @@ class Layered:
 
     @property
     def num_draws(self) -> int:
+        """S, the number of draws."""
         return self.inputs[0].shape[1]
 
     @property
     def num_outputs(self) -> int:
+        """The number of outputs that are kept apart."""
         return self.gradients[0].shape[2]
 
     def double(self) -> "Layered":
+        """Return the features in float64."""
         inputs, gradients = (tuple(part.double() for part in parts) for parts in (self.inputs, self.gradients))
         return Layered(inputs, gradients, tuple(None if w is None else w.double() for w in self.weights))
 
     def partners(self) -> list[Partner]:
-        """Every layer, draws first."""
+        """Return every layer with draws first."""
         return [
             (h.transpose(0, 1).contiguous(), delta.transpose(0, 1).contiguous())
             for h, delta in zip(self.inputs, self.gradients, strict=True)
         ]
 
 
-def layered_terms(rows: Layered, columns: Layered, num_blocks: int, wanted: Wanted, *, pair_blocks: bool) -> list[Term]:
-    """The products of every pair of draws (or of each draw with itself), layer by layer."""
+def layered_weighted_products(
+    rows: Layered, columns: Layered, num_blocks: int, wanted: Wanted, *, pair_blocks: bool
+) -> list[WeightedProduct]:
+    """Return the products of every pair of draws, or of each draw with itself, layer by layer."""
     size, draws = rows.num_draws // num_blocks, range(rows.num_draws)
     pairs = list(product(draws, draws)) if pair_blocks else [(s, s) for s in draws]
     of_blocks = {
         (r, q): _factors(r, q, size, wanted, pair_blocks=pair_blocks) for r, q in product(range(num_blocks), repeat=2)
     }
-    terms = []
+    products = []
     for h, delta, weights, h2, delta2 in zip(
         rows.inputs, rows.gradients, rows.weights, columns.inputs, columns.gradients, strict=True
     ):
         inputs, others = h.unbind(1), h2.unbind(1)  # one view for all pairs of a draw
         left, right = delta.split(1, 1), delta2.split(1, 1)
-        terms += [
-            Term(
+        products += [
+            WeightedProduct(
                 left[s],
                 right[t],
                 of_blocks[s // size, t // size],
@@ -76,11 +84,11 @@ def layered_terms(rows: Layered, columns: Layered, num_blocks: int, wanted: Want
             )
             for s, t in pairs
         ]
-    return terms
+    return products
 
 
 def _factors(r: int, q: int, size: int, wanted: Wanted, *, pair_blocks: bool) -> dict[Sum, float]:
-    """How often a product of draws of two blocks, of so many draws each, is in each sum."""
+    """Return how often a product of draws of two blocks of `size` draws is in each sum."""
     if not pair_blocks:
         return {WITHIN: 1.0 / size} | ({block(r): 1.0 / size} if wanted.stderr else {})
     share = 1.0 / size**2
@@ -90,7 +98,7 @@ def _factors(r: int, q: int, size: int, wanted: Wanted, *, pair_blocks: bool) ->
 
 
 def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meeting) -> Tensor:
-    """⟨g_s(x), g_t(x')⟩ of two draws, summed over the layers."""
+    """Return ⟨g_s(x), g_t(x')⟩ of two draws, summed over the layers."""
     total: Tensor | None = None
     for h, delta, h2, delta2 in zip(rows.inputs, rows.gradients, columns.inputs, columns.gradients, strict=True):
         product = meeting.outputs(delta[:, s], delta2[:, t])
@@ -101,7 +109,7 @@ def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meet
 
 
 def _products_with(rows: Layered, s: int, partners: Sequence[Partner], meeting: Meeting) -> Float[Tensor, "t *tile"]:
-    """⟨g_s(x), g_t(x')⟩ of one draw with all: to the rows, partners are so many more columns."""
+    """Return ⟨g_s(x), g_t(x')⟩ of one draw with all: draws of the columns are taken as further columns."""
     count = rows.num_draws
     total: Tensor | None = None
     for h, delta, weights, (h2, delta2) in zip(rows.inputs, rows.gradients, rows.weights, partners, strict=True):
@@ -117,12 +125,12 @@ def _products_with(rows: Layered, s: int, partners: Sequence[Partner], meeting: 
     return total.unflatten(0, (count, -1)) if meeting.paired else total.unflatten(1, (count, -1)).transpose(0, 1)
 
 
-def layered_products(
+def layered_block_products(
     rows: Layered, columns: Layered, meeting: Meeting, num_blocks: int, *, pair_blocks: bool
 ) -> Float64[Tensor, "r ..."]:
-    """H_rr' of layered features for all pairs of blocks, (R, R, *tile), or (R, *tile) of each draw with itself.
+    """Return H_rr' of layered features, (R, R, *tile), or (R, *tile) of each draw with itself.
 
-    Float64, one draw of the rows at a time: for few entries.
+    In float64, one draw of the rows at a time: for few entries.
     """
     size, everything = rows.num_draws // num_blocks, range(rows.num_draws)
     rows, columns = rows.double(), columns.double()

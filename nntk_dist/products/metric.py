@@ -1,9 +1,8 @@
-"""Block products of features by draw with a matrix of the draws' products between them: H = Φ M Φ'ᵀ, block by block.
+"""Block products of features by draw with a matrix M between them: H = Φ M Φ'ᵀ, block by block.
 
 H_rr' = Σ_{s in r, t in r'} φ_s M_st φ'_t. M is multiplied to the columns of tiles (`mixed_by_metric`), once for all
-tiles that a row set is the columns of; a tile is then one product of length C·S for all pairs of blocks together and
-one for pairs of different blocks. Sums by block take one and two, and rows that M was multiplied to as well.
-No models, no randomness.
+tiles of those columns. A tile is then one product of length C·S for all pairs of blocks, and one for pairs of different
+blocks. Sums by block take one and two, and rows that M was multiplied to as well. No models, no randomness.
 
 Axes: n rows, s/t draws, r/R blocks, b draws of a block, c outputs.
 """
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block
 from nntk_dist.products.wanted import Side, Wanted
-from nntk_dist.products.weighted_products import Term
+from nntk_dist.products.weighted_products import WeightedProduct
 
 # Prepared features, (n, R, C, S/R): Φ by blocks of draws, Φ M, and Φ times the part of M that pairs different blocks.
 PLAIN, TOTAL, APART = "plain", "total", "apart"
@@ -25,8 +24,15 @@ PLAIN, TOTAL, APART = "plain", "total", "apart"
 def mixed_by_metric(
     features: Mapping[str, Float[Tensor, "n r c b"]], metric: Float64[Tensor, "s s"], wanted: Wanted
 ) -> dict[str, Float[Tensor, "n r c b"]]:
-    """A row set, at least its `PLAIN` features, and what `metric_terms` need of it besides: as columns 4·S² operations
-    a row and output, as rows none, with sums by block half of that. In the features' dtype.
+    """Multiply M to a row set as far as `metric_weighted_products` needs it.
+
+    Args:
+        features: A row set, at least its `PLAIN` features.
+        metric: M.
+        wanted: Columns take 4·S² operations a row and output; rows take none, or half of that with standard errors.
+
+    Returns:
+        The features with what was missing, in their dtype.
     """
     mixed = dict(features)
     plain = mixed[PLAIN]
@@ -39,7 +45,7 @@ def mixed_by_metric(
 
 
 def by_blocks(features: Float[Tensor, "n c s"], num_blocks: int) -> Float[Tensor, "n r c b"]:
-    """Features of draws by their blocks."""
+    """Return features of draws by their blocks."""
     return features.unflatten(2, (num_blocks, -1)).transpose(1, 2).contiguous()
 
 
@@ -47,30 +53,30 @@ def _times(features: Float[Tensor, "n r c b"], matrix: Float64[Tensor, "s s"]) -
     return by_blocks(features.transpose(1, 2).flatten(2) @ matrix.to(features.dtype), features.shape[1])
 
 
-def metric_terms(
+def metric_weighted_products(
     rows: Mapping[str, Float[Tensor, "n1 r c b"]],
     columns: Mapping[str, Float[Tensor, "n2 r c b"]],
     wanted: Wanted,
-) -> list[Term]:
-    """The products of mixed features, for all pairs of blocks."""
-    terms = [Term(rows[PLAIN], columns[TOTAL], {WITHIN: 1.0})]
+) -> list[WeightedProduct]:
+    """Return the products of mixed features, for all pairs of blocks."""
+    products = [WeightedProduct(rows[PLAIN], columns[TOTAL], {WITHIN: 1.0})]
     if not wanted.stderr:
-        return [*terms, Term(rows[PLAIN], columns[APART], {WITHIN: -1.0, BETWEEN: 1.0})]
+        return [*products, WeightedProduct(rows[PLAIN], columns[APART], {WITHIN: -1.0, BETWEEN: 1.0})]
     for r in range(rows[PLAIN].shape[1]):
         for left, right in ((APART, PLAIN), (PLAIN, APART)):
             parts = rows[left][:, r : r + 1], columns[right][:, r : r + 1]
-            terms.append(Term(*parts, {WITHIN: -0.5, BETWEEN: 0.5, block(r): 0.5}))
-    return terms
+            products.append(WeightedProduct(*parts, {WITHIN: -0.5, BETWEEN: 0.5, block(r): 0.5}))
+    return products
 
 
-def metric_products(
+def metric_block_products(
     rows: Float[Tensor, "n1 c s"],
     columns: Float[Tensor, "n2 c s"],
     metric: Float64[Tensor, "s s"],
     num_blocks: int,
     meeting: Meeting,
 ) -> Float64[Tensor, "r r *tile"]:
-    """H_rr' of columns by draw for all pairs of blocks, by definition and in float64: for few entries."""
+    """Return H_rr' for all pairs of blocks, (R, R, *tile), by definition and in float64: for few entries."""
     size = len(metric) // num_blocks
     right = columns.double().unflatten(2, (num_blocks, size))
     products = []

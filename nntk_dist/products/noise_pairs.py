@@ -1,8 +1,8 @@
-"""Block products of gradients D_c η ⊗ q over every pair of draws, without forming a gradient.
+"""Block products of gradients D_c η ⊗ q over all pairs of draws, without forming a gradient.
 
-⟨g_s(x), g_t(x')⟩ = D_s·D'_t Σ_layers Σ_kl ⟨q_k, q'_l⟩⟨η_k, η'_l⟩: the outputs enter through one number a draw each, so
-that a pair of draws costs two Gram matrices a layer whatever the number of outputs. Many pairs share a matrix product.
-Features in, sums out; no model and no randomness.
+⟨g_s(x), g_t(x')⟩ = D_s·D'_t Σ_layers Σ_kl ⟨q_k, q'_l⟩⟨η_k, η'_l⟩. The outputs enter through one number a draw, so a
+pair of draws costs two Gram matrices a layer whatever the number of outputs. Many pairs share a matrix product. No
+models, no randomness.
 
 Axes: n/m rows and columns, s/t their draws, r/q their blocks, k/l basis vectors, c/d outputs, i numbers of a vector.
 """
@@ -17,13 +17,19 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import BlockSums, Meeting
 
-# Numbers of one chunk of pairs of draws (64 MiB in float32), of which three or four are held at a time.
-CHUNK_ELEMENTS = 1 << 24
+# Numbers of one chunk of pairs of draws (64 MiB in float32); three or four chunks are held at a time.
+CHUNK_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
 class NoiseFeatures:
-    """One row set: D = Δ/σ by draw and output, and for every layer its basis vectors q and their normals η."""
+    """One row set.
+
+    Attributes:
+        differences: D = Δ/σ by draw and output.
+        directions: For each layer its basis vectors q.
+        noise: For each layer the normals η of its basis vectors.
+    """
 
     differences: Float[Tensor, "n s c"]
     directions: tuple[Float[Tensor, "n s k _"], ...]
@@ -31,11 +37,12 @@ class NoiseFeatures:
 
     @property
     def num_draws(self) -> int:
+        """S, the number of draws."""
         return self.differences.shape[1]
 
 
 def add_pairs_(sums: BlockSums, rows: NoiseFeatures, columns: NoiseFeatures, meeting: Meeting) -> None:
-    """Add the products of all pairs of blocks; S² products of the layers' widths an entry."""
+    """Add the products of all pairs of blocks; an entry takes S² products of the layers' widths."""
     for left, right, products in _chunks(rows, columns, meeting, sums.num_blocks):
         shift = left.start - right.start  # pairs of one block lie on this diagonal
         row, column = (torch.arange(len(blocks), device=products.device) for blocks in (left, right))
@@ -50,10 +57,10 @@ def add_pairs_(sums: BlockSums, rows: NoiseFeatures, columns: NoiseFeatures, mee
             sums.by_block[right.start : right.stop] += 0.5 * apart.sum(0)
 
 
-def pair_products(
+def pair_block_products(
     rows: NoiseFeatures, columns: NoiseFeatures, meeting: Meeting, num_blocks: int
 ) -> Float64[Tensor, "r q *tile"]:
-    """H_rq for all pairs of blocks: for few entries."""
+    """Return H_rq for all pairs of blocks, (R, R, *tile), in float64: for few entries."""
     shape = meeting.shape(len(rows.differences), len(columns.differences), rows.differences.shape[2])
     result = torch.zeros(num_blocks, num_blocks, *shape, dtype=torch.float64, device=rows.differences.device)
     for left, right, products in _chunks(rows, columns, meeting, num_blocks):
@@ -64,11 +71,11 @@ def pair_products(
 def _chunks(
     rows: NoiseFeatures, columns: NoiseFeatures, meeting: Meeting, num_blocks: int
 ) -> Iterator[tuple[range, range, Float64[Tensor, "r q *tile"]]]:
-    """(blocks of the rows, blocks of the columns, their products or a part of them), a chunk of pairs at a time."""
+    """Yield (blocks of rows, blocks of columns, their products or a part of them), a chunk of pairs at a time."""
     size = rows.num_draws // num_blocks
     entries = len(rows.differences) * (1 if meeting.paired else len(columns.differences))
     rank = max((part.shape[2] for part in rows.directions), default=1)
-    steps = _steps(rows.num_draws, size, CHUNK_ELEMENTS // (entries * rank**2))
+    steps = _steps(rows.num_draws, size, CHUNK_NUMBERS // (entries * rank**2))
     for first in steps:
         left = _draws(rows, first)
         for second in steps:
@@ -77,7 +84,7 @@ def _chunks(
 
 
 def _steps(num_draws: int, size: int, pairs: int) -> Sequence[range]:
-    """Consecutive draws, about √pairs of them: whole blocks, or equal parts of one."""
+    """Return consecutive draws, about √pairs at a time: whole blocks, or equal parts of one."""
     side = max(1, math.isqrt(pairs))
     step = side // size * size if side >= size else max(d for d in range(1, side + 1) if size % d == 0)
     return [range(start, min(start + step, num_draws)) for start in range(0, num_draws, step)]

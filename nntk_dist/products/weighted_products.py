@@ -1,9 +1,9 @@
-"""Sums of a tile that are made of matrix products: which products, and how they are added up.
+"""Sums of a tile that are weighted sums of matrix products: which products, and how they are added up.
 
 A tile's time beyond its products goes into passes over memory. So a tile of plain products without standard errors is
-made by these alone, which BLAS adds up in place (`multiply_into_`). Otherwise (`TermSums`) the products of a window, as
-large as BLAS likes it, stay in the features' dtype, and all that follows, from sums to statistics, is done for a few
-rows at a time, which stay in a core's cache. No models, no randomness.
+computed by BLAS alone, which adds products up in place (`multiply_into_`). Otherwise (`ProductSums`) the products of a
+window, as large as suits BLAS, stay in the features' dtype; everything after them, from sums to statistics, is done for
+a few rows at a time, which stay in a core's cache. No models, no randomness.
 
 Axes: n1, n2 rows and columns; w slots of features, c outputs, k feature columns of one output, i of inputs; t products
 of a window, e entries of a stripe.
@@ -19,28 +19,35 @@ from torch import Tensor
 from nntk_dist.products.block_sums import INNER_TERMS, BlockSums, Meeting, Sum
 from nntk_dist.runtime.reused_memory import ReusedMemory
 
-# Kernel rows and columns of a window at most, and numbers that its products (and sums of several passes) may take.
+# The most kernel rows and columns of a window, and numbers of its products and (over several passes) of its sums.
 _EDGE, _GPU_EDGE = 1024, 2048
 _WINDOW_NUMBERS, _GPU_WINDOW_NUMBERS = 1 << 23, 1 << 26
 _FEWEST_ROWS = 128
-_MOST_AT_ONCE, _MANY_AT_ONCE = 32, 8  # products that are all held, or of more at least so many
-_STRIPE_NUMBERS = 1 << 20  # of a thread
+_MOST_AT_ONCE = 32  # products of a window that are held together; if there are more,
+_MANY_AT_ONCE = 8  # at least this many of them
+_STRIPE_NUMBERS = 1 << 20  # of one thread
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Features that all outputs share."""
+    """Features that all outputs share; their product multiplies that of a `WeightedProduct`."""
 
     left: Float[Tensor, "n1 i"]
     right: Float[Tensor, "n2 i"]
 
 
 @dataclass(frozen=True)
-class Term:
-    """A product of features that carry outputs, summed over their slots, each number `weights` times where these are
-    given, and entry by entry times the product of `inputs`; and how often it is in each sum.
+class WeightedProduct:
+    """A product of features that have an axis of outputs, summed over slots, and its share in each sum.
 
-    Terms that have the same object as inputs stand beside each other: its product is made once for them.
+    Products that have the same object as `inputs` follow each other: the product of the inputs is made once for them.
+
+    Attributes:
+        left: Features of the rows.
+        right: Features of the columns.
+        factors: The share of the product in each sum.
+        weights: Multiply the features number by number; None leaves them as they are.
+        inputs: Their product multiplies this one entry by entry; None multiplies nothing.
     """
 
     left: Float[Tensor, "n1 w c k"]
@@ -50,90 +57,108 @@ class Term:
     inputs: Inputs | None = None
 
     def rows(self, selection: slice = slice(None)) -> Float[Tensor, "n w c k"]:
-        """Some of the left features, weighted: a copy where there are weights."""
+        """Return some of the left features, weighted: a copy if there are weights."""
         rows = self.left[selection]
         return rows if self.weights is None else rows * self.weights
 
 
-def add_terms_(sums: BlockSums, terms: Sequence[Term], meeting: Meeting) -> None:
+def add_products_(sums: BlockSums, products: Sequence[WeightedProduct], meeting: Meeting) -> None:
     """Add the products of all rows and columns, or of each row with its column."""
     if meeting.paired:
         parts = sums.parts()
-        for term in terms:
-            product = meeting.paired_product(term.rows(), term.right)
-            if term.inputs is not None:
-                product *= meeting.shared(term.inputs.left, term.inputs.right, term.left.shape[2])
-            for name, factor in term.factors.items():
+        for each in products:
+            product = meeting.paired_product(each.rows(), each.right)
+            if each.inputs is not None:
+                product *= meeting.shared(each.inputs.left, each.inputs.right, each.left.shape[2])
+            for name, factor in each.factors.items():
                 parts[name].add_(product, alpha=factor)
         return
-    for rows, part in TermSums(terms, meeting, sums).stripes():
+    for rows, part in ProductSums(products, meeting, sums).stripes():
         sums.of_rows(rows).add_(part)
 
 
 def multiply_into_(
     results: Mapping[str, Float[Tensor, "rows columns"]],
-    terms: Sequence[Term],
+    products: Sequence[WeightedProduct],
     meeting: Meeting,
     shares: Mapping[str, Mapping[Sum, float]],
     rows: slice,
     columns: slice,
 ) -> None:
-    """Set results, each made of the sums so many times, by products that are added to them in their own dtype."""
+    """Set results by products that BLAS adds to them in their own dtype.
+
+    Args:
+        results: The results by name.
+        products: What `can_multiply_into` accepts.
+        meeting: Whether outputs are summed or kept; rows meet all columns.
+        shares: For each result the share of each sum.
+        rows: The rows of the results.
+        columns: The columns of the results.
+    """
     started = set[str]()
-    for term in terms:
-        left, right = meeting.matrix(term.rows(rows)), meeting.matrix(term.right[columns])
-        often = {
-            name: sum(share * term.factors.get(each, 0.0) for each, share in of.items()) for name, of in shares.items()
+    for product in products:
+        left, right = meeting.matrix(product.rows(rows)), meeting.matrix(product.right[columns])
+        factors = {
+            name: sum(share * product.factors.get(each, 0.0) for each, share in of.items())
+            for name, of in shares.items()
         }
-        names = [name for name, number in often.items() if number]
+        names = [name for name, factor in factors.items() if factor]
         for position, name in enumerate(names):
             result, alone = results[name], not started & {names[0], name}
-            if position and alone:  # what the first one holds is this product
-                torch.mul(results[names[0]], often[name] / often[names[0]], out=result)
+            if position and alone:  # the first result holds this product and nothing else
+                torch.mul(results[names[0]], factors[name] / factors[names[0]], out=result)
             else:
-                torch.addmm(result, left, right.T, beta=float(name in started), alpha=often[name], out=result)
+                torch.addmm(result, left, right.T, beta=float(name in started), alpha=factors[name], out=result)
         started |= {*names}
 
 
-def can_multiply_into(terms: Sequence[Term], meeting: Meeting, dtype: torch.dtype) -> bool:
-    """Whether `multiply_into_` makes these sums, as accurately as `TermSums`: results of the features' dtype, of short
-    products that nothing multiplies.
+def can_multiply_into(products: Sequence[WeightedProduct], meeting: Meeting, dtype: torch.dtype) -> bool:
+    """Return whether `multiply_into_` makes these sums as accurately as `ProductSums`.
+
+    It does for results of the features' dtype and short products without inputs.
     """
     return all(
-        term.inputs is None and term.left.dtype == dtype and _length(term, full=meeting.full) <= INNER_TERMS
-        for term in terms
+        each.inputs is None and each.left.dtype == dtype and _length(each, full=meeting.full) <= INNER_TERMS
+        for each in products
     )
 
 
-class TermSums:
-    """The sums of a tile's windows, a stripe of rows at a time; rows and columns all meet. `edges` are the kernel rows
-    and columns that a window should have, `form` has the sums that are wanted, of any shape.
+class ProductSums:
+    """The sums of a tile's windows, a stripe of rows at a time; all rows meet all columns.
 
-    Inner products, but for those of inputs, are of at most `INNER_TERMS` terms in the features' dtype, and sums of
-    these in float64.
+    Inner products are of at most `INNER_TERMS` terms in the features' dtype, but for the products of inputs; sums of
+    inner products are of float64.
+
+    Args:
+        products: What is added up.
+        meeting: Whether outputs are summed or kept.
+        form: Sums of any shape: those that exist there are made.
+
+    Attributes:
+        edges: The kernel rows and columns that a window should have.
     """
 
-    def __init__(self, terms: Sequence[Term], meeting: Meeting, form: BlockSums) -> None:
-        self._terms, self._meeting, self._form = terms, meeting, form
-        self._device, self._dtype = terms[0].left.device, terms[0].left.dtype
+    def __init__(self, products: Sequence[WeightedProduct], meeting: Meeting, form: BlockSums) -> None:
+        self._weighted, self._meeting, self._form = products, meeting, form
+        self._device, self._dtype = products[0].left.device, products[0].left.dtype
         self._portions = [
             (index, slice(start, start + INNER_TERMS))
-            for index, term in enumerate(terms)
-            for start in range(0, _length(term, full=meeting.full), INNER_TERMS)
+            for index, each in enumerate(products)
+            for start in range(0, _length(each, full=meeting.full), INNER_TERMS)
         ]
         self._names = list(form.parts())
         self._at_once = num_at_once(len(self._portions), len(self._names))
         self._several = self._at_once < len(self._portions)
-        factors = [[terms[index].factors.get(name, 0.0) for index, _ in self._portions] for name in self._names]
+        factors = [[products[index].factors.get(name, 0.0) for index, _ in self._portions] for name in self._names]
         self._factors = torch.tensor(factors, dtype=torch.float64, device=self._device)
         num_sums = len(self._names)
-        self.edges = window_edges(len(self._portions), num_sums, self._device)
+        self.edges = product_window_edges(len(self._portions), num_sums, self._device)
         self._numbers_of_entry = self._at_once + 2 * num_sums + 8  # about: products, sums, statistics
         self._memory = ReusedMemory()
 
     def stripes(self, rows: slice = slice(None), columns: slice = slice(None)) -> Iterator[tuple[slice, BlockSums]]:
-        """Kernel rows within a window, and the sums of all its columns there, in memory that the next ones take."""
-        window = _Window(self._terms, self._meeting, rows, columns)
+        """Yield kernel rows of a window and their sums with all its columns, in memory that the next stripe reuses."""
+        window = _WindowProducts(self._weighted, self._meeting, rows, columns)
         shape, totals = window.shape, None
         if self._several:
             totals = torch.zeros(len(self._names), *shape, dtype=torch.float64, device=self._device)
@@ -165,39 +190,40 @@ class TermSums:
             yield slice(start, min(start + step, num_rows))
 
 
-class _Window:
-    """Products of some kernel rows and columns, one after the other; those of one term beside each other."""
+class _WindowProducts:
+    """The products of some kernel rows and columns, one after the other."""
 
-    def __init__(self, terms: Sequence[Term], meeting: Meeting, rows: slice, columns: slice) -> None:
-        self._terms, self._meeting, self._rows, self._columns = terms, meeting, rows, columns
+    def __init__(self, products: Sequence[WeightedProduct], meeting: Meeting, rows: slice, columns: slice) -> None:
+        self._weighted, self._meeting, self._rows, self._columns = products, meeting, rows, columns
         self._index = -1
         self._inputs: Inputs | None = None
         self._of_inputs: Tensor | None = None
         self._take(0)
 
     def _take(self, index: int) -> None:
-        """Make the matrices of a term."""
+        """Make the matrices of a product unless they are there."""
         if index != self._index:
-            self._index, term = index, self._terms[index]
-            self._left = self._meeting.matrix(term.rows(self._rows))
-            self._right = self._meeting.matrix(term.right[self._columns])
+            self._index, each = index, self._weighted[index]
+            self._left = self._meeting.matrix(each.rows(self._rows))
+            self._right = self._meeting.matrix(each.right[self._columns])
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Kernel rows and columns."""
         return len(self._left), len(self._right)
 
     def multiply_into_(self, result: Float[Tensor, "n1 n2"], index: int, part: slice) -> None:
-        """Set to the product of a part of a term's features, times that of its inputs."""
+        """Set `result` to the product of a part of the features, times the product of the inputs."""
         self._take(index)
         torch.mm(self._left[:, part], self._right[:, part].T, out=result)
-        if (inputs := self._terms[index].inputs) is not None:
+        if (inputs := self._weighted[index].inputs) is not None:
             of_inputs = self._product_of(inputs)
             width = len(result) // len(of_inputs)
             by_output = result.unflatten(1, (-1, width)).unflatten(0, (-1, width))
             by_output.mul_(of_inputs[:, None, :, None])
 
     def _product_of(self, inputs: Inputs) -> Float[Tensor, "n1 n2"]:
-        """Made unless it was the last one made, in memory that is used again."""
+        """Return the product of inputs, made unless it was the last one, in memory that is reused."""
         if inputs is not self._inputs:
             left, right = inputs.left[self._rows], inputs.right[self._columns]
             if self._of_inputs is None:
@@ -209,15 +235,18 @@ class _Window:
 
 
 def num_at_once(num_products: int, num_sums: int) -> int:
-    """Products of a window that are held at a time: where all are too many, no fewer than there are sums, which are
-    gone through once for each time.
+    """Return how many products of a window are held at a time.
+
+    If not all fit, there are no fewer than sums, since all sums are passed over once for each time.
     """
     return min(num_products, _MOST_AT_ONCE if num_products <= _MOST_AT_ONCE else max(_MANY_AT_ONCE, num_sums))
 
 
-def window_edges(num_products: int, num_sums: int, device: torch.device | str) -> tuple[int, int]:
-    """Kernel rows and columns of a window: its products, and in float64 the sums of several passes, are no more numbers
-    than it may take, where it does not have its fewest rows.
+def product_window_edges(num_products: int, num_sums: int, device: torch.device | str) -> tuple[int, int]:
+    """Return the kernel rows and columns of a window of `ProductSums`.
+
+    Its products, and over several passes its sums in float64, have no more numbers than a window may hold, but for the
+    fewest rows that it has.
     """
     edge, numbers = _limits(device)
     at_once = num_at_once(num_products, num_sums)
@@ -225,9 +254,18 @@ def window_edges(num_products: int, num_sums: int, device: torch.device | str) -
     return min(edge, max(_FEWEST_ROWS, numbers // (edge * held))), edge
 
 
-def window_bytes(item: int, num_sums: int, entries: int, threads: int, device: torch.device | str) -> int:
-    """What `TermSums` takes on so many threads for a tile of so many entries, of numbers of so many bytes: products and
-    sums of a window, the product of inputs, and in float64 a stripe, on a GPU all of the window and its sums.
+def product_window_bytes(item: int, num_sums: int, entries: int, threads: int, device: torch.device | str) -> int:
+    """Return the memory that `ProductSums` takes for a tile.
+
+    It holds products and sums of a window, the product of inputs, and a stripe in float64; on a GPU the stripe is the
+    whole window and its sums.
+
+    Args:
+        item: Bytes of one number of the features.
+        num_sums: Number of sums.
+        entries: Entries of the tile.
+        threads: Threads that compute.
+        device: Device that computes.
     """
     edge, numbers = _limits(device)
     most = max(_MOST_AT_ONCE, num_sums)  # products that are held
@@ -238,12 +276,12 @@ def window_bytes(item: int, num_sums: int, entries: int, threads: int, device: t
 
 
 def _limits(device: torch.device | str) -> tuple[int, int]:
-    """Of a window's edge, and of its numbers."""
+    """Return the limits of a window's edge and of its numbers."""
     gpu = torch.device(device).type == "cuda"
     return (_GPU_EDGE, _GPU_WINDOW_NUMBERS) if gpu else (_EDGE, _WINDOW_NUMBERS)
 
 
-def _length(term: Term, *, full: bool) -> int:
-    """Terms of its inner products."""
-    _, slots, outputs, columns = term.left.shape
+def _length(product: WeightedProduct, *, full: bool) -> int:
+    """Return the terms of the inner products."""
+    _, slots, outputs, columns = product.left.shape
     return slots * columns * (1 if full else outputs)

@@ -1,9 +1,9 @@
 """One tile of a kernel from the features of its rows and columns: the step that memory and a cluster share.
 
-A tile is made in windows of rows and columns that stay in a core's cache, sums in float64 and all; only results are as
-large as the tile. It computes and returns; where rows come from and where tiles go is the caller's business.
+A tile is computed in windows of rows and columns that stay in a core's cache, with sums in float64; only results are as
+large as the tile. The caller decides where rows come from and where tiles go.
 
-Axes: n1, n2 rows and columns; shapes of a tile as `nntk_dist.products.block_sums.Meeting` says.
+Axes: n1, n2 rows and columns; shapes of a tile are those of `nntk_dist.products.block_sums.Meeting`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
-from nntk_dist.products.features import FeatureMap, Rows, slice_rows
+from nntk_dist.products.features import FeatureMap, Rows, num_rows, slice_rows
 from nntk_dist.products.wanted import Side, Wanted
-from nntk_dist.products.weighted_products import Term, TermSums, can_multiply_into, multiply_into_
+from nntk_dist.products.weighted_products import ProductSums, WeightedProduct, can_multiply_into, multiply_into_
 from nntk_dist.statistics.estimates import Calibration, calibrate, estimate, shares_of_sums
 
-# Kernel rows and columns of a window: large enough for a matrix product's full rate on two threads, small enough for
-# its sums (2 MiB each in float64) to stay near; on a GPU large enough to have work for all of it.
+# Kernel rows and columns of a window: large enough for the full rate of a matrix product on two threads, small enough
+# for its sums (2 MiB each in float64) to stay in a cache. A GPU needs windows that keep all of it busy.
 WINDOW_ROWS = 512
 WINDOW_COLUMNS = 512
 _GPU_WINDOW = 2048
-_FEW_ROWS = 1024  # of a tile that is made by products alone, where a window is not to be all of it
+_FEW_ROWS = 1024  # of a window of a tile that is made by products alone, if it may not be the whole tile
 
 
 Entries = tuple[slice, ...]
@@ -33,24 +33,34 @@ Entries = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a tile: examples of its rows and columns, and where their entries lie."""
+    """A part of a tile.
+
+    Attributes:
+        rows: Examples of the rows.
+        columns: Examples of the columns.
+        entries: Where their entries lie in the tile.
+    """
 
     rows: slice
     columns: slice
     entries: Entries
 
 
-def window_edges(device: torch.device | str) -> tuple[int, int]:
-    """Kernel rows and columns of a window."""
+def tile_window_edges(device: torch.device | str) -> tuple[int, int]:
+    """Return the kernel rows and columns of a window whose sums are made by `FeatureMap.block_sums`."""
     return (_GPU_WINDOW, _GPU_WINDOW) if torch.device(device).type == "cuda" else (WINDOW_ROWS, WINDOW_COLUMNS)
 
 
 class Parts(Protocol):
-    """Features of a tile's rows and columns, some outputs at a time: so many, and one after the other."""
+    """Features of a tile's rows and columns, some outputs at a time."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of parts."""
+        ...
 
-    def __iter__(self) -> Iterator[tuple[Rows, Rows]]: ...
+    def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
+        """Yield the features of rows and columns, one part after the other."""
+        ...
 
 
 def tile_estimates(
@@ -101,19 +111,19 @@ def tile_estimates(
         same = part[0] is part[1]
         others = features.prepare(part[1], wanted.on(Side.BOTH if same else Side.COLUMNS))
         rows = others if same else features.prepare(part[0], wanted.on(Side.ROWS))
-        terms = None if meeting.paired or len(parts) > 1 else features.terms(rows, others, wanted)
-        if terms is not None and not wanted.stderr and can_multiply_into(terms, meeting, dtype):
-            result |= _products_alone(features, terms, meeting, scale, symmetric=symmetric, empty=empty)
-        elif terms is None:
+        products = None if meeting.paired or len(parts) > 1 else features.weighted_products(rows, others, wanted)
+        if products is not None and not wanted.stderr and can_multiply_into(products, meeting, dtype):
+            result |= _products_alone(features, products, meeting, scale, symmetric=symmetric, empty=empty)
+        elif products is None:
             for index, (window, sums) in enumerate(_sums_by_window(features, rows, others, meeting, wanted)):
                 if len(parts) == 1:
                     place_(window.entries, sums)
                 else:
                     totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
         else:
-            for entries, sums in _sums_of_terms(features, terms, meeting, wanted, symmetric=symmetric):
+            for entries, sums in _sums_of_products(features, products, meeting, wanted, symmetric=symmetric):
                 place_(entries, sums)
-        del part, rows, others, terms  # before the features of the next part are made
+        del part, rows, others, products  # before the features of the next part are made
     for window, total in totals.values():
         place_(window.entries, total)
     if symmetric:
@@ -125,22 +135,22 @@ def tile_estimates(
 def _sums_by_window(
     features: FeatureMap, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted
 ) -> Iterator[tuple[Window, BlockSums]]:
-    """Windows of a tile, or of its part that is not mirrored, and their sums; rows and columns are prepared."""
-    counts = [len(next(iter(part.values()))) for part in (rows, others)]
-    edges = window_edges(next(iter(rows.values())).device)
+    """Yield windows of a tile, or of its upper triangle, and their sums; rows and columns are prepared."""
+    counts = [num_rows(part) for part in (rows, others)]
+    edges = tile_window_edges(next(iter(rows.values())).device)
     for window in _windows(counts, edges, _width(features, meeting), paired=meeting.paired, symmetric=rows is others):
         chosen = slice_rows(rows, window.rows), slice_rows(others, window.columns)
         yield window, features.block_sums(*chosen, meeting, wanted)
 
 
-def _sums_of_terms(
-    features: FeatureMap, terms: Sequence[Term], meeting: Meeting, wanted: Wanted, *, symmetric: bool
+def _sums_of_products(
+    features: FeatureMap, products: Sequence[WeightedProduct], meeting: Meeting, wanted: Wanted, *, symmetric: bool
 ) -> Iterator[tuple[Entries, BlockSums]]:
-    """Places in a tile, or in its part that is not mirrored, and their sums."""
-    blocks, device = features.num_blocks, terms[0].left.device
+    """Yield places in a tile, or in its upper triangle, and their sums."""
+    blocks, device = features.num_blocks, products[0].left.device
     groups = features.num_sketch_groups
     form = empty_sums((0, 0), blocks, wanted, pair_blocks=features.pair_blocks, device=device, num_groups=groups)
-    sums_of, counts = TermSums(terms, meeting, form), (len(terms[0].left), len(terms[0].right))
+    sums_of, counts = ProductSums(products, meeting, form), (len(products[0].left), len(products[0].right))
     for window in _windows(counts, sums_of.edges, _width(features, meeting), symmetric=symmetric):
         rows, columns = window.entries
         for stripe, sums in sums_of.stripes(window.rows, window.columns):
@@ -149,47 +159,44 @@ def _sums_of_terms(
 
 def _products_alone(
     features: FeatureMap,
-    terms: Sequence[Term],
+    products: Sequence[WeightedProduct],
     meeting: Meeting,
     scale: str,
     *,
     symmetric: bool,
     empty: Callable[..., Tensor],
 ) -> dict[str, Tensor]:
-    """The statistics of a tile, or of its part that is not mirrored, as products alone; no standard error."""
+    """Compute the statistics of a tile, or of its upper triangle, by products alone; no standard error."""
     factor, width = scale_factor(scale, features.num_parameters), _width(features, meeting)
     shares = {
         name: {each: factor * share for each, share in of.items()}
         for name, of in shares_of_sums(features.num_blocks, pair_blocks=features.pair_blocks).items()
     }
-    counts, first = (len(terms[0].left), len(terms[0].right)), terms[0].left
+    counts, first = (len(products[0].left), len(products[0].right)), products[0].left
     shape = meeting.shape(*counts, width)
     result = {name: empty(shape, dtype=first.dtype, device=first.device) for name in shares}
     height = _FEW_ROWS if symmetric or meeting.full else shape[0]
     length = _FEW_ROWS if meeting.full else shape[1]  # features with outputs are copied for their products
     for window in _windows(counts, (height, length), width, symmetric=symmetric):
         parts = {name: values[window.entries] for name, values in result.items()}
-        multiply_into_(parts, terms, meeting, shares, window.rows, window.columns)
+        multiply_into_(parts, products, meeting, shares, window.rows, window.columns)
     return result
 
 
 def _width(features: FeatureMap, meeting: Meeting) -> int:
-    """Kernel rows of an example."""
-    return len(features.columns) if meeting.full else 1
+    """Return the kernel rows of an example."""
+    return meeting.width(len(features.columns))
 
 
 def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> tuple[int, ...]:
-    """The tile's."""
-    counts = [len(next(iter(rows.values()))) for rows in part]
-    return meeting.shape(counts[0], counts[1], len(features.columns))
+    """Return the shape of a tile."""
+    return meeting.shape(num_rows(part[0]), num_rows(part[1]), len(features.columns))
 
 
 def _windows(
     counts: Sequence[int], edges: tuple[int, int], width: int, *, paired: bool = False, symmetric: bool = False
 ) -> Iterator[Window]:
-    """The windows of so many rows and columns, at most so large in kernel rows; of a symmetric tile those that reach
-    the diagonal or lie above it.
-    """
+    """Yield windows of at most `edges` kernel rows and columns; of a symmetric tile those of its upper triangle."""
     height, length = (max(1, edge // width) for edge in edges)
     for top in range(0, counts[0], height):
         rows = slice(top, min(top + height, counts[0]))
@@ -202,7 +209,7 @@ def _windows(
 
 
 def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration | None, scale: str) -> dict[str, Tensor]:
-    """The statistics of a window that exist, float64; no standard error where it is not known."""
+    """Return the statistics of a window that exist, in float64; an unknown standard error is NaN."""
     result = estimate(sums, calibration)
     factor = scale_factor(scale, features.num_parameters)
     values = {"plugin": result.plugin, "unbiased": result.unbiased, "stderr": result.stderr}
@@ -217,7 +224,13 @@ def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration |
 
 
 def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], meeting: Meeting) -> Calibration:
-    """What the features of sampled rows and columns say of the whole kernel's error; `parts` as in `tile_estimates`."""
+    """Estimate the error of a whole kernel from the features of sampled rows and columns.
+
+    Args:
+        features: The feature map.
+        parts: Features of the sampled rows and columns, some outputs at a time.
+        meeting: Which pairs of examples meet, and whether outputs are summed.
+    """
     products: Tensor | None = None
     by_group: Tensor | None = None
     for rows, others in parts:
@@ -232,14 +245,14 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
 
 
 def scale_factor(scale: str, num_parameters: int) -> float:
-    """What turns a localized kernel into the asked scale: `raw` is localized / P²."""
+    """Return the factor from a localized kernel to a scale: `raw` is localized / P²."""
     return num_parameters**-2 if scale == "raw" else 1.0
 
 
 def mirror_(values: Tensor) -> None:
-    """Copy the upper triangle of a square matrix onto the lower, in place and in pieces that stay in the cache.
+    """Copy the upper triangle of a square matrix onto the lower, in place, in pieces that stay in the cache.
 
-    Bitwise symmetric then, as products of a row set with itself need not be.
+    This makes it bitwise symmetric; the products of a row set with itself need not be.
     """
     edges = [*range(0, len(values), WINDOW_ROWS), len(values)]
     for top, bottom in pairwise(edges):

@@ -23,9 +23,10 @@ from obstore.store import LocalStore, from_url
 from scipy.sparse.linalg import LinearOperator
 from zarr.storage import ObjectStore
 
+from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.streamed_kernel import TiledKernel
 from nntk_dist.errors import NNTKError, nearest_name
-from nntk_dist.products.factor_form import SKETCHES, WITH_FACTOR, FactorForm, FactorRows
+from nntk_dist.products.factor_form import SKETCHES, WITH_FACTOR, FactorForm
 
 if TYPE_CHECKING:  # both come with the extra `analysis`
     import dask.array

@@ -225,7 +225,9 @@ def _smaller_tiles(layout: Layout) -> str:
 
 def _other_contraction(costs: FeatureCosts) -> str:
     """What else would make features smaller, if a sketch would."""
-    return "; or set kernel.contraction to sketch, which takes less for an error of its own" if costs.allows_sketch else ""
+    return (
+        "; or set kernel.contraction to sketch, which takes less for an error of its own" if costs.allows_sketch else ""
+    )
 
 
 def wanted_workers(config: Config, layout: Layout) -> int:

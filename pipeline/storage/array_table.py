@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nntk_dist.products.feature_description import ArraySpec
 from nntk_dist.products.factor_form import FactorForm
+from nntk_dist.products.feature_description import ArraySpec
 from pipeline.job.job import SPLITS, Job
 
 
@@ -42,7 +42,7 @@ class StoredArray:
 
 
 def statistics_of(job: Job) -> dict[str, str]:
-    """Return array suffix -> statistic: `gram` holds the requested one (plugin for `both`), `gram_unbiased` the other."""
+    """Return array suffix -> statistic: `gram` has the requested one (plugin for `both`), `gram_unbiased` the other."""
     if not job.spec.pair_blocks:
         names = {"": "plugin"}
     elif job.spec.statistic == "both":
@@ -89,7 +89,7 @@ def kernel_arrays(job: Job) -> list[StoredArray]:
 
 
 def feature_arrays(job: Job) -> list[StoredArray]:
-    """Return the features of both splits, in shards of (shard_rows, one chunk of draws); none if they are not stored."""
+    """Return the features of both splits, if they are stored, in shards of (shard_rows, one chunk of draws)."""
     if not job.layout.store_features:
         return []
     arrays = []

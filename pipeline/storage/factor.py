@@ -7,7 +7,8 @@ Axes: n examples, F columns of the factor.
 
 import numpy as np
 
-from nntk_dist.products.factor_form import FactorForm, FactorRows
+from nntk_dist.analysis.factor_rows import FactorRows
+from nntk_dist.products.factor_form import FactorForm
 from pipeline.job.job import intervals
 from pipeline.storage.kernel_arrays import KernelArrays
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.factor_solvers import column_products
-from nntk_dist.products.factor_form import FactorRows
 from nntk_dist.runtime.read_ahead import read_ahead
 from nntk_dist.runtime.threads import torch_threads
 from pipeline.storage.array_table import StoredArray

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from nntk_dist.analysis.dense_regression import ridge_regression
+from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.factor_solvers import factored_regression, factored_spectrum, indefinite_spectrum
 from nntk_dist.analysis.ridge_problem import ridge_problem
 from nntk_dist.analysis.spectrum import kernel_spectrum
 from nntk_dist.errors import NNTKError
-from nntk_dist.products.factor_form import FactorForm, FactorRows, unbiased_metric
+from nntk_dist.products.factor_form import FactorForm, unbiased_metric
 
 RIDGES = (1e-6, 1e-3, 0.5)
 

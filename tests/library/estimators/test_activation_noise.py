@@ -241,7 +241,7 @@ def test_tiles_diagonals_and_parts_of_the_outputs_are_parts_of_the_whole(outputs
     whole = tile(rows, others)
     products = features.block_products(rows, others, spec.meeting)
     for elements in (1, 5 * 5 * 16 * 4, 5 * 5 * 16 * 70, 5 * 5 * 16 * 150):
-        monkeypatch.setattr("nntk_dist.products.noise_pairs.CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr("nntk_dist.products.noise_pairs.CHUNK_NUMBERS", elements)
         for name, values in tile(rows, others).items():
             assert_equal(values, whole[name], 1e-12)
         assert_equal(features.block_products(rows, others, spec.meeting), products, 1e-12)

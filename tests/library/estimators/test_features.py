@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nntk_dist.estimators.gradients import GradientFeatures, feature_bytes
+from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.layers.site_trial import plan_sites
@@ -19,7 +19,7 @@ from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
-from nntk_dist.products.features import block_range, concatenate_rows, slice_rows
+from nntk_dist.products.features import block_range, concatenate_rows, feature_bytes, slice_rows
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.batches import in_batches
 from nntk_dist.spec import KernelSpec
@@ -254,7 +254,7 @@ def test_products_of_many_outputs_are_added_up_in_portions(kind, paired, monkeyp
         return original(self, left, right, meeting)
 
     monkeypatch.setattr(DifferenceFeatures, "_products", one)
-    monkeypatch.setattr("nntk_dist.estimators.output_differences._PORTION", 1)
+    monkeypatch.setattr("nntk_dist.estimators.output_differences._PORTION_NUMBERS", 1)
     assert_equal(features.block_products(rows, others, meeting), products)
     assert portions == [1, 1, 1]
 

@@ -17,10 +17,16 @@ from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import INNER_TERMS, BlockSums, Meeting, empty_sums
-from nntk_dist.products.formed import combined, formed_products, formed_terms, prepared_sketch, sketched_terms
-from nntk_dist.products.metric import PLAIN, by_blocks, metric_products, metric_terms, mixed_by_metric
+from nntk_dist.products.formed import (
+    combined,
+    formed_block_products,
+    formed_weighted_products,
+    prepared_sketch,
+    sketched_weighted_products,
+)
+from nntk_dist.products.metric import PLAIN, by_blocks, metric_block_products, metric_weighted_products, mixed_by_metric
 from nntk_dist.products.wanted import Side, Wanted
-from nntk_dist.products.weighted_products import add_terms_
+from nntk_dist.products.weighted_products import add_products_
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
 from nntk_dist.statistics.estimates import Calibration, estimate, jackknife_variance
@@ -60,10 +66,10 @@ def test_rounding_of_formed_products_is_that_of_a_few_units(noise, wanted):
     noise is not small, that is far below what noise does (`within` is 1, 2 and 101 times `between`'s own size here).
     """
     rows, columns = means(48, INNER_TERMS, noise)
-    exact = by_pairs(formed_products(rows, columns, Meeting()))
+    exact = by_pairs(formed_block_products(rows, columns, Meeting()))
     sums = nothing(48, wanted)
     parts = [combined(part, wanted) for part in (rows, columns)]
-    add_terms_(sums, formed_terms(*parts, BLOCKS, wanted), Meeting())
+    add_products_(sums, formed_weighted_products(*parts, BLOCKS, wanted), Meeting())
     largest = float(exact.within.abs().max()) / BLOCKS
     ours, expected = estimate(sums, None), estimate(exact, None)
     assert ours.unbiased is not None
@@ -82,13 +88,13 @@ def test_rounding_of_formed_products_is_that_of_a_few_units(noise, wanted):
 def test_long_inner_products_are_summed_in_float64():
     """Sums of one sign in 64 portions of the terms: the error does not grow with their number."""
     rows, columns = means(4, 64 * INNER_TERMS // BLOCKS, 0.0)
-    exact = by_pairs(formed_products(rows, columns, Meeting()))
+    exact = by_pairs(formed_block_products(rows, columns, Meeting()))
     for paired in (False, True):
         sums = nothing(4, Wanted(stderr=False))
         if paired:
             sums = BlockSums(BLOCKS, sums.within[0], torch.zeros(4, dtype=torch.float64), None)
         parts = [combined(part, Wanted(stderr=False)) for part in (rows, columns)]
-        add_terms_(sums, formed_terms(*parts, BLOCKS, Wanted(stderr=False)), Meeting(paired=paired))
+        add_products_(sums, formed_weighted_products(*parts, BLOCKS, Wanted(stderr=False)), Meeting(paired=paired))
         expected = exact.between.diagonal() if paired else exact.between
         assert_equal(sums.between, expected, 2 * EPS)
 
@@ -97,9 +103,9 @@ def test_sums_by_group_are_those_of_the_groups_alone():
     rows, columns = (part.double() for part in means(6, 64, 0.5))
     sums = nothing(6, Wanted(stderr=True), groups=4)
     prepared = [prepared_sketch(part, 4, Wanted(stderr=True)) for part in (rows, columns)]
-    add_terms_(sums, sketched_terms(*prepared, BLOCKS, Wanted(stderr=True)), Meeting())
+    add_products_(sums, sketched_weighted_products(*prepared, BLOCKS, Wanted(stderr=True)), Meeting())
     parts = zip(rows.chunk(4, 3), columns.chunk(4, 3), strict=True)
-    groups = torch.stack([by_pairs(formed_products(a, b, Meeting())).between for a, b in parts])
+    groups = torch.stack([by_pairs(formed_block_products(a, b, Meeting())).between for a, b in parts])
     assert_equal(sums.by_group, groups)
     assert_equal(sums.between, groups.sum(0))
 
@@ -110,13 +116,13 @@ def test_float32_products_with_a_metric_are_those_of_all_pairs(wanted):
     rows, columns = (torch.randn(20, 2, 64, generator=generator) for _ in range(2))
     directions = torch.randn(64, 50, generator=generator, dtype=torch.float64)
     metric = directions @ directions.T
-    exact = by_pairs(metric_products(rows, columns, metric, BLOCKS, Meeting()))
+    exact = by_pairs(metric_block_products(rows, columns, metric, BLOCKS, Meeting()))
     sums = nothing(20, wanted)
     left, right = (
         mixed_by_metric({PLAIN: by_blocks(part, BLOCKS)}, metric, wanted.on(side))
         for part, side in ((rows, Side.ROWS), (columns, Side.COLUMNS))
     )
-    add_terms_(sums, metric_terms(left, right, wanted), Meeting())
+    add_products_(sums, metric_weighted_products(left, right, wanted), Meeting())
     scale = float((exact.within + exact.between).abs().max())
     assert_equal(sums.within, exact.within, 8 * EPS, scale=scale)
     assert_equal(sums.between, exact.between, 8 * EPS, scale=scale)

@@ -11,18 +11,18 @@ import torch
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.products import weighted_products as terms_module
+from nntk_dist.products import weighted_products as products_module
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block, empty_sums
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import (
     Inputs,
-    Term,
-    TermSums,
-    add_terms_,
+    ProductSums,
+    WeightedProduct,
+    add_products_,
     can_multiply_into,
     multiply_into_,
     num_at_once,
-    window_edges,
+    product_window_edges,
 )
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
@@ -84,11 +84,11 @@ def pieces(request, monkeypatch):
     if request.param != "whole":
         limits = {"_EDGE": 5, "_WINDOW_NUMBERS": 64, "_FEWEST_ROWS": 3, "_STRIPE_NUMBERS": 200}
         for name, value in limits.items():
-            monkeypatch.setattr(terms_module, name, value)
+            monkeypatch.setattr(products_module, name, value)
         monkeypatch.setattr(tiles, "_FEW_ROWS", 4)
     if request.param == "in passes":
         for name, value in {"_MOST_AT_ONCE": 1, "_MANY_AT_ONCE": 2, "INNER_TERMS": 7}.items():
-            monkeypatch.setattr(terms_module, name, value)
+            monkeypatch.setattr(products_module, name, value)
     return request.param
 
 
@@ -100,7 +100,7 @@ def pieces(request, monkeypatch):
 def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
     spec, features, rows, others = small(kind, outputs=outputs)
     wanted = Wanted(stderr=True)
-    assert features.terms(*(features.prepare(part, wanted) for part in (rows, others)), wanted)
+    assert features.weighted_products(*(features.prepare(part, wanted) for part in (rows, others)), wanted)
     for calibration in (None, CALIBRATION):
         ours = tile_estimates(features, [(rows, others)], spec.meeting, calibration, "localized")
         truth = by_sums(features, rows, others, spec.meeting, calibration)
@@ -142,7 +142,7 @@ def test_products_added_in_place_are_the_sums(kind, scale):
     """Float32 results of float32 features, without standard errors, against sums in float64."""
     spec, features, rows, others = small(kind, dtype=torch.float32)
     prepared = [features.prepare(part, Wanted(stderr=False)) for part in (rows, others)]
-    assert can_multiply_into(features.terms(*prepared, Wanted(stderr=False)), spec.meeting, torch.float32)
+    assert can_multiply_into(features.weighted_products(*prepared, Wanted(stderr=False)), spec.meeting, torch.float32)
     ours = tile_estimates(features, [(rows, others)], spec.meeting, None, scale, dtype=torch.float32)
     truth = tile_estimates(features, [(rows, others)], spec.meeting, None, scale)
     assert truth["plugin"].dtype == torch.float64
@@ -156,7 +156,7 @@ def test_products_are_added_to_what_is_there():
     """Two layers that are in both results: products of the second one cannot be copied from one to the other."""
     generator = torch.Generator().manual_seed(0)
     a, b, c, d = (torch.randn(6, 2, 1, 5, generator=generator, dtype=torch.float64) for _ in range(4))
-    both = [Term(a, b, {WITHIN: 1.0, BETWEEN: 2.0}), Term(c, d, {WITHIN: 1.0, BETWEEN: -1.0})]
+    both = [WeightedProduct(a, b, {WITHIN: 1.0, BETWEEN: 2.0}), WeightedProduct(c, d, {WITHIN: 1.0, BETWEEN: -1.0})]
     shares = {"first": {WITHIN: 0.5, BETWEEN: 0.5}, "second": {BETWEEN: 3.0}}
     results = {name: torch.full((6, 6), torch.nan, dtype=torch.float64) for name in shares}
     ab, cd = a.flatten(1) @ b.flatten(1).T, c.flatten(1) @ d.flatten(1).T
@@ -165,7 +165,7 @@ def test_products_are_added_to_what_is_there():
         multiply_into_(parts, both, Meeting(), shares, rows, slice(None))
     assert_equal(results["first"], 1.5 * ab, 1e-12)  # cd is in it no time
     assert_equal(results["second"], 6.0 * ab - 3.0 * cd, 1e-12)
-    again = [*both, Term(c, d, {WITHIN: 1.0, BETWEEN: 1.0})]
+    again = [*both, WeightedProduct(c, d, {WITHIN: 1.0, BETWEEN: 1.0})]
     results = {name: torch.full((6, 6), torch.nan, dtype=torch.float64) for name in shares}
     multiply_into_(results, again, Meeting(), shares, slice(None), slice(None))
     assert_equal(results["first"], 1.5 * ab + cd, 1e-12)
@@ -188,11 +188,11 @@ def test_weights_of_slots_and_pairs_of_rows():
     generator = torch.Generator().manual_seed(2)
     a, b = (torch.randn(6, 3, 2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     weights = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)[:, None, None]
-    term = Term(a, b, {WITHIN: 1.0, block(1): -2.0}, weights)
+    term = WeightedProduct(a, b, {WITHIN: 1.0, block(1): -2.0}, weights)
     for paired, full in ((False, False), (True, False), (False, True), (True, True)):
         meeting = Meeting(paired=paired, full=full)
         sums = empty_sums(meeting.shape(6, 6, 2), 4, Wanted(stderr=True), pair_blocks=True, device=a.device)
-        add_terms_(sums, [term], meeting)
+        add_products_(sums, [term], meeting)
         rows, columns = (a * weights).transpose(1, 2).flatten(2), b.transpose(1, 2).flatten(2)
         expected = meeting.outputs(rows, columns)
         assert_equal(sums.within, expected, 1e-12)
@@ -212,14 +212,14 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
     shared, own = (Inputs(features(4), features(4)) for _ in range(2))
     weights = torch.tensor([[[1.0, -2.0, 0.5]]], dtype=torch.float64)
     terms = [
-        Term(features(1, 2, 3), features(1, 2, 3), {WITHIN: 1.0}, inputs=shared),
-        Term(features(2, 2, 5), features(2, 2, 5), {WITHIN: 0.5, BETWEEN: 2.0}, inputs=shared),
-        Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}, weights, own),
-        Term(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}),
+        WeightedProduct(features(1, 2, 3), features(1, 2, 3), {WITHIN: 1.0}, inputs=shared),
+        WeightedProduct(features(2, 2, 5), features(2, 2, 5), {WITHIN: 0.5, BETWEEN: 2.0}, inputs=shared),
+        WeightedProduct(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}, weights, own),
+        WeightedProduct(features(1, 2, 3), features(1, 2, 3), {BETWEEN: 1.0}),
     ]
     meeting = Meeting(full=full, paired=paired)
     sums = empty_sums(meeting.shape(6, 6, 2), 4, Wanted(stderr=False), pair_blocks=True, device=torch.device("cpu"))
-    add_terms_(sums, terms, meeting)
+    add_products_(sums, terms, meeting)
     expected = {WITHIN: 0.0, BETWEEN: 0.0}
     for term in terms:
         product = meeting.outputs(*(part.transpose(1, 2).flatten(2) for part in (term.rows(), term.right)))
@@ -234,21 +234,23 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
 def test_blocks_that_agree_have_no_error_at_all():
     """Also where their products are no zeros: differences of equal numbers are 0, whatever is added to all of them."""
     same = torch.randn(9, 1, 1, 7, generator=torch.Generator().manual_seed(3)).expand(9, 4, 1, 7)
-    products = [Term(same[:, r : r + 1], same[:, r : r + 1], {WITHIN: 1.0, block(r): -1.0}) for r in range(4)]
-    whole = Term(
+    products = [
+        WeightedProduct(same[:, r : r + 1], same[:, r : r + 1], {WITHIN: 1.0, block(r): -1.0}) for r in range(4)
+    ]
+    whole = WeightedProduct(
         same.sum(1, keepdim=True), same.sum(1, keepdim=True), {BETWEEN: 1.0} | {block(r): 0.25 for r in range(4)}
     )
     form = empty_sums((0, 0), 4, Wanted(stderr=True), pair_blocks=True, device=same.device)
-    for _, sums in TermSums([whole, *products], Meeting(), form).stripes():
+    for _, sums in ProductSums([whole, *products], Meeting(), form).stripes():
         stderr = estimate(sums, CALIBRATION).stderr
         assert stderr is not None
         assert not stderr.any()
 
 
 def test_windows_hold_what_they_may():
-    assert window_edges(2, 2, "cpu") == (1024, 1024)
+    assert product_window_edges(2, 2, "cpu") == (1024, 1024)
     for num_products, num_sums in ((2, 2), (9, 10), (17, 18), (40, 2), (1000, 10), (1000, 18)):
-        rows, columns = window_edges(num_products, num_sums, "cpu")
+        rows, columns = product_window_edges(num_products, num_sums, "cpu")
         several = num_at_once(num_products, num_sums) < num_products
         numbers = rows * columns * (num_at_once(num_products, num_sums) + 2 * num_sums * several)
-        assert rows == terms_module._FEWEST_ROWS or numbers <= terms_module._WINDOW_NUMBERS
+        assert rows == products_module._FEWEST_ROWS or numbers <= products_module._WINDOW_NUMBERS

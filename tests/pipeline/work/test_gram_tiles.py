@@ -12,7 +12,7 @@ import zarr
 from torch import nn
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.products import metric as metric_products
+from nntk_dist.products import metric as metric_module
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.wanted import Side
 from pipeline.records.manifest import read_manifest
@@ -59,7 +59,7 @@ def test_groups_of_columns_spare_most_of_the_loads():
 def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr, each_row, tmp_path, monkeypatch):
     """Two products with M for the columns of tiles; rows, which change with every tile, take one with sums by block."""
     made, columns, rows = [], [], []
-    times, rows_of = metric_products._times, Context.rows
+    times, rows_of = metric_module._times, Context.rows
 
     def noted_times(*arguments):
         made.append(None)
@@ -73,7 +73,7 @@ def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr
 
     monkeypatch.setattr("pipeline.decisions.layout.FEATURE_CACHE_BYTES", 0)
     monkeypatch.setattr("pipeline.work.context.FEATURE_CACHE_BYTES", 0)
-    monkeypatch.setattr(metric_products, "_times", noted_times)
+    monkeypatch.setattr(metric_module, "_times", noted_times)
     monkeypatch.setattr(Context, "rows", noted_rows)
     finished(tmp_path / "run", "kernel.estimator=weight", "kernel.draws=16", f"compute.stderr={stderr}")
     of_train = [each for each in columns if each[0][0] == "train"]

@@ -14,6 +14,7 @@ import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def on_processors(count: int) -> Iterator[None]:
 class Peer:
     """A process that computes the kernel once for every line that it is sent."""
 
-    def __init__(self, process: subprocess.Popen, folder: Path) -> None:  # type: ignore[type-arg]
+    def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
         self._process, self._folder = process, folder
 
     def ask(self) -> None:
@@ -137,7 +138,7 @@ class Peer:
 def running(command: Sequence[str], model: nn.Module, x: Tensor, threads: int, folder: Path) -> Iterator[Peer]:
     """The peer on this network and these inputs, handed over in a file; it ends with the block."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    arrays = {f"weight_{index}": layer.weight.numpy() for index, layer in enumerate(layers)}
+    arrays: dict[str, Any] = {f"weight_{index}": layer.weight.numpy() for index, layer in enumerate(layers)}
     arrays |= {f"bias_{index}": layer.bias.numpy() for index, layer in enumerate(layers)}
     np.savez(folder / "problem.npz", x=x.numpy(), **arrays)
     with (folder / "log").open("w") as log:

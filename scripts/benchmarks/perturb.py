@@ -32,7 +32,7 @@ _ROWS_TO_CHOOSE_BY = {"cpu": 2048, "cuda": 8192}
 _OUTPUTS = 10
 _BLOCKS = 4
 _SHORT, _ROUNDS = 16, (3, 8)  # so many draws or more are of models whose passes are short, and take more turns
-_OPTIONS = {
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "iid": {},
     "antithetic": {"design": "antithetic"},
     "orthogonal": {"design": "orthogonal"},

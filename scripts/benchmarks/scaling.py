@@ -21,9 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import ray
@@ -59,7 +60,7 @@ def cells(*, quick: bool) -> list[Cell]:
             Cell(
                 f"overhead, tiles of {name}",
                 {"seconds": seconds, "num_tiles": count},
-                lambda name=name, seconds=seconds, count=count: _overhead(name, seconds, count),
+                partial(_overhead, name, seconds, count),
             )
             for name, (seconds, count) in tiles.items()
         ),
@@ -101,9 +102,7 @@ def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
                 ledger.forget(stage.NAME)
                 runner.run(stage, job, None)
 
-            best = best_seconds(
-                {name: lambda runner=runner: carry_out(runner) for name, runner in runners.items()}, rounds=rounds
-            )
+            best = best_seconds({name: partial(carry_out, runner) for name, runner in runners.items()}, rounds=rounds)
             figures.append(
                 Figure(
                     f"two workers of one thread over twice one, {stage.NAME}",
@@ -171,11 +170,11 @@ def _cluster(*, num_nodes: int, num_tiles: int) -> Answer:
         for _ in executor.run(_tasks(2 * num_nodes)):
             pass  # all have started
         edge = math.isqrt(2 * num_tiles)  # tiles i ≤ j, about as many
-        stage = SimpleNamespace(NAME="gram", USES_ALL_THREADS=False, tasks=lambda job: _tasks(num_tiles, edge))
+        stage: Any = SimpleNamespace(NAME="gram", USES_ALL_THREADS=False, tasks=lambda job: _tasks(num_tiles, edge))
         progress = _Sampling()
         runner = StageRunner(Ledger(storage), executor, progress, RunLock(storage))
         began = time.perf_counter()
-        record = runner.run(stage, None, None)
+        record = runner.run(stage, cast(Any, None), None)
         wall = time.perf_counter() - began
         executor.close()
         assert record.results["tasks"] == num_tiles

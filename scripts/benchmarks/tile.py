@@ -80,8 +80,8 @@ def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
         settings.append(Setting("sketch", stderr, size, size, 1, rounds, least=0.85 if stderr == "sample" else 0.42))
         settings.append(Setting("weight", stderr, size, size, 1, rounds))
         settings.append(Setting("layered", stderr, layered, size, 1, rounds))
-        least = 0.7 if stderr == "sample" else None
-        settings.append(Setting("layered", stderr, narrow, size, 1, rounds, least=least, width=256))
+        asked = 0.7 if stderr == "sample" else None
+        settings.append(Setting("layered", stderr, narrow, size, 1, rounds, least=asked, width=256))
     where = {} if device == "cpu" else {"device": device}
     measure = _measure if quick else partial(as_a_worker, _measure)
     return [Cell(_key(each), vars(each) | where, partial(measure, each, device)) for each in settings]

@@ -10,6 +10,7 @@ Axes: T seeds, n examples, S draws.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -57,9 +58,11 @@ def cells(*, quick: bool) -> list[Cell]:
         "sign network, activation": lambda: _network(torch.sign, "activation", 0.3),
         "relu unit, weight": lambda: _unit("relu"),
     }
-    return [
-        Cell(name, {"rtol": RTOL, "runs": runs}, lambda make=make: _study(make(), runs)) for name, make in tasks.items()
-    ]
+    return [Cell(name, {"rtol": RTOL, "runs": runs}, partial(_answer, make, runs)) for name, make in tasks.items()]
+
+
+def _answer(make: Callable[[], Task], runs: int) -> Answer:
+    return _study(make(), runs)
 
 
 def _network(activation: Callable[[Tensor], Tensor], estimator: str, gamma: float) -> Task:

@@ -183,15 +183,16 @@ def _network_gradient(name: str, law: str) -> Array | None:
     subject = NETWORKS[name]
     parameters = [parameter.detach().numpy() for parameter in subject.make().parameters()]
     if name == "quantised network" and law == "gaussian":
-        return quantised.nonlocal_gradient(subject.x.numpy(), *parameters, subject.gamma)
+        hidden, readout, offset = parameters
+        return quantised.nonlocal_gradient(subject.x.numpy(), hidden, readout, offset, subject.gamma)
     if name not in ("sign network", "relu network") or law == "lowrank":
         return None
-    unit = name.split()[0]
+    unit, (w, b, v) = name.split()[0], parameters[:3]
     if law == "gaussian":
-        return two_layer.nonlocal_gradient(unit, subject.x.numpy(), *parameters[:3], subject.gamma)
+        return two_layer.nonlocal_gradient(unit, subject.x.numpy(), w, b, v, subject.gamma)
     count = sum(parameter.size for parameter in parameters)
     radii = radial.radii(radial.radius_law(law, subject.gamma, count), 4001)
-    return two_layer.radial_gradient(unit, subject.x.numpy(), *parameters[:3], radii)
+    return two_layer.radial_gradient(unit, subject.x.numpy(), w, b, v, radii)
 
 
 def unit_problem(name: str, law: str) -> Problem:

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.designs import GROUP_SIZES
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.estimates import relative_distance
@@ -95,7 +95,7 @@ def cells(*, quick: bool) -> list[Cell]:
             "reference_draws": draws,
             "ladders": {name: {str(s): count for s, count in ladder.items()} for name, ladder in ladders.items()},
         }
-        result.append(Cell(key, settings, lambda a=activation, c=int(outputs), d=draws, e=effort: _study(a, c, d, e)))
+        result.append(Cell(key, settings, partial(_study, activation, int(outputs), draws, effort)))
     return result
 
 
@@ -126,7 +126,7 @@ class Estimate:
 class Estimating:
     """A feature map made once, for any number of seeds."""
 
-    features: FeatureMap
+    features: Any  # a feature map whose draws can be replaced
     spec: KernelSpec
     x: Tensor
 
@@ -138,7 +138,7 @@ class Estimating:
     def under(self, seed: int) -> Estimate:
         """The kernel under another seed, without error bars."""
         began = time.perf_counter()
-        drawn: Any = replace(self.features, drawing=replace(self.features.drawing, seed=seed))  # type: ignore[type-var]
+        drawn = replace(self.features, drawing=replace(self.features.drawing, seed=seed))
         rows = all_rows(drawn, self.x)
         featured = time.perf_counter()
         result = tile_estimates(drawn, [(rows, rows)], self.spec.meeting, None, self.spec.scale)
@@ -166,7 +166,7 @@ def _study(activation: str, num_outputs: int, reference_draws: int, effort: Effo
         for design in ("iid", "antithetic"):
             # `auto` keeps to factors here where they take less memory; block means are faster.
             contraction = "means" if estimator == "activation" else "auto"
-            options: dict[str, Any] = {"estimator": estimator, "design": design, "contraction": contraction}
+            options = {"estimator": estimator, "design": design, "contraction": contraction}
             spec = KernelSpec(gamma=GAMMA, draws=64, blocks=BLOCKS, **options)
             points = _climb(model, x, spec, effort.ladder(estimator, num_outputs), truth)
             methods += _methods(estimator, design, points, num_outputs, reference_error)

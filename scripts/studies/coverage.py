@@ -8,6 +8,7 @@ Axes: T seeds, n examples, S draws.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def cells(*, quick: bool) -> list[Cell]:
     seeds = QUICK_SEEDS if quick else SEEDS
     asked = [each for each in questions() if not (quick and each.contraction)]
     return [
-        Cell(each.key, {**vars(each), "seeds": seeds, "blocks": BLOCKS}, lambda each=each: _answer(each, seeds))
+        Cell(each.key, {**vars(each), "seeds": seeds, "blocks": BLOCKS}, partial(_answer, each, seeds))
         for each in asked
     ]
 
@@ -127,7 +128,8 @@ def _network(question: Question, seeds: range) -> tuple[Array, Array, Array]:
         results.append(estimates_of(reader, rows, rows, replace(spec, seed=seed)))
     centre, stderr = (torch.stack([result[name] for result in results]).numpy() for name in ("unbiased", "stderr"))
     parameters = [parameter.detach().numpy() for parameter in model.parameters()]
-    gradient = two_layer.nonlocal_gradient(unit, x.numpy(), *parameters[:3], question.gamma)
+    w, b, v = parameters[:3]
+    gradient = two_layer.nonlocal_gradient(unit, x.numpy(), w, b, v, question.gamma)
     exact = brute_force.rows_of(gradient, "trace")
     return centre, stderr, exact @ exact.T
 

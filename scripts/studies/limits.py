@@ -9,6 +9,7 @@ Axes: n examples, S draws, P parameters.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,13 @@ def cells(*, quick: bool) -> list[Cell]:
     """Two cells for each model: its small ranges, its scales."""
     models = MODELS[:2] if quick else MODELS
     small = [
-        Cell(f"small ranges, {name}", {"model": name, "ranges": list(RANGES)}, lambda name=name: _small(name))
-        for name in models
+        Cell(f"small ranges, {name}", {"model": name, "ranges": list(RANGES)}, partial(_small, name)) for name in models
     ]
-    scales = [Cell(f"scales, {name}", {"model": name}, lambda name=name: _scales(name)) for name in models]
+    scales = [Cell(f"scales, {name}", {"model": name}, partial(_scales, name)) for name in models]
     names = ["relu_mlp"] if quick else ["relu_mlp", "deep_sign_mlp"]
     tried = [f"{temperature:g}" for temperature in TEMPERATURES]
     high = [
-        Cell(f"temperatures, {name}", {"model": name, "temperatures": tried}, lambda name=name: _high(name))
-        for name in names
+        Cell(f"temperatures, {name}", {"model": name, "temperatures": tried}, partial(_high, name)) for name in names
     ]
     return small + scales + high
 

@@ -4,6 +4,7 @@ Axes: none.
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -45,7 +46,7 @@ def _draw(axes: Axes, method: Answer) -> None:
         name = f"weight, {method['statistic']}"
     points, law = method["points"], ErrorLaw(**method["law"])
     each = (points[-1]["forwards"] - (method["estimator"] != "autodiff")) / points[-1]["draws"]
-    style = {"color": _COLORS[name], "linewidth": 1.0}
+    style: dict[str, Any] = {"color": _COLORS[name], "linewidth": 1.0}
     axes.plot(
         [point["forwards"] for point in points],
         [point["error"] for point in points],

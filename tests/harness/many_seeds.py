@@ -9,6 +9,7 @@ Axes: T seeds, S draws, R blocks, n examples, P parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def runs(problem: Problem, estimator: str, seeds: range, *, draws: int, blocks: 
 
 def _by_differences(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
     model, x = problem.model(), torch.from_numpy(problem.x)
-    options = {
+    options: dict[str, Any] = {
         "gamma": spec.gamma,
         "distribution": spec.distribution,
         "draws": spec.draws,
@@ -123,17 +124,23 @@ def _by_differences(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor,
     }
     if spec.kind == "covariance":
         covariance = covariance_kernel(model, x, **options)
+        assert covariance.stderr is not None
         return covariance.kernel, covariance.stderr, covariance.kernel
     estimate = nonlocal_kernel(model, x, estimator="weight", **options)
-    return estimate.unbiased, estimate.stderr, estimate.plugin
+    unbiased, stderr, plugin = estimate.unbiased, estimate.stderr, estimate.plugin
+    assert unbiased is not None
+    assert stderr is not None
+    assert plugin is not None
+    return unbiased, stderr, plugin
 
 
 def _by_gradients(problem: Problem, spec: KernelSpec) -> Callable[[Problem, KernelSpec], tuple[Tensor, Tensor, Tensor]]:
     features = gradient_features(problem, spec)
-    assert features.drawing is not None
+    original = features.drawing
+    assert original is not None
 
     def one(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
-        drawing = replace(features.drawing, seed=spec.seed)
+        drawing = replace(original, seed=spec.seed)
         rows = filled_in(problem, drawing, features.draws_per_slot)
         result = estimates_of(replace(features, drawing=drawing), rows, rows, spec)
         return result.get("unbiased", result["plugin"]), result["stderr"], result["plugin"]

@@ -40,9 +40,7 @@ def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:
     return features.compute(x, torch.arange(len(x)), range(features.num_draws), features.columns, batch=len(x))
 
 
-def small(
-    kind: str, estimator: str, outputs: str | int = "trace", name: str = "tanh_mlp"
-) -> tuple[KernelSpec, FeatureMap]:
+def small(kind: str, estimator: str, outputs: str | int = "trace", name: str = "tanh_mlp") -> tuple[KernelSpec, Any]:
     """A kernel of 16 draws in 4 blocks over five examples: its settings and its features."""
     design = "antithetic" if kind == "nonlocal" else "iid"
     spec = KernelSpec(kind=kind, estimator=estimator, outputs=outputs, gamma=0.6, design=design, draws=16, blocks=4)

@@ -27,7 +27,8 @@ def masked_inputs(x: Array, p: float) -> Iterator[tuple[float, Array]]:
 def dropout_gradient(unit: str, theta: Array, x: Array, gamma: float, p: float) -> Array:
     """E_m g(x): the nonlocal gradient of the mean function, (n, P)."""
     parts = masked_inputs(x, p)
-    return sum(chance * closed_forms.nonlocal_gradient(unit, theta, inputs, gamma) for chance, inputs in parts)
+    each = [chance * closed_forms.nonlocal_gradient(unit, theta, inputs, gamma) for chance, inputs in parts]
+    return np.sum(each, axis=0)
 
 
 def dropout_kernel(kind: str, unit: str, theta: Array, x: Array, gamma: float, p: float) -> Array:

@@ -58,5 +58,5 @@ def test_every_declared_dependency_is_imported() -> None:
 
 def test_everything_is_in_all_but_the_cluster() -> None:
     (everything,) = PROJECT["optional-dependencies"]["all"]
-    extras = set(re.search(r"\[(.*)\]", everything).group(1).split(","))  # type: ignore[union-attr]
+    extras = set(re.search(r"\[(.*)\]", everything).group(1).split(","))
     assert extras == set(PROJECT["optional-dependencies"]) - {"all", "cluster", "docs", "test"}

@@ -113,7 +113,9 @@ def start(*command: str, prelude: str = "") -> "subprocess.Popen[str]":
 def arrays(run_dir: Path) -> dict[str, np.ndarray]:
     """Every array of the store by its path."""
     root = zarr.open_group(run_dir / "kernel.zarr", mode="r")
-    return {path: member[...] for path, member in root.members(max_depth=None) if isinstance(member, zarr.Array)}
+    return {
+        path: np.asarray(member[...]) for path, member in root.members(max_depth=None) if isinstance(member, zarr.Array)
+    }
 
 
 def ledger(run_dir: Path) -> dict[tuple[str, str], dict]:

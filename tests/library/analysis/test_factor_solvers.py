@@ -119,6 +119,8 @@ def test_small_ridges_survive_where_float32_would_lose_them():
 def test_rows_of_the_factor_make_the_kernel(kind, full):
     """By explicit sums over draws or blocks, and outputs."""
     generator = np.random.default_rng(4)
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
     if kind == "differences":
         axes, shape = ("draw", "output"), (6, 3)
         half = generator.standard_normal((6, 4))  # of rank 4

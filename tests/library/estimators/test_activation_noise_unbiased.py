@@ -124,7 +124,8 @@ def many_seeds(features: ActivationFeatures, x: Tensor, spec: KernelSpec, seeds:
         seeded = replace(features, drawing=replace(features.drawing, seed=seed))
         rows = all_rows(seeded, x)
         results.append(estimates_of(seeded, rows, rows, replace(spec, seed=seed)))
-    return tuple(torch.stack([result[name] for result in results]).numpy() for name in ("unbiased", "stderr"))
+    centre, stderr = (torch.stack([result[name] for result in results]).numpy() for name in ("unbiased", "stderr"))
+    return centre, stderr
 
 
 @pytest.mark.statistical

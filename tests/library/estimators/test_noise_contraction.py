@@ -4,6 +4,7 @@ Axes: R blocks, n examples, C outputs, k columns of a sketch.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import local_kernel
-from nntk_dist.estimators.activation_noise import ActivationFeatures
 from nntk_dist.estimators.noise_contraction import noise_contraction
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
@@ -63,7 +63,7 @@ def test_sketches_are_taken_unasked_only_where_exactness_cannot_be_afforded():
         assert chosen(first, second, contraction=contraction) == (frozenset(), f"contraction: {contraction}: 0, 2")
 
 
-def sketched(name: str, sketch: int = 64, **options) -> tuple[ActivationFeatures, KernelSpec]:
+def sketched(name: str, sketch: int = 64, **options) -> tuple[Any, KernelSpec]:
     spec = KernelSpec(
         gamma=0.9, estimator="activation", draws=8, blocks=4, contraction="sketch", sketch=sketch, **options
     )
@@ -118,6 +118,8 @@ def test_intervals_of_a_sign_network_cover_the_quadrature_exact_and_sketched():
     name, x = "sign_mlp", case("sign_mlp").inputs(3)
     options = {"gamma": 1.0, "estimator": "activation", "draws": 256, "design": "antithetic"}
     specs = [KernelSpec(contraction="means", **options), KernelSpec(contraction="sketch", sketch=64, **options)]
+    formed: Any
+    sketching: Any
     formed, sketching = (features_of(name, spec) for spec in specs)
     results: dict[str, list[Tensor]] = {"exact": [], "exact_stderr": [], "sketched": [], "sketched_stderr": []}
     for seed in range(1000):

@@ -3,6 +3,8 @@
 Axes: n examples, then the axes of a unit.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_what_cannot_be_replaced(module, message):
         replace_dropout(nn.Sequential(nn.Linear(3, 4), module))
 
 
-BUILDERS = {
+BUILDERS: dict[str, tuple[dict[str, Any], list[str], tuple[int, ...]]] = {
     "mlp": ({"widths": [4, 4]}, ["dropout0", "dropout1"], (6,)),
     "cnn": ({"channels": [3, 4]}, ["dropout0", "dropout1"], (2, 8, 8)),
     "transformer": (

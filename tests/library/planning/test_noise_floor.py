@@ -81,7 +81,7 @@ def by_length(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
 
 def by_hand(
     model: nn.Module, x: torch.Tensor, z: torch.Tensor, weights: torch.Tensor, still: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, ...]:
     """(change, noise): the parameters overwritten draw by draw, in both types; so many coordinates of z stay
     where they are.
     """

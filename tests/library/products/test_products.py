@@ -105,7 +105,7 @@ def test_sums_by_group_are_those_of_the_groups_alone():
     prepared = [prepared_sketch(part, 4, Wanted(stderr=True)) for part in (rows, columns)]
     add_products_(sums, sketched_weighted_products(*prepared, BLOCKS, Wanted(stderr=True)), Meeting())
     parts = zip(rows.chunk(4, 3), columns.chunk(4, 3), strict=True)
-    groups = torch.stack([by_pairs(formed_block_products(a, b, Meeting())).between for a, b in parts])
+    groups = torch.stack([torch.as_tensor(by_pairs(formed_block_products(a, b, Meeting())).between) for a, b in parts])
     assert_equal(sums.by_group, groups)
     assert_equal(sums.between, groups.sum(0))
 
@@ -223,7 +223,7 @@ def test_means_that_changed_in_one_block_alone_are_unresolved_whatever_rounding_
     dense[0] = torch.randn(BLOCKS, 1, 700, generator=generator)
     dense[1, 2], dense[2, 5] = torch.randn(2, 1, 700, generator=generator)
     spec = SimpleNamespace(num_draws=64, num_blocks=BLOCKS, num_parameters=700)
-    features = DifferenceMeans(None, spec, (0,))  # type: ignore[arg-type]
+    features = DifferenceMeans(None, spec, (0,))
     rows = {"dense": dense}
     result = tile_estimates(features, [(rows, rows)], Meeting(), CALIBRATION, "localized")
     unknown = [[False, False, False, True], [False, True, False, True], [False, False, True, True], [True] * 4]

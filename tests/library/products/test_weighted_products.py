@@ -5,6 +5,8 @@ The truth is the sum by definition, of products of all pairs of blocks in float6
 Axes: n rows, r blocks, c outputs, k columns.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -220,7 +222,7 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
     meeting = Meeting(full=full, paired=paired)
     sums = empty_sums(meeting.shape(6, 6, 2), 4, Wanted(stderr=False), pair_blocks=True, device=torch.device("cpu"))
     add_products_(sums, terms, meeting)
-    expected = {WITHIN: 0.0, BETWEEN: 0.0}
+    expected: dict[Any, Any] = {WITHIN: 0.0, BETWEEN: 0.0}
     for term in terms:
         product = meeting.outputs(*(part.transpose(1, 2).flatten(2) for part in (term.rows(), term.right)))
         if term.inputs is not None:

@@ -2,7 +2,7 @@
 after.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -96,8 +96,10 @@ def test_a_precision_is_set_and_set_back():
 
 
 def by_backend():
-    cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
-    backends = (cuda.matmul, CUDNN.conv, CUDNN.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    cuda: Any = torch.backends.cuda
+    mkldnn: Any = torch.backends.mkldnn
+    cudnn: Any = CUDNN
+    backends = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
     return {backend: backend.fp32_precision for backend in backends}
 
 

@@ -85,10 +85,10 @@ def test_kernel_is_its_definition(estimator, design):
         for one in z.numpy():
             change = function(theta + one) - function(theta)
             each.append(len(d) * change[:, :, None] * (one / d**2) / np.sum((one / d) ** 2))
-        each = np.stack(each)
+        stacked = np.stack(each)
     else:
-        each = brute_force.gradient_draws(model, x, (z * drawing.shrinkage(range(16))[:, None]).numpy())
-    means = brute_force.block_means(each, np.arange(16) // 4)
+        stacked = brute_force.gradient_draws(model, x, (z * drawing.shrinkage(range(16))[:, None]).numpy())
+    means = brute_force.block_means(stacked, np.arange(16) // 4)
     ours = nonlocal_kernel(model, x, gamma=0.7, gamma_scale="relative", estimator=estimator, design=design, draws=16,
                            blocks=4, statistic="both")  # fmt: skip
     assert_equal(ours.unbiased, brute_force.unbiased(brute_force.block_products(means, means)))

@@ -41,7 +41,7 @@ def sums_of(products: torch.Tensor) -> BlockSums:
     """The sums of a tile from all of its products, by loops."""
     blocks = len(products)
     halves = torch.from_numpy(symmetric(products))
-    by_block = torch.stack([sum(halves[r, q] for q in range(blocks) if q != r) for r in range(blocks)])
+    by_block = torch.stack([halves[r, [q for q in range(blocks) if q != r]].sum(0) for r in range(blocks)])
     within = sum(products[r, r] for r in range(blocks))
     return BlockSums(blocks, within, products.sum((0, 1)) - within, by_block)
 

@@ -101,7 +101,7 @@ def estimates(features: GradientFeatures, seeds: range) -> tuple[Array, Array]:
     for part in torch.arange(len(left)).split(9):
         one = BlockSums(BLOCKS, *(a[..., part] for a in (sums.within, sums.between, sums.by_block, sums.by_group)))
         results.append(estimate(one, calibrate(products[..., part], pair_blocks=True, by_group=one.by_group)))
-    return np.stack([r.unbiased for r in results]), np.stack([r.stderr for r in results])
+    return np.stack([np.asarray(r.unbiased) for r in results]), np.stack([np.asarray(r.stderr) for r in results])
 
 
 @pytest.mark.statistical

@@ -169,7 +169,12 @@ def test_the_linear_operator_multiplies_by_the_stored_gram_from_its_upper_shards
     vectors = np.random.default_rng(1).standard_normal((len(dense), 4))
     reads = []
     read = zarr.Array.__getitem__
-    monkeypatch.setattr(zarr.Array, "__getitem__", lambda array, where: reads.append(where) or read(array, where))
+
+    def noted(array, where):
+        reads.append(where)
+        return read(array, where)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", noted)
     operator = kernel.linear_operator()
     np.testing.assert_allclose(operator @ vectors, dense @ vectors, rtol=1e-12, atol=1e-12)
     assert len(reads) == 6  # three stripes: 3 diagonal shards and 3 above the diagonal

@@ -293,7 +293,7 @@ def test_the_reference_batch_is_the_first_examples_unless_given():
     x = case("tanh_mlp").inputs(6)
     targets = torch.tensor([0, 2, 1, 1, 0, 2])
 
-    def kernel(**weighting: Any) -> Tensor:
+    def kernel(**weighting: Any) -> Any:
         weighting = {"name": "loss", "temperature": 0.3, **weighting}
         return nonlocal_kernel(one.model, x, weighting=weighting, **options).plugin
 

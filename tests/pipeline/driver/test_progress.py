@@ -97,10 +97,11 @@ def test_bars_show_count_percent_elapsed_and_time_left(clock):
 
 
 def test_a_resumed_bar_does_not_take_earlier_tasks_for_its_own_pace():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=100)
     with TerminalProgress(console).stage("gram", total=8, done=2):
         pass
-    assert "? left" in console.file.getvalue()
+    assert "? left" in written.getvalue()
 
 
 def test_standard_error_decides_between_bars_and_lines(capsys):

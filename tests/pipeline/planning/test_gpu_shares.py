@@ -80,10 +80,10 @@ def test_the_plan_says_that_they_share(share, expected, monkeypatch):
     projection = SimpleNamespace(
         tasks=tasks, seconds={}, operations={}, disk_bytes={}, total_disk_bytes=0, worker_bytes=0, solve_bytes=0
     )
-    out = Console(file=io.StringIO(), width=1000)
+    written = io.StringIO()
     plan = SimpleNamespace(job=job, projection=projection, memory_per_worker=0, solvers={})
-    display.print_plan(out, plan, searching=False)
-    assert expected in out.file.getvalue()
+    display.print_plan(Console(file=written, width=1000), plan, searching=False)
+    assert expected in written.getvalue()
 
 
 def test_where_there_is_no_gpu_the_refusal_says_who_wanted_one(monkeypatch):

@@ -55,7 +55,7 @@ def worker(monkeypatch):
     job = SimpleNamespace(layout=SimpleNamespace(batch=8, threads=2), run_dir="here")
     made = Worker(job, None, None, THREADS)
     write_all, forget = Mock(side_effect=lambda pieces, threads: [(0, 0) for _ in pieces]), Mock()
-    made.context.store = SimpleNamespace(write_all=write_all, forget=forget)
+    monkeypatch.setattr(made.context, "store", SimpleNamespace(write_all=write_all, forget=forget))
     return made
 
 

@@ -3,7 +3,7 @@
     python scripts/estimators.py [--quick] [--only SECTION] [--out docs/estimators.md]
 
 Every figure comes from seeds fixed in `scripts/studies`, is kept in a JSON file beside the page as soon as it is known,
-and is not computed again while its settings stay the same: a run that is cut off goes on where it was. `--quick` takes
+and is not computed again while its settings stay the same: a run that is stopped continues. `--quick` takes
 small samples, enough to see that everything works, and writes to build/ unless told otherwise.
 """
 

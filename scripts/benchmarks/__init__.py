@@ -1,4 +1,4 @@
-"""Benchmarks of the engine: what `scripts/bench.py` measures, keeps and writes down, a section a room.
+"""Benchmarks of the engine: what `scripts/bench.py` measures, keeps and writes down; one module for each section.
 
     figures     what a benchmark answers: ratios within one run, each with what was asked of it
     perturb     perturbed passes against plain inference
@@ -12,7 +12,7 @@
     runs        runs in a process of their own, watched from outside
     page        the page, from the JSON file alone
 
-Cells and answers are those of `scripts.studies`.
+Cells and answers come from `scripts.studies`.
 """
 
 from collections.abc import Callable, Mapping

@@ -46,7 +46,7 @@ def as_a_worker(measure: Callable[..., Answer], *arguments: object) -> Answer:
 
 
 def best_seconds(actions: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """The least time of each action over so many rounds, in which they take turns; one round before does not count."""
+    """The least time of each action over `rounds` rounds, in which they take turns, after one that does not count."""
     best = dict.fromkeys(actions, math.inf)
     for number in range(rounds + 1):
         for name, action in actions.items():

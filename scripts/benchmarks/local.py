@@ -2,8 +2,8 @@
 
 The network is an MLP 784-512-512-10, its ten outputs traced. `prepared` is the repeat of what was set up once (features
 and all their products; the counterpart of a compiled function), `whole call` the public function, which probes the
-model and checks its layers' rules every time. The recipe of torch.func is that of its documentation, Jacobians of all
-examples and their product, with one Jacobian where both row sets are one.
+model and checks its layers' rules every time. The recipe of torch.func follows its documentation: Jacobians of all
+examples and their product, with one Jacobian if both row sets are the same.
 
 Axes: n examples, S draws, R blocks, C outputs.
 """
@@ -60,7 +60,7 @@ QUICK = Effort((16, 16), 20, 32, 16, 2, (8, 8), (8, 32), 32)
 
 
 def cells(*, quick: bool, device: str = "cpu") -> list[Cell]:
-    """Each question on one thread and on two; on one where it has to be quick, or a GPU does the work."""
+    """Each question on one thread and on two; on one if it has to be quick, or if a GPU does the work."""
     effort = QUICK if quick else FULL
     questions: dict[str, Callable[[Effort, str], list[Figure]]] = {
         "local": _local,
@@ -127,9 +127,9 @@ def num_fitting(model: nn.Module, most: int) -> int:
     numbers = 10 * sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    room = _SHARE_OF_MEMORY * free / (4 * _JACOBIANS_AT_ONCE * numbers)
+    allowed = _SHARE_OF_MEMORY * free / (4 * _JACOBIANS_AT_ONCE * numbers)
     fitting = most
-    while fitting > 1 and fitting > room:
+    while fitting > 1 and fitting > allowed:
         fitting //= 2
     return fitting
 

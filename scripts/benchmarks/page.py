@@ -46,7 +46,7 @@ def page(answers: Answers) -> str:
 
 
 def _cell(cell: Answer) -> dict[str, Any]:
-    """A cell's figures as the template wants them, with where they come from."""
+    """A cell's figures as the template needs them, with their origin."""
     return {
         "figures": [_figure(figure) for figure in cell["answer"]["figures"]],
         "machine": cell["machine"],

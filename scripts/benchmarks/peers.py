@@ -36,7 +36,7 @@ _PROGRAM = Path(__file__).with_name("neural_tangents_peer.py")
 
 
 def cells(*, quick: bool) -> list[Cell]:
-    """Kernels of several sizes on one thread and on two; none where it has to be quick."""
+    """Kernels of several sizes on one thread and on two; none if it has to be quick."""
     if quick:
         return []
     return [
@@ -55,9 +55,9 @@ def _question(n: int, threads: int):  # type: ignore[no-untyped-def]
 
 
 def peer_python() -> Path:
-    """The interpreter of the peers' environment, made where there is none.
+    """The interpreter of the peers' environment, which is made if there is none.
 
-    Raises: NNTKError where it cannot be made.
+    Raises: NNTKError if it cannot be made.
     """
     python = ENVIRONMENT / "bin" / "python"
     done = ENVIRONMENT / "complete"
@@ -119,7 +119,7 @@ class Peer:
         self._process, self._folder = process, folder
 
     def ask(self) -> None:
-        """One kernel, from start to end. Raises: NNTKError where the process has ended."""
+        """One kernel, from start to end. Raises: NNTKError if the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):

@@ -31,7 +31,7 @@ _BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_TO_CHOOSE_BY = {"cpu": 2048, "cuda": 8192}
 _OUTPUTS = 10
 _BLOCKS = 4
-_SHORT, _ROUNDS = 16, (3, 8)  # so many draws or more are of models whose passes are short, and take more turns
+_SHORT, _ROUNDS = 16, (3, 8)  # models with this many draws or more have short passes, and take more turns
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "iid": {},
     "antithetic": {"design": "antithetic"},

@@ -34,7 +34,7 @@ class Watched:
 
 
 def run_and_watch(config: Path, run_dir: Path, overrides: Sequence[str] = ()) -> Watched:
-    """Carry out a run from its configuration to its report. Raises: NNTKError where it fails."""
+    """Carry out a run from its configuration to its report. Raises: NNTKError if it fails."""
     settings = [f"run_dir={run_dir}", *overrides]
     command = [sys.executable, "-m", "pipeline", "run", str(config)]
     command += [word for setting in settings for word in ("--set", setting)]

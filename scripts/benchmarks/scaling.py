@@ -7,7 +7,7 @@ overhead   tiles that keep a core busy for a known time: how much of the workers
 cluster    nodes of one CPU, simulated on this machine (real Ray nodes, with a process for each part of each), and a
            stage of tiles that compute nothing and say as much as a real one: tiles a second, and the driver's memory
 
-Where nothing is computed the workers import nothing of the pipeline, or this machine could not hold so many.
+If nothing is computed, workers import nothing of the pipeline: this machine could not hold them otherwise.
 
 Units: seconds, MB. `load` is the machine's load average before a measurement: what else it was busy with.
 """
@@ -198,7 +198,7 @@ def _cluster(*, num_nodes: int, num_tiles: int) -> Answer:
 
 
 def _tasks(count: int, edge: int | None = None) -> Iterator[Task]:
-    """So many tiles i ≤ j of a matrix of `edge` tiles (as many as it takes, where there is none), row by row."""
+    """`count` tiles i ≤ j of a matrix of `edge` tiles (by default as many as it takes), row by row."""
     edge = edge or count
     done = 0
     for i in range(2 * edge):
@@ -236,7 +236,7 @@ def _light_worker() -> Callable[..., Any]:
 
 @contextmanager
 def _ray_here(num_cpus: int) -> Iterator[None]:
-    """Ray on this machine, with room for so many workers."""
+    """Ray on this machine, with a CPU for each worker."""
     connected = connect(None, num_cpus)
     try:
         yield
@@ -261,7 +261,7 @@ def _simulated_cluster(num_nodes: int) -> Iterator[str]:
 
 @dataclass
 class _Sampling(SilentProgress):
-    """A progress that shows nothing, and looks at this process's memory at some shares of the way."""
+    """A progress that shows nothing, and measures this process's memory at some points of the way."""
 
     samples: dict[float, dict[str, float]] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Studies of the estimators: what `scripts/estimators.py` measures, keeps and writes down, a question a room.
+"""Studies of the estimators: what `scripts/estimators.py` measures, keeps and writes down; one module a question.
 
     cells       what a study is made of: cells, computed one by one and kept in a JSON file
     agreement   estimators, designs and distributions against closed forms, quadrature and brute force

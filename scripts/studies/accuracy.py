@@ -34,7 +34,7 @@ _EXAMPLES = 24
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its examples and its kernel; `exact` is the closed form where there is one."""
+    """A model, its examples and its kernel; `exact` is the closed form if there is one."""
 
     model: nn.Module
     x: Tensor

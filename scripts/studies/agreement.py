@@ -45,7 +45,7 @@ class Subject:
     x: Tensor
     gamma: float
     draws: dict[str, int]
-    nu: float | None = None  # Student's, where the default has too few moments for the depth
+    nu: float | None = None  # Student's, if the default has too few moments for the depth
 
     def options(self, law: str) -> dict[str, Any]:
         """Options of a law."""
@@ -89,7 +89,7 @@ NETWORKS = {
         _transformer, _normal_inputs(3, 3), 0.1, {"weight": 1 << 17, "autodiff": 1280, "activation": 1 << 13}, nu=20.0
     ),
 }
-# So many times the draws of `autodiff`, where a law's radii vary most.
+# The factor on the draws of `autodiff` for a law whose radii vary most.
 _MORE_GRADIENTS = {
     ("relu network", "fractional"): 3,
     ("convnet", "fractional"): 3,
@@ -179,7 +179,7 @@ def reference(name: str, law: str) -> Reference:
 
 
 def _network_gradient(name: str, law: str) -> Array | None:
-    """g(x) by quadrature, where there is one."""
+    """g(x) by quadrature, if there is one."""
     subject = NETWORKS[name]
     parameters = [parameter.detach().numpy() for parameter in subject.make().parameters()]
     if name == "quantised network" and law == "gaussian":
@@ -262,7 +262,7 @@ def estimate(name: str, law: str, estimator: str, design: str) -> tuple[Array, A
 
 
 def _whole_groups(draws: int, num_parameters: int, design: str) -> int:
-    """About so many draws: orthogonal blocks are made of groups of all P directions where these fit."""
+    """About `draws` draws: orthogonal blocks consist of groups of all P directions if these fit."""
     per_block = draws // BLOCKS
     if design != "orthogonal" or per_block < num_parameters:
         return draws

@@ -59,7 +59,7 @@ class Effort:
     reference: dict[str, int]
 
     def ladder(self, estimator: str, num_outputs: int) -> Ladder:
-        """The ladder of an estimator: that of gradients ends early where outputs are many, whose products are dear."""
+        """The ladder of an estimator; for gradients it ends early if many outputs make products expensive."""
         highest = _MOST_GRADIENTS if estimator == "autodiff" and num_outputs > 1 else math.inf
         return {draws: seeds for draws, seeds in self.ladders[estimator].items() if draws <= highest}
 
@@ -164,7 +164,7 @@ def _study(activation: str, num_outputs: int, reference_draws: int, effort: Effo
     methods = []
     for estimator in (best, "weight"):
         for design in ("iid", "antithetic"):
-            # `auto` keeps to factors here where they take less memory; block means are faster.
+            # `auto` keeps factors here, which take less memory; block means are faster.
             contraction = "means" if estimator == "activation" else "auto"
             options = {"estimator": estimator, "design": design, "contraction": contraction}
             spec = KernelSpec(gamma=GAMMA, draws=64, blocks=BLOCKS, **options)

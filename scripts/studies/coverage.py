@@ -59,7 +59,7 @@ def questions() -> list[Question]:
     for law in (*(name for name in RADIAL if name != "gaussian"), "lowrank"):
         estimators = ("weight",) if law == "lowrank" else ("weight", "autodiff")
         result += [Question("relu unit", "nonlocal", each, "iid", law) for each in estimators]
-    # More draws where tails are heavy, and so many that block means are formed instead of a metric.
+    # More draws for heavy tails, enough that block means are formed instead of a metric.
     result += [Question("relu unit", "nonlocal", "weight", "iid", law, draws=2048) for law in ("fractional", "lowrank")]
     result.append(Question("sign unit", "nonlocal", "weight", "iid", draws=8192))
     for design in DESIGNS:

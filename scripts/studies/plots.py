@@ -25,7 +25,7 @@ _MARKERS = {"iid": "o", "antithetic": "^"}
 
 
 def error_plot(answer: Answer, path: Path) -> None:
-    """All methods of a network: measured points, the fitted law through them, broken where it is extrapolated."""
+    """All methods of a network: measured points and the fitted law through them, dashed beyond the points."""
     with matplotlib.rc_context({"svg.hashsalt": "nntk", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure = Figure(figsize=(7.0, 4.4), layout="constrained")
         axes = figure.add_subplot()

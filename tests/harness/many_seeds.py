@@ -69,7 +69,7 @@ class Problem:
         return unit_module(self.unit, torch.from_numpy(self.theta))
 
     def exact(self) -> Array:
-        """The closed form, or the quadrature where the law matters."""
+        """The closed form, or the quadrature if the law matters."""
         if self.distribution != "gaussian" and self.unit in ("sign", "relu"):
             law = radial.radius_law(self.distribution, self.gamma, self.num_parameters)
             if self.kind == "averaged":

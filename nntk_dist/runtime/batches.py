@@ -1,4 +1,4 @@
-"""Rows in padded batches: so the rounding of a row's result depends on its place in its batch and on nothing else.
+"""Rows in padded batches, so that the rounding of a row's result depends only on its place in its batch.
 
 Axes: n examples.
 """
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 def in_batches(x: Tensor, batch: int | None) -> Iterator[tuple[Tensor, slice]]:
-    """Batches of exactly `batch` rows and which rows of x they are: the last is padded with its last row.
+    """Yield batches of exactly `batch` rows, and which rows of x they are; copies of the last row pad the last batch.
 
-    So the rounding of a row's result depends on its place in its batch and on nothing else. None takes all rows at
-    once.
+    Args:
+        x: rows.
+        batch: rows of a batch; None for all at once.
     """
     batch = batch or len(x)
     for start in range(0, len(x), batch):
@@ -24,6 +25,12 @@ def in_batches(x: Tensor, batch: int | None) -> Iterator[tuple[Tensor, slice]]:
 
 
 def by_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch: int | None) -> Tensor:
-    """A function's values, a row for each example, of any number of examples."""
+    """Return a function's values, a row for each example, computed batch by batch.
+
+    Args:
+        function: from a batch to a row for each of its examples.
+        x: the examples.
+        batch: examples of a batch; None for all at once.
+    """
     parts = [function(rows)[: own.stop - own.start] for rows, own in in_batches(x, batch)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]

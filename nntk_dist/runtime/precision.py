@@ -1,8 +1,8 @@
-"""The precision of float32: models are evaluated and differentiated in it as it is, tiles may be multiplied coarser.
+"""The precision of float32: full for evaluating and differentiating models, as chosen for the products of tiles.
 
-On recent GPUs torch lets convolutions round their factors to TF32, 10 bits, unless told otherwise. Differences
-f(θ+z) − f(θ) at small γ are smaller than that. Torch keeps such settings twice, as switches and as `fp32_precision` of
-every backend: what is set here is set in both, for the whole process, and what was there before comes back.
+On recent GPUs torch rounds the factors of convolutions to TF32, 10 bits, by default. Differences f(θ+z) − f(θ) at small
+γ are smaller than that. Torch keeps such settings twice, as switches and as `fp32_precision` of each backend. The
+context managers here set both, for the whole process, and restore them.
 
 Axes: none.
 """
@@ -18,7 +18,7 @@ FULL = "highest"
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Nothing coarser than float32 meanwhile, and of cuDNN's algorithms those that give the same bits again."""
+    """Compute in full float32 inside the context, with those algorithms of cuDNN that give the same bits again."""
     with _put_back():
         torch.set_float32_matmul_precision(FULL)
         torch.backends.cudnn.allow_tf32 = False
@@ -30,7 +30,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def multiplying(precision: str) -> Iterator[None]:
-    """Float32 products at a precision of `torch.set_float32_matmul_precision` meanwhile."""
+    """Multiply float32 matrices inside the context at a precision of `torch.set_float32_matmul_precision`."""
     with _put_back():
         torch.set_float32_matmul_precision(precision)
         yield
@@ -43,7 +43,7 @@ def _backends() -> list[Any]:
 
 @contextmanager
 def _put_back() -> Iterator[None]:
-    """All settings as they are now, when it is over."""
+    """Restore all settings at the end."""
     cudnn, backends = torch.backends.cudnn, _backends()
     multiplied, convolved = _known(torch.get_float32_matmul_precision), _known(lambda: cudnn.allow_tf32)
     deterministic, precisions = cudnn.deterministic, [backend.fp32_precision for backend in backends]
@@ -60,7 +60,7 @@ def _put_back() -> Iterator[None]:
 
 
 def _known(read: Callable[[], Any]) -> Any:
-    """A switch, or None where torch does not say, since the backends differ from it."""
+    """Return a switch, or None if torch refuses to say, because the backends differ from it."""
     try:
         return read()
     except RuntimeError:

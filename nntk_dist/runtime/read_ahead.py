@@ -1,6 +1,6 @@
-"""Reading what comes next while the present is worked on: storage and arithmetic at the same time, with little memory.
+"""Reading the next items while the present one is in use: storage and arithmetic side by side, in little memory.
 
-It knows neither stores nor kernels, and changes no order.
+It knows neither stores nor kernels, and keeps the order.
 
 Axes: none.
 """
@@ -17,11 +17,18 @@ _READERS = 2  # decoding a checksum takes a core about as long as a product with
 
 
 def read_ahead(items: Iterable[Item], read: Callable[[Item], Value]) -> Iterator[tuple[Item, Value]]:
-    """`(item, read(item))` for every item, in order; at most two further values are held.
+    """Yield `(item, read(item))` for every item, in order; at most two further values are held.
 
-    `read` is called in threads: it must not depend on the order of its calls.
+    Args:
+        items: read from one thread, as they are needed.
+        read: called in threads; it must not depend on the order of its calls.
 
-    Raises: whatever `read` raises, when its item's turn comes.
+    Raises:
+        Exception: whatever `read` raises, when its item's turn comes.
+
+    Example:
+        >>> list(read_ahead([1, 2], lambda number: number**2))
+        [(1, 1), (2, 4)]
     """
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: deque[tuple[Item, Future[Value]]] = deque()

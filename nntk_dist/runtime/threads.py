@@ -1,4 +1,4 @@
-"""How many threads torch uses in one operation, for a while.
+"""The number of threads that torch uses in one operation.
 
 Axes: none.
 """
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """So many threads meanwhile, or with None whatever is set: seconds and rounding depend on it."""
+    """Let torch use `count` threads inside the context; None changes nothing. Time and rounding depend on it."""
     if count is None:
         yield
         return

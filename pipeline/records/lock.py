@@ -1,15 +1,17 @@
-"""One driver per run directory, and a heartbeat by which others see it.
+"""One driver for each run directory, and a heartbeat that shows it to others.
 
-What this room is for: to refuse a second driver with its owner's name, and to tell `status` whether a run is alive.
-What it refuses to do: to guard single files or tiles (each shard has one writer by construction), to act on a dead
-driver's workers, to settle two drivers that start within the same second on an object store, where there is no lock to
-take: there, whoever sees the other's heartbeat refuses.
+A second driver is refused with the name of the first, and `status` knows whether a run is alive. Single files and tiles
+are not locked (each shard has one writer by construction), and a dead driver's workers are left alone.
 
 On a local disk the lock is `flock` on `.lock`, which the operating system releases however the driver ends. The
-heartbeat is a file that is rewritten every few seconds on any storage; where it decides, the clocks of the machines are
-assumed to agree to within a few seconds.
+heartbeat is a file, rewritten every few seconds on any storage. It decides on object stores, for other hosts, and on
+file systems without locks; the clocks of the machines must then agree to within a few seconds. Two drivers that start
+within the same second on an object store may not see each other.
 
-Axis legend: none.
+`filelock` takes the same lock, but it has no shared one, with which `status` looks without writing to a directory of
+somebody else, and on a file system without locks it raises or falls back on a file that a killed driver leaves behind.
+
+Axes: none.
 """
 
 import fcntl
@@ -26,7 +28,7 @@ from typing import IO
 
 import psutil
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.storage.run_storage import RunStorage
 
 LOCK_PATH = ".lock"
@@ -34,14 +36,23 @@ HEARTBEAT_PATH = "heartbeat.json"
 BEAT_SECONDS = 3.0
 FRESH_SECONDS = 30.0
 
-# `driver_alive` takes the lock for an instant to see whether it is free, so one failed attempt proves nothing.
+# `driver_alive` takes the lock for an instant, so one failed attempt proves nothing.
 _LOCK_ATTEMPTS = 5
 _LOCK_PAUSE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A driver's sign of life: its process id and host, Unix time in seconds, and tasks done of the current stage."""
+    """A driver's sign of life.
+
+    Attributes:
+        pid: the driver's process.
+        host: its machine.
+        time: Unix time in seconds.
+        stage: the stage that it works on.
+        done: finished tasks of this stage.
+        total: all tasks of this stage.
+    """
 
     pid: int
     host: str
@@ -52,7 +63,7 @@ class Heartbeat:
 
 
 def read_heartbeat(storage: RunStorage) -> Heartbeat | None:
-    """The last heartbeat of the run's driver; None where none is running or the file is not a heartbeat."""
+    """Return the last heartbeat of the run's driver; None if there is none, or the file is not a heartbeat."""
     content = storage.read_bytes(HEARTBEAT_PATH)
     try:
         return None if content is None else Heartbeat(**json.loads(content))
@@ -61,9 +72,10 @@ def read_heartbeat(storage: RunStorage) -> Heartbeat | None:
 
 
 def driver_alive(storage: RunStorage) -> bool:
-    """Whether a driver works on this run directory now.
+    """Return whether a driver works on this run directory now.
 
-    By the lock where the run directory is on this machine's disks, by the age of the heartbeat otherwise.
+    The lock says so if the run directory is on a local disk and the last driver ran on this host, otherwise the age of
+    the heartbeat.
     """
     heartbeat = read_heartbeat(storage)
     elsewhere = heartbeat is not None and heartbeat.host != socket.gethostname()
@@ -75,17 +87,25 @@ def driver_alive(storage: RunStorage) -> bool:
 
 
 class RunLock:
-    """Context manager that holds a run directory for this process and sends its heartbeat.
+    """Hold a run directory for this process, and send its heartbeat: a context manager.
 
-    Entering creates the run directory. Leaving removes the heartbeat: a heartbeat without a driver means a driver that
-    was killed.
+    Entering creates the run directory. Leaving removes the heartbeat, so that one without a driver is left only by a
+    driver that was killed.
 
     Args:
         storage: the run directory.
         beat_seconds: time between heartbeats.
 
     Raises:
-        NNTKError: on entering, where another driver holds the run directory; names its process id and host.
+        StoreError: on entering, if another driver holds the run directory (its process and host are named), or the
+            directory cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> storage = RunStorage(tempfile.mkdtemp())
+        >>> with RunLock(storage):
+        ...     driver_alive(storage)
+        True
     """
 
     def __init__(self, storage: RunStorage, beat_seconds: float = BEAT_SECONDS) -> None:
@@ -100,8 +120,8 @@ class RunLock:
         locked_here = self._take_lock()
         try:
             other = read_heartbeat(self._storage)
-            # With the lock in hand, a heartbeat of this host is of a driver that has died; one of another host may be
-            # of a driver whose lock does not reach this machine.
+            # If this process has the lock, a heartbeat of this host is of a driver that has died; one of another host
+            # may be of a driver whose lock does not reach this machine.
             decisive = other is not None and not (locked_here and other.host == self._heartbeat.host)
             if other is not None and decisive and _is_living(other):
                 raise self._refusal(other)
@@ -120,13 +140,13 @@ class RunLock:
         if self._thread is not None:
             self._thread.join()
         try:
-            with suppress(NNTKError):  # the run's own outcome matters more than a heartbeat that stays behind
+            with suppress(StoreError):  # the run's own outcome matters more than a heartbeat that stays behind
                 self._storage.delete(HEARTBEAT_PATH)
         finally:
             self._release_lock()
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """What the next heartbeat says. Costs nothing; call it for every task."""
+        """Set what the next heartbeat says; cheap enough for every task."""
         self._heartbeat = replace(self._heartbeat, stage=stage, done=done, total=total)
 
     def _take_lock(self) -> bool:
@@ -137,7 +157,7 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / LOCK_PATH).open("ab")
         except OSError as error:
-            raise NNTKError(
+            raise StoreError(
                 f"run_dir '{folder}' cannot be written ({error.strerror}); choose another run_dir"
             ) from error
         for attempt in range(_LOCK_ATTEMPTS):
@@ -147,7 +167,7 @@ class RunLock:
             except BlockingIOError:
                 if attempt + 1 < _LOCK_ATTEMPTS:
                     time.sleep(_LOCK_PAUSE_SECONDS)
-            except OSError:  # a network file system without locks: the heartbeat decides
+            except OSError:  # a file system without locks: the heartbeat decides
                 self._release_lock()
                 return False
         self._release_lock()
@@ -158,18 +178,16 @@ class RunLock:
             self._file.close()  # closing releases; the file stays, since deleting it would race with a newcomer
             self._file = None
 
-    def _refusal(self, other: Heartbeat | None) -> NNTKError:
+    def _refusal(self, other: Heartbeat | None) -> StoreError:
         who = f"process {other.pid} on {other.host}" if other else "another process"
         message = f"run_dir '{self._storage.url}' is in use by {who}; wait for it, stop it, or choose another run_dir"
         if other is not None and self._storage.local_path is None:
             message += f" (if it was killed: try again in {FRESH_SECONDS:.0f} seconds)"
-        return NNTKError(message)
+        return StoreError(message)
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self._beat_seconds):
-            with suppress(
-                NNTKError
-            ):  # a storage that fails for a moment must not end the run; the next beat tries again
+            with suppress(StoreError):  # a storage that fails for a moment must not end the run
                 self._beat()
 
     def _beat(self) -> None:
@@ -178,7 +196,7 @@ class RunLock:
 
 
 def _is_locked(path: Path) -> bool | None:
-    """Whether somebody holds the lock file; None where locks do not work here."""
+    """Return whether somebody holds the lock file; None if locks do not work here."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -192,7 +210,7 @@ def _is_locked(path: Path) -> bool | None:
 
 
 def _is_living(heartbeat: Heartbeat) -> bool:
-    """Fresh, and not of a process of this host that has ended."""
+    """Return whether it is fresh, and not of a process of this host that has ended."""
     if abs(time.time() - heartbeat.time) > FRESH_SECONDS:
         return False
     return heartbeat.host != socket.gethostname() or psutil.pid_exists(heartbeat.pid)

@@ -1,7 +1,9 @@
-"""What the C allocator of a worker does with memory that is freed: it keeps some, where glibc would hand it back.
+"""The C allocator of a worker: let it keep freed memory for the next allocation.
 
-A window of a tile with standard errors frees some 40 MiB and asks for the same again. By default glibc gives much of
-that back to the system and takes it anew, page by page: a fifth of the time of such tiles (1,024 rows, 512 draws).
+A window of a tile with standard errors frees some 40 MiB and asks for the same again. By default glibc returns much of
+that to the system and gets it back page by page, which takes a fifth of the time of such tiles (1,024 rows, 512 draws).
+Chunks of shards (4 MiB) are also made in kept memory. Larger pieces are the business of
+`nntk_dist.runtime.reused_memory`.
 
 Axes: none.
 """
@@ -10,17 +12,18 @@ import ctypes
 import os
 import platform
 
-# Of `man 3 mallopt`: where the one is set, the other no longer adapts itself.
+# See `man 3 mallopt`. Once one is set, the other no longer adapts itself.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 64 << 20  # at the end of the heap
-_MAPPED_BYTES = 32 << 20  # and more, at once, never come from the heap: the most that glibc takes
+_MAPPED_BYTES = 32 << 20  # larger blocks never come from the heap; glibc allows no higher threshold
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 64 MiB for its next allocations; whether it does.
+    """Let this process keep up to 64 MiB of freed memory for its next allocations.
 
-    Not where another C library is at work, or where the environment sets one of these thresholds itself.
+    Returns:
+        Whether it does: not with another C library than glibc, nor if the environment sets one of these thresholds.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
         return False

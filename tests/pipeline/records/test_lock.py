@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from obstore.store import LocalStore
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.records import lock as lock_module
 from pipeline.records.lock import FRESH_SECONDS, HEARTBEAT_PATH, Heartbeat, RunLock, driver_alive, read_heartbeat
 from pipeline.storage.run_storage import RunStorage
@@ -69,7 +69,7 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path, driver)
     message = (
         f"run_dir '{storage.url}' is in use by process {driver.pid} on {socket.gethostname()}; wait for it, stop it"
     )
-    with pytest.raises(NNTKError, match=message):
+    with pytest.raises(StoreError, match=message):
         RunLock(storage).__enter__()
     assert driver_alive(storage)
     wait_for(lambda: read_heartbeat(storage).stage == "gram")
@@ -131,7 +131,7 @@ def test_a_fresh_heartbeat_of_another_host_is_respected_even_with_the_lock_in_ha
     storage = RunStorage(tmp_path)
     other = leave_heartbeat(storage, host="elsewhere", pid=7)
     assert driver_alive(storage)
-    with pytest.raises(NNTKError, match="is in use by process 7 on elsewhere; wait for it"):
+    with pytest.raises(StoreError, match="is in use by process 7 on elsewhere; wait for it"):
         RunLock(storage).__enter__()
     assert read_heartbeat(storage) == other
     leave_heartbeat(storage, host="elsewhere", time=time.time() - FRESH_SECONDS - 1)
@@ -144,7 +144,9 @@ def test_a_fresh_heartbeat_of_another_host_is_respected_even_with_the_lock_in_ha
 def test_without_a_lock_a_fresh_heartbeat_refuses(remote, kind):
     leave_heartbeat(remote, **({"host": "elsewhere"} if kind == "another host" else {}))
     assert driver_alive(remote)
-    with pytest.raises(NNTKError, match=r"is in use by process \d+ on .*\(if it was killed: try again in 30 seconds\)"):
+    with pytest.raises(
+        StoreError, match=r"is in use by process \d+ on .*\(if it was killed: try again in 30 seconds\)"
+    ):
         RunLock(remote).__enter__()
 
 
@@ -157,7 +159,7 @@ def test_without_a_lock_a_dead_drivers_heartbeat_is_taken_over(remote, kind):
     assert not driver_alive(remote)
     with RunLock(remote):
         assert driver_alive(remote)
-        with pytest.raises(NNTKError, match=f"in use by process {os.getpid()}"):
+        with pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
             RunLock(remote).__enter__()
     assert not driver_alive(remote)
 
@@ -170,7 +172,7 @@ def test_where_the_file_system_has_no_locks_the_heartbeat_decides(tmp_path, monk
     storage = RunStorage(tmp_path)
     with RunLock(storage):
         assert driver_alive(storage)
-        with pytest.raises(NNTKError, match=f"in use by process {os.getpid()}"):
+        with pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
             RunLock(storage).__enter__()
     assert not driver_alive(storage)
 
@@ -181,7 +183,7 @@ def test_a_failing_storage_stops_neither_the_run_nor_the_heartbeat(tmp_path, mon
 
     def fail(*_):
         failures.append(1)
-        raise NNTKError("no network")
+        raise StoreError("no network")
 
     with RunLock(storage, beat_seconds=0.02):
         with monkeypatch.context() as patch:
@@ -193,7 +195,7 @@ def test_a_failing_storage_stops_neither_the_run_nor_the_heartbeat(tmp_path, mon
 
 
 def test_a_place_that_cannot_be_locked_is_named():
-    with pytest.raises(NNTKError, match="run_dir '/proc/nntk-run' cannot be written"):
+    with pytest.raises(StoreError, match="run_dir '/proc/nntk-run' cannot be written"):
         RunLock(RunStorage("/proc/nntk-run")).__enter__()
 
 

@@ -1,7 +1,9 @@
 """Parameter grids that are smaller than their product and still hold every pair of values."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import pytest
 
 
 def pairwise(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
@@ -13,3 +15,22 @@ def pairwise(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) 
     rows, columns, turns = list(first), list(second), list(third)
     assert len(turns) <= min(len(rows), len(columns))
     return [(a, b, turns[(i + j) % len(turns)]) for i, a in enumerate(rows) for j, b in enumerate(columns)]
+
+
+def all_but(
+    fast: Iterable[str], cases: Mapping[str, Any], mark: pytest.MarkDecorator, *, unpack: bool = False
+) -> list[Any]:
+    """Parameters of a table's rows, of which all but the named ones get a mark.
+
+    Args:
+        fast: Names of the rows that stay without it.
+        cases: Values by their names.
+        mark: The mark of the rows that are left to `scripts/test --all`.
+        unpack: Whether a value is a tuple of several parameters.
+    """
+    fast = set(fast)
+    assert fast <= set(cases)
+    return [
+        pytest.param(*(value if unpack else (value,)), id=name, marks=() if name in fast else mark)
+        for name, value in cases.items()
+    ]

@@ -23,6 +23,7 @@ from nntk_dist.products.features import block_range, concatenate_rows, feature_b
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.batches import in_batches
 from nntk_dist.spec import KernelSpec
+from tests.harness.grids import pairwise
 from tests.harness.tools import (
     KINDS,
     all_rows,
@@ -59,9 +60,10 @@ def contractions(name: str, spec: KernelSpec) -> dict[str, GradientFeatures]:
     }
 
 
-@pytest.mark.parametrize("outputs", ["trace", "full", 1])
-@pytest.mark.parametrize("kind", ["nonlocal", "averaged"])
-@pytest.mark.parametrize("name", ["relu_mlp", "deep_relu_mlp", "raw_parameters"])
+@pytest.mark.parametrize(
+    ("name", "outputs", "kind"),
+    pairwise(["relu_mlp", "deep_relu_mlp", "raw_parameters"], ["trace", "full", 1], ["nonlocal", "averaged"]),
+)
 def test_layered_mixed_dense_and_whole_contractions_are_the_definition(name, kind, outputs):
     spec = KernelSpec(kind=kind, outputs=outputs, gamma=0.6, design="antithetic", draws=16, blocks=4)
     x1, x2 = case(name).inputs(3), case(name).inputs(2, seed=7)

@@ -271,6 +271,7 @@ def test_an_error_inside_a_ray_task_is_one_line_too(tmp_path):
     assert "is damaged" in err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments_", "match"),
     [(("run", "nowhere.yaml"), "no such configuration file"), (("verify", "nowhere"), "holds no run")],

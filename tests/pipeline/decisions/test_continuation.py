@@ -103,7 +103,13 @@ def test_data_that_changed_under_the_same_name(tmp_path):
     assert snapshot(run_dir) == before
 
 
-@pytest.mark.parametrize("stage", ["features", "gram", "test", "spectrum", "regression"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "gram",
+        *(pytest.param(each, marks=pytest.mark.process) for each in ("features", "test", "spectrum", "regression")),
+    ],
+)
 def test_an_unfinished_run_goes_on_where_it_stopped(stage, good_run, tmp_path, monkeypatch):
     module = pipeline.work.stages.STAGES[stage]
     execute, calls = module.execute, []

@@ -19,6 +19,7 @@ from pipeline.decisions.continuation import stored_job
 from pipeline.decisions.solvers import choose_solver, num_columns_left_out
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
+from tests.harness.grids import all_but
 from tests.pipeline.tools import arguments, arrays, assert_same_bits, finished, ledger, nntk, run
 
 RIDGES = "regression.ridge=[0.01, 0.1, 1.0]"
@@ -43,7 +44,7 @@ def results(run_dir):
     return json.loads((run_dir / "manifest.json").read_text())["results"]
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=all_but(["weight"], {name: name for name in KERNELS}, pytest.mark.process))
 def dense_run(request, tmp_path_factory):
     """A finished run by the dense method, with what it was made of."""
     sets = (*KERNELS[request.param], RIDGES)
@@ -107,6 +108,7 @@ def test_passes_over_tiles_give_the_numbers_of_the_dense_form(dense_run, tmp_pat
     assert "by iteration in" in page
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["weight", "sketch"])
 def test_a_run_without_tiles(name, tmp_path):
     sets = (*KERNELS[name], RIDGES)
@@ -152,6 +154,7 @@ def test_a_run_without_tiles(name, tmp_path):
     np.testing.assert_allclose(features @ metric @ features.T, gram, rtol=0, atol=2e-5 * np.abs(gram).max())
 
 
+@pytest.mark.process
 def test_damaged_features_of_a_run_without_tiles_are_found_and_done_again(tmp_path):
     run_dir = finished(tmp_path / "run", *KERNELS["weight"], "compute.write_tiles=false")
     shard = next(path for path in (run_dir / "kernel.zarr/train/features/c").rglob("*") if path.is_file())
@@ -165,6 +168,7 @@ def test_damaged_features_of_a_run_without_tiles_are_found_and_done_again(tmp_pa
     assert nntk("verify", run_dir).code == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", ["spectrum", "regression"])
 @pytest.mark.parametrize(
     ("method", "place"),
@@ -203,12 +207,20 @@ def test_another_method_reruns_its_stage_alone(tmp_path):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (("compute.write_tiles=false",), "compute.write_tiles is false, and this kernel has no factor to work from"),
+        pytest.param(
+            ("compute.write_tiles=false",),
+            "compute.write_tiles is false, and this kernel has no factor to work from",
+            marks=pytest.mark.process,
+        ),
         (
             (*KERNELS["weight"], "kernel.statistic=unbiased", "compute.write_tiles=false"),
             "unless 'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true",
         ),
-        (("spectrum.method=factored",), "spectrum.method is 'factored', and this run stores no factor"),
+        pytest.param(
+            ("spectrum.method=factored",),
+            "spectrum.method is 'factored', and this run stores no factor",
+            marks=pytest.mark.process,
+        ),
         (
             (*KERNELS["weight"], "compute.write_tiles=false", "regression.method=iterative"),
             "regression.method is 'iterative', which reads tiles, and compute.write_tiles is false",
@@ -244,6 +256,7 @@ def test_auto_leaves_out_tiles_for_which_the_disk_has_no_room(tmp_path, monkeypa
     assert "the arrays take" in refused.err
 
 
+@pytest.mark.process
 def test_the_choice_of_a_method(tmp_path):
     """By rows and by the factor's width, whatever the machine."""
     job = stored_job(read_manifest(RunStorage(finished(tmp_path / "run", *KERNELS["weight"]))))

@@ -87,6 +87,7 @@ def test_the_run_has_the_draws_of_the_last_look(undisturbed):
     assert dict(own)["bound"] == pytest.approx(bounds[-1], rel=0.5)
 
 
+@pytest.mark.process
 def test_the_library_takes_the_same_draws(undisturbed):
     config = config_from_dict(manifest(undisturbed)["config"])
     dataset = build_dataset(config)
@@ -144,6 +145,7 @@ def test_a_driver_killed_behind_the_last_look(undisturbed, tmp_path):
     assert manifest(run_dir)["stages"]["pilot"]["results"]["tasks"] == len(looks(undisturbed))
 
 
+@pytest.mark.process
 def test_an_accuracy_that_is_not_reached_ends_with_3(tmp_path):
     sets = (*SETS, "kernel.max_draws=20")
     result = run(tmp_path / "run", *sets)

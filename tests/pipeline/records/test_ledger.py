@@ -257,6 +257,7 @@ def test_sums_are_those_of_the_rows_that_count(tmp_path):
     assert ledger.sums("features", "train/gram:") == {}
 
 
+@pytest.mark.process
 def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
     """A hundred thousand rows with the numbers of a real tile; what is kept is the names, as bits, and a list of files.
 

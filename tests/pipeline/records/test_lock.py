@@ -76,6 +76,7 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path, driver)
     assert (read_heartbeat(storage).done, read_heartbeat(storage).total) == (3, 10)
 
 
+@pytest.mark.process
 def test_a_killed_driver_frees_the_directory_at_once(tmp_path, driver):
     storage = RunStorage(tmp_path / "run")
     driver.send_signal(signal.SIGKILL)
@@ -111,6 +112,7 @@ def test_an_error_inside_frees_the_directory(tmp_path):
         assert driver_alive(storage)
 
 
+@pytest.mark.process
 def test_a_look_at_the_lock_does_not_turn_a_driver_away(tmp_path):
     looks = "import sys\nfrom pipeline.records.lock import driver_alive\n"
     looks += "from pipeline.storage.run_storage import RunStorage\n"

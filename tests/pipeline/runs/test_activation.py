@@ -15,6 +15,7 @@ from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.decisions.build import build_dataset, build_model, build_spec
 from pipeline.config.schema import load_config
 from tests.pipeline.runs.test_equality import assert_equal
+from tests.harness.grids import all_but
 from tests.pipeline.tools import arrays, config_file, finished, nntk, run
 
 SIGN = ("model.args={widths: [32, 32], activation: sign}", "data.train=23", "data.test=7", "kernel.draws=32")
@@ -39,7 +40,7 @@ def in_memory(run_dir, *sets):
     return tile_estimates(features, [(rows, rows)], spec.meeting, Calibration(1.0, 0.0, 1), spec.scale)
 
 
-@pytest.mark.parametrize("sets", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("sets", all_but(["sign"], MODELS, pytest.mark.process))
 def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path, monkeypatch):
     first = finished(tmp_path / "first", *sets, "compute.tile=17")
     manifest = json.loads((first / "manifest.json").read_text())
@@ -85,6 +86,7 @@ def test_examples_of_train_and_test_have_noise_of_their_own(tmp_path):
     assert abs(excess("test", pairs)) < 0.1 * own
 
 
+@pytest.mark.process
 def test_a_plan_says_how_the_parameters_are_treated(tmp_path):
     result = nntk("plan", config_file(tmp_path / "run"), "--set", f"run_dir={tmp_path / 'run'}",
                   *[part for change in SIGN for part in ("--set", change)])  # fmt: skip

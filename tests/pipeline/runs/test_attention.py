@@ -23,6 +23,7 @@ from pipeline.decisions.continuation import stored_job
 from pipeline.records.manifest import read_manifest
 from pipeline.decisions.weighting_reference import reference_batch, reference_rows
 from pipeline.storage.run_storage import RunStorage
+from tests.harness.grids import all_but
 from tests.pipeline.tools import arguments, arrays, assert_same_bits, config_file, finished, nntk, run, snapshot
 
 SMALL = (
@@ -63,8 +64,18 @@ def weighted(name: str) -> tuple[str, ...]:
     return (*SMALL, f"kernel.weighting={WEIGHTINGS[name]}")
 
 
-@pytest.mark.parametrize("means", [False, True])
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        ("parameter", False),
+        ("loss", True),
+        *(
+            pytest.param(name, means, marks=pytest.mark.process)
+            for name, means in [("parameter", True), ("output", False), ("output, own", True), ("output, own", False),
+                                ("loss", False), ("function", False), ("function", True)]
+        ),
+    ],
+)
 def test_runs_give_the_librarys_numbers(name, means, tmp_path, monkeypatch):
     sets = weighted(name)
     if means:  # block means of gradients, formed
@@ -108,6 +119,7 @@ def test_ray_gives_the_bits_of_a_serial_run(tmp_path, two_cpus):
     assert_same_bits(serial, on_ray)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["loss", "output, own"])
 def test_tiles_change_rounding_at_most(name, tmp_path):
     """A row's weights know nothing of tiles: features are the same bits."""
@@ -120,6 +132,7 @@ def test_tiles_change_rounding_at_most(name, tmp_path):
             assert wide[path].tobytes() == values.tobytes(), path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", ["features", "gram"])
 def test_a_stopped_run_goes_on_with_the_same_bits(stage, tmp_path, monkeypatch):
     whole = finished(tmp_path / "whole", *weighted("loss"), "kernel.draws=128")
@@ -185,7 +198,7 @@ def test_the_reference_batch_is_a_seeded_choice_of_training_rows(tmp_path):
     assert reference_batch(build_spec(config.kernel), dataset, torch.float32, "cpu") is None
 
 
-@pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.parametrize("name", all_but(["loss"], {name: name for name in WEIGHTINGS}, pytest.mark.process))
 def test_store_plan_and_page_name_the_weighting(name, tmp_path):
     label = name.partition(",")[0] if name != "function" else "python:weighting_scores:nearness"
     place = finished(tmp_path / "run", *weighted(name))
@@ -210,6 +223,7 @@ def test_a_run_without_weights_says_fixed(good_run):
     assert "Weighting" not in (good_run / "report" / "index.html").read_text()
 
 
+@pytest.mark.process
 def test_the_plan_counts_the_passes_over_the_reference_batch(tmp_path):
     """64 draws and θ itself; two operations a weight, example and pass; of the score parameter, w and its products."""
     counted = {}

@@ -17,6 +17,7 @@ from nntk_dist import averaged_kernel, covariance_kernel, local_kernel, nonlocal
 from nntk_dist.models.evaluation import prepare_model
 from pipeline.decisions.build import build_dataset, build_model
 from pipeline.config.schema import load_config
+from tests.harness.grids import all_but
 from tests.pipeline.tools import arrays, assert_same_bits, config_file, finished
 
 LONGEST_SUM = 65
@@ -59,7 +60,7 @@ def assert_equal(first, second, *, features=True):
         np.testing.assert_allclose(right[path], left[path], rtol=0, atol=ROUNDING * largest, err_msg=path)
 
 
-@pytest.mark.parametrize("sets", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("sets", all_but(["weight"], ESTIMATORS, pytest.mark.process))
 def test_tiles_change_rounding_at_most(sets, tmp_path):
     small = finished(tmp_path / "small", *sets, "compute.tile=17")
     for tile in (64, 512):
@@ -93,7 +94,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("sets", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("sets", all_but(["sketch"], MODELS, pytest.mark.process))
 def test_recomputed_features_give_the_stored_ones_kernel(sets, tmp_path, request):
     sets = ("data.train=31", "data.test=11", "compute.tile=16", *sets)
     stored = finished(tmp_path / "stored", *sets)
@@ -120,16 +121,17 @@ def in_memory(run_dir, function, **options):
     return function(model, train, **options), function(model, test, train, **options)
 
 
+FUNCTIONS = {
+    "autodiff": ((), nonlocal_kernel, {"gamma": 0.05, "statistic": "both"}),
+    "weight": (ESTIMATORS["weight"], nonlocal_kernel, {"gamma": 0.05, "estimator": "weight", "draws": 64}),
+    "sketch": (ESTIMATORS["sketch"], nonlocal_kernel, {"gamma": 0.05, "contraction": "sketch", "sketch": 64}),
+    "covariance": (ESTIMATORS["covariance"], covariance_kernel, {"gamma": 0.05, "draws": 64}),
+    "averaged": (("kernel.kind=averaged", "kernel.seed=3"), averaged_kernel, {"gamma": 0.05, "seed": 3}),
+}
+
+
 @pytest.mark.parametrize(
-    ("sets", "function", "options"),
-    [
-        ((), nonlocal_kernel, {"gamma": 0.05, "statistic": "both"}),
-        (ESTIMATORS["weight"], nonlocal_kernel, {"gamma": 0.05, "estimator": "weight", "draws": 64}),
-        (ESTIMATORS["sketch"], nonlocal_kernel, {"gamma": 0.05, "contraction": "sketch", "sketch": 64}),
-        (ESTIMATORS["covariance"], covariance_kernel, {"gamma": 0.05, "draws": 64}),
-        (("kernel.kind=averaged", "kernel.seed=3"), averaged_kernel, {"gamma": 0.05, "seed": 3}),
-    ],
-    ids=["autodiff", "weight", "sketch", "covariance", "averaged"],
+    ("sets", "function", "options"), all_but(["weight", "covariance"], FUNCTIONS, pytest.mark.process, unpack=True)
 )
 def test_the_pipeline_computes_the_librarys_kernels(sets, function, options, tmp_path):
     stored = arrays(finished(tmp_path / "run", *sets))

@@ -15,6 +15,7 @@ from pipeline.config.schema import config_from_dict
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
 from tests.pipeline.runs.test_equality import assert_equal
+from tests.harness.grids import all_but
 from tests.pipeline.tools import arrays, assert_same_bits, finished, ledger, nntk, run, snapshot
 
 SMALL = ("data.train=23", "data.test=7", "compute.dtype=float64", "kernel.seed=4")
@@ -36,7 +37,7 @@ def two_cpus():
     ray.shutdown()
 
 
-@pytest.mark.parametrize(("sets", "estimator"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("sets", "estimator"), all_but(["weight"], RUNS, pytest.mark.process, unpack=True))
 def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path):
     """Tiles, verification, resume."""
     first = finished(tmp_path / "first", *SMALL, *sets, "compute.tile=16")
@@ -57,7 +58,7 @@ def test_ray_gives_the_bits_of_a_serial_run(name, tmp_path, two_cpus):
     assert_same_bits(finished(tmp_path / "serial", *sets), finished(tmp_path / "ray", *sets, *workers))
 
 
-@pytest.mark.parametrize("name", ["weight", "covariance"])
+@pytest.mark.parametrize("name", ["weight", pytest.param("covariance", marks=pytest.mark.process)])
 def test_numbers_are_the_library_s_and_outputs_are_mean_outputs(name, tmp_path):
     place = tmp_path / "run"
     stored = arrays(finished(place, *SMALL, *RUNS[name][0]))
@@ -82,6 +83,7 @@ def test_numbers_are_the_library_s_and_outputs_are_mean_outputs(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(stored["train/outputs"]), mean, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.process
 def test_recomputed_features_have_the_same_noise(tmp_path, monkeypatch):
     sets = (*SMALL, DROPOUT, "kernel.draws=16", "kernel.contraction=layered")
     first = finished(tmp_path / "first", *sets)

@@ -18,6 +18,7 @@ from pipeline.config.schema import config_from_dict
 from pipeline.decisions.continuation import stored_job
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
+from tests.harness.grids import all_but
 from tests.pipeline.tools import arrays, assert_same_bits, finished, run, snapshot
 
 SMALL = ("data.train=23", "data.test=11", "compute.tile=16", "model.args={widths: [4]}", "compute.dtype=float64")
@@ -49,7 +50,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("sets", "options"), RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(("sets", "options"), all_but(["student", "lowrank"], RUNS, pytest.mark.process, unpack=True))
 def test_runs_give_the_librarys_numbers_and_keep_their_words(sets, options, tmp_path):
     place = tmp_path / "run"
     stored = arrays(finished(place, *SMALL, *sets))

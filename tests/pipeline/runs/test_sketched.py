@@ -5,11 +5,14 @@ import json
 import numpy as np
 
 import pipeline.work.stages
+import pytest
+
 from tests.pipeline.tools import arrays, assert_same_bits, finished, nntk, run
 
 SETS = ("data.train=31", "data.test=11", "compute.tile=16", "kernel.contraction=sketch", "kernel.sketch=64")
 
 
+@pytest.mark.process
 def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     whole = finished(tmp_path / "whole", *SETS)
     stored = arrays(whole)

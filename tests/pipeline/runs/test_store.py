@@ -11,6 +11,7 @@ import xarray
 import zarr
 
 from nntk_dist import open_kernel
+from tests.harness.grids import all_but
 from tests.pipeline.tools import NUM_TEST, NUM_TRAIN, arrays, finished, nntk
 
 OUTPUTS = 10
@@ -84,7 +85,7 @@ FACTORED = {
 }
 
 
-@pytest.mark.parametrize("sets", FACTORED.values(), ids=FACTORED)
+@pytest.mark.parametrize("sets", all_but(["trace", "covariance"], FACTORED, pytest.mark.process))
 def test_the_factor_is_the_kernel(sets, tmp_path):
     kernel = open_kernel(finished(tmp_path / "run", *FEW, *sets))
     features, metric = kernel.factor()
@@ -109,7 +110,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(("sets", "suffixes", "width"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("sets", "suffixes", "width"), all_but(["covariance", "local full"], FORMS, pytest.mark.process, unpack=True))
 def test_every_form_of_kernel(sets, suffixes, width, tmp_path):
     run_dir = finished(tmp_path / "run", *FEW, *sets)
     stored, (n, m) = arrays(run_dir), (23 * width, 7 * width)
@@ -126,6 +127,7 @@ def test_every_form_of_kernel(sets, suffixes, width, tmp_path):
     assert nntk("verify", run_dir, "--recompute", 20).code == 0
 
 
+@pytest.mark.process
 def test_a_full_kernel_sums_to_the_trace(tmp_path):
     full = arrays(finished(tmp_path / "full", *FEW, "kernel.outputs=full"))
     trace = arrays(finished(tmp_path / "trace", *FEW))
@@ -149,6 +151,7 @@ def test_raw_and_localised_kernels_differ_by_the_square_of_the_parameters(tmp_pa
         np.testing.assert_allclose(raw[path] * float(parameters) ** 2, localised[path], rtol=4 * EPS)
 
 
+@pytest.mark.process
 def test_regression_with_jumps(tmp_path):
     sets = (
         "data.source=synthetic:sign",
@@ -170,7 +173,13 @@ def test_regression_with_jumps(tmp_path):
 
 @pytest.mark.parametrize(
     ("train", "test", "tile", "batch"),
-    [(1, 1, 64, "auto"), (2, 1, 1, 1), (5, 2, 512, 512), (13, 3, 1, 7), (11, 5, 4, 3)],
+    [
+        (1, 1, 64, "auto"),
+        pytest.param(2, 1, 1, 1, marks=pytest.mark.process),
+        pytest.param(5, 2, 512, 512, marks=pytest.mark.process),
+        pytest.param(13, 3, 1, 7, marks=pytest.mark.process),
+        (11, 5, 4, 3),
+    ],
 )
 def test_awkward_sizes(train, test, tile, batch, tmp_path):
     sets = (f"data.train={train}", f"data.test={test}", f"compute.tile={tile}", f"compute.batch={batch}")

@@ -102,7 +102,7 @@ class GradientFeatures(GradientProducts):
             yield one_by_one()
 
     def _noise_of(self, draw: int) -> AbstractContextManager[None]:
-        """Fix the noise of a random model to that of a draw."""
+        """Fix the noise of a random model to the noise of one draw."""
         if self.drawing is None or not self.evaluator.is_random:
             return nullcontext()
         return fixed_noise(self.evaluator.model, self.drawing.seed, draw // self.drawing.group_size)

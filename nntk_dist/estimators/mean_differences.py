@@ -127,7 +127,7 @@ class DifferenceMeans(DrawnFeatures):
 
 
 def _resolved(rows: Float[Tensor, "n1 r c"], columns: Float[Tensor, "n2 r c"], meeting: Meeting) -> Tensor:
-    """Return the entries of which one example's output changed in one block and the other's in another.
+    """Return which entries have two examples whose outputs changed in two different blocks.
 
     In all other entries products of different blocks are 0, and their sums, made of products that cancel, are rounding.
     """

@@ -1,11 +1,11 @@
 """One draw of the estimator `activation` on a batch: noise, forward passes with it, and what they leave behind.
 
 Under a draw σ = (γ/√2)·U^{1/P}, one U for all layers. Pre-activations of the plan's noisy layers are shifted by σ times
-their part of a standard normal matrix (`nntk_dist.layers.noise`), every example's own: a function of (seed, draw,
-example id, layer, unit). Parameters in weight space move by σ n, the normals n of the drawing, the same for all
-examples. Antithetic draws change the sign of both. Where the drawing has a scale d for each tensor (z = D u), H̃ D takes
-the place of H̃ in the noise, q stands for q D⁻¹, weights move by σ D n, and n stands for D⁻¹ n. Nothing is averaged or
-multiplied here.
+their part of a standard normal matrix (`nntk_dist.layers.noise`). Each example has its own noise: a function of (seed,
+draw, example id, layer, unit). Parameters in weight space move by σ n, n the normals of the drawing, the same for all
+examples. Antithetic draws change the sign of both. If the drawing has a scale d for each tensor (z = D u), H̃ D replaces
+H̃ in the noise, q stands for q D⁻¹, weights move by σ D n, and n stands for D⁻¹ n. Nothing is averaged or multiplied
+here.
 
 Axes: n examples, s draws, c outputs, k basis vectors, i inputs and u units of a layer, p parameters in weight space.
 """
@@ -28,14 +28,23 @@ from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
 
 MOST_GROUPS = 1 << 16  # the counter of an example's noise has 16 bits for the draw
-# Many draws of a small batch share a forward pass, up to this many numbers of inputs and noise.
+# Draws of a small batch share a forward pass, up to this many numbers of inputs and noise.
 _STACK_ELEMENTS = 1 << 21
 _SLICE_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class NoisyPass:
-    """What one forward pass under some draws leaves behind; `weights` are the n of weight space."""
+    """What one forward pass under some draws leaves behind.
+
+    Attributes:
+        outputs: f(noisy).
+        directions: q of every noisy layer.
+        noise: η of every noisy layer.
+        readout: h̃ of the readout; None without one.
+        sigma: σ of the draws.
+        weights: n of the parameters in weight space; None without any.
+    """
 
     outputs: Float[Tensor, "s n c"]
     directions: Mapping[str, Float[Tensor, "n s k i"]]
@@ -46,7 +55,7 @@ class NoisyPass:
 
 
 def joined(passes: Sequence[NoisyPass]) -> NoisyPass:
-    """Passes one after the other, as if they had been one."""
+    """Join passes into one."""
 
     def by_layer(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return {path: torch.cat([part[path] for part in parts], dim=1) for path in parts[0]}
@@ -67,7 +76,13 @@ def joined(passes: Sequence[NoisyPass]) -> NoisyPass:
 
 @dataclass(frozen=True)
 class NoisyDraws:
-    """The draws of a plan for a prepared model."""
+    """The draws of a plan for a prepared model.
+
+    Attributes:
+        evaluator: Calls the model with given parameters.
+        plan: Which layers have noise, and which parameters move in weight space.
+        drawing: The draws.
+    """
 
     evaluator: Evaluator
     plan: NoisePlan
@@ -78,8 +93,10 @@ class NoisyDraws:
         return next(self.evaluator.model.parameters()).dtype
 
     def stacks(self, block: range, x: Tensor) -> Iterator[range]:
-        """Draws to evaluate together: as many as fit in memory, the same number in every chunk of draws; one group of
-        a model with noise, which its draws share.
+        """Yield the draws to evaluate together.
+
+        They are as many as fit, the same number in every chunk of draws; for a random model they are one group, whose
+        draws share its noise.
         """
         if self.evaluator.is_random:
             yield from (members for _, members in self.drawing.by_group(block))
@@ -91,7 +108,7 @@ class NoisyDraws:
             yield range(start, start + step)
 
     def evaluate(self, x: Tensor, ids: Tensor, draws: range) -> NoisyPass:
-        """All examples under some draws: in one forward pass, or one a draw where weights move."""
+        """Evaluate all examples under some draws: in one forward pass, or one for each draw if weights move."""
         sigma, noise = self._sigma(draws, x.device), self._noise(ids, draws)
         if not self.plan.weight_space:
             return self._forward(x, noise, sigma, None)
@@ -111,7 +128,7 @@ class NoisyDraws:
         sigma: Float[Tensor, " s"],
         parameters: Mapping[str, Tensor] | None,
     ) -> NoisyPass:
-        """One forward pass, draw by draw along the rows of its batch."""
+        """Run one forward pass, draw by draw along the rows of its batch."""
         model, count = self.evaluator.model, len(sigma)
         directions: dict[str, Tensor] = {}
         readout: list[Tensor] = []
@@ -135,21 +152,21 @@ class NoisyDraws:
         if self.plan.readout is not None:
             site, last = self.plan.readout.site, model.get_submodule(self.plan.readout.module)
 
-            def look(h: Tensor, out: Tensor) -> None:
+            def keep(h: Tensor, out: Tensor) -> None:
                 readout.append(by_example(layer_vectors(last, site, h)[:, 0]))
 
-            shifts[site.module] = look
+            shifts[site.module] = keep
         values = shifted_outputs(model, x.repeat(count, *[1] * (x.ndim - 1)), parameters or {}, shifts)
         outputs = values.unflatten(0, (count, len(x)))
         return NoisyPass(outputs, directions, noise, readout[0] if readout else None, sigma, None)
 
     def _sigma(self, draws: range, device: torch.device) -> Float[Tensor, " s"]:
-        """(γ/√2)·U^{1/P}."""
+        """Return (γ/√2)·U^{1/P}."""
         scale = self.drawing.distribution.gamma / math.sqrt(2.0)
         return (scale * self.drawing.shrinkage(draws, device=device)).to(self._dtype)
 
     def _noise(self, ids: Tensor, draws: range) -> dict[str, Float[Tensor, "n s k u"]]:
-        """η of every noisy layer: a function of seed, draw, example id, layer and unit."""
+        """Return η of every noisy layer, a function of seed, draw, example id, layer and unit."""
         number = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=ids.device).repeat(len(ids))
         group, member = number // self.drawing.group_size, number % self.drawing.group_size
         counts = [each.num_noise for each in self.plan.noisy]
@@ -161,7 +178,7 @@ class NoisyDraws:
 
     @property
     def _intervals(self) -> list[tuple[int, int]]:
-        """Where the parameters in weight space lie in the long vector; neighbours are one interval."""
+        """Where the parameters in weight space lie in the vector of all parameters; neighbours are one interval."""
         space = self.evaluator.space
         merged: list[tuple[int, int]] = []
         for name, size, stop in zip(space.names, space.sizes, accumulate(space.sizes), strict=True):
@@ -172,26 +189,26 @@ class NoisyDraws:
 
     @property
     def num_weight_space(self) -> int:
-        """How many parameters move in weight space."""
+        """The number of parameters that move in weight space."""
         return sum(stop - start for start, stop in self._intervals)
 
     def _scale_of(self, name: str) -> float:
         return self.drawing.scales[self.evaluator.space.names.index(name)] if self.drawing.scales else 1.0
 
     def _layer_scale(self, each: NoiseSite, device: torch.device) -> Float[Tensor, " i"]:
-        """D of a layer's weight, for every input, and of its bias."""
+        """Return D of a layer's weight, for every input, and of its bias."""
         widths = {"weight": each.width - ("bias" in each.site.attributes), "bias": 1}
         values = [self._scale_of(name) for attribute, name in each.site.parameters for _ in range(widths[attribute])]
         return torch.tensor(values, dtype=self._dtype, device=device)
 
     def _weight_scale(self, device: torch.device) -> Float[Tensor, " p"]:
-        """D of the parameters in weight space."""
+        """Return D of the parameters in weight space."""
         sizes = dict(zip(self.evaluator.space.names, self.evaluator.space.sizes, strict=True))
         parts = [torch.full((sizes[name],), self._scale_of(name), dtype=self._dtype) for name in self.plan.weight_space]
         return torch.cat([torch.empty(0, dtype=self._dtype), *parts]).to(device)
 
     def _weight_moves(self, draws: range, device: torch.device) -> Float[Tensor, "s p"]:
-        """D n of the parameters in weight space."""
+        """Return D n of the parameters in weight space."""
         parts = [
             self.drawing.perturbations(draws, start, stop, dtype=self._dtype, device=device)
             for start, stop in self._intervals
@@ -199,7 +216,7 @@ class NoisyDraws:
         return torch.cat(parts, dim=1) * (math.sqrt(2.0) / self.drawing.distribution.gamma)
 
     def _moved(self, move: Float[Tensor, " p"]) -> dict[str, Tensor]:
-        """θ + σ D n of the parameters in weight space."""
+        """Return θ + σ D n of the parameters in weight space."""
         base = self.evaluator.space.values(self.evaluator.model)
         parts = move.split([base[name].numel() for name in self.plan.weight_space])
         named = zip(self.plan.weight_space, parts, strict=True)
@@ -207,7 +224,7 @@ class NoisyDraws:
 
     @cached_property
     def weight_metric(self) -> Float64[Tensor, "s s"]:
-        """⟨n_s, n_t⟩ over the square of the draws of a block; 2·S² operations a parameter in weight space."""
+        """⟨n_s, n_t⟩ over the square of a block's draws; 2·S² operations for each parameter in weight space."""
         device, draws = next(self.evaluator.model.parameters()).device, range(self.drawing.num_draws)
         scales = self._weight_scale(device).double()
         position = 0

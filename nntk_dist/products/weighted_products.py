@@ -30,7 +30,7 @@ _STRIPE_NUMBERS = 1 << 20  # of one thread
 
 @dataclass(frozen=True)
 class Inputs:
-    """Features that all outputs share; their product multiplies that of a `WeightedProduct`."""
+    """Features that all outputs share; their product multiplies a `WeightedProduct` entry by entry."""
 
     left: Float[Tensor, "n1 i"]
     right: Float[Tensor, "n2 i"]

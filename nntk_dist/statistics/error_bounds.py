@@ -1,10 +1,10 @@
-"""How far an estimate may lie from the truth as a whole: bounds of ‖U − Θ‖ from few independent samples.
+"""Bounds of the total error ‖U − Θ‖ of an estimate, from few independent samples.
 
-A squared error Σ_e (U_e − Θ_e)² whose entries have covariance Σ is spread like tr Σ · χ²_ν/ν, with as many degrees of
-freedom ν = (tr Σ)²/tr Σ² as entries err independently: one, where all of them err together, as they do under few draws
-of a smooth network. Its mean is known from n independent samples (blocks, or groups of sketch columns) with ν(n − 1)
-degrees; so the error made, over the error estimated, follows Fisher's F(ν, ν(n − 1)): Student's t squared where ν = 1.
-Nothing is estimated here but spreads.
+Let the errors U_e − Θ_e of the entries have covariance Σ. Then Σ_e (U_e − Θ_e)² is distributed about like
+tr Σ · χ²_ν/ν with ν = (tr Σ)²/tr Σ² degrees of freedom: the number of entries that err independently, 1 if all err
+together, as they do under few draws of a smooth network. Its mean is estimated from n independent samples (blocks, or
+groups of sketch columns) with ν(n − 1) degrees. So the squared error over its estimate follows Fisher's F(ν, ν(n − 1));
+for ν = 1 this is Student's t squared. Only spreads are estimated here.
 
 Axes: n independent samples, leading; the rest is entries.
 """
@@ -19,7 +19,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """One independent cause of error: tr Σ, its degrees of freedom ν, and the samples that it was estimated from."""
+    """One independent cause of error.
+
+    Attributes:
+        total: tr Σ.
+        degrees: ν.
+        num_samples: The number of samples that it was estimated from.
+    """
 
     total: float
     degrees: float
@@ -27,9 +33,13 @@ class NoiseSource:
 
 
 def noise_source(total: float, influences: Float64[Tensor, "n *entries"]) -> NoiseSource:
-    """A cause of error of which `influences` are independent samples, each up to one factor for all of them.
+    """Estimate ν of a cause of error from the Gram matrix of its samples.
 
-    ν from the samples' Gram matrix, with (tr Σ)² and tr Σ² estimated without bias under normal noise; at least 1.
+    (tr Σ)² and tr Σ² are estimated without bias under normal noise; ν is at least 1.
+
+    Args:
+        total: tr Σ.
+        influences: Independent samples of the error, up to one common factor.
     """
     deviations = (influences - influences.mean(0)).flatten(1)
     gram = deviations @ deviations.T
@@ -46,9 +56,9 @@ def noise_source(total: float, influences: Float64[Tensor, "n *entries"]) -> Noi
 
 
 def bound_factor(sources: Sequence[NoiseSource], confidence: float = 0.95) -> float:
-    """What the estimated root mean square error is multiplied by to bound the error made, by `confidence`.
+    """Return the factor from the estimated root mean square error to a bound of the error, by `confidence`.
 
-    Independent causes are joined as Satterthwaite does: 1/ν = Σ (total_i/total)²/ν_i.
+    Independent causes are combined by Satterthwaite's formula: 1/ν = Σ (total_i/total)²/ν_i.
     """
     total = sum(source.total for source in sources)
     if total <= 0:

@@ -1,12 +1,13 @@
 """From block sums to a kernel with error bars: plugin, unbiased, and calibrated standard errors.
 
-`plugin` = Σ_{rr'} H_rr'/R² is PSD and inflated by noise; `unbiased` U = Σ_{r≠r'} h_rr'/(R(R−1)) is right on average
-and not PSD. The jackknife variance J of U is too wide by up to 2(R−1)/(R−2), the unbiased variance estimate V noisy
-and possibly negative; so the standard error takes J's shape at V's level, measured on a fixed sample of entries.
+`plugin` = Σ_{rr'} H_rr'/R² is positive semidefinite and inflated by noise. `unbiased` U = Σ_{r≠r'} h_rr'/(R(R−1)) is
+right on average and not positive semidefinite. The jackknife variance J of U is too wide by up to 2(R−1)/(R−2); the
+unbiased variance estimate V is noisy and may be negative. So the standard error takes J's shape at V's level, measured
+on a fixed sample of entries.
 
-Where features are sketched, the jackknife holds for the sketch at hand; the scatter of U between the Q groups of sketch
-columns, each with all draws, tells what another sketch would change. The sum of both counts twice what draws and sketch
-do to each other: too wide by at most √2, and by a few percent unless noise is as large as the kernel.
+If features are sketched, the jackknife holds for the sketch at hand. The scatter of U between the Q groups of sketch
+columns, each with all draws, shows what another sketch would change. The sum of both counts the interaction of draws
+and sketch twice: it is too wide by at most √2, and by a few percent unless noise is as large as the kernel.
 
 Axes: r/R blocks, leading; q/Q groups of sketch columns; the rest is a tile of any shape.
 """
@@ -25,18 +26,23 @@ from nntk_dist.sampling.streams import COLUMN_SAMPLE, ROW_SAMPLE, Stream
 from nntk_dist.statistics.error_bounds import bound_factor, noise_source
 
 SAMPLE_ENTRIES = 4096
-PILOT_ENTRIES = 1024  # of the same sample: a pilot has more blocks, whose products are of all pairs
+PILOT_ENTRIES = 1024  # of a pilot, which has more blocks, and so more products of pairs
 STATISTICS = ("plugin", "unbiased", "both")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a sample of entries says of the whole kernel's error.
+    """The error of a whole kernel, estimated from a sample of entries.
 
-    `level` multiplies the jackknife variance; `relative_error` = √(ΣV/Σ(U²−V)), infinite where noise is all there is;
-    `bound` is what the error made stays below in 95 % of all cases; `bias` is ‖plugin − unbiased‖ / ‖unbiased‖ over the
-    sample, 0 where blocks are not paired. Of ΣV, `sketch_share` comes from the sketch, and of
-    the rest `pair_share` from pairs of draws, which falls like 1/S²; what single draws do falls like 1/S.
+    Attributes:
+        level: Multiplies the jackknife variance.
+        relative_error: √(ΣV/Σ(U²−V)); infinite if there is only noise.
+        num_entries: Entries of the sample.
+        bound: A bound on the relative error that holds in 95 % of all cases.
+        pair_share: The share of pairs of draws, which falls like 1/S², in what ΣV has from draws; the rest falls like
+            1/S.
+        sketch_share: The share of the sketch in ΣV.
+        bias: ‖plugin − unbiased‖ / ‖unbiased‖ over the sample; 0 if blocks are not paired.
     """
 
     level: float
@@ -50,7 +56,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Estimates:
-    """One tile: the mean over all blocks (plugin, or the kernel itself), U and its standard error, where they exist."""
+    """The statistics of one tile, as far as they exist.
+
+    Attributes:
+        plugin: The mean over all pairs of blocks, or the kernel itself if blocks are not paired.
+        unbiased: U.
+        stderr: The standard error of U, or of the kernel itself.
+    """
 
     plugin: Float64[Tensor, "*tile"]
     unbiased: Float64[Tensor, "*tile"] | None
@@ -58,16 +70,16 @@ class Estimates:
 
 
 def jackknife_variance(by_block: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
-    """Delete-one-block variance of U from T_r: 4 Σ(T_r − T̄)² / (R(R−1)(R−2)²)."""
+    """Return the delete-one-block variance of U from T_r: 4 Σ(T_r − T̄)² / (R(R−1)(R−2)²)."""
     blocks = len(by_block)
     return _squared_deviations(by_block).mul_(4.0 / (blocks * (blocks - 1) * (blocks - 2) ** 2))
 
 
 def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "*tile"]:
-    """Σ_r (v_r − v̄)², from differences to the first: 0 exactly where all are the same.
+    """Return Σ_r (v_r − v̄)², from differences to the first value: exactly 0 if all values are the same.
 
-    One block at a time, which is many times faster than `var` over the leading axis, whose steps are a tile long, and
-    on two threads faster than all differences at once.
+    It takes one block at a time. This is many times faster than `var` over the leading axis, whose strides are a tile
+    long, and on two threads faster than all differences at once.
     """
     total = torch.zeros_like(values[0])
     squares, difference = torch.zeros_like(total), torch.empty_like(total)
@@ -79,7 +91,10 @@ def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "
 
 
 def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, V, T_r): V = U² − (T² − 4ΣT_r² + 2A)/(R(R−1)(R−2)(R−3)), the bracket being all pairs that share no block."""
+    """Return (U, V, T_r): V = U² − (T² − 4ΣT_r² + 2A)/(R(R−1)(R−2)(R−3)).
+
+    The bracket sums the products of all pairs of pairs that have no block in common.
+    """
     blocks = len(products)
     symmetric = 0.5 * (products + products.transpose(0, 1))
     off_diagonal = ~torch.eye(blocks, dtype=torch.bool, device=products.device)
@@ -93,7 +108,12 @@ def unbiased_variance(products: Float64[Tensor, "r r *tile"]) -> tuple[Tensor, T
 
 
 def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Float64[Tensor, "*tile"]:
-    """Variance of U over sketches, from what each of Q independent groups adds to Σ_{r≠r'} h_rr': Q·Var_q/(R(R−1))²."""
+    """Return the variance of U over sketches, Q·Var_q/(R(R−1))².
+
+    Args:
+        by_group: What each of Q independent groups of sketch columns adds to Σ_{r≠r'} h_rr'.
+        num_blocks: R.
+    """
     groups = len(by_group)
     return _squared_deviations(by_group).mul_(groups / (groups - 1) / (num_blocks * (num_blocks - 1)) ** 2)
 
@@ -101,11 +121,14 @@ def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Fl
 def calibrate(
     products: Float64[Tensor, "r ..."], *, pair_blocks: bool, by_group: Float64[Tensor, "q *sample"] | None = None
 ) -> Calibration:
-    """Calibration from all block products of a sample of entries: (R, R, *sample), or (R, *sample) where blocks stand
-    alone; and, of sketched features, from what each group of columns adds to their sum over different blocks.
+    """Calibrate from all block products of a sample of entries.
 
-    level = clip(mean V / mean J, (R−2)/(2(R−1)), 1); for means of independent blocks the variance is unbiased,
-    level 1.
+    level = clip(mean V / mean J, (R−2)/(2(R−1)), 1). The variance of means of independent blocks is unbiased: level 1.
+
+    Args:
+        products: (R, R, *sample), or (R, *sample) if blocks are not paired.
+        pair_blocks: Whether blocks are paired.
+        by_group: Of sketched features, what each group of columns adds to the sum over different blocks.
     """
     blocks, sketch, bias = len(products), 0.0, 0.0
     if pair_blocks:
@@ -141,12 +164,12 @@ def calibrate(
 
 
 def _ratio(error: float, signal: float) -> float:
-    """Error over signal: infinite where there is none, 0 where there is no error either."""
+    """Return error over signal: infinite without a signal, 0 without either."""
     return error / signal if signal > 0 else math.inf if error > 0 else 0.0
 
 
 def shares_of_sums(num_blocks: int, *, pair_blocks: bool) -> dict[str, dict[Sum, float]]:
-    """How often each sum is in the statistics that are linear in them."""
+    """Return the share of each sum in the statistics that are linear in the sums."""
     if not pair_blocks:
         return {"plugin": {WITHIN: 1.0 / num_blocks}}
     plugin = dict.fromkeys((WITHIN, BETWEEN), 1.0 / num_blocks**2)
@@ -155,7 +178,7 @@ def shares_of_sums(num_blocks: int, *, pair_blocks: bool) -> dict[str, dict[Sum,
 
 
 def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
-    """The statistics of a tile; without a calibration, or without the sums by block, no standard error."""
+    """Return the statistics of a tile; the standard error needs a calibration and sums by block."""
     blocks, by_block, stderr = sums.num_blocks, sums.by_block, None
     shares = shares_of_sums(blocks, pair_blocks=sums.between is not None)
     if by_block is not None and calibration is not None:
@@ -172,15 +195,14 @@ def estimate(sums: BlockSums, calibration: Calibration | None) -> Estimates:
 
 
 def sample_limit(width: int, entries: int = SAMPLE_ENTRIES) -> int:
-    """How many pairs of examples the calibration samples, of `width` × `width` entries each: 4,096 entries in all."""
+    """Return how many pairs of examples the calibration samples if each has `width` × `width` entries."""
     return max(1, entries // width**2)
 
 
 def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = SAMPLE_ENTRIES) -> tuple[Tensor, Tensor]:
-    """Row and column numbers whose crossing is the calibration sample: everything where that is at most `limit`
-    entries.
+    """Return the rows and columns whose crossing is the calibration sample: all of them, or about `limit` entries.
 
-    A pure function of the seed and the kernel's size, never of its tiling.
+    The sample is a pure function of the seed and the kernel's size, never of its tiling.
     """
     rows = min(num_rows, max(math.isqrt(limit), limit // num_columns))
     columns = min(num_columns, limit // rows)
@@ -198,5 +220,5 @@ def t_quantile(confidence: float, num_blocks: int) -> float:
 
 
 def relative_distance(first: Tensor, second: Tensor) -> float:
-    """‖first − second‖ / ‖second‖ in the Frobenius norm."""
+    """Return ‖first − second‖ / ‖second‖ in the Frobenius norm."""
     return float(torch.linalg.vector_norm(first - second) / torch.linalg.vector_norm(second))

@@ -3,11 +3,12 @@
 A tile is computed in windows of rows and columns that stay in a core's cache, with sums in float64; only results are as
 large as the tile. The caller decides where rows come from and where tiles go.
 
-Axes: n1, n2 rows and columns; shapes of a tile are those of `nntk_dist.products.block_sums.Meeting`.
+Axes: n1, n2 rows and columns; `nntk_dist.products.block_sums.Meeting` defines the shape of a tile.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -98,17 +99,10 @@ def tile_estimates(
     wanted, symmetric = Wanted(stderr=calibration is not None), False
     totals: dict[int, tuple[Window, BlockSums]] = {}
     result: dict[str, Tensor] = {}
-
-    def place_(entries: Entries, sums: BlockSums) -> None:
-        for name, value in _estimates(features, sums, calibration, scale).items():
-            if name not in result:
-                result[name] = empty(shape, dtype=dtype, device=value.device)
-            result[name][entries] = value
-
     for part in parts:
-        symmetric = part[0] is part[1] and not meeting.paired
-        shape = _shape(features, part, meeting)
         same = part[0] is part[1]
+        symmetric = same and not meeting.paired
+        place_ = partial(_place_, result, partial(empty, _shape(features, part, meeting), dtype=dtype))
         others = features.prepare(part[1], wanted.on(Side.BOTH if same else Side.COLUMNS))
         rows = others if same else features.prepare(part[0], wanted.on(Side.ROWS))
         products = None if meeting.paired or len(parts) > 1 else features.weighted_products(rows, others, wanted)
@@ -117,19 +111,29 @@ def tile_estimates(
         elif products is None:
             for index, (window, sums) in enumerate(_sums_by_window(features, rows, others, meeting, wanted)):
                 if len(parts) == 1:
-                    place_(window.entries, sums)
+                    place_(window.entries, _estimates(features, sums, calibration, scale))
                 else:
                     totals[index] = window, totals[index][1].add_(sums) if index in totals else sums
         else:
             for entries, sums in _sums_of_products(features, products, meeting, wanted, symmetric=symmetric):
-                place_(entries, sums)
+                place_(entries, _estimates(features, sums, calibration, scale))
         del part, rows, others, products  # before the features of the next part are made
     for window, total in totals.values():
-        place_(window.entries, total)
+        place_(window.entries, _estimates(features, total, calibration, scale))
     if symmetric:
         for values in result.values():
             mirror_(values)
     return result
+
+
+def _place_(
+    result: dict[str, Tensor], empty: Callable[..., Tensor], entries: Entries, values: Mapping[str, Tensor]
+) -> None:
+    """Copy values to their place in the results, which are allocated when the first value comes."""
+    for name, value in values.items():
+        if name not in result:
+            result[name] = empty(device=value.device)
+        result[name][entries] = value
 
 
 def _sums_by_window(
@@ -196,7 +200,7 @@ def _shape(features: FeatureMap, part: tuple[Rows, Rows], meeting: Meeting) -> t
 def _windows(
     counts: Sequence[int], edges: tuple[int, int], width: int, *, paired: bool = False, symmetric: bool = False
 ) -> Iterator[Window]:
-    """Yield windows of at most `edges` kernel rows and columns; of a symmetric tile those of its upper triangle."""
+    """Yield windows of at most `edges` kernel rows and columns; of a symmetric tile only its upper triangle."""
     height, length = (max(1, edge // width) for edge in edges)
     for top in range(0, counts[0], height):
         rows = slice(top, min(top + height, counts[0]))

@@ -131,7 +131,7 @@ def feature_costs(job: Job, features: FeatureMap) -> FeatureCosts:
 def row_operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.Module, x: Tensor) -> float:
     """Return the operations of one row's features under all draws.
 
-    They are those of the forward passes, or counted on one example and one block if features take more than passes.
+    They follow from the forward passes, or are counted on one example and one block if features take more than passes.
     """
     if costs.passes_per_draw is None:
         block, names = range(job.sizes.num_draws // job.sizes.num_blocks), torch.zeros(1, dtype=torch.int64)

@@ -117,7 +117,7 @@ def chunk_length(job: Job, spec: ArraySpec) -> int:
 
 
 def all_arrays(job: Job, targets: dict[str, np.ndarray], ids: dict[str, np.ndarray]) -> list[StoredArray]:
-    """Return every array of the store; `targets` and `ids` are those of each split."""
+    """Return every array of the store; `targets` and `ids` are by split."""
     arrays = kernel_arrays(job) + feature_arrays(job)
     for split in SPLITS:
         rows = job.sizes.rows(split)

@@ -30,7 +30,7 @@ def _rows(store: KernelArrays, form: FactorForm, split: str, root: np.ndarray | 
     pieces = intervals(array.shape[1], shards[1] if form.is_sketch else array.shape[1])
 
     def read(interval: tuple[int, int]) -> np.ndarray:
-        """Read one row of shards: a shard at a time if they are added up, as those of sketches are."""
+        """Read one row of shards: for sketches a shard at a time, since shards add up."""
         total = None
         for start, stop in pieces:
             values = store.read(f"{split}/features", slice(*interval), slice(start, stop))

@@ -1,7 +1,6 @@
-"""What a task works with: the job, the data, the prepared model and its features, the store; and rows of features from
-either.
+"""What tasks work with: the job, the data, the prepared model and its features, the store, and rows of features.
 
-Everything is built on first use and could be rebuilt after a restart. Stages get a `Context` and a `Task`; they know
+Everything is built on first use and can be rebuilt after a restart. Stages get a `Context` and a `Task`; they know
 neither Ray nor the ledger.
 
 Axes: n rows, s draws, c outputs.
@@ -41,9 +40,14 @@ Interval = tuple[str, int, int]  # split, start, stop
 
 @dataclass
 class Written:
-    """What a task wrote: bytes, one checksum for each array, and the numbers that the driver adds up.
+    """What a task wrote.
 
-    `pending` are pieces that `Context.finish` has yet to write; `results` is memory that is free once they are written.
+    Attributes:
+        num_bytes: Bytes in files.
+        checksums: One checksum for each piece of an array.
+        numbers: Numbers that the driver adds up.
+        pending: Pieces that `Context.finish` has yet to write.
+        results: Tensors whose memory is free once the pieces are written.
     """
 
     num_bytes: int = 0
@@ -54,23 +58,28 @@ class Written:
 
     @property
     def checksum(self) -> int:
-        """One checksum for all arrays, in the order of their paths."""
+        """One checksum for all pieces, in the order of their paths."""
         return zlib.crc32(repr(sorted(self.checksums.items())).encode())
 
 
 class Sink(Protocol):
-    """Where tasks write: the kernel store, or whatever wants to see what they would write."""
+    """A destination other than the kernel store, to see what tasks would write."""
 
     def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
-        """Take whole shards of an array, beginning at the given index; bytes and checksum."""
+        """Take whole shards of an array that begin at an index; return bytes and checksum."""
         ...
 
 
 @dataclass
 class Context:
-    """`state` is the model's state dict as the driver built or loaded it; the dataset comes from the driver too.
+    """Everything that the tasks of one job share in a worker.
 
-    `sink` None writes to the kernel store.
+    Attributes:
+        job: The job.
+        dataset: The data, from the driver.
+        state: The model's state dict, as the driver built or loaded it.
+        sink: Where tasks write; None is the kernel store.
+        results: Memory for tiles, used again once they are written.
     """
 
     job: Job
@@ -82,29 +91,34 @@ class Context:
 
     @cached_property
     def fitting(self) -> FittingBatch:
-        """The batch of passes over the model, which falls where it does not fit."""
+        """The batch of passes over the model, which shrinks when it does not fit into memory."""
         return FittingBatch(self.job.layout.batch)
 
     @cached_property
     def storage(self) -> RunStorage:
+        """The run directory."""
         return RunStorage(self.job.run_dir)
 
     @cached_property
     def store(self) -> KernelArrays:
+        """The arrays of `kernel.zarr`."""
         return KernelArrays(self.storage)
 
     @cached_property
     def dtype(self) -> torch.dtype:
+        """The dtype of model and features."""
         return DTYPES[self.job.layout.dtype]
 
     @cached_property
     def model(self) -> nn.Module:
+        """The prepared model with its parameters."""
         built = build_architecture(self.job.config, self.dataset)
         built.load_state_dict(dict(self.state))
         return prepare_model(built, dtype=self.dtype, device=self.job.layout.device)
 
     @cached_property
     def features(self) -> FeatureMap:
+        """The features of the kernel for this model."""
         examples = self.inputs("train", slice(0, _CHECK_ROWS))
         spec = self.job.spec
         reference = reference_batch(spec, self.dataset, self.dtype, self.job.layout.device)
@@ -121,42 +135,42 @@ class Context:
         return self.features.with_metric(metric.to(self.job.layout.device))
 
     def inputs(self, split: str, selection: slice | np.ndarray) -> Tensor:
-        """Model inputs of some rows, at the job's dtype and device: a copy, since a model may write to its input."""
+        """Return a copy of some inputs in the job's dtype and device; a model may write to its input."""
         values = torch.from_numpy(np.ascontiguousarray(getattr(self.dataset, split).inputs[selection]))
         device, dtype = self.job.layout.device, self.dtype if values.is_floating_point() else values.dtype
-        if device.startswith("cuda"):  # from pinned memory a copy runs beside what the GPU does
+        if device.startswith("cuda"):  # a copy from pinned memory runs beside the GPU's work
             values = values.pin_memory()
         return values.to(device, dtype, non_blocking=True, copy=True)
 
     def output_parts(self) -> list[tuple[int, ...]]:
-        """The kernel's outputs in the portions in which features are held."""
+        """Return the kernel's outputs in the portions in which features are held."""
         columns = self.features.columns
         step = len(columns) if self.job.layout.store_features else self.job.layout.outputs_at_once
         return [columns[i : i + step] for i in range(0, len(columns), step)]
 
     def outputs(self, x: Tensor) -> Tensor:
-        """f(x; θ), in batches of the layout, or in such as fit."""
+        """Compute f(x; θ), in batches that fit."""
         return self.fitting.run(lambda batch: self.features.outputs(x, batch=batch))
 
     def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
-        """What an example's own noise is a function of: its split and its id there, as a number from 0 to 2^32 − 1."""
+        """Return names of examples, from 0 to 2^32 − 1, made of split and id; their own noise depends on them."""
         ids = torch.from_numpy(getattr(self.dataset, split).ids[selection])
         return ((ids & 0x7FFFFFFF) + (SPLITS.index(split) << 31)).to(self.job.layout.device)
 
     def compute(self, split: str, selection: slice | np.ndarray, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Features of some rows under all draws, from the model."""
+        """Compute features of some rows under all draws from the model."""
         x, ids, draws = self.inputs(split, selection), self.keys(split, selection), range(self.job.sizes.num_draws)
-        with full_precision():  # also where a tile asks for its rows amid its products
+        with full_precision():  # also when a tile asks for its rows amid its products
             return self.fitting.run(
                 lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x)))
             )
 
     def feature_parts(self, row: Interval, column: Interval) -> "FeatureParts":
-        """Features of two row intervals, some outputs at a time: from the store, or recomputed."""
+        """Return features of two row intervals, some outputs at a time, from the store or recomputed."""
         return FeatureParts(self, row, column)
 
     def rows(self, interval: Interval, columns: tuple[int, ...], side: Side = Side.BOTH) -> Rows:
-        """Features of one interval of examples, prepared for products on one side of a tile.
+        """Return features of one interval of examples, prepared for products on one side of a tile.
 
         They are kept as long as they fit, since neighbouring tiles share them.
         """
@@ -165,7 +179,7 @@ class Context:
         if kept is None or side not in prepared_for:
             if kept is not None:
                 self._cache.move_to_end(key)  # it stays
-            self._make_room()
+            self._free_memory()
             rows = self._computed_rows(interval, columns) if kept is None else kept
             prepared = self.features_with_metric.prepare(rows, wanted)
             self._cache[key] = prepared, side
@@ -173,7 +187,7 @@ class Context:
         return self._cache[key][0]
 
     def _computed_rows(self, interval: Interval, columns: tuple[int, ...]) -> Rows:
-        """From the store, or from the model."""
+        """Return features of one interval from the store, or from the model."""
         split, start, stop = interval
         if not self.job.layout.store_features:
             return self.compute(split, slice(start, stop), columns)
@@ -185,14 +199,16 @@ class Context:
         return rows
 
     def forget(self) -> None:
-        """Give back the features and the memory that are kept for further tiles."""
+        """Release the features and the memory that are kept for further tiles."""
         self._cache.clear()
         self.results.clear()
         self.store.forget()
 
-    def _make_room(self) -> None:
-        """Forget row sets until one more, as large as the largest, fits; the last one used stays, for a tile needs
-        two. Before the new one is made, not after: three would be held at once otherwise.
+    def _free_memory(self) -> None:
+        """Forget row sets until one more, as large as the largest, fits.
+
+        This happens before the new one is made; three would be held at once otherwise. The last one used stays, since a
+        tile needs two.
         """
         sizes = [feature_bytes(rows) for rows, _ in self._cache.values()]
         while len(sizes) > 1 and sum(sizes) + max(sizes) > FEATURE_CACHE_BYTES:
@@ -200,18 +216,18 @@ class Context:
             del sizes[0]
 
     def write(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
-        """Write whole shards of an array, beginning at the given index, and note bytes and checksum."""
+        """Write whole shards of an array that begin at an index, and note bytes and checksum."""
         self.write_later(written, path, start, values)
         self.finish(written)
 
     def write_later(self, written: Written, path: str, start: Sequence[int], values: Tensor | np.ndarray) -> None:
-        """Let `finish` write this; it is in main memory from now on, so that the next task may have the device."""
+        """Leave values for `finish` to write; they go to main memory now, so the next task can use the device."""
         written.pending.append((path, start, _as_array(values)))
 
     def finish(self, written: Written) -> None:
-        """Write what is pending, beside each other: compression and checksums let other threads run.
+        """Write what is pending, several pieces at once: compression and checksums release the interpreter.
 
-        All is on storage when this returns; the first error is raised then. Another task may compute meanwhile.
+        Everything is on storage when this returns, or the first error is raised. Another task may compute meanwhile.
         """
         pieces, written.pending = written.pending, []
         if self.sink is not None:
@@ -219,7 +235,7 @@ class Context:
         else:
             results = self.store.write_all(pieces, threads=writing_threads(self.job))
             self.results.give_back(written.results)
-            written.results = []  # memory that is given back twice would hold two tiles
+            written.results = []  # memory that is returned twice would hold two tiles
         for (path, start, _), (num_bytes, checksum) in zip(pieces, results, strict=True):
             written.num_bytes += num_bytes
             written.checksums[f"{path}@{','.join(map(str, start))}"] = checksum
@@ -227,7 +243,13 @@ class Context:
 
 @dataclass(frozen=True)
 class FeatureParts:
-    """Features of two row intervals for each portion of the outputs, had when they are asked for."""
+    """Features of two row intervals, one portion of the outputs after the other, made when they are asked for.
+
+    Attributes:
+        context: The worker's context.
+        row: The rows of a tile.
+        column: Its columns.
+    """
 
     context: Context
     row: Interval
@@ -241,7 +263,7 @@ class FeatureParts:
             yield self._pair(part)
 
     def _pair(self, part: tuple[int, ...]) -> tuple[Rows, Rows]:
-        """Rows and columns, one object where they are the same interval."""
+        """Return rows and columns, as one object if they are the same interval."""
         columns = self.context.rows(self.column, part)
         if self.row == self.column:
             return columns, columns
@@ -249,5 +271,5 @@ class FeatureParts:
 
 
 def _as_array(values: Tensor | np.ndarray) -> np.ndarray:
-    """In main memory; a transposed tile stays a view, which the store brings into order a row of chunks at a time."""
+    """Return values in main memory; a transposed tile stays a view, which the store copies in order chunk by chunk."""
     return values.detach().to("cpu").numpy() if isinstance(values, Tensor) else values

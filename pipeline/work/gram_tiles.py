@@ -1,6 +1,6 @@
-"""A Gram tile as a task: features of its rows and columns in, arrays out. What the stages `gram` and `test` share.
+"""Gram tiles as tasks: features of rows and columns in, arrays out. The stages `gram` and `test` share this.
 
-Axes: rows and columns of one tile, in kernel rows (C for an example of a `full` kernel).
+Axes: rows and columns of one tile, in kernel rows (C for each example of a `full` kernel).
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from pipeline.job.job import Task
 from pipeline.storage.array_table import kernel_width, statistics_of
 from pipeline.work.context import Context, Interval, Written
 
-# In float64: what two arrays fill is in the second cache. A GPU wants fewer calls.
+# Float64 entries of a stripe: two arrays of them fit into the second cache. A GPU needs fewer calls.
 _STRIPE_ENTRIES, _GPU_STRIPE_ENTRIES = 1 << 16, 1 << 22
 
 
 def compute_tile(
     context: Context, task: Task, row: Interval, column: Interval, *, paired: bool = False
 ) -> dict[str, Tensor]:
-    """plugin, unbiased and stderr (those that exist) of the rows and columns in two intervals, in the stored dtype."""
+    """Compute the statistics of the rows and columns in two intervals, in the stored dtype."""
     job = context.job
     calibration = None
     if job.layout.stderr == "entry":
@@ -38,11 +38,17 @@ def compute_tile(
 
 
 def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:
-    """The tiles (i, j) of a matrix, those with i ≤ j where `upper`, in an order that needs few features at a time.
+    """Yield the tiles (i, j) of a matrix in an order that needs few features at a time.
 
-    Columns go in groups whose features a worker can keep beside those of two rows (the last one is the oldest only once
-    all columns were used after it): within a group row after row, so that a row is needed once for each group, and a
-    column once in all.
+    Columns go in groups. A worker can keep the features of one group beside those of two rows, since the oldest row set
+    is dropped only after all columns were used. Within a group the order is row by row, so a row set is needed once for
+    each group, and a column set once in all.
+
+    Args:
+        num_rows: Rows of tiles.
+        num_columns: Columns of tiles.
+        group: Columns of a group.
+        upper: Yield only the upper triangle, i ≤ j.
     """
     for first in range(0, num_columns, group):
         columns = range(first, min(first + group, num_columns))
@@ -61,13 +67,20 @@ def write_tile(
     *,
     mirrored: bool = False,
 ) -> None:
-    """Let the arrays of one tile be written, with `mirrored` their transposed too, and add up what the driver wants to
-    know of it; `start` counts examples.
+    """Leave the arrays of one tile for the context to write, and add up the numbers that the driver needs.
+
+    Args:
+        context: The worker's context.
+        written: Takes the pieces and the numbers.
+        prefix: Path of the array without its suffix.
+        start: Place of the tile, in examples.
+        values: The statistics.
+        mirrored: Whether to write the transposed tile too.
     """
     width = kernel_width(context.job)
     totals = tile_totals(values)
     written.results.extend(values.values())
-    values = {name: each.to("cpu") for name, each in values.items()}  # once, also where it is written twice
+    values = {name: each.to("cpu") for name, each in values.items()}  # once, also if it is written twice
     place = tuple(position * width for position in start) if len(start) == 2 else start
     statistics = statistics_of(context.job)
     for suffix, name in statistics.items() if mirrored else ():  # first, since these take the longest
@@ -80,16 +93,16 @@ def write_tile(
 
 
 def tile_totals(values: dict[str, Tensor]) -> dict[str, float]:
-    """What the driver adds up over all tiles: sums over one, in float64, a stripe at a time in the same memory."""
+    """Return the sums over one tile that the driver adds up, in float64, a stripe at a time in the same memory."""
     sums: dict[str, Tensor] = {}
     entries = _GPU_STRIPE_ENTRIES if any(tile.is_cuda for tile in values.values()) else _STRIPE_ENTRIES
-    rooms = {name: tile.new_empty(min(entries, tile.numel()), dtype=torch.float64) for name, tile in values.items()}
+    buffers = {name: tile.new_empty(min(entries, tile.numel()), dtype=torch.float64) for name, tile in values.items()}
 
     def add(name: str, total: Tensor) -> None:
         sums[name] = sums[name] + total if name in sums else total
 
     for parts in zip(*(tile.flatten().split(entries) for tile in values.values()), strict=True):
-        stripe = {name: rooms[name][: len(part)].copy_(part) for name, part in zip(values, parts, strict=True)}
+        stripe = {name: buffers[name][: len(part)].copy_(part) for name, part in zip(values, parts, strict=True)}
         if "unbiased" in stripe:
             add("squared_unbiased", stripe["unbiased"] @ stripe["unbiased"])
             difference = stripe["plugin"].sub_(stripe["unbiased"])

@@ -1,7 +1,6 @@
-"""The calibration of one array of a job from a fixed sample of its entries: what the stages `calibration` and `pilot`
-share.
+"""The calibration of an array from a fixed sample of its entries; the stages `calibration` and `pilot` share this.
 
-The sample depends on the seed and the size of the kernel, never on tiles; its features are computed afresh.
+The sample depends on the seed and the size of the kernel, never on tiles. Its features are computed, not read.
 
 Axes: n sampled rows.
 """
@@ -25,7 +24,7 @@ CALIBRATED = tuple(_SPLITS)
 
 
 def calibrate_array(context: Context, features: FeatureMap, name: str, *, entries: int = SAMPLE_ENTRIES) -> Calibration:
-    """The calibration of the train kernel, the test kernel or the test diagonal, from up to so many entries."""
+    """Calibrate `train`, `test` or `diagonal` (the diagonal of the test kernel) from up to `entries` entries."""
     job, splits = context.job, _SPLITS[name]
     rows, columns = _sample(job, name, entries)
     same = splits[0] == splits[1] and torch.equal(rows, columns)
@@ -39,13 +38,13 @@ def calibrate_array(context: Context, features: FeatureMap, name: str, *, entrie
 
 
 def most_sampled_rows(job: Job) -> int:
-    """The rows and columns whose features are held at once, at most; those of the diagonal are the same."""
+    """Return the most rows and columns whose features are held at once; on the diagonal they are the same."""
     crossings = [sum(map(len, _sample(job, name, SAMPLE_ENTRIES))) for name in ("train", "test")]
     return max(*crossings, len(_sample(job, "diagonal", SAMPLE_ENTRIES)[0]))
 
 
 def _sample(job: Job, name: str, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the sampled rows and columns."""
+    """Return the indices of the sampled rows and columns."""
     counts = [job.sizes.rows(split) for split in _SPLITS[name]]
     if name == "diagonal":
         rows, _ = sample_entries(job.spec.seed, counts[0], 1, _DIAGONAL_ENTRIES)

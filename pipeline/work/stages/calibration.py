@@ -1,6 +1,6 @@
 """Stage `calibration`: the level of the standard errors and the relative error, from a fixed sample of entries.
 
-One task for each array that carries standard errors: tile train, test or diagonal. Nothing is written but numbers.
+One task for each array that has standard errors: tile train, test or diagonal. It writes nothing; it returns numbers.
 
 Axes: none.
 """
@@ -16,7 +16,7 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """Three tasks where there are standard errors or a relative error to state."""
+    """Yield three tasks if standard errors or a relative error are wanted."""
     if job.layout.stderr != "none":
         for tile in CALIBRATED:
             yield Task(NAME, tile)
@@ -32,5 +32,5 @@ def execute(context: Context, task: Task) -> Written:
         "num_entries": float(result.num_entries),
     }
     if not context.job.layout.write_tiles and context.job.spec.statistic == "both":
-        numbers["bias"] = result.bias  # of tiles, which are all entries, where there are tiles
+        numbers["bias"] = result.bias  # if there are tiles, it is taken from all of their entries
     return Written(numbers=numbers)

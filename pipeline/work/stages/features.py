@@ -1,7 +1,7 @@
 """Stage `features`: outputs, targets, ids, and the features of one shard of rows under one chunk of draws.
 
-Tile: split/row shard/draw chunk. A task writes whole shards; that of the first chunk also writes outputs, targets and
-ids. If features are recomputed for every tile, there is only the first chunk.
+Tile: split/row shard/draw chunk. A task writes whole shards; the first chunk also brings outputs, targets and ids. If
+features are recomputed for every tile, there is only the first chunk.
 
 Axes: n rows, s draws, c outputs.
 """
@@ -17,7 +17,7 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """Return one task for each row shard and draw chunk."""
+    """Yield one task for each row shard and draw chunk."""
     chunks = len(intervals(job.sizes.num_draws, job.layout.chunk_draws)) if job.layout.store_features else 1
     for split in SPLITS:
         for shard in range(len(intervals(job.sizes.rows(split), job.layout.shard_rows))):

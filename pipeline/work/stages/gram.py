@@ -17,7 +17,7 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """The upper triangle of tiles; none where no tiles are written."""
+    """Yield the upper triangle of tiles, if tiles are written."""
     if not job.layout.write_tiles:
         return
     count = len(intervals(job.sizes.num_train, job.layout.tile))

@@ -15,7 +15,7 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """Return one task if the store keeps a metric, and none if not."""
+    """Yield one task if the store keeps a metric."""
     if job.features.metric is not None:
         yield Task(NAME, "metric")
 

@@ -1,6 +1,6 @@
 """Stage `test`: the kernel of test rows with train columns, and of every test row with itself.
 
-Tiles test/i/j, where tiles are written, and diagonal/i; each is written once.
+Tiles test/i/j, if tiles are written, and diagonal/i; each is written once.
 
 Axes: i tile rows (test), j tile columns (train).
 """
@@ -16,7 +16,7 @@ USES_ALL_THREADS = False
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """All tiles of the rectangle, then the pieces of the diagonal."""
+    """Yield all tiles of the rectangle, if tiles are written, then the pieces of the diagonal."""
     rows = len(intervals(job.sizes.num_test, job.layout.tile))
     columns = len(intervals(job.sizes.num_train, job.layout.tile))
     for i, j in tile_order(rows, columns, job.layout.tile_group) if job.layout.write_tiles else ():

@@ -76,3 +76,17 @@ def test_the_last_tasks_are_shared_by_halves():
     assert sum(sizes) == 40
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) > 4
+
+
+def test_how_many_are_left_is_known_without_reading_more_than_is_asked_for():
+    pulled = []
+    runs = Runs(task for task in stream(20) if pulled.append(task) is None)
+    assert runs.holds(3)
+    assert len(pulled) == 3
+    taken = runs.take("a", 2)
+    assert runs.holds(18)
+    assert not runs.holds(19)
+    runs.give_back("a", taken)
+    assert runs.holds(20)
+    assert not runs.holds(21)
+    assert [number(task) for task in runs.take("a", 2)] == [0, 1]

@@ -115,6 +115,19 @@ def named_agent(process):
         return False
 
 
+def test_a_started_process_heeds_ctrl_c_although_its_starter_ignores_it():
+    """As shells make their background jobs do."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        driver = start(
+            "plan", prelude="import signal; print(signal.getsignal(signal.SIGINT).__name__); raise SystemExit"
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    out, err = driver.communicate(timeout=WAIT_SECONDS)
+    assert out.strip() == "default_int_handler", err
+
+
 @pytest.mark.parametrize("executor", ["serial", "ray"])
 def test_a_killed_driver_costs_what_was_in_flight(executor, undisturbed, tmp_path):
     run_dir, sets = tmp_path / "run", (*SETS, f"compute.executor={executor}")

@@ -16,8 +16,6 @@ Axes: S draws, R blocks, P_l parameters of a layer, i/o widths of h̃/δ, k numb
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
@@ -100,17 +98,17 @@ class Contraction:
 
 
 def contraction_of(
-    model: nn.Module, plan: SitePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
+    plan: SitePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> Contraction:
     """The contraction of a kernel made of gradients; `num_outputs` counts the outputs that the kernel is made of."""
     blocks = 1 if spec.kind == "local" else spec.blocks
     setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == "full")
     num_columns = columns_of_sketch(spec.sketch) if spec.pair_blocks else 0
-    return choose_contraction(model, plan, space, spec.contraction, num_columns, setting)
+    return choose_contraction(plan, space, spec.contraction, num_columns, setting)
 
 
 def choose_contraction(
-    model: nn.Module, plan: SitePlan, space: ParameterSpace, contraction: str, num_columns: int, setting: Setting
+    plan: SitePlan, space: ParameterSpace, contraction: str, num_columns: int, setting: Setting
 ) -> Contraction:
     """The contraction of every layer; `num_columns` is k, 0 where no sketch may be taken.
 
@@ -118,7 +116,7 @@ def choose_contraction(
     """
     if not setting.pair_blocks or setting.full:
         plan = replace(plan, readout=None)
-    cheapest, costs = _exact(model, plan, space, contraction, setting)
+    cheapest, costs = _exact(plan, space, contraction, setting)
     names = frozenset[str]()
     if contraction == "sketch":
         names = plan.names()
@@ -135,7 +133,7 @@ def choose_contraction(
 
 
 def _exact(
-    model: nn.Module, plan: SitePlan, space: ParameterSpace, contraction: str, setting: Setting
+    plan: SitePlan, space: ParameterSpace, contraction: str, setting: Setting
 ) -> tuple[SitePlan, dict[tuple[str, ...], Cost]]:
     """The exact plan that is asked for, or the cheapest, and what it costs by parameters that go together."""
     sizes = dict(zip(space.names, space.sizes, strict=True))
@@ -143,7 +141,7 @@ def _exact(
     for site in plan.outer:
         names = tuple(name for _, name in site.parameters)
         means = _means_cost(sum(sizes[name] for name in names), setting)
-        layered = _layered_cost(model, plan, site, setting)
+        layered = _layered_cost(space, plan, site, setting)
         if contraction == "means" or (contraction != "layered" and means.operations < layered.operations):
             formed.add(site.module)
         costs[names] = means if site.module in formed else layered
@@ -158,8 +156,8 @@ def _means_cost(num_parameters: int, setting: Setting) -> Cost:
     )
 
 
-def _layered_cost(model: nn.Module, plan: SitePlan, site: Site, setting: Setting) -> Cost:
-    inputs, units = linear_widths(model, site.module, site.attributes)
+def _layered_cost(space: ParameterSpace, plan: SitePlan, site: Site, setting: Setting) -> Cost:
+    inputs, units = linear_widths(space, site)
     if setting.pair_blocks and site.module in plan.input_layers:
         operations = inputs + setting.products * setting.copies * units
         return Cost(operations, setting.num_draws * (inputs + setting.outputs_at_once * units))
@@ -187,11 +185,11 @@ def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> b
     return too_long and 4 * sum(cost.numbers for cost in costs) > AFFORDABLE_BYTES
 
 
-def linear_widths(model: nn.Module, path: str, attributes: Sequence[str]) -> tuple[int, int]:
-    """Lengths of h̃ and δ of a Linear site."""
-    module = model.get_submodule(path)
-    assert isinstance(module, nn.Linear)
-    return module.in_features * ("weight" in attributes) + ("bias" in attributes), module.out_features
+def linear_widths(space: ParameterSpace, site: Site) -> tuple[int, int]:
+    """Return the lengths of h̃ and of δ of a Linear site."""
+    shapes, names = dict(zip(space.names, space.shapes, strict=True)), dict(site.parameters)
+    inputs = shapes[names["weight"]][1] if "weight" in names else 0
+    return inputs + ("bias" in names), shapes[site.parameters[0][1]][0]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -198,8 +198,7 @@ class GradientProducts:
 
     def _widths(self, index: int) -> tuple[int, int]:
         """Return the lengths of h̃ and δ of an outer site."""
-        site = self.plan.outer[index]
-        return linear_widths(self.evaluator.model, site.module, site.attributes)
+        return linear_widths(self.evaluator.space, self.plan.outer[index])
 
     @property
     def _item_bytes(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import Unavailable
 from nntk_dist.layers.hooks import AfterHook, hooked
 from nntk_dist.layers.rules.convolution import patches
 from nntk_dist.layers.sites import Site
@@ -84,7 +84,7 @@ def shifted_outputs(
 ) -> Float[Tensor, "n c"]:
     """Outputs of f with something added to the outputs of some modules, each called once; no gradients.
 
-    Raises: NNTKError naming a module that this pass calls more than once, or never.
+    Raises: Unavailable, naming a module that this pass calls more than once, or never.
     """
     calls = dict.fromkeys(shifts, 0)
 
@@ -100,7 +100,7 @@ def shifted_outputs(
         values = outputs(model, x, parameters)
     for path, count in calls.items():
         if count != 1:
-            raise NNTKError(
+            raise Unavailable(
                 f"estimator is 'activation', but module '{path}' is called {count} times for some inputs and once for "
                 "others; use estimator: weight, or leave its parameters out by kernel.parameters"
             )

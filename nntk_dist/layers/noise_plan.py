@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import Unavailable
 from nntk_dist.layers.hooks import AfterHook, hooked
 from nntk_dist.layers.noise import NoiseSite, as_output, layer_vectors, shifted_outputs
 from nntk_dist.layers.recording import Call
@@ -54,7 +54,7 @@ class NoisePlan:
 def plan_noise(model: nn.Module, space: ParameterSpace, x: Tensor) -> NoisePlan:
     """The plan for a prepared model, checked in float64 on up to eight examples.
 
-    Raises: NNTKError where a layer's output does not follow its parameters as W h̃ does (a weight used elsewhere too, a
+    Raises: Unavailable if a layer's output does not follow its parameters as W h̃ does (a weight used elsewhere too, a
     hook that changes the output), naming the module; and where no parameter lies in a layer that can be made noisy.
     """
     exact, trial = in_float64(model, torch.cat([x, x]) if len(x) == 1 else x[:_EXAMPLES])
@@ -65,7 +65,7 @@ def plan_noise(model: nn.Module, space: ParameterSpace, x: Tensor) -> NoisePlan:
     noisy = tuple(each for each in candidates if each is not readout)
     covered = {name for each in candidates for _, name in each.site.parameters}
     if not covered:
-        raise NNTKError(
+        raise Unavailable(
             f"estimator is 'activation', but none of the selected parameters ('{space.names[0]}' and so on) lies in a "
             "Linear layer or convolution that is called once with fewer vectors than their length; use estimator: "
             "weight"
@@ -157,7 +157,7 @@ def _is_readout(model: nn.Module, candidate: NoiseSite, x: Tensor) -> bool:
 
 
 def _check(model: nn.Module, space: ParameterSpace, site: Site, x: Tensor) -> None:
-    """Raise an NNTKError naming the module unless moving its parameters shifts its output by Z h̃ and does nothing
+    """Raise Unavailable, naming the module unless moving its parameters shifts its output by Z h̃ and does nothing
     else.
     """
     module, base = model.get_submodule(site.module), space.values(model)
@@ -175,7 +175,7 @@ def _check(model: nn.Module, space: ParameterSpace, site: Site, x: Tensor) -> No
         with torch.no_grad():
             expected = outputs(model, x, replaced)
         if not _agree(model, shifted_outputs(model, x, {}, {site.module: shift}), expected):
-            raise NNTKError(
+            raise Unavailable(
                 f"estimator is 'activation', but the output does not follow the parameters of module '{site.module}' "
                 "as noise in its pre-activations would (is its weight used elsewhere too, or its output changed by a "
                 "hook?); use estimator: weight, or leave its parameters out by kernel.parameters"

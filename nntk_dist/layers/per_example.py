@@ -17,8 +17,7 @@ from nntk_dist.errors import Unavailable
 from nntk_dist.layers.recording import Recording
 from nntk_dist.layers.rules import linear_sides, num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
-from nntk_dist.models.evaluation import as_outputs, call_with
-from nntk_dist.runtime.memory import is_out_of_memory
+from nntk_dist.models.evaluation import as_outputs, call_with, trying
 
 
 def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) -> None:
@@ -102,12 +101,9 @@ def whole_gradients(
 
         return torch.func.jacrev(chosen_outputs)(chosen)
 
-    try:
+    with trying(
+        Unavailable,
+        f"per-example gradients of {', '.join(names[:3])} need torch.func.vmap, which cannot take this model "
+        "({reason}); use estimator: weight, or leave these parameters out by kernel.parameters",
+    ):
         return vmap(one_example)(x)
-    except (RuntimeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise Unavailable(
-            f"per-example gradients of {', '.join(names[:3])} need torch.func.vmap, which cannot take this model "
-            f"({str(error).splitlines()[0]}); use estimator: weight, or leave these parameters out by kernel.parameters"
-        ) from error

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import Unavailable
 from nntk_dist.layers.penultimate import (
     OutputLayers,
     activation_derivatives,
@@ -31,7 +31,7 @@ def derivatives_of_pass(
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
     """Derivatives and shares of the layer before the readout, of δ for the outputs `columns`.
 
-    Raises: NNTKError where this pass does not end as the pair says.
+    Raises: Unavailable if this pass does not end as the pair says.
     """
     if find_output_layers(recording.outputs, recording.outs([pair.module, pair.readout])) != pair:
         raise _another_way(pair.module)
@@ -49,7 +49,7 @@ def activation_derivatives_of_pass(
 def add_readout_(sums: Float[Tensor, "m i"], site: Site, recording: Recording, num_outputs: int) -> None:
     """Add √C h̃ of the readout, δ_c ⊗ h̃ of all C outputs in one: δ is the identity, and products of both are the same.
 
-    Raises: NNTKError where this pass does not end in this layer.
+    Raises: Unavailable if this pass does not end in this layer.
     """
     (call,) = recording.calls[site.module]
     if find_readout(recording.outputs, recording.outs([site.module])) != site.module:
@@ -66,8 +66,8 @@ def readout_weight(model: nn.Module, pair: OutputLayers) -> Float[Tensor, "C o"]
     return weight
 
 
-def _another_way(module: str) -> NNTKError:
-    return NNTKError(
+def _another_way(module: str) -> Unavailable:
+    return Unavailable(
         f"the model goes another way from layer '{module}' to its output for these examples than for those that it was "
         "tried on; use estimator: weight"
     )

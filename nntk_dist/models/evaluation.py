@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ModelError, NNTKError, Unavailable
 from nntk_dist.models.noise import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.runtime.batches import by_batches, in_batches
@@ -42,31 +42,51 @@ def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device 
     return prepared
 
 
-def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
-    """A copy of a prepared model and the inputs in float64, in which what a model is like is found out.
+@contextmanager
+def trying(error: type[NNTKError], message: str) -> Iterator[None]:
+    """Turn whatever a model raises inside the block into one of the library's errors, with its cause chained.
 
-    Raises: NNTKError where the model does not run in it.
+    Errors of the library pass, and so does memory that runs out, to which a smaller batch is the answer.
+
+    Args:
+        error: `ModelError` if the model fails in any way, `Unavailable` if only this way of treating it does.
+        message: what failed and what to do; `{reason}` stands for the model's own message.
+    """
+    try:
+        yield
+    except NNTKError:
+        raise
+    except Exception as cause:  # a model's code may raise anything
+        if is_out_of_memory(cause):
+            raise
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        raise error(message.replace("{reason}", reason)) from cause
+
+
+def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """Copy a prepared model and its inputs to float64, in which it is tried.
+
+    Raises:
+        Unavailable: the model does not run in float64.
     """
     exact = prepare_model(model, dtype=torch.float64, device=x.device)
     x = x.to(torch.float64) if x.is_floating_point() else x
-    try:
-        with torch.no_grad():
-            outputs(exact, x)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise NNTKError(
-            f"the model does not run in float64, in which its derivatives are checked ({reason}); keep its constants "
-            "in buffers and make new tensors in the dtype of its inputs, or use estimator: weight"
-        ) from error
+    with (
+        trying(
+            Unavailable,
+            "the model does not run in float64, in which its derivatives are checked ({reason}); keep its constants in "
+            "buffers and make new tensors in the dtype of its inputs, or use estimator: weight",
+        ),
+        torch.no_grad(),
+    ):
+        outputs(exact, x)
     return exact, x
 
 
 def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:
     """f(x; θ) with the given parameters in place of the model's own; a model of one number per example gives c = 1.
 
-    Raises: NNTKError where the output is not a floating tensor of shape (n,) or (n, C).
+    Raises: ModelError if the output is not a floating tensor of shape (n,) or (n, C).
     """
     result = model(x) if parameters is None else call_with(model, parameters, x)
     return as_outputs(result, len(x))
@@ -90,16 +110,16 @@ def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> 
 
 
 def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
-    """The model's return value as (n, c), or an NNTKError that says what it was instead."""
+    """The model's return value as (n, c), or a ModelError that says what it was instead."""
     if not isinstance(result, Tensor):
-        raise NNTKError(f"the model returned a {type(result).__name__}; allowed: one tensor of shape (n,) or (n, C)")
+        raise ModelError(f"the model returned a {type(result).__name__}; allowed: one tensor of shape (n,) or (n, C)")
     if result.ndim not in (1, 2) or result.shape[0] != num_examples:
-        raise NNTKError(
+        raise ModelError(
             f"the model returned shape {tuple(result.shape)} for {num_examples} examples; allowed: ({num_examples},) "
             f"or ({num_examples}, C): flatten or pool further axes inside the model"
         )
     if not result.is_floating_point():
-        raise NNTKError(f"the model returned dtype {result.dtype}; allowed: real floating point")
+        raise ModelError(f"the model returned dtype {result.dtype}; allowed: real floating point")
     return result if result.ndim == 2 else result[:, None]
 
 
@@ -110,13 +130,13 @@ def output_index(columns: Sequence[int]) -> slice | list[int]:
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise an NNTKError that counts the examples (leading axis) with NaN or infinite values, if there are any."""
+    """Raise a ModelError that counts the examples (leading axis) with NaN or infinite values, if there are any."""
     if math.isfinite(float(values.detach().sum())):  # one pass over what is almost always finite
         return
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = (~finite).flatten(1).any(1).nonzero()[:, 0]
-        raise NNTKError(
+        raise ModelError(
             f"{what}: NaN or infinity for {len(bad)} of {len(values)} examples, the first at row {int(bad[0])} of its "
             "batch; check the checkpoint, the scale of the inputs and gamma"
         )

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, ModelError, Unavailable
 from nntk_dist.sampling.philox import normal, uniform
 from nntk_dist.sampling.streams import Stream
 
@@ -96,7 +96,7 @@ class StochasticModule(nn.Module):
         """The present ω, and where the numbers of this request begin and how many they are."""
         count = math.prod(shape)
         if self._num_requests >= _MOST_REQUESTS or count > _REQUEST_NUMBERS:
-            raise NNTKError(
+            raise ModelError(
                 f"a {type(self).__name__} asks for noise the {self._num_requests + 1}th time in one pass, for {count} "
                 f"numbers; allowed: {_MOST_REQUESTS} times, {_REQUEST_NUMBERS} numbers"
             )
@@ -121,7 +121,7 @@ def fixed_noise(model: nn.Module, seed: int = 0, group: int = 0) -> Iterator[Non
     """Inside, every pass through the model in eval mode is the same random function: number `group` of `seed`.
 
     Two models of equal structure are the same function of their parameters. `group` counts from 0 to 2^32 − 1.
-    Raises: NNTKError for a group or a number of modules out of range.
+    Raises: ArgumentError for a group, ModelError for a number of modules, out of range.
     """
     modules = list(noise_modules(model).values())
     before = [module._noise for module in modules]
@@ -147,9 +147,9 @@ def fix_noise(model: nn.Module) -> None:
 
 def _set_noise(modules: list[StochasticModule], seed: int, group: int) -> None:
     if len(modules) > _MOST_MODULES:
-        raise NNTKError(f"the model has {len(modules)} modules with noise; allowed: {_MOST_MODULES}")
+        raise ModelError(f"the model has {len(modules)} modules with noise; allowed: {_MOST_MODULES}")
     if not 0 <= group < 1 << 32:
-        raise NNTKError(f"group is {group}; allowed: 0 to {(1 << 32) - 1}")
+        raise ArgumentError(f"group is {group}; allowed: 0 to {(1 << 32) - 1}")
     for number, module in enumerate(modules):
         module._noise, module._num_requests = Noise(seed, group, number), 0
 
@@ -162,13 +162,15 @@ def _begin_pass(model: nn.Module, args: tuple) -> None:
 
 
 def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
-    """Why no gradients of a random model are to be taken, in words, or None where they may be.
+    """Say why no gradients of a random model can be taken; None if they can.
 
-    Raises: NNTKError where the kernel is asked for and made of nothing else.
+    Raises:
+        ModelError: the kernel is made of gradients and of nothing else.
+        Unavailable: the estimator `autodiff` is asked for.
     """
     modules = noise_modules(model)
     if modules and kind == "local":
-        raise NNTKError(
+        raise ModelError(
             f"kind is 'local', but the model draws noise (module '{next(iter(modules))}'), so that it has no one "
             "gradient; use kind: averaged, which is the mean over noise and draws and tends to the mean of the local "
             "kernels as gamma does to 0"
@@ -178,9 +180,11 @@ def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
         return None
     reason = f"the noise of module '{rough}' makes the model nowhere differentiable"
     if kind == "averaged":
-        raise NNTKError(f"kind is 'averaged', which is made of gradients, but {reason}; use kind: nonlocal, covariance")
+        raise ModelError(
+            f"kind is 'averaged', which is made of gradients, but {reason}; use kind: nonlocal, covariance"
+        )
     if estimator == "autodiff":
-        raise NNTKError(f"estimator is 'autodiff', but {reason}; use estimator: weight, activation or auto")
+        raise Unavailable(f"estimator is 'autodiff', but {reason}; use estimator: weight, activation or auto")
     return reason
 
 

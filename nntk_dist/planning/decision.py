@@ -1,270 +1,360 @@
-"""Which estimator computes a kernel for a given model, decided once, from the model and a few examples, and explained.
+"""The decision of how a kernel is computed for a model: made once, explained, and carried as a value.
 
-The decision is handed around as a value (`Decision`): workers rebuild the same feature map from it, and a resumed run
-reuses it. No kernel is computed here.
+`decide` tries the model on a few examples and returns a `Decision`: the estimator with its reason, its plan (which
+parameter's gradient is made how, and how each layer is contracted), how perturbed models are evaluated, and what the
+probes of the model found. Workers, the search for draws, a resumed run and a check of a run get this value; none of
+them decides again. No kernel is computed here.
 
 Axes: n examples, c outputs.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
-from nntk_dist.estimators.contraction import contraction_of
-from nntk_dist.estimators.noise_contraction import noise_contraction
-from nntk_dist.estimators.noisy_passes import MOST_GROUPS
-from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
-from nntk_dist.layers.site_trial import plan_sites
-from nntk_dist.layers.sites import SitePlan
+from nntk_dist.errors import ArgumentError, ModelError, Unavailable
+from nntk_dist.estimators.estimator import Estimator, EstimatorPlan, Trial
 from nntk_dist.models.black_box import holds_black_box
-from nntk_dist.models.evaluation import Evaluator, check_finite
+from nntk_dist.models.evaluation import Evaluator, check_finite, trying
 from nntk_dist.models.noise import agreement, check_gradients, noise_text
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.planning.jumps import JumpProbe, probe_jumps
 from nntk_dist.planning.model_probes import ModelProbes, call_changes, probe_model
+from nntk_dist.planning.plain import from_plain, to_plain
 from nntk_dist.planning.stacking import try_stacking
+from nntk_dist.registration.estimators import AUTO_ORDER, ESTIMATORS
 from nntk_dist.sampling.laws import LowRank
 from nntk_dist.spec import KernelSpec
+from nntk_dist.weighting.attention import make_attention
+from nntk_dist.weighting.options import Reference
 
 _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
+_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for a model: which estimator and why, how draws are evaluated, and the sizes that follow.
+    """How the kernel of a model is computed, and why.
 
-    `contraction` says in words how products of gradients are made, which follows from the number of draws.
+    Attributes:
+        estimator: its name.
+        reason: why this one, in words.
+        num_draws: perturbed models that are evaluated; 1 for the kind `local`.
+        num_outputs: C, the number of the model's outputs.
+        space: the selected parameters.
+        plan: the estimator's own plan, contraction included.
+        stacked: whether perturbed models are evaluated many in one call.
+        stacking: why, in words; empty if the estimator does not move the parameters.
+        probes: what the model was found to be like; None if it was not probed.
     """
 
     estimator: str
     reason: str
     num_draws: int
-    num_parameters: int
     num_outputs: int
-    stacked: bool
-    num_columns: int = 0  # numbers of a sketch for a block, 0 without one
-    num_sketched: int = 0  # parameters that are in the sketch
-    contraction: str = ""
-    stacking: str = ""  # how perturbed models are evaluated and why, where there are such
-    probes: ModelProbes | None = None  # what the model was found to be like; None where nobody looked
-    sites: SitePlan | None = field(default=None, repr=False, compare=False)  # of `autodiff`, where known already
+    space: ParameterSpace
+    plan: EstimatorPlan
+    stacked: bool = False
+    stacking: str = ""
+    probes: ModelProbes | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of selected parameters."""
+        return self.space.num_parameters
+
+    @property
+    def contraction(self) -> str:
+        """How products of gradients are contracted, in words."""
+        return self.plan.contraction_text
+
+    @property
+    def num_columns(self) -> int:
+        """Numbers of a block's sketch, 0 without one."""
+        return self.plan.num_columns
+
+    @property
+    def num_sketched(self) -> int:
+        """The number of parameters that are in the sketch."""
+        return self.plan.num_sketched(self.space)
 
     @property
     def explanation(self) -> str:
         """Reason and contraction as one sentence."""
         return "; ".join(filter(None, (self.reason, self.contraction)))
 
+    def columns(self, outputs: str | int) -> tuple[int, ...]:
+        """Return the model's outputs that a kernel with these `outputs` is made of."""
+        return (outputs,) if isinstance(outputs, int) else tuple(range(self.num_outputs))
 
-def decide(model: nn.Module, x: Tensor, spec: KernelSpec, *, batch: int, threads: int | None = None) -> Decision:
-    """Decide the estimator for a prepared model, on up to 32 of the examples, for those who will evaluate it in batches
-    with so many threads (None: as many as now).
+    def to_plain(self) -> dict[str, Any]:
+        """Return the decision as plain JSON values, from which `from_plain` restores an equal one."""
+        return {field.name: to_plain(getattr(self, field.name)) for field in fields(self)}
 
-    Raises: NNTKError where the asked estimator is not valid for the model, an output does not exist, or f is not
-    finite.
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "Decision":
+        """Restore a decision.
+
+        Raises:
+            ValueError: something is missing, unknown, or of another type; the message names the key.
+            ArgumentError: the estimator is not registered here.
+        """
+        estimator: Estimator = ESTIMATORS.get(str(values.get("estimator")))
+        plan = from_plain(estimator.plan_type, values.get("plan"), where="plan")
+        restored = from_plain(_Rest, {name: part for name, part in values.items() if name != "plan"})
+        return cls(plan=plan, **{field.name: getattr(restored, field.name) for field in fields(restored)})
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """The fields of a decision but for the plan, whose type the estimator knows."""
+
+    estimator: str
+    reason: str
+    num_draws: int
+    num_outputs: int
+    space: ParameterSpace
+    stacked: bool
+    stacking: str
+    probes: ModelProbes | None
+
+
+def decide(
+    model: nn.Module,
+    x: Tensor,
+    spec: KernelSpec,
+    *,
+    batch: int,
+    threads: int | None = None,
+    reference: Reference | None = None,
+) -> Decision:
+    """Decide how the kernel of a model is computed.
+
+    Args:
+        model: a prepared model (`nntk_dist.models.evaluation.prepare_model`).
+        x: examples, of which up to 32 are used.
+        spec: the kernel.
+        batch: how many examples a forward pass will hold.
+        threads: how many threads each pass will have; None for as many as now.
+        reference: the examples on which weights of draws are compared; the weighting's own, or the first of x, if None.
+
+    Raises:
+        ArgumentError: an option does not fit the model.
+        ModelError: the model fails, is not finite, or is no function of one example and its parameters.
+        Unavailable: the estimator that was asked for is not valid for the model.
+
+    Example:
+        >>> import torch
+        >>> from nntk_dist.models.evaluation import prepare_model
+        >>> model = prepare_model(torch.nn.Linear(3, 2), dtype=torch.float32, device="cpu")
+        >>> decide(model, torch.randn(4, 3), KernelSpec(gamma=0.1), batch=4).estimator
+        'autodiff'
     """
     space = select_parameters(model, spec.parameters)
-    values = Evaluator(model, space).base(x[:32])
+    evaluator = Evaluator(model, space)
+    with trying(ModelError, "the model fails on its inputs ({reason}); check their shape and dtype"):
+        values = evaluator.base(x[:_EXAMPLES])
     check_finite(values, "the model's output")
-    calls = _check_function(model, space, x[:32], values)
+    calls = _check_function(evaluator, x[:_EXAMPLES], values)
     num_outputs = values.shape[1]
     if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
-        raise NNTKError(
+        raise ArgumentError(
             f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
         )
-    jumps, rough = None, check_gradients(model, spec.kind, spec.estimator)
-    if rough is None:
+    names, why = _candidates(model, spec)
+    jumps, obstacle = _try_gradients(model, space, spec, x, names, settled=bool(why))
+    problems: list[str] = []
+    for name in names:
         try:
-            jumps = _probe_jumps(model, space, spec, x)
-        except NNTKError as error:
-            if spec.estimator != "auto":
+            if obstacle is not None and _estimator(name).uses_gradients:
+                raise obstacle
+            decision = plan_for(name, model, x, spec, num_outputs=num_outputs, batch=batch, threads=threads)
+            break
+        except Unavailable as error:
+            if len(names) == 1:
                 raise
-            rough = f"autodiff is not to be had: {error}"
-    estimator, reason = _choose(model, space, spec, x, jumps, rough)
-    sites = None
-    if estimator == "autodiff":
-        try:
-            sites = plan_sites(model, space, x)
-        except NNTKError as error:
-            if spec.kind != "nonlocal" or spec.estimator != "auto":
-                raise
-            estimator, reason = _without_gradients(model, space, spec, x, f"autodiff is not to be had: {error}")
-    reason += noise_text(model)
+            problems.append(f"{name} is unavailable: {error}")
+    else:
+        raise Unavailable("; ".join(problems))
+    statement = why or _statement(decision, spec, jumps)
+    reason = "; ".join([*problems, statement]) + noise_text(model)
     if not spec.weighting.is_fixed:
-        reason = f"{reason}; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
-    drawing = None if spec.kind == "local" else spec.drawing(estimator, space, model)
-    draws = 1 if drawing is None else drawing.num_draws
-    trial = None
-    if drawing is not None and estimator == "weight":
-        trial = try_stacking(model, space, _filled(x, batch), drawing, threads=threads)
-    stacked = trial is not None and trial.stacked
-    probes = probe_model(Evaluator(model, space, stacked), spec, x[:32], estimator, calls=calls, jumps=jumps)
-    decision = Decision(
-        estimator,
-        reason,
-        draws,
-        space.num_parameters,
-        num_outputs,
-        stacked,
-        stacking="" if trial is None else trial.text,
-        probes=probes,
-        sites=sites,
+        _try_weighting(decision, model, x, spec, reference)
+        reason += f"; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
+    moved = Evaluator(model, space, decision.stacked)
+    drawing = None if spec.kind == "local" else spec.drawing(decision.estimator, space, model)
+    probes = probe_model(
+        moved, spec, x[:_EXAMPLES], decision.estimator, drawing, unmoved=decision.plan.unmoved, calls=calls, jumps=jumps
     )
-    return with_draws(model, x, spec, decision, draws)
+    return replace(decision, reason=reason, probes=probes)
+
+
+def plan_for(
+    estimator: str,
+    model: nn.Module,
+    x: Tensor,
+    spec: KernelSpec,
+    *,
+    num_outputs: int | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    stacked: bool = False,
+) -> Decision:
+    """Plan one estimator for a model, without asking whether its gradients can be trusted, and without probes.
+
+    Args:
+        estimator: its name.
+        model: a prepared model.
+        x: a few examples.
+        spec: the kernel.
+        num_outputs: C, if it is known.
+        batch: how many examples a forward pass will hold; with it, a timed trial decides about `stacked`.
+        threads: how many threads each pass will have; None for as many as now.
+        stacked: whether perturbed models are evaluated many in one call, if no trial decides.
+
+    Raises:
+        Unavailable: the estimator does not work for this model or kernel.
+        ArgumentError: a contraction is asked for, and the estimator forms no gradients.
+    """
+    chosen = _estimator(estimator)
+    space = select_parameters(model, spec.parameters)
+    drawing = None if spec.kind == "local" else spec.drawing(estimator, space, model)
+    stacking = ""
+    if batch is not None and drawing is not None and chosen.moves_parameters:
+        found = try_stacking(model, space, _filled(x, batch), drawing, threads=threads)
+        stacked, stacking = found.stacked, found.text
+    evaluator = Evaluator(model, space, stacked)
+    if num_outputs is None:
+        num_outputs = evaluator.base(x[:1]).shape[1]
+    _check_contraction(chosen, estimator, spec)
+    plan = chosen.plan(Trial(evaluator, spec, x, drawing, num_outputs))
+    num_draws = 1 if drawing is None else drawing.num_draws
+    return Decision(estimator, "", num_draws, num_outputs, space, plan, stacked, stacking)
+
+
+def with_draws(decision: Decision, spec: KernelSpec, num_draws: int) -> Decision:
+    """Return the same decision with another number of draws: only the contraction follows from it, from values alone.
+
+    Args:
+        decision: the decision.
+        spec: the kernel; its number of blocks may differ from the one decided for.
+        num_draws: the new number of draws.
+    """
+    chosen, outputs = _estimator(decision.estimator), decision.columns(spec.outputs)
+    plan = chosen.contracted(decision.plan, decision.space, spec, num_draws=num_draws, num_outputs=len(outputs))
+    return replace(decision, num_draws=num_draws, plan=plan)
+
+
+def _estimator(name: str) -> Estimator:
+    found: Estimator = ESTIMATORS.get(name)
+    return found
 
 
 def _filled(x: Tensor, batch: int) -> Tensor:
-    """A whole batch of the examples at hand, over and over where they are fewer."""
+    """A whole batch of the examples at hand, repeated if they are fewer."""
     return x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch]
 
 
-def with_draws(model: nn.Module, x: Tensor, spec: KernelSpec, decision: Decision, num_draws: int) -> Decision:
-    """The same decision with another number of draws: how products are contracted follows from it.
-
-    Raises: NNTKError where a contraction is asked for that this estimator has none of.
-    """
-    decision = replace(decision, num_draws=num_draws)
-    space = select_parameters(model, spec.parameters)
-    kept = 1 if isinstance(spec.outputs, int) else decision.num_outputs
-    if decision.estimator == "activation":
-        noise = plan_noise(model, space, x)
-        contraction = noise_contraction(noise, space, spec, num_draws=num_draws, num_outputs=kept)
-        sizes = [each.num_parameters for each in noise.noisy if each.module in contraction.sketched]
-        return replace(
-            decision,
-            contraction=contraction.text(noise),
-            num_columns=contraction.num_columns,
-            num_sketched=sum(sizes),
+def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec) -> None:
+    if spec.contraction != "auto" and not chosen.forms_gradients:
+        raise ArgumentError(
+            f"contraction is '{spec.contraction}', but the estimator is {name}, which forms no gradients; use "
+            "contraction: auto"
         )
-    if decision.estimator == "autodiff":
-        plan = decision.sites or plan_sites(model, space, x)
-        chosen = contraction_of(model, plan, space, spec, num_draws=num_draws, num_outputs=kept)
-        return replace(
-            decision, contraction=chosen.text, num_columns=chosen.num_columns, num_sketched=chosen.num_sketched
-        )
-    if spec.contraction != "auto":
-        raise NNTKError(
-            f"contraction is '{spec.contraction}', but the estimator is {decision.estimator} ({decision.reason}), "
-            "which forms no gradients; use contraction: auto"
-        )
-    return decision
 
 
-def _check_function(model: nn.Module, space: ParameterSpace, x: Tensor, values: Tensor) -> tuple[float, float | None]:
+def _check_function(evaluator: Evaluator, x: Tensor, values: Tensor) -> tuple[float, float | None]:
     """Refuse a model whose output is not a function of one example and the parameters; else, how far it changed."""
-    repeat_change, batch_change = call_changes(Evaluator(model, space), x, values)
-    tolerance = agreement(model, _ROUNDING * torch.finfo(values.dtype).eps)
+    repeat_change, batch_change = call_changes(evaluator, x, values)
+    tolerance = agreement(evaluator.model, _ROUNDING * torch.finfo(values.dtype).eps)
     if repeat_change > tolerance:
-        raise NNTKError(
+        raise ModelError(
             "the model's output changes from call to call: it draws random numbers even in eval mode, which are not "
             "seeded; take them from an nntk_dist.StochasticModule, or replace nn.Dropout by nntk_dist.replace_dropout"
         )
     if batch_change is not None and batch_change > tolerance:
-        raise NNTKError(
+        raise ModelError(
             "the model's output for one example depends on the other examples of its batch, which no kernel of pairs "
             "can express; normalise with running statistics, or over each example"
         )
     return repeat_change, batch_change
 
 
-def _probe_jumps(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> JumpProbe | None:
-    """Whether f jumps, where the choice of an estimator depends on it."""
-    settled = holds_black_box(model) or spec.kind != "nonlocal" or spec.distribution == LowRank.name
-    settled = settled or not spec.weighting.is_fixed or spec.estimator in ("weight", "activation")
-    if settled:
-        return None
-    return probe_jumps(model, space, spec.drawing("autodiff", space, model), x)
-
-
-def _choose(
-    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, probe: JumpProbe | None, rough: str | None
-) -> tuple[str, str]:
-    """The estimator's name and the reason, in words; `rough` says why there are no gradients."""
+def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], str]:
+    """The estimators to try, in their order; if model and kernel leave a single one, also why."""
     if holds_black_box(model):
-        return "weight", _black_box_reason(spec)
+        return ("weight",), _black_box_reason(spec)
     if spec.kind == "local":
-        return "autodiff", "the ordinary NTK is made of gradients at θ"
+        return ("autodiff",), "the ordinary NTK is made of gradients at θ"
     if spec.kind == "averaged":
-        return "autodiff", "the averaged NTK is made of gradients at random parameters"
+        return ("autodiff",), "the averaged NTK is made of gradients at random parameters"
     if spec.kind == "covariance":
-        return "weight", "the covariance kernel is made of output differences"
+        return ("weight",), "the covariance kernel is made of output differences"
     if not spec.weighting.is_fixed:
-        return "weight", "only differences of outputs belong to one draw each, to be weighted"
+        return ("weight",), "only differences of outputs belong to one draw each, to be weighted"
     if spec.distribution == LowRank.name:
-        return "weight", (
+        return ("weight",), (
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "
             "kernel than those of any radial distribution"
         )
-    if spec.estimator == "weight":
-        return "weight", "asked for; valid for anything that can be evaluated"
-    if spec.estimator == "activation":
-        return "activation", f"asked for: {_treatment(_activation_plan(model, space, spec, x), space)}"
-    if rough is not None:
-        return _without_gradients(model, space, spec, x, rough)
-    assert probe is not None
-    if probe.differentiable:
-        return "autodiff", f"the model is locally Lipschitz in its parameters: {_evidence(probe)}"
-    if spec.estimator == "autodiff":
-        raise NNTKError(
-            f"estimator is 'autodiff', but the model jumps in its parameters ({_evidence(probe)}), where it is "
-            "silently wrong; use estimator: weight or auto"
-        )
-    jumps = f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}"
-    return _without_gradients(model, space, spec, x, jumps)
-
-
-def _without_gradients(
-    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, why: str
-) -> tuple[str, str]:
-    """The better of the two estimators that only evaluate: `activation` where it is valid and reaches enough."""
-    try:
-        plan = _activation_plan(model, space, spec, x)
-    except NNTKError as error:
-        return "weight", f"{why}; activation is not to be had: {error}"
-    if 2 * plan.num_parameters(space)[2] > space.num_parameters:
-        return "weight", f"{why}; noise in pre-activations would reach less than half of its parameters"
-    return "activation", f"{why}; {_treatment(plan, space)}"
-
-
-def _activation_plan(model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor) -> NoisePlan:
-    """The noise plan of a model, where the kernel's description allows the estimator `activation`.
-
-    Raises: NNTKError for another distribution or design than it is exact for, too many draws, and as `plan_noise`.
-    """
-    replace(spec, estimator="activation")  # checks that it goes with the distribution and the design
-    drawing = spec.drawing("activation", space, model)
-    most = MOST_GROUPS * drawing.group_size
-    searched = spec.max_draws if spec.rtol is not None else 0
-    for name, number in (("draws", drawing.num_draws), ("max_draws", searched)):
-        if number > most:
-            raise NNTKError(f"{name} is {number}; allowed for estimator activation: up to {most} ({spec.design})")
-    return plan_noise(model, space, x)
-
-
-def _treatment(plan: NoisePlan, space: ParameterSpace) -> str:
-    noisy, readout, weight_space = plan.num_parameters(space)
-    return (
-        f"of {space.num_parameters} parameters {noisy} are reached by noise in the pre-activations of "
-        f"{len(plan.noisy)} layers, {readout} lie in the readout, whose gradient is exact, and {weight_space} are "
-        "perturbed themselves"
-    )
+    return (AUTO_ORDER, "") if spec.estimator == "auto" else ((str(spec.estimator),), "")
 
 
 def _black_box_reason(spec: KernelSpec) -> str:
     """Why `weight` computes this kernel of a black box, or the refusal of a kernel that differences cannot give."""
     if spec.kind not in ("nonlocal", "covariance"):
-        raise NNTKError(
+        raise ModelError(
             f"kind is '{spec.kind}', which is made of gradients, but the model holds a black box, which has none; "
             "allowed: nonlocal, covariance"
         )
     if spec.estimator not in ("auto", "weight"):
-        raise NNTKError(
+        raise Unavailable(
             f"estimator is '{spec.estimator}', but the model holds a black box, which can only be evaluated; allowed: "
             "auto, weight"
         )
     return "the model holds a black box, which can be evaluated and nothing else"
+
+
+def _try_gradients(
+    model: nn.Module, space: ParameterSpace, spec: KernelSpec, x: Tensor, names: tuple[str, ...], *, settled: bool
+) -> tuple[JumpProbe | None, Unavailable | None]:
+    """Whether f jumps, if it was tried, and why gradients are not to be trusted, if so.
+
+    It is tried only if the choice of an estimator depends on it: not if one is `settled`.
+    """
+    users = [name for name in names if _estimator(name).uses_gradients]
+    if not users:
+        return None, None
+    rough = check_gradients(model, spec.kind, spec.estimator)
+    if rough is not None:
+        return None, Unavailable(rough)
+    if settled:
+        return None, None
+    try:
+        probe = probe_jumps(model, space, spec.drawing(users[0], space, model), x)
+    except Unavailable as error:
+        return None, error
+    if probe.differentiable:
+        return probe, None
+    if spec.estimator != "auto":
+        return probe, Unavailable(
+            f"estimator is '{spec.estimator}', but the model jumps in its parameters ({_evidence(probe)}), where it is "
+            "silently wrong; use estimator: weight or auto"
+        )
+    return probe, Unavailable(f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}")
+
+
+def _statement(decision: Decision, spec: KernelSpec, jumps: JumpProbe | None) -> str:
+    """Why the estimator of a decision is valid, in words."""
+    chosen = _estimator(decision.estimator)
+    if chosen.uses_gradients and jumps is not None:
+        return f"the model is locally Lipschitz in its parameters: {_evidence(jumps)}"
+    statement = chosen.statement(decision.plan, decision.space)
+    return statement if spec.estimator == "auto" else f"asked for: {statement}"
 
 
 def _evidence(probe: JumpProbe) -> str:
@@ -276,3 +366,13 @@ def _evidence(probe: JumpProbe) -> str:
         f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f, "
         f"at up to {probe.num_gradients} points"
     )
+
+
+def _try_weighting(
+    decision: Decision, model: nn.Module, x: Tensor, spec: KernelSpec, reference: Reference | None
+) -> None:
+    """Score one draw, so that a score that fails is reported before the work begins."""
+    evaluator = Evaluator(model, decision.space, decision.stacked)
+    drawing = spec.drawing(decision.estimator, decision.space, model)
+    reference = reference or spec.weighting.reference_of(x)
+    make_attention(evaluator, drawing, spec.weighting, spec.seed, reference).try_on(x)

@@ -41,13 +41,11 @@ def find_draws(
     num_draws: int | None = decision.num_draws
     while num_draws is not None:
         looked_at = spec_to_look_at(spec, num_draws, decision.num_parameters)
-        features = make_feature_map(
-            model, inputs[0], looked_at, with_draws(model, inputs[0], looked_at, decision, num_draws)
-        )
+        features = make_feature_map(model, inputs[0], looked_at, with_draws(decision, looked_at, num_draws))
         calibration = _calibration(features, inputs, ids, looked_at, batch)
         looks.append(Look.of(num_draws, calibration, looked_at=looked_at.blocks, blocks=spec.blocks))
         num_draws = next_draws(looks, rtol=spec.rtol, max_draws=spec.max_draws, unit=unit)
-    return with_draws(model, inputs[0], spec, decision, looks[-1].draws), looks[-1]
+    return with_draws(decision, spec, looks[-1].draws), looks[-1]
 
 
 def spec_to_look_at(spec: KernelSpec, num_draws: int, num_parameters: int) -> KernelSpec:

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from nntk_dist.models.evaluation import in_float64, outputs
+from nntk_dist.errors import Unavailable
+from nntk_dist.models.evaluation import in_float64, outputs, trying
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.planning.chords import largest_jump
 from nntk_dist.sampling.draws import Drawing
@@ -60,7 +61,8 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     that passes up to 372 forward passes of 8 examples more, in search of jumps on long chords.
     A model whose output no segment moves does not pass: it shows no gradient to trust.
 
-    Raises: NNTKError where the model does not run in float64.
+    Raises:
+        Unavailable: the model does not run in float64, or cannot be differentiated twice.
     """
     exact, x = in_float64(model, x[:_EXAMPLES])
     base = space.values(exact)
@@ -69,7 +71,8 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     reach = _LONG_REACH * torch.cat([value.flatten() for value in base.values()]).norm()
     lengths = segments[_SEGMENTS:].norm(dim=1, keepdim=True)
     segments[_SEGMENTS:] *= torch.clamp(reach / lengths, min=1.0)
-    results = [_Segment(exact, space, base, z, x).refine() for z in segments]
+    with trying(Unavailable, "the model cannot be differentiated twice, which shows whether it jumps ({reason})"):
+        results = [_Segment(exact, space, base, z, x).refine() for z in segments]
     residuals = [_joint(results[:_SEGMENTS]), _joint(results[_SEGMENTS:])]
     finite = [residual for residual in residuals if not math.isnan(residual)]
     found = JumpProbe(max(finite, default=math.nan), max(count for _, _, count in results))

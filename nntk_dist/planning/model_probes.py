@@ -9,15 +9,16 @@ Axes: n examples, c outputs.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.layers.noise_plan import plan_noise
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.planning.jumps import JumpProbe
 from nntk_dist.planning.noise_floor import NoiseFloor, probe_noise
+from nntk_dist.sampling.draws import Drawing
 from nntk_dist.spec import KernelSpec
 
 # Noise of 1 % in differences adds 1e-4 of itself to the variance of `weight`, and to a covariance kernel's diagonal.
@@ -51,10 +52,6 @@ class ModelProbes:
     noise_measured: bool | None = None
     training_modules: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("training_modules", "cautions"):  # JSON has lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def jumps(self) -> bool | None:
@@ -91,15 +88,33 @@ def probe_model(
     spec: KernelSpec,
     x: Tensor,
     estimator: str,
+    drawing: Drawing | None,
     *,
+    unmoved: Sequence[str],
     calls: tuple[float, float | None],
     jumps: JumpProbe | None,
 ) -> ModelProbes:
-    """All that was found, the noise floor added to it: `evaluator` evaluates perturbed models as the run will.
+    """Collect what was found, and measure the noise floor.
 
-    Cost: the noise floor's eighteen forward passes of up to 32 examples; a local kernel perturbs nothing and has none.
+    Noise in pre-activations moves an example as noise in its weights does; so weights are moved here for `activation`
+    too.
+
+    Args:
+        evaluator: the model, evaluating perturbed models as the kernel's computation will.
+        spec: the kernel.
+        x: a few examples.
+        estimator: its name.
+        drawing: the kernel's draws; None for the kind `local`, which has no noise floor.
+        unmoved: parameters that the estimator's draws leave alone.
+        calls: what `call_changes` found.
+        jumps: what `probe_jumps` found, if it was tried.
+
+    Cost: 18 forward passes of up to 32 examples.
     """
-    floor = None if spec.kind == "local" else _noise_floor(evaluator, spec, x, estimator)
+    floor = None
+    if drawing is not None:
+        columns = (spec.outputs,) if isinstance(spec.outputs, int) else range(evaluator.base(x[:1]).shape[1])
+        floor = probe_noise(evaluator, drawing, x, columns, still=unmoved)
     notable = floor is not None and estimator in _DIFFERENCES and floor.ratio > NOTABLE_NOISE
     return ModelProbes(
         repeat_change=calls[0],
@@ -132,18 +147,6 @@ def _depends_on_mode(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return module.dropout > 0
     return isinstance(module, nn.RReLU)
-
-
-def _noise_floor(evaluator: Evaluator, spec: KernelSpec, x: Tensor, estimator: str) -> NoiseFloor | None:
-    """Of the kernel's own perturbations. Noise in pre-activations moves an example as noise in its weights does, the
-    readout's apart, which `activation` leaves alone.
-    """
-    model, space = evaluator.model, evaluator.space
-    columns = (spec.outputs,) if isinstance(spec.outputs, int) else range(evaluator.base(x[:1]).shape[1])
-    still: tuple[str, ...] = ()
-    if estimator == "activation" and (readout := plan_noise(model, space, x).readout) is not None:
-        still = tuple(name for _, name in readout.site.parameters)
-    return probe_noise(evaluator, spec.drawing(estimator, space, model), x, columns, still=still)
 
 
 def _noise_caution(

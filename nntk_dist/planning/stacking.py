@@ -111,10 +111,11 @@ def _measure(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawin
         return StackingTrial(False, why=f"a pass takes {1e3 * seconds_in_turn:.2g} ms, far above a call's overhead")
     try:
         pass_with(stacked, first)
-    except RuntimeError as error:
+    except Exception as error:  # a model's code may raise anything
         if is_out_of_memory(error):
             raise
-        return StackingTrial(False, why=f"vmap cannot take the model ({str(error).splitlines()[0]})")
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return StackingTrial(False, why=f"vmap cannot take the model ({reason})")
     most = min(_DRAWS, draws_at_once(space.num_parameters if shared is None else shared.numbers_of_a_draw, x))
     several = range(max(unit, most // unit * unit))
     seconds_in_turn = _seconds(lambda: pass_with(in_turn, several), x.device) / len(several)

@@ -7,9 +7,7 @@ Axes: s draws, r blocks, c outputs.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
 
 from nntk_dist.products.factor_form import FactorForm
 
@@ -70,25 +68,6 @@ class FeatureStorage:
     def factor_form(self, *, full: bool) -> FactorForm | None:
         """Return the form of the explicit factor, or None without one; `full` keeps one kernel row for each output."""
         return FactorForm(self.arrays[0].axes, self.arrays[0].shape, full) if self.is_factor else None
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return the record as a mapping of plain values, for a manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Self:
-        """Return the record that `to_plain` was called on, also after a round trip through JSON."""
-        metric = values["metric"]
-        return cls(
-            tuple(map(_spec, values["arrays"])),
-            values["is_single"],
-            None if metric is None else _spec(metric),
-            values["needs_metric"],
-        )
-
-
-def _spec(values: Mapping[str, Any]) -> ArraySpec:
-    return ArraySpec(values["name"], tuple(values["axes"]), tuple(values["shape"]))
 
 
 @dataclass(frozen=True)

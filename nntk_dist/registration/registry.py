@@ -49,7 +49,9 @@ class Registry(Generic[Entry]):
         yield from (point.name for point in entry_points(group=self.group) if point.name not in self.locations)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name.startswith(PYTHON) or name in tuple(self))
+        if not isinstance(name, str):
+            return False
+        return name.startswith(PYTHON) or name in self.locations or bool(entry_points(group=self.group, name=name))
 
     def get(self, name: str) -> Entry:
         """Import and return the entry called `name`.

@@ -4,12 +4,12 @@ Compares values only; it changes nothing on disk. Names, places, executors, work
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from nntk_dist.errors import NNTKError, StoreError
+from nntk_dist.errors import StoreError
 from nntk_dist.planning.decision import Decision
-from nntk_dist.planning.model_probes import ModelProbes
+from nntk_dist.planning.plain import from_plain
 from nntk_dist.products.feature_description import FeatureStorage
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from pipeline.config.schema import Config, config_from_dict
@@ -22,54 +22,53 @@ Section = TypeVar("Section")
 LATER_STAGES = ("spectrum", "regression")
 
 
-def stored_job(manifest: Manifest) -> Job:
-    """The job that a manifest describes, without loading data or model. Raises an NNTKError where it is not whole."""
-    config = config_from_dict(manifest.config)
+def stored_job(manifest: Manifest, config: Config | None = None) -> Job:
+    """Restore the job that a manifest describes; neither data nor model are loaded, and nothing is decided.
+
+    Args:
+        manifest: of the run.
+        config: the configuration with which the run goes on, if it is not the stored one; `check_kernel` says whether
+            the stored decisions hold for it.
+
+    Raises:
+        StoreError: the manifest is not whole.
+    """
+    if config is None:
+        config = config_from_dict(manifest.config)
     return Job(
         run_dir=RunStorage(config.run_dir).url,
         fingerprint=manifest.fingerprints.get("kernel", ""),
         config=config,
         spec=build_spec(config.kernel),
-        decision=_restored_decision(manifest),
-        layout=_restored(Layout, manifest.layout, "layout"),
-        sizes=_restored(Sizes, manifest.sizes, "sizes"),
-        features=_restored_features(manifest),
+        decision=stored_decision(manifest),
+        layout=_restored(lambda: from_plain(Layout, manifest.layout), "layout"),
+        sizes=_restored(lambda: from_plain(Sizes, manifest.sizes), "sizes"),
+        features=_restored(lambda: from_plain(FeatureStorage, manifest.features), "features"),
     )
 
 
-def stored_probes(manifest: Manifest) -> ModelProbes | None:
-    """What the model was found to be like; None where the run was planned by a version that kept no probes.
+def stored_decision(manifest: Manifest) -> Decision:
+    """Restore the decision that a manifest keeps.
 
-    Raises: NNTKError where they are not whole.
+    Raises:
+        StoreError: it is not whole.
     """
-    values = manifest.decision.get("probes")
-    return None if values is None else _restored(ModelProbes, values, "decision.probes")
+    return _restored(lambda: Decision.from_plain(manifest.decision), "decision")
 
 
-def _restored_decision(manifest: Manifest) -> Decision:
-    return _restored(Decision, {**manifest.decision, "probes": stored_probes(manifest)}, "decision")
-
-
-def _restored_features(manifest: Manifest) -> FeatureStorage:
-    """How the store keeps features. Raises a StoreError if the manifest's record is not whole."""
+def _restored(restore: Callable[[], Section], key: str) -> Section:
     try:
-        return FeatureStorage.from_plain(manifest.features)
-    except (KeyError, TypeError) as error:
-        raise StoreError(
-            f"manifest.json is broken at features: {error}; restore it, or choose another run_dir"
-        ) from error
-
-
-def _restored(kind: type[Section], values: Mapping[str, Any], key: str) -> Section:
-    try:
-        return kind(**values)
-    except TypeError as error:
-        reason = str(error).replace(f"{kind.__name__}.__init__() ", "")
-        raise NNTKError(f"manifest.json is broken at {key}: {reason}; restore it, or choose another run_dir") from error
+        return restore()
+    except ValueError as error:
+        raise StoreError(f"manifest.json is broken at {key}.{error}; restore it, or choose another run_dir") from error
 
 
 def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> None:
-    """Raise an NNTKError, naming the first difference, unless the stored kernel is the one that is asked for."""
+    """Check that the stored kernel is the one that is asked for.
+
+    Raises:
+        StoreError: it is another one, or is laid out in another way; the message names the first difference.
+    """
     plain = json.loads(json.dumps(parts))
     if plain != manifest.identity:
         named = {key: getattr(config, key).model_dump(mode="json") for key in ("data", "model", "kernel")}
@@ -81,7 +80,7 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
             old["compute"], new["compute"] = {"dtype": manifest.identity.get("dtype")}, {"dtype": plain["dtype"]}
         if old == new:  # the same words, other contents: a changed file
             old, new = manifest.identity, plain
-        raise NNTKError(
+        raise StoreError(
             f"{run_dir} holds another kernel: {describe_difference(old, new)}; choose another run_dir, or remove "
             "this one"
         )
@@ -96,12 +95,12 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
         "matmul_precision": compute.matmul_precision,
     }
     for key, value in asked.items():
-        kept = manifest.layout.get(key)
+        kept = manifest.layout[key]
         too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
         # The batch may have been halved since, where memory ran out: what was asked then is as good as what came of it.
         asked_then = key == "batch" and value == manifest.config.get("compute", {}).get(key)
         if not (value in ("auto", kept) or too_few or asked_then):
-            raise NNTKError(
+            raise StoreError(
                 f"{run_dir} was laid out with compute.{key} {kept}, the configuration says {value}; set "
                 f"compute.{key}={kept}, or choose another run_dir"
             )
@@ -110,19 +109,20 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
 def stages_to_rerun(
     manifest: Manifest, config: Config, fingerprints: Mapping[str, str], run_dir: str, *, resume: bool
 ) -> tuple[str, ...]:
-    """Later stages whose section changed, the report among them on resume; () where nothing did.
+    """Return the later stages whose section changed, and on resume the report if its section did.
 
-    Raises: NNTKError without `resume`, where the run is unfinished or a later section changed.
+    Raises:
+        StoreError: without `resume`, the run is unfinished or a later section changed.
     """
     changed = tuple(stage for stage in LATER_STAGES if fingerprints[stage] != manifest.fingerprints.get(stage))
     if changed and not resume:
         old = {stage: manifest.config.get(stage, {}) for stage in changed}
         new = {stage: getattr(config, stage).model_dump(mode="json") for stage in changed}
-        raise NNTKError(
+        raise StoreError(
             f"{run_dir} was finished with another {' and '.join(changed)}: {describe_difference(old, new)}; "
             f"--resume reruns only {' and '.join(changed)}"
         )
     if not resume and manifest.completed is None:
-        raise NNTKError(f"{run_dir} holds an unfinished run of this configuration; add --resume to continue it")
+        raise StoreError(f"{run_dir} holds an unfinished run of this configuration; add --resume to continue it")
     page_changed = resume and config.report.model_dump(mode="json") != manifest.config.get("report")
     return (*changed, "report") if page_changed else changed

@@ -82,10 +82,8 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         f"{layout.dtype} on {layout.device}{_sharing(plan.job)}{rounded}",
         soft_wrap=True,
     )
-    if plan.job.decision.probes is None:
-        out.print("probes: none are kept; the run was planned by an earlier version")
-        return
-    for fact in probe_facts(plan.job.decision.probes):
+    probes = plan.job.decision.probes
+    for fact in () if probes is None else probe_facts(probes):
         line = f"probe {fact.label[:1].lower()}{fact.label[1:]}: {fact.value}; {fact.verdict}"
         out.print(line, soft_wrap=True, markup=False, highlight=False)
 

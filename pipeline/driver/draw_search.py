@@ -1,7 +1,7 @@
-"""The search for the draws of a run with an asked accuracy: looks on a worker, one after the other, before the stages.
+"""Search for the draws that an asked accuracy takes: look after look on a worker, before the stages.
 
-Every look is a task of the stage `pilot`, with the job that the run would have with so many draws; what it found is in
-the ledger, so a search that was stopped goes on where it was, to the same end.
+Each look is a task of the stage `pilot`, with the job that the run would have with that number of draws. Its result is
+in the ledger, so an interrupted search goes on from there and ends at the same number.
 """
 
 from torch import nn
@@ -18,13 +18,13 @@ from pipeline.work.stages import pilot
 
 
 def looks_of(ledger: Ledger) -> list[Look]:
-    """The looks so far, in their order."""
+    """Return the looks so far, by their number of draws."""
     looks = [Look.from_numbers(row.numbers) for row in ledger.rows(pilot.NAME)]
     return sorted(looks, key=lambda look: look.draws)
 
 
 def draws_to_look_at(job: Job, looks: list[Look]) -> int | None:
-    """How many draws are to be looked at next, None where the search has ended; `job` is the first look's."""
+    """Return the number of draws of the next look, None if the search has ended; `job` is the first look's."""
     if not looks:
         return job.sizes.num_draws
     spec, unit = job.spec, job.spec.draw_unit(job.sizes.num_draws, job.sizes.num_parameters)
@@ -35,21 +35,31 @@ def draws_to_look_at(job: Job, looks: list[Look]) -> int | None:
 def search_draws(
     config: Config, dataset: Dataset, model: nn.Module, plan: Plan, runner: StageRunner, earlier: StageRecord | None
 ) -> tuple[Plan, StageRecord]:
-    """The plan with as many draws as the accuracy takes, from the plan of the first look, and the pilot's record.
+    """Return the plan with as many draws as the accuracy takes, and the pilot's record.
 
-    Raises: NNTKError where a run with as many draws as are to be looked at cannot fit into memory or on disk.
+    Nothing is decided again: with each number of draws only contraction, layout and projection change.
+
+    Args:
+        config: the configuration, with an asked accuracy.
+        dataset: its data.
+        model: its model.
+        plan: the plan of the first look.
+        runner: carries the looks out.
+        earlier: the record of an interrupted search.
+
+    Raises:
+        ArgumentError: a run with the next number of draws cannot fit into memory or on disk.
     """
     first, record = plan.job, earlier
-    decisions = first.layout, first.decision
     while (num_draws := draws_to_look_at(first, looks_of(runner.ledger))) is not None:
         if num_draws != plan.job.sizes.num_draws:
-            plan = make_plan(config, dataset, model, decisions, num_draws)
+            plan = make_plan(config, dataset, model, job=first, num_draws=num_draws, parts=plan.parts)
         record = runner.carry_out(
             pilot.NAME, [pilot.look_task(plan.job)], 1, 0, record, title=f"pilot with {num_draws} draws"
         )
     found = looks_of(runner.ledger)[-1].draws
     if found != plan.job.sizes.num_draws:
-        plan = make_plan(config, dataset, model, decisions, found)
+        plan = make_plan(config, dataset, model, job=first, num_draws=found, parts=plan.parts)
     if record is None:  # stopped between the last look and the manifest
         record = runner.carry_out(pilot.NAME, (), 0, 0, None)
     return plan, record

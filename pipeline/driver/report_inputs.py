@@ -15,9 +15,10 @@ import numpy as np
 import yaml
 
 from nntk_dist.analysis.dense_regression import RidgeRow
+from nntk_dist.planning.decision import Decision
 from nntk_dist.sampling.laws import OPTIONS
 from nntk_dist.weighting.options import Weighting
-from pipeline.decisions.continuation import stored_job, stored_probes
+from pipeline.decisions.continuation import stored_decision, stored_job
 from pipeline.records.manifest import Manifest
 from pipeline.report import (
     KernelFacts,
@@ -48,15 +49,15 @@ def write_report(storage: RunStorage, manifest: Manifest) -> None:
 
 def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
     """Everything on the page, as plain values."""
-    config, results = manifest.config, manifest.results
+    config, results, decision = manifest.config, manifest.results, stored_decision(manifest)
     store = KernelArrays(storage)
-    kernel, tiles = config["kernel"], manifest.layout.get("write_tiles", True)
+    kernel, tiles = config["kernel"], manifest.layout["write_tiles"]
     eigenvalues = _eigenvalues(storage, manifest)
     return ReportInputs(
         title=config["name"],
         data=config["data"]["source"],
         model=_model_text(config["model"]),
-        kernel=_kernel_facts(manifest),
+        kernel=_kernel_facts(manifest, decision),
         provenance=_provenance(manifest),
         gram=_thumbnail(store, manifest, full=kernel["outputs"] == "full"),
         eigenvalues=eigenvalues,
@@ -75,7 +76,7 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
             if record.results.get("tasks")
         ],
         plots=config["report"]["plots"],
-        probes=stored_probes(manifest),
+        probes=decision.probes,
         spectrum_numbers=_spectrum_numbers(eigenvalues, results),
         spectrum_solver=_solver("spectrum", results),
         regression_solver=_solver("regression", results),
@@ -87,16 +88,14 @@ def _model_text(model: dict[str, Any]) -> str:
     return ", ".join([model["builder"], *arguments])
 
 
-def _kernel_facts(manifest: Manifest) -> KernelFacts:
+def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
     kernel, sizes, results = manifest.config["kernel"], manifest.sizes, manifest.results
     local = kernel["kind"] == "local"
     distribution = kernel["distribution"]
     return KernelFacts(
         kind=kernel["kind"],
-        estimator=manifest.decision["estimator"],
-        estimator_reason="; ".join(
-            filter(None, (manifest.decision["reason"], *map(manifest.decision.get, ("contraction", "stacking"))))
-        ),
+        estimator=decision.estimator,
+        estimator_reason="; ".join(filter(None, (decision.explanation, decision.stacking))),
         statistic=kernel["statistic"],
         outputs=str(kernel["outputs"]),
         num_train=sizes["num_train"],
@@ -111,7 +110,7 @@ def _kernel_facts(manifest: Manifest) -> KernelFacts:
         accuracy=results.get("rtol_verdict"),
         accuracy_reached=results.get("rtol_reached"),
         relative_bias=results.get("train_relative_bias"),
-        matmul_precision=manifest.layout.get("matmul_precision", "highest"),
+        matmul_precision=manifest.layout["matmul_precision"],
     )
 
 
@@ -154,7 +153,7 @@ def _thumbnail(store: KernelArrays, manifest: Manifest, *, full: bool) -> Thumbn
     labels (or of a single target).
     """
     targets = store.read("train/targets")
-    tiles = manifest.layout.get("write_tiles", True)
+    tiles = manifest.layout["write_tiles"]
     chosen = _evenly(len(targets), _THUMBNAIL_ROWS) if tiles else _runs(len(targets))
     kept = targets[chosen]
     classes = np.issubdtype(targets.dtype, np.integer)

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
+from nntk_dist.planning.plain import to_plain
 from nntk_dist.sampling.laws import OPTIONS
 from pipeline.config.schema import Config
 from pipeline.data import Dataset
@@ -30,7 +31,6 @@ from pipeline.driver.results import collect_results
 from pipeline.driver.stage_runner import StageRunner, is_finished
 from pipeline.executors import Executor
 from pipeline.executors.serial import SerialExecutor
-from pipeline.job.job import as_plain
 from pipeline.planning.plan import Plan, make_plan, stage_fingerprints
 from pipeline.records.ledger import FOLDER, Ledger
 from pipeline.records.lock import RunLock
@@ -80,20 +80,19 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     dataset = build_dataset(config)
     model = build_model(config, dataset)
     rerun: tuple[str, ...] = ()
-    decisions = None
+    job, parts = None, identity(config, dataset, model)
     if stored is not None:
-        job = stored_job(stored)
-        parts = identity(config, dataset, model)
+        job = stored_job(stored, config)
         check_kernel(stored, config, parts, config.run_dir)
         rerun = stages_to_rerun(stored, config, stage_fingerprints(config, parts), config.run_dir, resume=resume)
-        decisions = job.layout, job.decision
     elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
-        raise NNTKError(
+        raise StoreError(
             f"{config.run_dir} holds results, but no manifest.json that says of what; restore it, or choose another "
             "run_dir"
         )
     storage.check_writable()
-    return Prepared(config, make_plan(config, dataset, model, decisions), dataset, model, storage, stored, rerun)
+    plan = make_plan(config, dataset, model, job=job, parts=parts)
+    return Prepared(config, plan, dataset, model, storage, stored, rerun)
 
 
 def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> dict[str, Any]:
@@ -101,7 +100,9 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
     storage = prepared.storage
     with RunLock(storage) as lock, ExitStack() as resources:
         if read_manifest(storage) != prepared.stored:
-            raise NNTKError(f"{prepared.config.run_dir} was written by another driver just now; give the command again")
+            raise StoreError(
+                f"{prepared.config.run_dir} was written by another driver just now; give the command again"
+            )
         storage.remove_partial_files()
         ledger = Ledger(storage)
         prepared = _with_fitting_batch(prepared, ledger)
@@ -206,11 +207,11 @@ def _manifest(prepared: Prepared) -> Manifest:
         seeds={"data": config.data.seed, "model": config.model.seed, "kernel": config.kernel.seed},
         versions=environment_versions() if stored is None else stored.versions,
         git_commit=git_commit() if stored is None else stored.git_commit,
-        layout=as_plain(plan.job.layout),
-        sizes=as_plain(plan.job.sizes),
-        decision=as_plain(replace(plan.job.decision, sites=None)),  # which follow from the model
-        features=plan.job.features.to_plain(),
-        projection=as_plain(plan.projection),
+        layout=to_plain(plan.job.layout),
+        sizes=to_plain(plan.job.sizes),
+        decision=plan.job.decision.to_plain(),
+        features=to_plain(plan.job.features),
+        projection=to_plain(plan.projection),
         stages=stages,
     )
 

@@ -18,11 +18,12 @@ from nntk_dist.errors import NNTKError
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.sampling.philox import uniform
 from nntk_dist.sampling.streams import VERIFIED_SAMPLE, Stream
+from pipeline.config.schema import config_from_dict
 from pipeline.decisions.build import build_dataset, build_model, identity
 from pipeline.decisions.continuation import check_kernel, stored_job
 from pipeline.driver.run import state_of
 from pipeline.job.job import Job, Task, intervals
-from pipeline.planning.plan import make_plan
+from pipeline.planning.plan import check_device
 from pipeline.records.ledger import Ledger, LedgerRow
 from pipeline.records.lock import RunLock
 from pipeline.records.manifest import Manifest, read_manifest, write_manifest
@@ -66,14 +67,14 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
 
     Raises: NNTKError where the data or the model that the configuration names are no longer what they were.
     """
-    stored = stored_job(manifest)
-    # the store that is asked about, also where it was moved since, or is looked at from another folder
-    config = stored.config.model_copy(update={"run_dir": storage.url})
+    # This store, which may have been moved since, or be read from another folder.
+    config = config_from_dict(manifest.config).model_copy(update={"run_dir": storage.url})
+    job = stored_job(manifest, config)
     dataset = build_dataset(config)
     model = build_model(config, dataset)
     check_kernel(manifest, config, identity(config, dataset, model), config.run_dir)
-    job = make_plan(config, dataset, model, (stored.layout, stored.decision)).job
-    context = Context(job, dataset, state_of(model))
+    check_device(job.layout.device, config.compute, continued=True)
+    context = Context(job, dataset, state_of(model), built=model)
     ledger = Ledger(storage)
     checks = {
         "completeness": lambda: _completeness(job, ledger),

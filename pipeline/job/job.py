@@ -6,8 +6,7 @@ the same place. Nothing here computes.
 Units: `_bytes`, `_seconds`. Rows are counted in examples, also where a `full` kernel holds C rows for each.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from nntk_dist.planning.decision import Decision
 from nntk_dist.products.feature_description import FeatureStorage
@@ -15,14 +14,30 @@ from nntk_dist.spec import KernelSpec
 from pipeline.config.schema import Config
 from pipeline.job.task import Outcome, Task
 
-__all__ = ["SPLITS", "Job", "Layout", "Outcome", "Sizes", "Task", "as_plain", "intervals"]
+__all__ = ["SPLITS", "Job", "Layout", "Outcome", "Sizes", "Task", "intervals"]
 
 SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides rounding and file layout: fixed when a run is planned, kept in the manifest, reused on resume."""
+    """What decides rounding and file layout: fixed when a run is planned, kept in the manifest, reused on resume.
+
+    Attributes:
+        tile: rows of a tile.
+        batch: rows of one forward pass.
+        shard_rows: rows of one shard of features.
+        chunk_draws: draws of one task of the stage `features`.
+        threads: threads of a worker.
+        device: where workers compute.
+        dtype: in which they compute and store.
+        stderr: for what standard errors are made: `entry`, `sample` or `none`.
+        store_features: whether features are stored; otherwise each tile recomputes its rows.
+        outputs_at_once: outputs whose features are held at a time, if they are recomputed.
+        write_tiles: whether the kernel's tiles are stored.
+        matmul_precision: of float32 matrix products on a GPU.
+        tile_group: columns of tiles whose features a worker keeps.
+    """
 
     tile: int
     batch: int
@@ -34,14 +49,14 @@ class Layout:
     stderr: str
     store_features: bool
     outputs_at_once: int
-    write_tiles: bool = True
-    matmul_precision: str = "highest"
-    tile_group: int = 1  # columns of tiles whose features a worker keeps
+    write_tiles: bool
+    matmul_precision: str
+    tile_group: int
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much there is of everything."""
+    """The numbers of rows, outputs, parameters, draws and blocks; `num_classes` is None for real-valued targets."""
 
     num_train: int
     num_test: int
@@ -53,12 +68,23 @@ class Sizes:
     num_classes: int | None
 
     def rows(self, split: str) -> int:
+        """Return the number of examples of a split, `train` or `test`."""
         return self.num_train if split == "train" else self.num_test
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to know, beside the data and the model's state."""
+    """All that a worker needs to know beside the data and the model's state; the manifest restores an equal one.
+
+    Attributes:
+        run_dir: the run directory, as a URL.
+        fingerprint: of the kernel.
+        config: the configuration.
+        spec: the kernel, in the library's terms.
+        decision: how it is computed.
+        layout: how it is cut into tasks and stored.
+        sizes: how much there is of everything.
+    """
 
     run_dir: str
     fingerprint: str
@@ -71,10 +97,5 @@ class Job:
 
 
 def intervals(total: int, step: int) -> list[tuple[int, int]]:
-    """Consecutive half-open intervals of length `step` that cover `total`; the last may be shorter."""
+    """Return consecutive half-open intervals of length `step` that cover `total`; the last may be shorter."""
     return [(start, min(start + step, total)) for start in range(0, total, step)]
-
-
-def as_plain(value: object) -> dict[str, Any]:
-    """A frozen dataclass as the plain mapping that the manifest keeps."""
-    return asdict(value)  # type: ignore[call-overload]

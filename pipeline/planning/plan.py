@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, DataError
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
@@ -21,6 +21,8 @@ from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.runtime.precision import full_precision
+from nntk_dist.spec import KernelSpec
+from nntk_dist.weighting.options import Reference
 from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
@@ -58,33 +60,78 @@ def make_plan(
     config: Config,
     dataset: Dataset,
     model: nn.Module,
-    stored: tuple[Layout, Decision] | None = None,
+    *,
+    job: Job | None = None,
     num_draws: int | None = None,
+    parts: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Plan a run, or with a stored layout and decision its continuation, or the same with another number of draws.
+    """Plan a run: a new one, the continuation of a stored one, or one with another number of draws.
 
-    Raises: NNTKError where the kernel cannot be had for this model, or where the run cannot fit into memory.
+    Only a new run tries the model and decides. With a `job`, its decision stands; with `num_draws` too, the contraction
+    and the layout follow from that number.
+
+    Args:
+        config: the configuration.
+        dataset: its data.
+        model: its model, as built or loaded.
+        job: the job of the run that is continued, restored from its manifest.
+        num_draws: another number of draws for that job.
+        parts: the identity of the kernel, if it is known.
+
+    Raises:
+        NNTKError: this model has no such kernel, or the run cannot fit into memory or on disk.
     """
-    device = resolve_device(config) if stored is None else stored[0].device
-    check_device(device, config.compute, continued=stored is not None)
+    device = resolve_device(config) if job is None else job.layout.device
+    check_device(device, config.compute, continued=job is not None)
     dtype = DTYPES[config.compute.dtype]
     prepared = prepare_model(model, dtype=dtype, device=device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
     # a copy: a model may write to its input, and the dataset's fingerprint is yet to be taken
     x = x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
+    parts = identity(config, dataset, model) if parts is None else parts
+    prints = stage_fingerprints(config, parts)
     spec = build_spec(config.kernel)
-    batch = choose_batch(config, prepared, x, len(dataset.train.ids)) if stored is None else stored[0].batch
-    fitting = FittingBatch(batch)
-    if stored is None:
-        threads = threads_of(config.compute)
-        decision = fitting.run(lambda fitted: decide(prepared, x, spec, batch=fitted, threads=threads))
-        batch = fitting.size
+    reference = reference_batch(spec, dataset, dtype, device)
+    if job is None:
+        decision, batch = _decide(config, dataset, prepared, x, spec, reference)
     else:
-        decision = stored[1]
-    if num_draws is not None:
-        decision = with_draws(prepared, x, spec, decision, num_draws)
-    features = make_feature_map(prepared, x, spec, decision, reference=reference_batch(spec, dataset, dtype, device))
-    sizes = Sizes(
+        batch = job.layout.batch
+        decision = job.decision if num_draws is None else with_draws(job.decision, spec, num_draws)
+    features = make_feature_map(prepared, x, spec, decision, reference=reference)
+    kept = job if num_draws is None else None
+    if kept is None:
+        sizes = _sizes(dataset, decision, features)
+        _check_sizes(config, dataset, sizes)
+        layout = make_layout(config, spec, features, sizes, batch=batch, device=device)
+        url = RunStorage(config.run_dir).url
+        planned = Job(url, prints["kernel"], config, spec, decision, layout, sizes, features.storage)
+        planned, arrays = _with_or_without_tiles(planned, dataset)
+    else:
+        planned = kept
+        _check_sizes(config, dataset, planned.sizes)
+        arrays = describe_arrays(planned, dataset)
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
+    plan = _fit(config, planned, features, arrays, prepared, x, parts, prints)
+    if device.startswith("cuda") and num_draws is None:  # later the run itself is on it
+        check_gpu_memory(plan.projection.worker_bytes - BASE_BYTES, planned.layout, config.compute.workers_per_gpu)
+    if kept is None:
+        check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
+    return plan
+
+
+def _decide(
+    config: Config, dataset: Dataset, model: nn.Module, x: torch.Tensor, spec: KernelSpec, reference: Reference | None
+) -> tuple[Decision, int]:
+    """The decision for a prepared model, and the batch with which it was found to fit into memory."""
+    fitting = FittingBatch(choose_batch(config, model, x, len(dataset.train.ids)))
+    threads = threads_of(config.compute)
+    decision = fitting.run(lambda batch: decide(model, x, spec, batch=batch, threads=threads, reference=reference))
+    return decision, fitting.size
+
+
+def _sizes(dataset: Dataset, decision: Decision, features: FeatureMap) -> Sizes:
+    return Sizes(
         num_train=len(dataset.train.ids),
         num_test=len(dataset.test.ids),
         num_outputs=decision.num_outputs,
@@ -94,48 +141,30 @@ def make_plan(
         num_blocks=features.num_blocks,
         num_classes=dataset.num_classes,
     )
-    _check_sizes(config, dataset, sizes)
-    kept = stored[0] if stored is not None and num_draws is None else None
-    layout = kept or make_layout(config, spec, features, sizes, batch=batch, device=device)
-    parts = identity(config, dataset, model)
-    prints = stage_fingerprints(config, parts)
-    job = Job(RunStorage(config.run_dir).url, prints["kernel"], config, spec, decision, layout, sizes, features.storage)
-    arrays = describe_arrays(job, dataset)
-    if kept is None:
-        job, arrays = _with_or_without_tiles(job, arrays, dataset)
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
-    plan = _fit(config, job, features, arrays, prepared, x, parts, prints)
-    if device.startswith("cuda") and num_draws is None:  # later the run itself is on it
-        check_gpu_memory(plan.projection.worker_bytes - BASE_BYTES, layout, config.compute.workers_per_gpu)
-    if kept is None:
-        check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
-    return plan
 
 
 def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
     """What neither the data nor the model alone can know."""
     if sizes.num_test == 0:
-        raise NNTKError("data.train leaves no test examples; make it smaller, or give data.test at least 1")
+        raise DataError("data.train leaves no test examples; make it smaller, or give data.test at least 1")
     expected = dataset.num_outputs
     needs_match = config.regression.center_outputs or config.kernel.outputs == "full"
     if needs_match and sizes.num_outputs != expected:
-        raise NNTKError(
+        raise ArgumentError(
             f"the model has {sizes.num_outputs} outputs and the data {expected} targets; regression with "
             "kernel.outputs 'full' or regression.center_outputs needs as many outputs as targets"
         )
 
 
-def _with_or_without_tiles(
-    job: Job, arrays: tuple[StoredArray, ...], dataset: Dataset
-) -> tuple[Job, tuple[StoredArray, ...]]:
-    """Without tiles where they are more than the disk has room for and a factor says the same.
+def _with_or_without_tiles(job: Job, dataset: Dataset) -> tuple[Job, tuple[StoredArray, ...]]:
+    """The job and its arrays, without tiles if they do not fit on the disk and a factor says the same.
 
-    Raises: NNTKError where no tiles are asked for and there is no factor.
+    Raises:
+        ArgumentError: no tiles are asked for and there is no factor.
     """
-    asked, factor = job.config.compute.write_tiles, stored_factor_form(job)
+    asked, factor, arrays = job.config.compute.write_tiles, stored_factor_form(job), describe_arrays(job, dataset)
     if asked is False and factor is None:
-        raise NNTKError(
+        raise ArgumentError(
             f"compute.write_tiles is false, and this kernel has no factor to work from instead; {WITH_FACTOR}, unless "
             "'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true"
         )
@@ -191,13 +220,13 @@ def _fit(
         if config.compute.workers == "auto":  # one at least: the driver of a cluster may have less than its workers
             workers = min(wanted, max(1, usable // each))
     if workers < 1 or projection.worker_bytes > each:
-        raise NNTKError(
+        raise ArgumentError(
             f"a worker needs {_gib(projection.worker_bytes)} at its peak and may take {_gib(each)} "
             f"({_gib(usable)} usable for {max(1, workers)} worker(s)); {_smaller_tiles(job.layout)}use fewer "
             f"compute.workers or raise compute.memory_per_worker{_other_contraction(feature_costs(job, features))}"
         )
     if projection.solve_bytes > usable:
-        raise NNTKError(
+        raise ArgumentError(
             f"spectrum and regression of {job.sizes.num_train} train rows need {_gib(projection.solve_bytes)} in one "
             f"process, {_gib(usable)} are usable; set their method to factored or iterative where it is dense, make "
             "data.train smaller or take a machine with more memory"
@@ -208,10 +237,10 @@ def _fit(
 
 
 def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:
-    """Raise an NNTKError where the workers of a GPU, each with so many bytes on it, do not fit beside what is there."""
+    """Check that the workers of a GPU, each taking `wanted` bytes of it, fit beside what is there."""
     usable = int(_USABLE_SHARE * torch.cuda.mem_get_info(layout.device)[0])
     if wanted * workers_per_gpu > usable:
-        raise NNTKError(
+        raise ArgumentError(
             f"a worker needs {_gib(wanted)} of its GPU's memory at its peak, {_gib(usable)} are usable for "
             f"{workers_per_gpu} worker(s); {_smaller_tiles(layout)}use fewer compute.workers_per_gpu"
         )
@@ -242,10 +271,10 @@ def wanted_workers(config: Config, layout: Layout) -> int:
 
 
 def check_disk(storage: RunStorage, wanted: int) -> None:
-    """Raise an NNTKError where a local run directory's disk has less room than the arrays take before compression."""
+    """Raise an ArgumentError if a local run directory's disk has less room than the arrays take before compression."""
     free = free_disk(storage)
     if free is not None and wanted > free[0]:
-        raise NNTKError(
+        raise ArgumentError(
             f"the arrays take {_gib(wanted)} on disk and {_gib(free[0])} are free at {free[1]}; choose another "
             "run_dir, set compute.stderr to sample, or make data.train smaller"
         )
@@ -265,11 +294,11 @@ def available_memory() -> int:
 
 
 def check_device(device: str, compute: ComputeConfig, *, continued: bool = False) -> None:
-    """Raise an NNTKError where the asked device is not there, or that of a run that is `continued`, or where workers
+    """Raise an ArgumentError if the asked device is not there, or that of a run that is `continued`, or where workers
     are to share a GPU and there is none.
     """
     if compute.workers_per_gpu > 1 and not device.startswith("cuda"):
-        raise NNTKError(
+        raise ArgumentError(
             f"compute.workers_per_gpu is {compute.workers_per_gpu}, but the run is on {device}; set "
             "compute.device=cuda, or leave compute.workers_per_gpu at 1"
         )
@@ -277,20 +306,20 @@ def check_device(device: str, compute: ComputeConfig, *, continued: bool = False
         return
     if not torch.cuda.is_available():
         if continued:
-            raise NNTKError(
+            raise ArgumentError(
                 f"the run was laid out on '{device}', and torch sees no GPU here; continue and verify it where there "
                 "is one"
             )
-        raise NNTKError(
+        raise ArgumentError(
             f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu (the driver tries the "
             "model on the device that workers use; ray job submit --entrypoint-num-gpus 1 gives it one)"
         )
     number = torch.device(device).index or 0
     if number >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise NNTKError(f"compute.device is '{device}', but torch sees cuda:0 to cuda:{last} here")
+        raise ArgumentError(f"compute.device is '{device}', but torch sees cuda:0 to cuda:{last} here")
     if number > 0 and compute.executor == "ray":
-        raise NNTKError(
+        raise ArgumentError(
             f"compute.device is '{device}', but Ray gives every worker GPUs of its own, and it sees its first as "
             "cuda:0; set compute.device=cuda, or compute.executor=serial"
         )

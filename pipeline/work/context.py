@@ -80,12 +80,14 @@ class Context:
         state: The model's state dict, as the driver built or loaded it.
         sink: Where tasks write; None is the kernel store.
         results: Memory for tiles, used again once they are written.
+        built: The model with that state, if it exists already.
     """
 
     job: Job
     dataset: Dataset
     state: Mapping[str, Tensor]
     sink: Sink | None = None
+    built: nn.Module | None = None
     results: ReusedMemory = field(default_factory=ReusedMemory)
     _cache: "OrderedDict[tuple[object, ...], tuple[Rows, Side]]" = field(default_factory=OrderedDict)
 
@@ -112,8 +114,10 @@ class Context:
     @cached_property
     def model(self) -> nn.Module:
         """The prepared model with its parameters."""
-        built = build_architecture(self.job.config, self.dataset)
-        built.load_state_dict(dict(self.state))
+        built = self.built
+        if built is None:
+            built = build_architecture(self.job.config, self.dataset)
+            built.load_state_dict(dict(self.state))
         return prepare_model(built, dtype=self.dtype, device=self.job.layout.device)
 
     @cached_property

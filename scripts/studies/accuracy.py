@@ -87,7 +87,7 @@ def _study(task: Task, runs: int) -> Answer:
     first = decide(task.model, task.x, task.spec, batch=len(task.x))
 
     def fixed(draws: int, seed: int) -> Tensor:
-        return task.kernel(with_draws(task.model, task.x, task.spec, first, draws), seed)
+        return task.kernel(with_draws(first, task.spec, draws), seed)
 
     exact, uncertainty = task.exact, 0.0
     if exact is None:

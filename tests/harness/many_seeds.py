@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nntk_dist import covariance_kernel, nonlocal_kernel
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Decision
+from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.spec import KernelSpec
@@ -152,7 +152,7 @@ def gradient_features(problem: Problem, spec: KernelSpec) -> GradientFeatures:
     """The library's feature map of the problem, made once for all seeds; that `autodiff` is valid is known here."""
     model, x = prepare_model(problem.model(), dtype=torch.float64, device="cpu"), torch.from_numpy(problem.x)
     assert isinstance(spec.draws, int)
-    decision = Decision("autodiff", "", spec.draws, problem.num_parameters, 1, stacked=False)
+    decision = plan_for("autodiff", model, x, spec)
     features = make_feature_map(model, x, spec, decision)
     assert isinstance(features, GradientFeatures)
     return features

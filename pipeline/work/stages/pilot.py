@@ -19,7 +19,6 @@ from pipeline.work.sampled_calibration import calibrate_array
 
 NAME = "pilot"
 USES_ALL_THREADS = False
-_EXAMPLES = 8  # on which layer formulas are checked
 
 
 def look_task(job: Job) -> Task:
@@ -37,10 +36,10 @@ def execute(context: Context, task: Task) -> Written:
     job: Job = task.arguments["job"]
     num_draws = job.sizes.num_draws
     spec = spec_to_look_at(job.spec, num_draws, job.sizes.num_parameters)
-    examples = context.inputs("train", slice(0, _EXAMPLES))
-    decision = with_draws(context.model, examples, spec, job.decision, num_draws)
+    decision = with_draws(job.decision, spec, num_draws)
     sizes = replace(job.sizes, num_blocks=spec.blocks)
-    look_at = Context(replace(job, spec=spec, decision=decision, sizes=sizes), context.dataset, context.state)
+    job_to_look_at = replace(job, spec=spec, decision=decision, sizes=sizes)
+    look_at = Context(job_to_look_at, context.dataset, context.state, built=context.model)
     calibration = calibrate_array(look_at, look_at.features, "train", entries=PILOT_ENTRIES)
     look = Look.of(num_draws, calibration, looked_at=spec.blocks, blocks=job.spec.blocks)
     return Written(numbers=look.numbers)

@@ -27,7 +27,7 @@ from tests.oracles.cases import case
 def chosen(model: nn.Module, x: torch.Tensor, contraction: str, draws: int = 8, columns: int = 1024) -> Contraction:
     space = select_parameters(model)
     plan = plan_sites(model.requires_grad_(False), space, x)
-    return choose_contraction(model, plan, space, contraction, columns, Setting(draws, 8, 10))
+    return choose_contraction(plan, space, contraction, columns, Setting(draws, 8, 10))
 
 
 def sequence(width: int) -> tuple[nn.Module, torch.Tensor]:
@@ -68,7 +68,7 @@ def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
     model, space = model.requires_grad_(False), select_parameters(model)
     plan = plan_sites(model, space, x)
     texts = [
-        choose_contraction(model, plan, space, "layered", 0, Setting(8, 4, 3, pair_blocks=pair, full=full)).text
+        choose_contraction(plan, space, "layered", 0, Setting(8, 4, 3, pair_blocks=pair, full=full)).text
         for pair, full in ((True, False), (True, True), (False, False))
     ]
     assert texts == ["contraction: layered: 0, 2; means: 4", *["contraction: layered: 0, 2, 4"] * 2]
@@ -82,7 +82,7 @@ def test_a_layer_that_sees_the_same_under_every_draw_stays_in_layers_however_man
     assert chosen(model, x, "auto", draws=512).text == "contraction: layered: 0; means: 4, 2.weight, 2.bias"
     space = select_parameters(model)
     plan = plan_sites(model, space, x)
-    alone = choose_contraction(model, plan, space, "auto", 0, Setting(512, 8, 10, pair_blocks=False))
+    alone = choose_contraction(plan, space, "auto", 0, Setting(512, 8, 10, pair_blocks=False))
     assert alone.text == "contraction: layered: 0, 2, 4"  # each draw with itself: mean δ would not do
 
 

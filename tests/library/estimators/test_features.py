@@ -16,7 +16,7 @@ from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.models.evaluation import Evaluator, moved_in_place, outputs
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Decision
+from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import block_range, concatenate_rows, feature_bytes, slice_rows
@@ -201,7 +201,7 @@ def test_the_metric_may_be_given_instead_of_made():
     assert isinstance(features, DifferenceFeatures)
     metric = features.make_metric()
     x = case("tanh_mlp").inputs(5)
-    decision = Decision("weight", "", 16, features.num_parameters, 3, stacked=True)
+    decision = plan_for("weight", features.evaluator.model, x, spec, stacked=True)
     given = make_feature_map(features.evaluator.model, x, spec, decision, metric=2.0 * metric)
     rows = all_rows(features, x)
     assert_equal(

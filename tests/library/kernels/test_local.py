@@ -253,7 +253,7 @@ def test_models_that_run_in_float32_alone_have_no_checked_gradients():
             compute(model, x)
     estimate = nonlocal_kernel(model, x, gamma=0.1, draws=64)
     assert estimate.estimator == "weight"
-    assert "autodiff is not to be had: the model does not run in float64" in estimate.reason
+    assert "autodiff is unavailable: the model does not run in float64" in estimate.reason
     assert torch.isfinite(estimate.kernel).all()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nntk_dist import BrownianActivation, Dropout, fixed_noise, nonlocal_kernel
 from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Decision
+from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.philox import uniform
@@ -79,8 +79,7 @@ def feature_map(thinned: Thinned, spec: KernelSpec, estimator: str) -> Any:
     """
     model = prepare_model(thinned.model(), dtype=torch.float64, device="cpu")
     assert isinstance(spec.draws, int)
-    decision = Decision(estimator, "", spec.draws, thinned.num_parameters, 1, stacked=False)
-    return make_feature_map(model, thinned.x, spec, decision)
+    return make_feature_map(model, thinned.x, spec, plan_for(estimator, model, thinned.x, spec))
 
 
 def filled_in(thinned: Thinned, drawing: Drawing, features: Any) -> dict[str, Tensor]:
@@ -189,7 +188,7 @@ def test_brownian_units_against_closed_forms(kind: str, num_seeds: int):
     spec = KernelSpec(kind, GAMMA, draws=256)
     layer = nn.Linear(P, 1, bias=False).double()
     model = prepare_model(nn.Sequential(layer, activation), dtype=torch.float64, device="cpu")
-    features = make_feature_map(model, x, spec, Decision("weight", "", 256, P, 1, stacked=False))
+    features = make_feature_map(model, x, spec, plan_for("weight", model, x, spec))
 
     def fill(drawing: Drawing) -> dict[str, Tensor]:
         z = drawing.perturbations(range(256), dtype=torch.float64)

@@ -220,7 +220,9 @@ def test_auto_takes_differences_where_it_must_and_says_why():
     estimate = nonlocal_kernel(case("sign_unit").build(), case("sign_unit").inputs(8), gamma=0.5)
     assert estimate.estimator == "weight"
     assert estimate.draws == 256
-    assert estimate.reason.startswith("the model jumps in its parameters, where gradients miss the jumps: along random")
+    assert estimate.reason.startswith(
+        "autodiff is unavailable: the model jumps in its parameters, where gradients miss the jumps: along random"
+    )
 
 
 def test_other_choices_are_explained_too():
@@ -230,7 +232,7 @@ def test_other_choices_are_explained_too():
         decision = decide(model, x, KernelSpec(kind=kind, estimator=estimator), batch=4)
         reasons[kind] = (decision.estimator, decision.reason)
     assert reasons == {
-        "nonlocal": ("weight", "asked for; valid for anything that can be evaluated"),
+        "nonlocal": ("weight", "asked for: valid for anything that can be evaluated"),
         "covariance": ("weight", "the covariance kernel is made of output differences"),
         "averaged": ("autodiff", "the averaged NTK is made of gradients at random parameters"),
         "local": ("autodiff", "the ordinary NTK is made of gradients at θ"),

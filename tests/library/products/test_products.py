@@ -14,7 +14,7 @@ from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.layers.site_trial import layers_fed_with_input, plan_sites
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Decision
+from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import INNER_TERMS, BlockSums, Meeting, empty_sums
 from nntk_dist.products.formed import (
@@ -139,7 +139,7 @@ def test_windows_change_nothing_but_rounding(estimator, outputs, monkeypatch):
     """Small windows that divide nothing against one; row sets that are one, and two equal ones."""
     spec = KernelSpec(estimator=estimator, outputs=outputs, gamma=0.6, draws=16, blocks=4)
     model, x = case("tanh_mlp").build(), case("tanh_mlp").inputs(11)
-    features = make_feature_map(model, x, spec, Decision(estimator, "", 16, 100, 3, stacked=True))
+    features = make_feature_map(model, x, spec, plan_for(estimator, model, x, spec, stacked=True))
     rows = all_rows(features, x)
     whole = tile_estimates(features, [(rows, dict(rows))], spec.meeting, CALIBRATION, spec.scale)
     monkeypatch.setattr(tiles, "WINDOW_ROWS", 6)
@@ -202,7 +202,8 @@ def test_layers_fed_with_the_input_itself_are_told_by_its_memory():
 def test_shared_inputs_give_the_sums_of_all_pairs_of_draws(draws, outputs):
     spec = KernelSpec(estimator="autodiff", outputs=outputs, gamma=0.6, draws=draws, blocks=4, contraction="layered")
     x, others = case("tanh_mlp").inputs(5), case("tanh_mlp").inputs(4, seed=7)
-    features = make_feature_map(case("tanh_mlp").build(), x, spec, Decision("autodiff", "", draws, 100, 3, True))
+    model = case("tanh_mlp").build()
+    features = make_feature_map(model, x, spec, plan_for("autodiff", model, x, spec))
     assert isinstance(features, GradientFeatures)
     assert features.shared == {0}
     plain = replace(features, shared=frozenset())

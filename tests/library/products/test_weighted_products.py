@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Decision
+from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products import weighted_products as products_module
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, Meeting, block, empty_sums
@@ -57,7 +57,7 @@ def small(kind: str, *, outputs: str = "trace", dtype: torch.dtype = torch.float
     spec = KernelSpec(outputs=outputs, gamma=0.6, draws=16, blocks=4, **ALL_KINDS[kind])
     model = prepare_model(case("tanh_mlp").build(), dtype=dtype, device="cpu")
     x = case("tanh_mlp").inputs(24).to(dtype)
-    decision = Decision(ALL_KINDS[kind]["estimator"], "", 16, 100, 3, stacked=True)
+    decision = plan_for(ALL_KINDS[kind]["estimator"], model, x, spec, stacked=True)
     features = make_feature_map(model, x, spec, decision)
     return spec, features, all_rows(features, x[:13]), all_rows(features, x[13:])
 

@@ -18,7 +18,7 @@ from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.layers.sketch import Sketch
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
-from nntk_dist.planning.decision import Decision
+from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import BlockSums, Meeting
 from nntk_dist.products.wanted import Wanted
@@ -59,8 +59,8 @@ def features_of(draws: int, sketch: int, outputs: Array = ONE) -> GradientFeatur
         estimator="autodiff", gamma=PROBLEM.gamma, draws=draws, blocks=BLOCKS, contraction="sketch", sketch=sketch
     )
     model = prepare_model(MatrixUnit(outputs), dtype=torch.float64, device="cpu")
-    decision = Decision("autodiff", "", draws, 8, len(outputs), stacked=False)
-    features = make_feature_map(model, torch.from_numpy(PROBLEM.x), spec, decision)
+    x = torch.from_numpy(PROBLEM.x)
+    features = make_feature_map(model, x, spec, plan_for("autodiff", model, x, spec))
     assert isinstance(features, GradientFeatures)
     return features
 

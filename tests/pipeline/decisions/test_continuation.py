@@ -3,12 +3,19 @@ no file.
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import pipeline.driver.run
 import pipeline.work.stages
+from pipeline.config.schema import config_from_dict
+from pipeline.decisions.build import build_dataset, build_model
+from pipeline.decisions.continuation import stored_job
+from pipeline.planning.plan import make_plan
+from pipeline.records.manifest import read_manifest
+from pipeline.storage.run_storage import RunStorage
 from tests.pipeline.tools import assert_same_bits, finished, ledger, nntk, run, snapshot
 
 KERNEL_STAGES = {"features", "calibration", "gram", "test"}
@@ -16,6 +23,19 @@ KERNEL_STAGES = {"features", "calibration", "gram", "test"}
 
 def started(run_dir):
     return {key: row["started"] for key, row in ledger(run_dir).items()}
+
+
+def test_a_manifest_restores_an_equal_job(good_run):
+    manifest = read_manifest(RunStorage(str(good_run)))
+    config = config_from_dict(manifest.config)
+    dataset = build_dataset(config)
+    assert (
+        stored_job(manifest) == make_plan(config, dataset, build_model(config, dataset), job=stored_job(manifest)).job
+    )
+    planned = make_plan(config, dataset, build_model(config, dataset)).job
+    measured = {"stacked": planned.decision.stacked, "stacking": planned.decision.stacking}
+    restored = stored_job(manifest)
+    assert replace(restored, decision=replace(restored.decision, **measured)) == planned
 
 
 def test_a_finished_run_is_left_alone(own_run):

@@ -62,15 +62,6 @@ def test_a_stopped_run_goes_on_with_its_probes(good_run, tmp_path, monkeypatch):
     assert_same_bits(good_run, tmp_path / "run")
 
 
-def test_a_run_that_was_planned_before_there_were_probes_goes_on(own_run):
-    rewrite(own_run, lambda document: document["decision"].pop("probes"))
-    assert "probes: none are kept; the run was planned by an earlier version" in nntk(*arguments("plan", own_run)).out
-    assert nntk("verify", own_run, "--recompute", 1).code == 0
-    finished(own_run, "spectrum.top_k=2", resume=True)
-    assert stored(own_run)["decision"]["probes"] is None
-    assert "Probes of the model" not in (own_run / "report/index.html").read_text()
-
-
 @pytest.mark.parametrize("damage", [{}, {"unheard": "of"}, 5])
 def test_probes_that_are_not_whole_are_named(damage, own_run):
     rewrite(own_run, lambda document: document["decision"].update(probes=damage))

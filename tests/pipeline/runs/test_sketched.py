@@ -7,6 +7,7 @@ import numpy as np
 import pipeline.work.stages
 import pytest
 
+from nntk_dist.planning.decision import Decision
 from tests.pipeline.tools import arrays, assert_same_bits, finished, nntk, run
 
 SETS = ("data.train=31", "data.test=11", "compute.tile=16", "kernel.contraction=sketch", "kernel.sketch=64")
@@ -19,9 +20,10 @@ def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     assert stored["train/features"].shape == (31, 8, 64)
     assert np.array_equal(stored["metric"], np.full((8, 8), 1 / 64))
     manifest = json.loads((whole / "manifest.json").read_text())
-    assert manifest["decision"]["num_columns"] == 64
-    assert manifest["decision"]["num_sketched"] == manifest["sizes"]["num_parameters"]
-    assert "sketch (k = 64): " in manifest["decision"]["contraction"]
+    decision = Decision.from_plain(manifest["decision"])
+    assert decision.num_columns == 64
+    assert decision.num_sketched == manifest["sizes"]["num_parameters"]
+    assert "sketch (k = 64): " in decision.contraction
     # The sketch's own error, √(2/64) or more of a diagonal entry, is in the error bars.
     relative = stored["train/gram_stderr"].diagonal() / stored["train/gram_unbiased"].diagonal()
     assert 0.05 < np.median(relative) < 0.4

@@ -1,0 +1,112 @@
+"""The estimator `activation`: gradients by Stein's identity, each example with pre-activation noise of its own.
+
+Valid for Gaussian ρ and any activation, jumps included, if most parameters lie in Linear layers or convolutions that
+are called once; unbiased. Its error hardly depends on P. Cost: a forward pass a draw. Its features are
+`nntk_dist.estimators.activation_noise`.
+"""
+
+from dataclasses import dataclass, replace
+
+from nntk_dist.errors import NNTKError, Unavailable
+from nntk_dist.estimators.activation_noise import ActivationFeatures
+from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
+from nntk_dist.estimators.noise_contraction import NoiseContraction, noise_contraction
+from nntk_dist.estimators.noisy_passes import MOST_GROUPS
+from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
+from nntk_dist.layers.sketch import Sketch, groups_of_columns
+from nntk_dist.models.evaluation import trying
+from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class ActivationPlan(EstimatorPlan):
+    """Which layers have noise, and how products of gradients are contracted."""
+
+    noise: NoisePlan
+    contraction: NoiseContraction
+
+    @property
+    def contraction_text(self) -> str:
+        """The contraction of each layer, in words."""
+        return self.contraction.text(self.noise)
+
+    @property
+    def num_columns(self) -> int:
+        """Numbers of a block's sketch, 0 without one."""
+        return self.contraction.num_columns
+
+    @property
+    def unmoved(self) -> tuple[str, ...]:
+        """The readout's parameters: their gradient is exact."""
+        readout = self.noise.readout
+        return () if readout is None else tuple(name for _, name in readout.site.parameters)
+
+    def num_sketched(self, space: ParameterSpace) -> int:
+        """The number of parameters that are in the sketch."""
+        return sum(each.num_parameters for each in self.noise.noisy if each.module in self.contraction.sketched)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """See the module."""
+
+    plan_type = ActivationPlan
+    uses_gradients = False
+    moves_parameters = False
+    forms_gradients = True
+
+    def plan(self, trial: Trial) -> ActivationPlan:
+        """Find the layers that can have noise, and check that noise moves the output as their weights do.
+
+        Raises:
+            Unavailable: another distribution or design, too many draws, a layer whose noise would not be right, or,
+                unless it is asked for, noise that reaches less than half of the parameters.
+        """
+        spec, space, drawing = trial.spec, trial.evaluator.space, trial.drawing
+        try:
+            replace(spec, estimator="activation")
+        except NNTKError as error:
+            raise Unavailable(str(error)) from error
+        assert drawing is not None
+        most = MOST_GROUPS * drawing.group_size
+        searched = spec.max_draws if spec.rtol is not None else 0
+        for name, number in (("draws", drawing.num_draws), ("max_draws", searched)):
+            if number > most:
+                raise Unavailable(f"{name} is {number}; allowed for estimator activation: up to {most} ({spec.design})")
+        with trying(Unavailable, "its layers cannot be given noise ({reason}); use estimator: weight"):
+            noise = plan_noise(trial.evaluator.model, space, trial.x)
+        if spec.estimator == "auto" and 2 * noise.num_parameters(space)[2] > space.num_parameters:
+            raise Unavailable("noise in pre-activations would reach less than half of the parameters")
+        num_outputs = 1 if isinstance(spec.outputs, int) else trial.num_outputs
+        chosen = noise_contraction(noise, space, spec, num_draws=drawing.num_draws, num_outputs=num_outputs)
+        return ActivationPlan(noise, chosen)
+
+    def contracted(
+        self, plan: ActivationPlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
+    ) -> ActivationPlan:
+        """Contract the same layers for another number of draws."""
+        chosen = noise_contraction(plan.noise, space, spec, num_draws=num_draws, num_outputs=num_outputs)
+        return ActivationPlan(plan.noise, chosen)
+
+    def statement(self, plan: ActivationPlan, space: ParameterSpace) -> str:
+        """Say how many parameters go each of the three ways."""
+        noisy, readout, weight_space = plan.noise.num_parameters(space)
+        return (
+            f"of {space.num_parameters} parameters {noisy} are reached by noise in the pre-activations of "
+            f"{len(plan.noise.noisy)} layers, {readout} lie in the readout, whose gradient is exact, and "
+            f"{weight_space} are perturbed themselves"
+        )
+
+    def features(self, plan: ActivationPlan, setting: FeatureSetting) -> ActivationFeatures:
+        """Make noisy passes and their products."""
+        spec, chosen, space = setting.spec, plan.contraction, setting.evaluator.space
+        assert setting.drawing is not None
+        sketch = None
+        if chosen.sketched:
+            groups = groups_of_columns(chosen.num_columns, spec.blocks)
+            sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names)
+        return ActivationFeatures(setting.evaluator, setting.drawing, setting.columns, plan.noise, chosen, sketch)
+
+
+ACTIVATION = Activation()

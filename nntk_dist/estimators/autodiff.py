@@ -1,0 +1,113 @@
+"""The estimator `autodiff`: gradients ∇f(x; θ + U^{1/P} z) at random parameters, U ~ Uniform(0, 1).
+
+Valid for f locally Lipschitz in θ and any radial ρ; unbiased. Its error hardly depends on P. Cost: a forward and a
+backward pass a draw. The kinds `averaged` and `local` are made of gradients too. Its features are
+`nntk_dist.estimators.gradients`.
+"""
+
+from dataclasses import dataclass
+
+from nntk_dist.errors import Unavailable
+from nntk_dist.estimators.contraction import Contraction, contraction_of, shares_derivatives
+from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
+from nntk_dist.estimators.gradients import GradientFeatures
+from nntk_dist.layers.site_trial import plan_sites
+from nntk_dist.layers.sites import SitePlan
+from nntk_dist.layers.sketch import Sketch, groups_of_columns
+from nntk_dist.models.evaluation import trying
+from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.spec import KernelSpec
+
+
+@dataclass(frozen=True)
+class GradientPlan(EstimatorPlan):
+    """How the gradient of every parameter is made, and how products of gradients are contracted."""
+
+    sites: SitePlan
+    contraction: Contraction
+
+    @property
+    def contraction_text(self) -> str:
+        """The contraction of each layer, in words."""
+        return self.contraction.text
+
+    @property
+    def num_columns(self) -> int:
+        """Numbers of a block's sketch, 0 without one."""
+        return self.contraction.num_columns
+
+    def num_sketched(self, space: ParameterSpace) -> int:
+        """The number of parameters that are in the sketch."""
+        return self.contraction.num_sketched
+
+
+@dataclass(frozen=True)
+class Autodiff:
+    """See the module."""
+
+    plan_type = GradientPlan
+    uses_gradients = True
+    moves_parameters = False
+    forms_gradients = True
+
+    def plan(self, trial: Trial) -> GradientPlan:
+        """Find the rule of every parameter and check it against automatic differentiation.
+
+        Raises:
+            Unavailable: per-example gradients cannot be separated for this model.
+        """
+        space, spec = trial.evaluator.space, trial.spec
+        with trying(Unavailable, "its gradients cannot be taken layer by layer ({reason}); use estimator: weight"):
+            sites = plan_sites(trial.evaluator.model, space, trial.x)
+        num_outputs = 1 if isinstance(spec.outputs, int) else trial.num_outputs
+        num_draws = 1 if trial.drawing is None else trial.drawing.num_draws
+        return GradientPlan(sites, contraction_of(sites, space, spec, num_draws=num_draws, num_outputs=num_outputs))
+
+    def contracted(
+        self, plan: GradientPlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
+    ) -> GradientPlan:
+        """Contract the same sites for another number of draws."""
+        chosen = contraction_of(plan.sites, space, spec, num_draws=num_draws, num_outputs=num_outputs)
+        return GradientPlan(plan.sites, chosen)
+
+    def statement(self, plan: GradientPlan, space: ParameterSpace) -> str:
+        """Say what it needs."""
+        return "valid for models that are locally Lipschitz in their parameters"
+
+    def features(self, plan: GradientPlan, setting: FeatureSetting) -> GradientFeatures:
+        """Make gradients, with what layers and outputs share."""
+        spec, chosen = setting.spec, plan.contraction
+        sketch = None
+        if chosen.sketched is not None:
+            groups = groups_of_columns(chosen.num_columns, spec.blocks)
+            names = setting.evaluator.space.names
+            sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint=not spec.meeting.full)
+        outer = chosen.exact.outer if spec.pair_blocks else ()
+        shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.input_layers)
+        penultimate, readout = _ends(chosen.exact, spec, shared)
+        return GradientFeatures(
+            setting.evaluator,
+            chosen.exact,
+            setting.drawing,
+            setting.columns,
+            spec.pair_blocks,
+            sketch=sketch,
+            sketched=chosen.sketched,
+            sums_outputs=not spec.meeting.full,
+            shared=shared,
+            penultimate=penultimate,
+            readout=readout,
+        )
+
+
+def _ends(plan: SitePlan, spec: KernelSpec, shared: frozenset[int]) -> tuple[int | None, int | None]:
+    """Indices of the outer sites before the readout and of the readout; None if shared inputs save as much."""
+    penultimate, readout = None, None
+    for index, site in enumerate(plan.outer if spec.pair_blocks else ()):
+        if index not in shared:
+            penultimate = index if shares_derivatives(plan, site, full=spec.meeting.full) else penultimate
+            readout = index if plan.readout == site.module else readout
+    return penultimate, readout
+
+
+AUTODIFF = Autodiff()

@@ -32,13 +32,13 @@ _AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong 
 
 
 def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
-    """The plan for a model, checked in float64 against automatic differentiation on up to three examples.
+    """Find the site plan of a model, and check it in float64 against automatic differentiation on three examples.
 
-    A single example is taken twice: among more rows a module that is fed something constant, one row of it, could not
-    be told from one that is fed the example.
+    A single example is taken twice: with one row, a module that is fed a constant row looks like one that is fed the
+    example.
 
-    Raises: NNTKError where per-example gradients cannot be separated, as in a model whose outputs depend on their
-    batch.
+    Raises:
+        Unavailable: per-example gradients cannot be separated, as in a model whose outputs depend on their batch.
     """
     trial = x[:_PROBE_EXAMPLES] if len(x) > 1 else torch.cat([x, x])
     exact, trial = in_float64(model, trial)

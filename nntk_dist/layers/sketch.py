@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError
 from nntk_dist.sampling.philox import signs
 from nntk_dist.sampling.streams import Stream
 
@@ -46,17 +46,18 @@ _OUT, _IN = 0, 1  # the two sides of a parameter
 
 
 def columns_of_sketch(sketch: int | str) -> int:
-    """The numbers of a sketch, k.
+    """Return k, the numbers of a sketch.
 
-    Raises: NNTKError unless eight groups get equally many complex columns, and enough that their scatter is nearly
-    normal.
+    Raises:
+        ArgumentError: eight groups do not get equally many complex columns, or too few for their scatter to be nearly
+            normal.
     """
     if isinstance(sketch, str):
         return AUTO_COLUMNS
     unit, least = 2 * _FEWEST_GROUPS, 2 * _FEWEST_GROUPS * _FEWEST_IN_A_GROUP
     if sketch < least or sketch % unit:
         nearest = max(least, round(sketch / unit) * unit)
-        raise NNTKError(
+        raise ArgumentError(
             f"sketch is {sketch}; allowed: auto, or a multiple of {unit} ({_FEWEST_GROUPS} groups of complex numbers) "
             f"from {least}; the nearest is {nearest}"
         )

@@ -1,7 +1,7 @@
-"""A plain NumPy function as a model: a scikit-learn model, a decision rule, a simulator; whatever can be evaluated.
+"""A plain NumPy function as a model: a scikit-learn model, a decision rule, a simulator.
 
-It has no gradients, so only the estimator `weight` applies, and it is called once for every draw and batch, never
-stacked. The function is trusted to be one of its arguments alone; `nntk_dist.planning.decision` tries whether it is.
+It has no gradients, so only the estimator `weight` applies; it is called once for each draw and batch, never stacked.
+Whether its result depends on its arguments alone is tried in `nntk_dist.planning.decision`.
 
 Axes: n examples of a batch, C outputs, P parameters.
 """
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, ModelError, NNTKError
 
 Function = Callable[[Float64[np.ndarray, " P"], np.ndarray], np.ndarray]
 _REAL_KINDS = "biuf"
@@ -25,26 +25,35 @@ class BlackBox(nn.Module):
 
     Assumes that row i of the result depends on `params` and row i of x alone; a batch is padded with copies of its last
     row, so n is the size of the batch. Both arguments are fresh arrays, and fn may change them. `params` are float64
-    and stay so in a float32 run, where a perturbation of 1e-8 would be lost; x is float64 too, or int64 where the
+    and stay so in a float32 run, where a perturbation of 1e-8 would be lost; x is float64 too, or int64 if the
     inputs are integers. Results may be real, whole or true/false, and are returned as float64.
 
-    Raises: NNTKError where params are no vector of finite numbers, where fn raises, and where its result is not an
-    array of numbers of shape (n,) or (n, C). A result that is NaN or infinite is refused by whoever asked for it.
+    Raises:
+        ArgumentError: params is not a vector of finite numbers.
+        ModelError: while it is evaluated: fn raises, or its result is not an array of numbers of shape (n,) or (n, C).
+
+    Example:
+        >>> import numpy as np, torch
+        >>> box = BlackBox(lambda params, x: np.sign(x @ params), np.ones(3))
+        >>> box(torch.ones(2, 3))
+        tensor([1., 1.], dtype=torch.float64)
     """
 
     def __init__(self, fn: Function, params: Any) -> None:
         super().__init__()
         if not callable(fn):
-            raise NNTKError(f"fn is a {type(fn).__name__}; allowed: a function fn(params, x) of two NumPy arrays")
-        values = _real_array(params, "params")
+            raise ArgumentError(f"fn is a {type(fn).__name__}; allowed: a function fn(params, x) of two NumPy arrays")
+        values = _real_array(params, "params", ArgumentError)
         if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
             came = f"shape {values.shape}" if values.ndim != 1 or values.size == 0 else "not finite"
-            raise NNTKError(f"params is {came}; allowed: finite numbers of shape (P,), P of 1 or more (flatten them)")
+            raise ArgumentError(
+                f"params is {came}; allowed: finite numbers of shape (P,), P of 1 or more (flatten them)"
+            )
         self.fn = fn
         self.params = nn.Parameter(torch.from_numpy(values.astype(np.float64)), requires_grad=False)
 
     def forward(self, x: Tensor) -> Float64[Tensor, "n ..."]:
-        """fn(params, x), on the device of x."""
+        """Return fn(params, x), on the device of x."""
         params = self.params.detach().cpu().numpy().astype(np.float64)
         inputs = x.detach().cpu().numpy().astype(np.float64 if x.is_floating_point() else np.int64)
         try:
@@ -53,13 +62,13 @@ class BlackBox(nn.Module):
             raise
         except Exception as error:  # fn is anyone's; its exception stays visible as the cause
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise NNTKError(
+            raise ModelError(
                 f"the black box fn failed on params of shape {params.shape} and x of shape {tuple(x.shape)}, "
                 f"{inputs.dtype}: {reason}"
             ) from error
-        values = _real_array(result, "the black box's result")
+        values = _real_array(result, "the black box's result", ModelError)
         if values.ndim not in (1, 2) or len(values) != len(x) or values.size == 0:
-            raise NNTKError(
+            raise ModelError(
                 f"the black box returned shape {values.shape} for {len(x)} examples; allowed: ({len(x)},) or "
                 f"({len(x)}, C)"
             )
@@ -72,17 +81,17 @@ class BlackBox(nn.Module):
 
 
 def holds_black_box(model: nn.Module) -> bool:
-    """Whether some part of the model is a black box, which neither gradients nor vmap pass through."""
+    """Return whether some part of the model is a black box, which neither gradients nor vmap pass through."""
     return any(isinstance(module, BlackBox) for module in model.modules())
 
 
-def _real_array(values: Any, what: str) -> Float[np.ndarray, "..."]:
+def _real_array(values: Any, what: str, error: type[NNTKError]) -> Float[np.ndarray, "..."]:
     """`values` as an array of real numbers, of whatever shape."""
     try:
         array = np.asarray(values)
-    except Exception as error:
-        raise NNTKError(f"{what} is a {type(values).__name__}; allowed: an array of real numbers") from error
+    except Exception as cause:
+        raise error(f"{what} is a {type(values).__name__}; allowed: an array of real numbers") from cause
     if array.dtype.kind not in _REAL_KINDS:
         came = f"dtype {array.dtype}" if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
-        raise NNTKError(f"{what} is {came}; allowed: an array of real numbers")
+        raise error(f"{what} is {came}; allowed: an array of real numbers")
     return array

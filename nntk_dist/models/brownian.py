@@ -1,9 +1,9 @@
 """Brownian activations: relu(u) + σ·B(u), with one two-sided Brownian path B for every unit.
 
-A path is made where it is looked at, by Lévy's construction from counters: cells of a table whose increments are
-independent normals, and below them bridges, halved twelve times, each midpoint's normal named by unit, cell and place
-in the tree. So a path is one function, for all examples, both evaluations of a draw and all batches, and nothing of it
-is kept. It is scaled as Brownian motion scales, B(u) = √reach · W(u/reach), W on [−1, 1].
+A path is computed at the points where it is evaluated, by Lévy's construction from counters: cells of a table whose
+increments are independent normals, and below them bridges, halved twelve times. Each midpoint's normal is named by
+unit, cell and place in the tree. So a path is one function for all examples, for both evaluations of a draw and for
+all batches; nothing of it is kept. It scales as Brownian motion does, B(u) = √reach · W(u/reach), W on [−1, 1].
 
 Axes: e evaluations (examples and units flattened), then 4 normals of a counter; s two sides of 0; k cells of a side.
 """
@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, ModelError
 from nntk_dist.models.noise import Noise, StochasticModule
 from nntk_dist.sampling.philox import normal, normals_at
 from nntk_dist.sampling.streams import BRIDGE_COUNTER, Stream
 
-# Cells of the table on each side of 0, and how often a pair of halvings follows: 2^-8 of the reach, then 2^-20. Finer
+# Cells of the table on each side of 0, and pairs of halvings below them: 2^-8 of the reach, then 2^-20. Finer
 # paths would be steeper than rounding in float32 allows.
 _CELLS = 256
 _PAIRS = 6
@@ -34,16 +34,17 @@ _GPU_EVALUATIONS_AT_ONCE = 1 << 20
 class BrownianActivation(StochasticModule):
     """relu(u) + σ·B(u) elementwise, B a Brownian path of its own for every number of an example, B(0) = 0.
 
-    Over ω: E B(u) = 0, E B(u)B(v) = min(|u|, |v|) where u and v have the same sign and 0 where not, so the mean of the
+    Over ω: E B(u) = 0, E B(u)B(v) = min(|u|, |v|) if u and v have the same sign, else 0, so the mean of the
     activation is relu, and E (B(u) − B(v))² = |u − v|. Exact in law at the multiples of h = reach·2^-20 (3e-5 at the
-    default), linear between them; where |u| > reach the path stays at its value at ±reach. Choose the reach so that
+    default), linear between them; for |u| > reach the path stays at its value at ±reach. Choose the reach so that
     pre-activations stay below it, and not far above them. One module is one set of paths, however often it is called.
 
     B is nowhere differentiable: its derivative is given as 0, and kernels take differences, never gradients. Rounding
-    of u by ε moves B(u) by up to some ε/√h, and more from layer to layer: evaluate deep networks in float64. In
-    training mode every call has new paths. Cost: some 1,000 elementwise operations a number, 2 µs on one core.
+    of u by ε moves B(u) by up to about ε/√h, and more from layer to layer: evaluate deep networks in float64. In
+    training mode every call has new paths. Cost: about 1,000 elementwise operations a number, 2 µs on one core.
 
-    Raises: NNTKError for σ or a reach that is not a positive number.
+    Raises:
+        ArgumentError: σ or the reach is not a positive number.
     """
 
     differentiable = False
@@ -52,7 +53,7 @@ class BrownianActivation(StochasticModule):
         super().__init__()
         for name, value in (("sigma", sigma), ("reach", reach)):
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-                raise NNTKError(f"activation brownian: {name} is {value!r}; give a positive number")
+                raise ArgumentError(f"activation brownian: {name} is {value!r}; give a positive number")
         self.sigma = float(sigma)
         self.reach = float(reach)
 
@@ -61,7 +62,7 @@ class BrownianActivation(StochasticModule):
         return torch.relu(u) + self.sigma * self.path(u)
 
     def path(self, u: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-        """B(u), of the dtype of u and without its graph."""
+        """Return B(u), in the dtype of u and without its graph."""
         place = torch.nan_to_num(u.detach().to(torch.float64) / self.reach)  # relu keeps a NaN visible
         return (math.sqrt(self.reach) * brownian_paths(self.noise, place)).to(u.dtype)
 
@@ -71,13 +72,14 @@ class BrownianActivation(StochasticModule):
 
 
 def brownian_paths(noise: Noise, place: Float64[Tensor, "n ..."]) -> Float64[Tensor, "n ..."]:
-    """W_j(t) for numbers t of every example and unit j, on [−1, 1]; outside, the value at the nearer end.
+    """Return W_j(t) for numbers t of every example and unit j, on [−1, 1]; outside, the value at the nearer end.
 
-    Raises: NNTKError for more than 2^22 units.
+    Raises:
+        ModelError: there are more than 2^22 units.
     """
     num_units = math.prod(place.shape[1:])
     if num_units > _MOST_UNITS:
-        raise NNTKError(f"a Brownian activation has {num_units} units; allowed: {_MOST_UNITS}")
+        raise ModelError(f"a Brownian activation has {num_units} units; allowed: {_MOST_UNITS}")
     ends = _table(noise, num_units, place.device)
     units = torch.arange(num_units, device=place.device).expand(len(place), num_units).flatten()
     at_once = _GPU_EVALUATIONS_AT_ONCE if place.is_cuda else _EVALUATIONS_AT_ONCE

@@ -1,8 +1,8 @@
-"""Dropout whose masks are numbers of the present ω, active in eval mode, and its place in models that have torch's.
+"""Dropout that is active in eval mode, with masks that are a function of ω, and its replacement for torch's.
 
-One mask for all examples of a pass: a draw of a kernel is one thinned network. In training mode it is torch's dropout,
-so a network is trained as ever; `nn.Dropout` itself is off in eval mode, hence off in every kernel. Dropout that torch
-applies inside a larger module is refused, not imitated.
+All examples of a pass share one mask: a draw of a kernel is one thinned network. In training mode it is torch's
+dropout. `nn.Dropout` itself is off in eval mode, hence off in every kernel. Dropout inside a larger module of torch is
+refused.
 
 Axes: n examples, then the axes of a unit.
 """
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, ModelError
 from nntk_dist.models.noise import StochasticModule
 
 _CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -28,7 +28,8 @@ class Dropout(StochasticModule):
     A unit is a number of an example's u, or with `channelwise` a channel (the first axis behind the examples), as in
     `nn.Dropout2d`. Each call in a pass has a mask of its own. E over masks is u.
 
-    Raises: NNTKError where p is not a number from 0 to below 1.
+    Raises:
+        ArgumentError: p is not a number from 0 to below 1.
     """
 
     def __init__(self, p: float = 0.5, *, channelwise: bool = False) -> None:
@@ -54,29 +55,36 @@ class Dropout(StochasticModule):
 
 def _check_share(p: object) -> None:
     if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= float(p) < 1:
-        raise NNTKError(f"dropout is {p!r}; allowed: a number from 0 to below 1")
+        raise ArgumentError(f"dropout is {p!r}; allowed: a number from 0 to below 1")
 
 
 def dropout_layers(name: str, p: float, *, channelwise: bool = False) -> dict[str, nn.Module]:
-    """The named layer of a sequence, or none where p is 0: then the sequence is what it was without."""
+    """Return the named layer for a sequence, or nothing if p is 0, so that the sequence is as it was without."""
     return {} if p == 0 else {name: Dropout(p, channelwise=channelwise)}
 
 
 def replace_dropout(model: nn.Module) -> nn.Module:
-    """A copy of the model with every `nn.Dropout`, `Dropout1d`, `2d` and `3d` replaced by `Dropout`; names stay.
+    """Copy a model with every `nn.Dropout`, `Dropout1d`, `2d` and `3d` replaced by `Dropout`; names stay.
 
-    Parameters, their names and the state dict are as before. Functional dropout in a forward pass is not seen: it is
-    off in eval mode where it heeds `self.training`, and refused as unseeded noise where it does not.
+    Parameters, their names and the state dict are as before. Functional dropout in a forward pass is not seen: in eval
+    mode it is off if it heeds `self.training`, and otherwise refused later as unseeded noise.
 
-    Raises: NNTKError, naming the module, for dropout of another kind or inside a larger module of torch (an attention,
-    a recurrent layer; hence `nn.TransformerEncoderLayer` too), where p is 1, and where there is nothing to replace.
+    Raises:
+        ModelError: dropout of another kind, or inside a larger module of torch (an attention, a recurrent layer, hence
+            also `nn.TransformerEncoderLayer`); the message names the module. Or there is nothing to replace.
+        ArgumentError: some p is 1.
+
+    Example:
+        >>> model = replace_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+        >>> model[1]
+        Dropout(p=0.1)
     """
     copied = copy.deepcopy(model)
     replaced: dict[int, Dropout] = {}
     for path, module in copied.named_modules():
         inside = isinstance(module, _WITH_DROPOUT_INSIDE) and module.dropout > 0
         if inside or (isinstance(module, _OTHER_KINDS) and module.p > 0):
-            raise NNTKError(
+            raise ModelError(
                 f"module '{path}' is a {type(module).__name__} with dropout, which has no counterpart with seeded "
                 "noise; set its dropout to 0, or write it with nntk_dist.Dropout or a StochasticModule"
             )
@@ -84,7 +92,7 @@ def replace_dropout(model: nn.Module) -> nn.Module:
             seeded = Dropout(module.p, channelwise=isinstance(module, _CHANNELWISE))
             replaced[id(module)] = seeded.train(module.training)
     if not replaced:
-        raise NNTKError("the model holds no nn.Dropout to replace; write its noise as a StochasticModule")
+        raise ModelError("the model holds no nn.Dropout to replace; write its noise as a StochasticModule")
     for module in list(copied.modules()):
         for name, child in list(module._modules.items()):
             if id(child) in replaced:

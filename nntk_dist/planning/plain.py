@@ -26,6 +26,8 @@ def to_plain(value: Any) -> Any:
         return sorted(map(to_plain, value))
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a {type(value).__name__} has no plain form")

@@ -1,12 +1,9 @@
 """The manifest: what a run is, in one JSON file that people read too.
 
-What this room is for: everything that resuming, repeating and reporting a run need and that is not a number per task
-(config, fingerprints, versions, the layout fixed when the run was planned, each stage's outcome), and the two pure
-helpers with which stages are told apart: a fingerprint, and the first difference between two configs.
-What it refuses to do: to decide what belongs into which stage's fingerprint, to hold arrays, to be written by anyone
-but the driver.
-
-Axis legend: none.
+It holds everything that resuming, repeating and reporting a run need and that is not a number per task: config,
+fingerprints, versions, decision, layout, and the outcome of each stage. Beside it are two pure helpers that tell stages
+apart: a fingerprint, and the first difference between two configs. It holds no arrays, only the driver writes it, and
+what belongs into which stage's fingerprint is decided elsewhere.
 """
 
 import hashlib
@@ -23,7 +20,7 @@ from typing import Any
 import numpy as np
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.storage.run_storage import RunStorage
 
 PATH = "manifest.json"
@@ -63,7 +60,7 @@ class Manifest(BaseModel):
         git_commit: of the code, "-dirty" appended where it differs from the commit; None outside a work tree.
         layout: what fixes rounding (tile, batch, draw chunk, threads, …); a resumed run takes it from here.
         sizes: how many rows, outputs, parameters, draws and blocks.
-        decision: the estimator that was chosen and the sentence that says why, with what follows from it.
+        decision: `Decision.to_plain()`: estimator, reason, plans and contraction; a continued run decides nothing.
         features: the feature arrays, and how the store keeps them.
         identity: what the kernel's fingerprint is a hash of, in nameable parts.
         projection: projected bytes, operations and tiles.
@@ -105,7 +102,7 @@ def read_manifest(storage: RunStorage) -> Manifest | None:
     """The run's manifest, or None where the directory has none.
 
     Raises:
-        NNTKError: it is not valid JSON, lacks or mistypes a field, or was written by a newer version.
+        StoreError: it is not valid JSON, lacks or mistypes a field, or was written by a newer version.
     """
     content = storage.read_bytes(PATH)
     if content is None:
@@ -114,10 +111,10 @@ def read_manifest(storage: RunStorage) -> Manifest | None:
     try:
         document = json.loads(content)
     except ValueError as error:
-        raise NNTKError(f"{where} is not valid JSON ({error}); restore it, or choose another run_dir") from error
+        raise StoreError(f"{where} is not valid JSON ({error}); restore it, or choose another run_dir") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise NNTKError(
+        raise StoreError(
             f"{where} has schema version {version}; this nntk reads up to {SCHEMA_VERSION}: use the nntk that wrote it"
         )
     try:
@@ -125,7 +122,9 @@ def read_manifest(storage: RunStorage) -> Manifest | None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "the top level"
-        raise NNTKError(f"{where} is broken at {key}: {first['msg']}; restore it, or choose another run_dir") from error
+        raise StoreError(
+            f"{where} is broken at {key}: {first['msg']}; restore it, or choose another run_dir"
+        ) from error
 
 
 def write_manifest(storage: RunStorage, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.threads import torch_threads
@@ -52,7 +52,9 @@ class Worker:
         """Carry out a task with the threads that its stage may use, and say what it took, not counting the wait for
         another that computes.
 
-        Raises: NNTKError where memory runs out; whatever else the stage raises.
+        Raises:
+            ArgumentError: memory runs out.
+            Exception: whatever else the stage raises.
         """
         stage = STAGES[task.stage]
         with _memory_told(task), self._turn:
@@ -90,14 +92,14 @@ class Worker:
 
 @contextmanager
 def _memory_told(task: Task) -> Iterator[None]:
-    """Memory that runs out where no smaller batch helps becomes an NNTKError that names the task."""
+    """Turn memory that runs out, if no smaller batch helps, into an ArgumentError that names the task."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise NNTKError(
+        raise ArgumentError(
             f"{task.stage} {task.tile} does not fit into memory ({reason}); use fewer workers, a smaller compute.tile "
             "or kernel.sketch, or a device with more memory, then continue with --resume"
         ) from error

@@ -1,14 +1,14 @@
-"""How products of gradient features are contracted, layer by layer: in layers, from means, or from a sketch.
+"""Choose how products of gradients are contracted, layer by layer: in factors, from means, or from a sketch.
 
-`layered`  a Linear on one vector an example: ⟨h̃,h̃'⟩⟨δ,δ'⟩ for S² pairs of draws (S where each meets only itself);
-           where h̃ is the same under every draw, ⟨h̃,h̃'⟩ once, and R + 1 products of mean δ;
-`means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry, R·P_l numbers a row and output; of the
-           readout, whose δ is the identity, block means of h̃ alone where outputs are summed over: (R + 1)·i;
-`sketch`   block-mean gradients in k numbers (`nntk_dist.layers.sketch`), all sketched layers, and all outputs that are
-           summed over, in the same k: (R + 1)·k.
-A pair of draws also costs what its two products are multiplied and added up for. The first two are exact. `auto` takes
-the cheaper of them, and sketches only where exactness cannot be afforded. It decides and says so; nothing is computed
-here.
+`layered`  a Linear on one vector per example: ⟨h̃,h̃'⟩⟨δ,δ'⟩ for S² pairs of draws (S pairs if a draw meets only
+           itself). If no draw changes h̃: ⟨h̃,h̃'⟩ once, and R + 1 products of mean δ.
+`means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry, R·P_l numbers a row and output. For the
+           readout, whose δ is the identity, block means of h̃ alone if outputs are summed: (R + 1)·i.
+`sketch`   block-mean gradients in k numbers (`nntk_dist.layers.sketch`): all sketched layers, and all outputs that are
+           summed, share the same k numbers: (R + 1)·k.
+
+Multiplying and adding up the two products of a pair of draws has a cost of its own. The first two ways are exact.
+`auto` takes the cheaper of them, and a sketch only if exactness is too expensive. Nothing is computed here.
 
 Axes: S draws, R blocks, P_l parameters of a layer, i/o widths of h̃/δ, k numbers of the sketch.
 """
@@ -21,21 +21,21 @@ from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.spec import KernelSpec
 
-# `auto` sketches only where exact features of a row exceed this (in float32, one output at a time: a thousand rows
-# would take 8 GiB) and exact products take so many times the operations of a sketch of k numbers an output: a joint one
-# takes fewer, which makes exactness no dearer than it was.
+# `auto` sketches only if exact features of a row exceed this many bytes (in float32, one output at a time: a thousand
+# rows would take 8 GiB), and exact products take this many times the operations of a sketch of k numbers per output. (A
+# joint sketch takes fewer, which makes exactness no more expensive.)
 AFFORDABLE_BYTES = 8 << 20
 AFFORDABLE_OPERATIONS = 32
-# What multiplying and adding up an entry of a pair's products takes, in multiply-adds of a matrix product. Of one core
-# 107 to 168 were measured on an AMD EPYC, before such products were kept in memory that is used again, and since then
-# 230 to 450 on an Intel Xeon, whose products are faster; widths of 32 and 128, sums by block included.
+# Multiplying and adding up an entry of a pair's products, in multiply-adds of a matrix product. Measured on one core:
+# 107 to 168 on an AMD EPYC with fresh memory, 230 to 450 on an Intel Xeon with reused memory, whose matrix products are
+# faster; widths of 32 and 128, sums by block included.
 PAIR_OPERATIONS = 128
 _NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the costs depend on, beside the layers."""
+    """The sizes of a kernel on which costs depend, beside the layers."""
 
     num_draws: int
     num_blocks: int
@@ -45,30 +45,33 @@ class Setting:
 
     @property
     def pairs(self) -> int:
-        """Products of draws for an entry, of layered features."""
+        """Pairs of draws that an entry of layered features multiplies."""
         return self.num_draws**2 if self.pair_blocks else self.num_draws
 
     @property
     def products(self) -> int:
-        """Products of slots for an entry, of formed features; standard errors included."""
+        """Products that an entry of formed features takes, standard errors included."""
         return self.num_blocks + 1 if self.pair_blocks else self.num_draws
 
     @property
     def slots(self) -> int:
+        """Means of a row that formed features keep."""
         return self.num_blocks if self.pair_blocks else self.num_draws
 
     @property
     def copies(self) -> int:
+        """Entries that a pair of examples has: C, or C² if outputs are kept apart."""
         return self.num_outputs**2 if self.full else self.num_outputs
 
     @property
     def outputs_at_once(self) -> int:
+        """Outputs whose features are held at the same time."""
         return self.num_outputs if self.full else 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a layer: multiply-adds of an entry, numbers of a row."""
+    """The cost of a layer: multiply-adds of an entry, numbers of a row."""
 
     operations: int
     numbers: int
@@ -76,7 +79,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Contraction:
-    """The plan of the exact parameters, and that of the sketched ones (None where there are none)."""
+    """The plan of the exact parameters and the plan of the sketched ones; `sketched` is None without a sketch."""
 
     exact: SitePlan
     sketched: SitePlan | None
@@ -100,7 +103,7 @@ class Contraction:
 def contraction_of(
     plan: SitePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> Contraction:
-    """The contraction of a kernel made of gradients; `num_outputs` counts the outputs that the kernel is made of."""
+    """Choose the contraction of a kernel made of gradients; `num_outputs` counts the outputs that it is made of."""
     blocks = 1 if spec.kind == "local" else spec.blocks
     setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == "full")
     num_columns = columns_of_sketch(spec.sketch) if spec.pair_blocks else 0
@@ -110,9 +113,16 @@ def contraction_of(
 def choose_contraction(
     plan: SitePlan, space: ParameterSpace, contraction: str, num_columns: int, setting: Setting
 ) -> Contraction:
-    """The contraction of every layer; `num_columns` is k, 0 where no sketch may be taken.
+    """Choose the contraction of every layer.
 
-    The exact plan keeps its `readout` where that layer's inputs stand for its gradients.
+    The exact plan keeps its `readout` only if that layer's inputs stand for its gradients.
+
+    Args:
+        plan: how each parameter's gradient is made.
+        space: the selected parameters.
+        contraction: what is asked for: `auto`, `layered`, `means` or `sketch`.
+        num_columns: k, or 0 if no sketch is allowed.
+        setting: the kernel's sizes.
     """
     if not setting.pair_blocks or setting.full:
         plan = replace(plan, readout=None)
@@ -135,7 +145,7 @@ def choose_contraction(
 def _exact(
     plan: SitePlan, space: ParameterSpace, contraction: str, setting: Setting
 ) -> tuple[SitePlan, dict[tuple[str, ...], Cost]]:
-    """The exact plan that is asked for, or the cheapest, and what it costs by parameters that go together."""
+    """The exact plan that is asked for, or the cheapest, and its cost for each group of parameters."""
     sizes = dict(zip(space.names, space.sizes, strict=True))
     formed, costs = set[str](), dict[tuple[str, ...], Cost]()
     for site in plan.outer:
@@ -171,14 +181,12 @@ def _layered_cost(space: ParameterSpace, plan: SitePlan, site: Site, setting: Se
 
 
 def shares_derivatives(plan: SitePlan, site: Site, *, full: bool) -> bool:
-    """Whether a layer's output gradients count once for all outputs (`nntk_dist.layers.penultimate`): where products
-    are summed over these.
-    """
+    """Return whether all outputs share a layer's derivatives (`nntk_dist.layers.penultimate`) and are summed over."""
     return plan.output_layers is not None and plan.output_layers.module == site.module and not full
 
 
 def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:
-    """Whether exactness costs too much, both in memory and in operations."""
+    """Return whether exactness is too expensive, in memory as well as in operations."""
     costs = list(costs)
     sketched = setting.products * setting.copies * num_columns
     too_long = sum(cost.operations for cost in costs) > AFFORDABLE_OPERATIONS * sketched
@@ -193,6 +201,6 @@ def linear_widths(space: ParameterSpace, site: Site) -> tuple[int, int]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """List the first few names, and count the rest."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

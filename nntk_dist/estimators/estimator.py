@@ -108,7 +108,7 @@ class Estimator(Protocol):
         ...
 
     def plan(self, trial: Trial) -> EstimatorPlan:
-        """Try the estimator on a model and plan it; the contraction is that of the kernel's own number of draws.
+        """Try the estimator on a model and plan it, with the contraction for the kernel's own number of draws.
 
         Raises:
             Unavailable: it is not valid for this model or kernel; `auto` then tries another one.

@@ -1,11 +1,11 @@
-"""How products of the estimator `activation` are contracted, layer by layer: the words of
+"""Choose how products of the estimator `activation` are contracted, in the terms of
 `nntk_dist.estimators.contraction`.
 
-`layered`  D η ⊗ q in factors, two Gram matrices for S² pairs of draws, whatever the number of outputs;
+`layered`  D η ⊗ q in factors: two Gram matrices for S² pairs of draws, whatever the number of outputs;
 `means`    block-mean gradients, formed: 3R·P_l multiply-adds an entry for every output;
 `sketch`   block-mean gradients of all sketched layers in the same k numbers.
-Parameters in weight space need D and ⟨n_s, n_t⟩ alone, or formed means where draws outnumber them; the readout needs
-block means of h̃. Both are exact always. Costs decide; nothing is computed here.
+Parameters in weight space need only D and ⟨n_s, n_t⟩, or formed means if there are more draws than parameters. The
+readout needs block means of h̃. Both are always exact. Costs decide; nothing is computed here.
 
 Axes: S draws, R blocks, P_l parameters of a layer.
 """
@@ -20,13 +20,13 @@ from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.products.factor_form import METRIC_DRAWS
 from nntk_dist.spec import KernelSpec
 
-# Formed gradients may take this many times the memory of the factors that they replace.
+# Formed gradients may take up to this many times the memory of the factors that they replace.
 _MOST_MEMORY = 4
 
 
 @dataclass(frozen=True)
 class NoiseContraction:
-    """Which noisy layers have their block means formed, and which sketched; the others stay in factors."""
+    """The noisy layers whose block means are formed, and those that are sketched; the others stay in factors."""
 
     formed: frozenset[str] = frozenset()
     sketched: frozenset[str] = frozenset()
@@ -34,7 +34,7 @@ class NoiseContraction:
     forms_weight_space: bool = False
 
     def text(self, plan: NoisePlan) -> str:
-        """The choice in words, for plan and report."""
+        """Say the choice in words, for plan and report."""
         kinds: dict[str, list[str]] = {"layered": [], "means": [], f"sketch (k = {self.num_columns})": []}
         for each in plan.noisy:
             place = 2 if each.module in self.sketched else 1 if each.module in self.formed else 0
@@ -46,7 +46,7 @@ class NoiseContraction:
 def noise_contraction(
     plan: NoisePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> NoiseContraction:
-    """The contraction that is asked for, or the cheapest exact one; a sketch unasked where that cannot be afforded."""
+    """Choose the contraction that is asked for, or the cheapest exact one, or a sketch if that is too expensive."""
     setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == "full")
     formed, costs = set[str](), dict[str, Cost]()
     for each in plan.noisy:

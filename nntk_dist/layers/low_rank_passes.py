@@ -1,9 +1,8 @@
 """Low-rank perturbations of Linear layers without their weights: one matrix product with W for all draws at once.
 
-A layer moved by A·Bᵀ puts out h Wᵀ + (h B) Aᵀ: the first product is that of θ, shared by the rows of all draws, and the
-second takes r·(i + u) multiply-adds a row. So neither perturbations of length P nor perturbed weights are ever made,
-which on small batches is most of the work. Equal to the perturbed model to rounding, which is tried before it is used.
-No kernels here.
+A layer moved by A·Bᵀ returns h Wᵀ + (h B) Aᵀ. The first product is made once for the rows of all draws; the second
+takes r·(i + u) multiply-adds a row. So neither perturbations of length P nor perturbed weights are made, which on small
+batches is most of the work. The result equals the perturbed model's to rounding; this is tried before it is used.
 
 Axes: s draws, n examples, t positions, i/u inputs and units of a layer, r rank, c outputs.
 """
@@ -31,25 +30,25 @@ _AGREEMENT = 1e3  # in units of rounding, relative to the largest output
 
 @dataclass(frozen=True)
 class LowRankPasses:
-    """Perturbed passes of a model whose selected parameters all belong to Linear layers; see `find_low_rank_passes`."""
+    """Perturbed passes of a model whose selected parameters all belong to Linear layers."""
 
     evaluator: Evaluator
     drawing: Drawing
 
     @property
     def numbers_of_a_draw(self) -> int:
-        """How many numbers a draw's factors are."""
+        """The number of entries in a draw's factors."""
         assert isinstance(self.drawing.distribution, LowRank)
         rank = self.drawing.distribution.rank
         return sum(rank * sum(shape) if len(shape) == 2 else sum(shape) for shape in self.drawing.shapes)
 
     @property
     def trial_bytes(self) -> int:
-        """What finding out took: the model in float64 twice, as it is and moved, and a group of perturbations twice."""
+        """Bytes of the trial: the model in float64 twice, and a group of perturbations twice."""
         return 8 * (2 + 2 * self.drawing.group_size) * self.drawing.num_parameters
 
     def perturbed(self, x: Tensor, draws: range, batch: int | None = None) -> Float[Tensor, "s n c"]:
-        """f(x; θ + z) of whole groups of draws."""
+        """Return f(x; θ + z) for whole groups of draws."""
         model, space = self.evaluator.model, self.evaluator.space
         dtype = next(model.parameters()).dtype
         factors = self.drawing.low_rank_factors(draws, dtype=dtype, device=x.device)
@@ -76,11 +75,11 @@ class LowRankPasses:
 
 
 def find_low_rank_passes(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> LowRankPasses | None:
-    """Shared products for a stacked evaluator and low-rank draws, or None where the model does not allow them.
+    """Return low-rank passes for a stacked evaluator and low-rank draws, or None if the model does not allow them.
 
-    It does where every selected parameter is the weight or bias of one Linear layer, and a few examples come out as
-    under the perturbed model: in float64, where a weight's second use outside of its layer is not lost in rounding,
-    and two groups of draws at once, so that layers whose first axis is not that of the examples show.
+    It does if every selected parameter is the weight or bias of one Linear layer, and the outputs of a few examples
+    are the perturbed model's. The trial runs in float64, so that a weight's second use outside its layer is not lost in
+    rounding, and with two groups of draws, so that a layer whose first axis is not the examples is found out.
     """
     if not (evaluator.stacked and isinstance(drawing.distribution, LowRank)) or evaluator.is_random:
         return None

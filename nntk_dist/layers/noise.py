@@ -1,9 +1,9 @@
-"""Noise in pre-activations instead of weights: what a random weight matrix does to one example, and nothing else of it.
+"""Noise in pre-activations instead of weights: what a random weight matrix does to one example.
 
 A layer applies W to the vectors h̃_t of an example (one vector, tokens, or the patches of a convolution), rows of H̃.
 Of a Gaussian matrix σΞ added to W the example sees only σ H̃ Ξᵀ, hence only the part of Ξ in the span of its vectors:
 with an orthonormal basis q_k of that span, σ H̃ Qᵀ η, η = Q Ξᵀ again standard normal. For one vector this is σ|h̃| ξ.
-By Stein's identity the gradient of E f(W + σΞ) is E[(f − constant) Σ_k η_k ⊗ q_k / σ]. It draws no numbers.
+By Stein's identity the gradient of E f(W + σΞ) is E[(f − constant) Σ_k η_k ⊗ q_k / σ]. No numbers are drawn here.
 
 Axes: n rows, t positions, k basis vectors, i inputs of a layer (the 1 for its bias included), u units.
 """
@@ -21,7 +21,7 @@ from nntk_dist.layers.rules.convolution import patches
 from nntk_dist.layers.sites import Site
 from nntk_dist.models.evaluation import outputs
 
-# (input of a layer, its output) -> what is added to the output, or None where the call is only looked at
+# (input of a layer, its output) -> what is added to the output, or None if the call is only observed
 Shift = Callable[[Tensor, Tensor], Tensor | None]
 
 
@@ -36,19 +36,22 @@ class NoiseSite:
 
     @property
     def module(self) -> str:
+        """The path of the layer."""
         return self.site.module
 
     @property
     def num_noise(self) -> int:
+        """Standard normals of one example and draw."""
         return self.rank * self.units
 
     @property
     def num_parameters(self) -> int:
+        """Selected parameters of the layer."""
         return self.width * self.units
 
 
 def layer_vectors(module: nn.Module, site: Site, h: Tensor) -> Float[Tensor, "n t i"]:
-    """H̃: the vectors that the selected weight multiplies, a 1 behind each where the bias is selected."""
+    """Return H̃: the vectors that the selected weight multiplies, each followed by a 1 if the bias is selected."""
     if isinstance(module, nn.Conv2d):
         vectors = patches(module, h).transpose(1, 2)
     else:
@@ -60,14 +63,14 @@ def layer_vectors(module: nn.Module, site: Site, h: Tensor) -> Float[Tensor, "n 
 
 
 def as_output(module: nn.Module, values: Float[Tensor, "n t u"], out: Tensor) -> Tensor:
-    """Numbers by position and unit in the shape of the layer's output."""
+    """Bring numbers by position and unit into the shape of the layer's output."""
     return (values.transpose(1, 2) if isinstance(module, nn.Conv2d) else values).reshape(out.shape)
 
 
 def span_basis(vectors: Float[Tensor, "n t i"]) -> tuple[Float[Tensor, "n k i"], Float[Tensor, "n t k"]]:
-    """Q, L with H̃ = L Q, the rows of Q orthonormal, or 0 where no vector has a part along them (as for h̃ = 0).
+    """Return Q and L with H̃ = L Q; rows of Q are orthonormal, or 0 if no vector has a part along them (as for h̃ = 0).
 
-    From a QR decomposition, so the span of Q holds that of H̃ whatever its rank: nothing but rounding is ever cut off.
+    Computed by a QR decomposition, so the span of Q holds the span of H̃ whatever its rank; only rounding is cut off.
     """
     if vectors.shape[1] == 1:
         norms = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
@@ -82,7 +85,7 @@ def span_basis(vectors: Float[Tensor, "n t i"]) -> tuple[Float[Tensor, "n k i"],
 def shifted_outputs(
     model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], shifts: Mapping[str, Shift]
 ) -> Float[Tensor, "n c"]:
-    """Outputs of f with something added to the outputs of some modules, each called once; no gradients.
+    """Return the outputs of f with something added to the outputs of some modules, each called once; no gradients.
 
     Raises: Unavailable, naming a module that this pass calls more than once, or never.
     """

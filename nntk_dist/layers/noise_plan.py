@@ -1,4 +1,4 @@
-"""Which layers of a model may have noise in their pre-activations: found by a trial pass, and checked, not assumed.
+"""The trial that finds the layers of a model that can have noise in their pre-activations, and checks them.
 
 Every selected parameter goes one of three ways: `noisy` (a Linear or Conv2d called once, whose vectors are fewer than
 their length), `readout` (a Linear whose output is the model's output: its gradient is h̃, without noise), or
@@ -37,14 +37,14 @@ _SHIFT_SIZES = (1e-2, 1.0, 1e2)
 
 @dataclass(frozen=True)
 class NoisePlan:
-    """How the gradient of every selected parameter is had; each parameter of the space in exactly one of the three."""
+    """How the gradient of every selected parameter is made; each parameter belongs to exactly one of the three."""
 
     noisy: tuple[NoiseSite, ...]
     readout: NoiseSite | None
     weight_space: tuple[str, ...]
 
     def num_parameters(self, space: ParameterSpace) -> tuple[int, int, int]:
-        """How many parameters go each way: noisy, readout, weight space."""
+        """Return the numbers of parameters that go each way: noisy, readout, weight space."""
         sizes = dict(zip(space.names, space.sizes, strict=True))
         noisy = sum(sizes[name] for each in self.noisy for _, name in each.site.parameters)
         readout = 0 if self.readout is None else sum(sizes[name] for _, name in self.readout.site.parameters)
@@ -52,10 +52,11 @@ class NoisePlan:
 
 
 def plan_noise(model: nn.Module, space: ParameterSpace, x: Tensor) -> NoisePlan:
-    """The plan for a prepared model, checked in float64 on up to eight examples.
+    """Find the noise plan of a prepared model, and check it in float64 on up to eight examples.
 
-    Raises: Unavailable if a layer's output does not follow its parameters as W h̃ does (a weight used elsewhere too, a
-    hook that changes the output), naming the module; and where no parameter lies in a layer that can be made noisy.
+    Raises:
+        Unavailable: a layer's output does not follow its parameters as W h̃ does (a weight used elsewhere too, a hook
+            that changes the output); the message names the module. Or no parameter lies in a layer that can have noise.
     """
     exact, trial = in_float64(model, torch.cat([x, x]) if len(x) == 1 else x[:_EXAMPLES])
     candidates = _candidates(exact, space, trial)

@@ -1,6 +1,6 @@
 """The layer before the readout: its output gradients δ_c = W_c ⊙ φ'(a) share the derivatives φ'(a), one number a unit.
 
-So it is where the model's output is a Linear W of φ(a), φ a function of each unit by itself: then Σ_c ⟨δ_c, δ'_c⟩ is
+This holds if the model's output is a Linear W of φ(a), φ a function of each unit by itself. Then Σ_c ⟨δ_c, δ'_c⟩ is
 one product of the layer's width, not C of them: under two draws, Σ_j φ'_s(a)_j w_st,j φ'_t(a')_j. Whether the model is
 like that is read from the autograd graph, node by node, in every pass: nothing is guessed from numbers, and what is not
 on the list of functions does not count. Nothing is differentiated here.
@@ -27,12 +27,15 @@ _BY_UNIT = frozenset(
                  "Sin", "Cos", "Exp", "Threshold", "Hardswish", "Hardsigmoid")
 )  # fmt: skip
 _COPIES = frozenset({"CloneBackward0", "AliasBackward0"})
-_LINEAR = {"AddmmBackward0": 1, "MmBackward0": 0}  # a Linear on vectors, with and without bias: where its input goes in
+_LINEAR = {
+    "AddmmBackward0": 1,
+    "MmBackward0": 0,
+}  # a Linear on vectors, with and without bias: the position of its input
 _WEIGHT_ELEMENTS = 1 << 24  # of the readout's weights under all draws, held at a time
 
 
 def find_output_layers(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]) -> OutputLayers | None:
-    """The two layers in the graph of one pass, None where the model has no such end.
+    """Find the two layers in the graph of one pass; None if the model does not end like that.
 
     `outs` are the outputs of Linear layers that were called once, on one vector an example; each was copied before
     anything read it, and weights carry no gradient.
@@ -46,7 +49,7 @@ def find_output_layers(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]
 
 
 def find_readout(outputs: Float[Tensor, "n c"], outs: Mapping[str, Tensor]) -> str | None:
-    """The layer whose output is the model's, None where that is another's; `outs` as above."""
+    """Find the layer whose output is the model's output; None if there is none. `outs` as above."""
     return _name_of(_before(outputs.grad_fn, _COPIES), outs)
 
 
@@ -69,7 +72,7 @@ def _name_of(node: Any, outs: Mapping[str, Tensor]) -> str | None:
 def shared_derivatives(
     delta: Float[Tensor, "n c o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
-    """Derivatives s and shares B, at most 1, with δ_c = B_c ⊙ s, from δ and the readout's W.
+    """Return derivatives s and shares B, at most 1, with δ_c = B_c ⊙ s, from δ and the readout's W.
 
     A unit's slope is its δ for the output in which its weight is the largest.
     """

@@ -21,9 +21,7 @@ from nntk_dist.models.evaluation import as_outputs, call_with, trying
 
 
 def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) -> None:
-    """h̃ of a Linear site's first examples: (h, 1) with weight and bias selected, h with the weight alone, 1 with the
-    bias alone.
-    """
+    """Write h̃ of a Linear site's first m examples: (h, 1), or h or 1 if only the weight or the bias is selected."""
     h = h.reshape(len(h), -1)[: len(target)]
     if "weight" in site.attributes:
         target[:, : h.shape[1]] = h
@@ -40,9 +38,7 @@ def dense_gradients(
     parameters: Mapping[str, Tensor],
     columns: Sequence[int],
 ) -> dict[str, Float[Tensor, "n c ..."]]:
-    """Per-example gradients of the dense and whole parameters, (n, c, *shape) by name; shared ones summed over their
-    uses.
-    """
+    """Return the gradients of dense and whole parameters, (n, c, *shape) by name, summed over their uses."""
     result = {  # a module that this pass never called has no gradient
         name: parameters[name].new_zeros(len(x), len(columns), *parameters[name].shape) for name in plan.dense_names()
     }
@@ -60,7 +56,7 @@ def add_dense_gradients_(
     parameters: Mapping[str, Tensor],
     columns: Sequence[int],
 ) -> None:
-    """Add those of the first m examples to sums by name, in place; an outer product is never made by itself."""
+    """Add the gradients of the first m examples to sums by name, in place, never forming an outer product first."""
     for site in plan.dense:
         module, names = model.get_submodule(site.module), dict(site.parameters)
         rule = rule_for(module)
@@ -88,7 +84,7 @@ def add_dense_gradients_(
 def whole_gradients(
     model: nn.Module, names: Sequence[str], x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
 ) -> dict[str, Float[Tensor, "n c ..."]]:
-    """Per-example gradients of the named parameters by differentiating the model one example at a time under vmap.
+    """Differentiate the model one example at a time under vmap, by the named parameters.
 
     Raises: Unavailable if vmap cannot take the model (data-dependent control flow, in-place writes).
     """

@@ -1,7 +1,7 @@
 """The last two layers in one pass: derivatives of the layer before the readout, inputs of the readout.
 
-What was found when the model was tried on a few examples (`nntk_dist.layers.penultimate`) is looked for again in every
-pass, and where it is not there the pass is refused. No draws and no kernels here.
+What was found on a few examples (`nntk_dist.layers.penultimate`) is checked again in every pass; a pass that ends in
+another way is refused. No draws and no kernels here.
 
 Axes: n examples, m first of them, c outputs, o units, i inputs of the readout.
 """
@@ -29,7 +29,7 @@ from nntk_dist.layers.sites import Site
 def derivatives_of_pass(
     model: nn.Module, pair: OutputLayers, recording: Recording, delta: Float[Tensor, "n c ..."], columns: Sequence[int]
 ) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
-    """Derivatives and shares of the layer before the readout, of δ for the outputs `columns`.
+    """Return derivatives and shares of the layer before the readout, from δ for the outputs `columns`.
 
     Raises: Unavailable if this pass does not end as the pair says.
     """
@@ -41,7 +41,7 @@ def derivatives_of_pass(
 def activation_derivatives_of_pass(
     model: nn.Module, pair: OutputLayers, recording: Recording, delta: Float[Tensor, "n c ..."], columns: Sequence[int]
 ) -> Float[Tensor, "n o"]:
-    """φ'(a), which all outputs share: δ is to be for all of those that take something of any unit."""
+    """Return φ'(a), which all outputs share; δ must hold all outputs that depend on any unit."""
     derivatives, _ = derivatives_of_pass(model, pair, recording, delta, columns)
     return activation_derivatives(derivatives, readout_weight(model, pair), columns)
 
@@ -60,7 +60,7 @@ def add_readout_(sums: Float[Tensor, "m i"], site: Site, recording: Recording, n
 
 
 def readout_weight(model: nn.Module, pair: OutputLayers) -> Float[Tensor, "C o"]:
-    """W, at the model's present parameters."""
+    """Return W, at the model's present parameters."""
     weight = model.get_submodule(pair.readout).weight
     assert isinstance(weight, Tensor)
     return weight

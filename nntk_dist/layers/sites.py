@@ -1,4 +1,4 @@
-"""Sites: the modules whose parameters have a gradient rule, and the plan of which parameter's gradient is made how.
+"""Sites (modules whose parameters have a gradient rule), and the plan of how each parameter's gradient is made.
 
 Values only: no model is evaluated here. `nntk_dist.layers.site_trial` makes and checks a plan.
 """

@@ -1,7 +1,7 @@
 """An unbiased sketch of gradients: k numbers in place of P, made without ever forming the gradient of a layer.
 
 Column j of the sketch is Σ_p u_pjᵀ G_p v_pj, summed over the parameters p, G_p the gradient of parameter p as a matrix
-(its first axis by all others; v_pj = 1 where there are no others) and u, v independent random *complex* vectors with
+(its first axis by all others; v_pj = 1 if there are no others) and u, v independent random *complex* vectors with
 entries (±1 ± i)/√2. Real and imaginary part are two of the k numbers, all scaled by √(2/k), so that products of
 sketches are on average products of gradients: E⟨φ(G), φ(G')⟩ = Σ_p ⟨G_p, G'_p⟩. Where G_p = Σ_t δ_t ⊗ h_t, the
 column is Σ_t (u·δ_t)(v·h_t): k·(|δ| + |h|) multiply-adds a position.
@@ -9,7 +9,7 @@ A *joint* sketch has all outputs in the same k numbers, for kernels that sum ove
 (output, row of the parameter), u has an entry for each, and E⟨φ, φ'⟩ = Σ_p Σ_c ⟨G_pc, G'_pc⟩ at the same variance:
 C times fewer numbers, and k·(C|δ| + |h|) multiply-adds a position. Sketches of a few outputs each are independent of
 each other, so that their products add up to the same on average.
-Variance of ⟨φ(G), φ(G)⟩, relative to |G|⁴: 6/k where G is one outer product, 2/k where it is none or many; 8/k with
+Variance of ⟨φ(G), φ(G)⟩, relative to |G|⁴: 6/k if G is one outer product, 2/k if it is none or many; 8/k with
 real vectors, which is why they are complex (Wacker, Ohana, Filippone, "Complex-to-real sketches for tensor products",
 AISTATS 2023). Projections of both sides to b×b blocks would cost less for a column, but 4(b + 1)/k at the same k.
 
@@ -17,8 +17,8 @@ The probes are a function of (seed, parameter, side, coordinate, column): the sa
 Columns form Q independent groups, from whose scatter `nntk_dist.statistics.estimates` tells the sketch's own error. No
 models, no draws and no kernels here.
 
-Axes: n examples, c outputs, e sketches (1 where joint, else c), t positions, o/i units out/in, r rows of a parameter's
-gradient ((output, unit) where joint, else unit), k columns, m = k/2 complex columns.
+Axes: n examples, c outputs, e sketches (1 if joint, else c), t positions, o/i units out/in, r rows of a parameter's
+gradient ((output, unit) if joint, else unit), k columns, m = k/2 complex columns.
 """
 
 import math
@@ -36,8 +36,8 @@ from nntk_dist.sampling.streams import Stream
 AUTO_COLUMNS = 1024
 _MOST_GROUPS = 32
 _FEWEST_GROUPS = 8
-# Complex columns: with one, intervals of nominal 95 % cover 0.89 where the sketch rules (measured); with four, 0.935.
-# At the worst, a whole gradient that is one outer product of long vectors, 0.90 with four, 0.93 with sixteen.
+# Complex columns: with one, intervals of nominal 95 % cover 0.89 if the sketch's error dominates (measured); with four,
+# 0.935. At the worst, a whole gradient that is one outer product of long vectors, 0.90 with four, 0.93 with sixteen.
 _FEWEST_IN_A_GROUP = 4
 _ELEMENTS_AT_ONCE = 1 << 21  # 8 MiB of products in float32, to be multiplied while they are in the cache
 KEPT_BYTES = 256 << 20  # of probes
@@ -65,10 +65,10 @@ def columns_of_sketch(sketch: int | str) -> int:
 
 
 def groups_of_columns(num_columns: int, num_blocks: int) -> int:
-    """Q: at least 8, and about as many as blocks where that leaves enough columns to each.
+    """Return Q: at least 8, and about as many as blocks if that leaves enough columns to each.
 
     Intervals take Student's t with R − 1 degrees of freedom: with fewer groups than blocks they would be too short
-    where the sketch's error rules (nominal 95 % cover 0.91 at the worst, Q = 8 and R = ∞).
+    if the sketch's error dominates (nominal 95 % cover 0.91 at the worst, Q = 8 and R = ∞).
     """
     groups = _FEWEST_GROUPS
     while (
@@ -82,7 +82,7 @@ def groups_of_columns(num_columns: int, num_blocks: int) -> int:
 
 @dataclass(frozen=True)
 class Sketch:
-    """The probes of every parameter of a space; `names` are all its parameters, whichever of them are sketched.
+    """The probes of every parameter of a space; `names` are all its parameters, sketched or not.
 
     `joint` sketches all outputs in the same numbers, otherwise each has its own, under the same probes.
     """
@@ -96,7 +96,7 @@ class Sketch:
     def probes(
         self, name: str, side: int, coordinates: Tensor, dtype: torch.dtype, columns: slice | None = None
     ) -> Float[Tensor, "coordinate k"]:
-        """√2 u or √2 v of a parameter at some coordinates; real and imaginary parts alternate."""
+        """Return √2 u or √2 v of a parameter at some coordinates; real and imaginary parts alternate."""
         number = 2 * self.names.index(name) + side
         start, stop = (0, self.num_columns) if columns is None else (columns.start, columns.stop)
         return signs(self.seed, Stream.SKETCH, coordinates, stop - start, draw=number, start=start, dtype=dtype)
@@ -104,7 +104,7 @@ class Sketch:
     def of_gradient(
         self, name: str, gradient: Float[Tensor, "n c ..."], outputs: Sequence[int] | None = None
     ) -> Float[Tensor, "n *c k"]:
-        """The sketch of a parameter's gradient that is there already; `outputs` are those of its axis c, if not all."""
+        """Sketch a parameter's formed gradient; `outputs` are the outputs along its axis c, if not all."""
         projector = Projector(self, range(gradient.shape[1]) if outputs is None else outputs)
         total = projector.start(gradient)
         projector.add_gradient_(total, name, gradient)
@@ -113,7 +113,7 @@ class Sketch:
     def of_shared(
         self, name: str, weights: Float[Tensor, "n t c"], a: Float[Tensor, "n t o"], b: Float[Tensor, "n t i"]
     ) -> Float[Tensor, "n c k"]:
-        """The sketch of Σ_t w_tc a_t ⊗ b_t, each output's own: outer products that outputs share but for a number."""
+        """Sketch Σ_t w_tc a_t ⊗ b_t for each output: outer products that outputs share but for a factor."""
         projector = Projector(self, range(weights.shape[2]))
         total = projector.start(weights.mT)
         for columns in projector.chunks(a.shape[0] * a.shape[1]):
@@ -124,7 +124,7 @@ class Sketch:
 
 
 class Projector:
-    """A sketch of some outputs at work: what is sketched is added to sums, (n, e, m), in place.
+    """Adds what is sketched to sums, (n, e, m), in place, for some outputs.
 
     Its probes are made once and kept while they fit into 256 MiB; others are made anew, some columns at a time.
     """
@@ -135,21 +135,21 @@ class Projector:
         self._folded: dict[str, Tensor] = {}
 
     def start(self, gradient: Float[Tensor, "n c ..."]) -> Complex[Tensor, "n e m"]:
-        """A sum of nothing, for the examples and outputs of this gradient and of its type."""
+        """Return a zero sum for the examples and outputs of this gradient, of its dtype."""
         num_sketches = 1 if self.sketch.joint else gradient.shape[1]
         return _complex(gradient.new_zeros(len(gradient), num_sketches, self.sketch.num_columns))
 
     def finished(self, total: Complex[Tensor, "n e m"]) -> Float[Tensor, "n *c k"]:
-        """√(2/k) Σ u·v of sums over √2 u and √2 v, real and imaginary parts as columns."""
+        """Return √(2/k) Σ u·v from sums over √2 u and √2 v, with real and imaginary parts as columns."""
         columns = torch.view_as_real(total).flatten(2).mul_((2.0 * self.sketch.num_columns) ** -0.5)
         return columns[:, 0] if self.sketch.joint else columns
 
     def forget_weights(self) -> None:
-        """Before the model's parameters move: what `add_derivatives_` made of a readout's weights belongs to them."""
+        """Forget what `add_derivatives_` made of the readout's weights; call it before parameters move."""
         self._folded.clear()
 
     def probes(self, name: str, side: int, length: int, like: Tensor, columns: slice) -> Float[Tensor, "coordinate k"]:
-        """Some columns of a side's probes, at every one of its coordinates."""
+        """Return some columns of a side's probes, at all its coordinates."""
         key, size = (name, side, length), like.element_size()
         if key in self._kept:
             return self._kept[key][:, columns]
@@ -171,9 +171,9 @@ class Projector:
         h: Float[Tensor, "n t i"],
         bias: str | None = None,
     ) -> None:
-        """Add Σ_t δ_t ⊗ h_t, by whichever takes fewer operations: both sides apart, or the sum itself.
+        """Add Σ_t δ_t ⊗ h_t, projecting both sides apart or the formed sum, whichever takes fewer operations.
 
-        A `bias` that goes with the layer is one more input, always 1: its probe stands beside those of h.
+        A `bias` that goes with the layer is one more input, always 1, with a probe of its own.
         """
         o, (n, t, i) = delta.shape[3], h.shape
         if self.sketch.joint:
@@ -207,7 +207,7 @@ class Projector:
             total[:, 0, _pairs(columns)].addcmul_(left, right)
 
     def add_gradient_(self, total: Complex[Tensor, "n e m"], name: str, gradient: Float[Tensor, "n c ..."]) -> None:
-        """Add a parameter's gradient that is there already."""
+        """Add a parameter's gradient that has been formed."""
         if gradient.ndim > 3:
             matrix = gradient.flatten(3)
             self._add_matrix_(
@@ -228,7 +228,7 @@ class Projector:
         tokens: Float[Tensor, "n t"],
         num_tokens: int,
     ) -> None:
-        """Add an embedding table's gradient: probes of the rows that occur are gathered, no table is made."""
+        """Add an embedding table's gradient from the probes of the rows that occur; no table is formed."""
         distinct, position = tokens.unique(return_inverse=True)
         coordinates = distinct
         if self.sketch.joint:
@@ -244,15 +244,13 @@ class Projector:
                 _add_products_(total[..., _pairs(columns)], right, u[position][:, None])
 
     def chunks(self, num_vectors: int) -> Iterator[slice]:
-        """Columns in portions, so that products of this many vectors stay within 2^21 numbers, or the fewest there are
-        to make.
-        """
+        """Yield columns in portions, so that products of this many vectors stay within 2^21 numbers, if possible."""
         step = _SIGNS_OF_A_COUNTER * max(1, _ELEMENTS_AT_ONCE // (_SIGNS_OF_A_COUNTER * num_vectors))
         for start in range(0, self.sketch.num_columns, step):
             yield slice(start, min(start + step, self.sketch.num_columns))
 
     def _inputs(self, name: str, h: Float[Tensor, "n *t i"], columns: slice, bias: str | None) -> Tensor:
-        """v·h, with the bias's own probe where there is one."""
+        """v·h, with the bias's own probe if there is one."""
         v = self.probes(name, _IN, h.shape[-1], h, columns)
         return h @ v if bias is None else (h @ v).add_(self.probes(bias, _IN, 1, h, columns))
 
@@ -273,7 +271,7 @@ class Projector:
         rows: int,
         bias: str | None = None,
     ) -> None:
-        """Add a gradient as a matrix, its longer side first; `rows` are those of the parameter, of one output."""
+        """Add a gradient as a matrix, its longer side first; `rows` counts the parameter's rows for one output."""
         n, e, r, i = matrix.shape
         for columns in self.chunks(n * e * min(r, i)):
             u = self.probes(name, _OUT, rows, matrix, columns)

@@ -1,10 +1,10 @@
-"""The sketch of a network's gradient, layer by layer, from one pass: which of its parameters are sketched how.
+"""The sketch of a network's gradient, layer by layer, from one recorded pass.
 
-Where a layer's gradient is Σ_t δ_t ⊗ h_t the two sides are projected apart; its bias, if no other layer has the same,
-is one more input. OutputLayers (`nntk_dist.layers.penultimate`) spare the layer before the readout its outputs. What is
-shared is summed over its uses. What a sketch is, `nntk_dist.layers.sketch` says; here are no draws and no kernels.
+If a layer's gradient is Σ_t δ_t ⊗ h_t, its two sides are projected apart; its bias, if no other layer shares it, is one
+more input. The layer before the readout is sketched once for all outputs (`nntk_dist.layers.penultimate`). Shared
+parameters are summed over their uses. Sketches are defined in `nntk_dist.layers.sketch`.
 
-Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex columns, e sketches (1 where joint, else c).
+Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex columns, e sketches (1 if joint, else c).
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ class Pass:
 
 
 def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, passed: Pass) -> Float[Tensor, "n *c k"]:
-    """The sketch of the gradient of all parameters of a plan without outer sites."""
+    """Sketch the gradient of all parameters of a plan without outer sites."""
     uses = Counter(name for site in plan.dense for _, name in site.parameters)
     like = next(iter(passed.parameters.values()))
     total = projector.start(like.new_empty(len(passed.x), len(passed.columns)))

@@ -3,8 +3,8 @@
 Two ways to evaluate many perturbed models on batches, equal to rounding: *sequential*, one draw after the other moved
 into the model's own parameters, which then passes over all batches; and *stacked*, one vmapped call for a batch and a
 chunk of draws, which spares small models the overhead of a call. The choice changes rounding, so it is made once, when
-a run is planned (`nntk_dist.planning.stacking`). A model with noise (`nntk_dist.models.noise`) is one fixed function of
-θ here, sequential, and which one is said for every call. No gradients here.
+a run is planned (`nntk_dist.planning.stacking`). A model with noise (`nntk_dist.models.noise`) is evaluated
+sequentially, as one fixed function of θ that the caller chooses. No gradients here.
 
 Axes: n examples, s draws, c outputs, P parameters.
 """
@@ -33,9 +33,9 @@ _OUTPUT_ELEMENTS = 1 << 22  # of perturbed models, held at a time
 
 
 def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """A private copy of the model in eval mode (torch's dropout off, running statistics), at a dtype and device.
+    """Copy a model for private use, in eval mode (torch's dropout off, running statistics), at a dtype and device.
 
-    Modules with noise are those of one fixed random function, wherever `fixed_noise` does not say which.
+    Modules with noise belong to one fixed random function, unless `fixed_noise` chooses another.
     """
     prepared = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
     fix_noise(prepared)
@@ -84,7 +84,7 @@ def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:
-    """f(x; θ) with the given parameters in place of the model's own; a model of one number per example gives c = 1.
+    """Return f(x; θ) with the given parameters in place of the model's own; one number per example gives c = 1.
 
     Raises: ModelError if the output is not a floating tensor of shape (n,) or (n, C).
     """
@@ -93,9 +93,9 @@ def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None
 
 
 def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> object:
-    """The model's return value with the given parameters in place of its own, under all the names that they go by.
+    """Call the model with the given parameters in place of its own, under all the names that they have.
 
-    Each module that holds a parameter is given it once. `functional_call` could tie names by itself, but where one
+    Each module that holds a parameter is given it once. `functional_call` could tie names by itself, but if one
     *module* is registered twice it restores the replacement instead of the original, and silently changes the model.
     """
     replaced: dict[str, Tensor] = {}
@@ -110,7 +110,11 @@ def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> 
 
 
 def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
-    """The model's return value as (n, c), or a ModelError that says what it was instead."""
+    """Return the model's return value as (n, c).
+
+    Raises:
+        ModelError: it is no floating tensor of shape (n,) or (n, C).
+    """
     if not isinstance(result, Tensor):
         raise ModelError(f"the model returned a {type(result).__name__}; allowed: one tensor of shape (n,) or (n, C)")
     if result.ndim not in (1, 2) or result.shape[0] != num_examples:
@@ -124,7 +128,7 @@ def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
 
 
 def output_index(columns: Sequence[int]) -> slice | list[int]:
-    """An index for some outputs: a slice where they are neighbours, which copies nothing and for which no GPU waits."""
+    """Return an index for some outputs: a slice if they are neighbours, which copies nothing and makes no GPU wait."""
     neighbours = range(columns[0], columns[0] + len(columns))
     return slice(neighbours.start, neighbours.stop) if tuple(columns) == tuple(neighbours) else list(columns)
 
@@ -152,16 +156,16 @@ class Evaluator:
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether f has noise, which then is to be fixed by `nntk_dist.models.noise.fixed_noise`."""
+        """Whether f has noise, which `nntk_dist.models.noise.fixed_noise` then has to fix."""
         return is_random(self.model)
 
     def base(self, x: Tensor, batch: int | None = None) -> Float[Tensor, "n c"]:
-        """f(x; θ); of a model with noise, that of its present random function."""
+        """Return f(x; θ); a model with noise is its present random function."""
         with torch.no_grad():
             return by_batches(lambda rows: outputs(self.model, rows), x, batch)
 
     def expected(self, x: Tensor, seed: int, batch: int | None = None) -> Float[Tensor, "n c"]:
-        """f(x; θ); of a model with noise, the mean of 64 random functions of that seed, of which no draw has one."""
+        """Return f(x; θ); for a model with noise the mean of 64 random functions of that seed, which no draw has."""
         if not self.is_random:
             return self.base(x, batch)
         first = self.base(x, batch)
@@ -180,7 +184,7 @@ class Evaluator:
         displacements: Float[Tensor, "s P"],
         batch: int | None = None,
     ) -> Iterator[tuple[range, Float[Tensor, "n c"], Float[Tensor, "s n c"]]]:
-        """(draws, f(x; θ), f(x; θ+z)) of all these draws, some at a time; of a model with noise group by group.
+        """Yield (draws, f(x; θ), f(x; θ+z)) for all these draws, some at a time; for a model with noise group by group.
 
         Both are then under the noise of the group: one further pass for each. `base` is f(x; θ) without noise.
         """
@@ -198,7 +202,7 @@ class Evaluator:
     def perturbed(
         self, x: Tensor, displacements: Float[Tensor, "s P"], batch: int | None = None
     ) -> Float[Tensor, "s n c"]:
-        """f(x; θ + z) for each displacement z."""
+        """Return f(x; θ + z) for each displacement z."""
         batches = list(in_batches(x, batch))
         with torch.no_grad():
             parts = self._stacked(batches, displacements) if self.stacked else self._in_turn(batches, displacements)
@@ -237,13 +241,13 @@ class Evaluator:
 
 
 def draws_at_once(numbers: int, x: Tensor) -> int:
-    """How many models of so many numbers are stacked on a batch x: 2^22 of them, or of inputs, are held at a time."""
+    """Return how many models of `numbers` parameters are stacked on a batch x: 2^22 numbers are held at a time."""
     return max(1, _STACK_ELEMENTS // max(numbers, x.numel()))
 
 
 @contextmanager
 def moved_in_place(model: nn.Module, space: ParameterSpace) -> Iterator[Callable[[Float[Tensor, " P"]], None]]:
-    """A function that moves the selected parameters to θ + z, which every pass over the model then has; θ comes back.
+    """Yield a function that moves the selected parameters to θ + z for all later passes; θ is restored at the end.
 
     The parameters get other memory meanwhile, the same for every z: nothing is allocated for a draw, and θ is restored
     bit for bit. The model is to be a private copy, as `prepare_model` makes.
@@ -254,12 +258,12 @@ def moved_in_place(model: nn.Module, space: ParameterSpace) -> Iterator[Callable
     moved = [torch.empty_like(values) for values in theta]
 
     def move(displacement: Float[Tensor, " P"]) -> None:
-        for values, part, room in zip(theta, space.split(displacement).values(), moved, strict=True):
-            torch.add(values, part, out=room)
+        for values, part, memory in zip(theta, space.split(displacement).values(), moved, strict=True):
+            torch.add(values, part, out=memory)
 
     try:
-        for parameter, room in zip(parameters, moved, strict=True):
-            parameter.data = room
+        for parameter, memory in zip(parameters, moved, strict=True):
+            parameter.data = memory
         yield move
     finally:
         for parameter, values in zip(parameters, theta, strict=True):

@@ -1,10 +1,10 @@
 """Modules with noise: a random function f(·; θ, ω), whose ω is a pure function of (seed, group, module, number).
 
-A kernel's nonlocal gradient is that of the expectation, g(x) = E_{z,ω}[P (f(x; θ+z, ω) − f(x; θ, ω)) z/|z|²]. Each
+A kernel's nonlocal gradient is then g(x) = E_{z,ω}[P (f(x; θ+z, ω) − f(x; θ, ω)) z/|z|²], an expectation over ω. Each
 group of draws has an ω of its own, shared by the two evaluations of a draw, by the dependent draws of a group and by
-all examples: one group is one random function, so no example depends on its batch. Here a model's modules are told
-which ω the present pass has, and take numbers of it; which one that is, estimators decide. Noise of an example's own
-has no place here: it would make f(x) a function of more than x.
+all examples: one group is one random function, so no example depends on its batch. Here a model's modules get the ω of
+the present pass and take numbers of it; estimators choose which. Noise of an example's own is not allowed: f(x) would
+be a function of more than x.
 
 Axes: n examples; the axes of a unit are those behind the examples' axis.
 """
@@ -54,7 +54,7 @@ class StochasticModule(nn.Module):
     input: then no gradient of it is taken.
 
     In training mode the numbers are torch's own. Outside a kernel and `fixed_noise`, in eval mode, every request gets
-    the same numbers, those of the first request of function 0 of seed 0.
+    the same numbers: the first request's numbers of function 0 of seed 0.
     """
 
     differentiable = True
@@ -65,7 +65,7 @@ class StochasticModule(nn.Module):
         self._num_requests = 0
 
     def normals(self, shape: tuple[int, ...], *, like: Tensor) -> Float[Tensor, "..."]:
-        """Standard normals, of the dtype and device of `like`."""
+        """Return standard normals, of the dtype and device of `like`."""
         if self.training:
             return torch.randn(shape, dtype=like.dtype, device=like.device)
         noise, start, count = self._request(shape)
@@ -75,7 +75,7 @@ class StochasticModule(nn.Module):
         return values.reshape(shape)
 
     def uniforms(self, shape: tuple[int, ...], *, like: Tensor) -> Float[Tensor, "..."]:
-        """Uniform(0, 1) numbers in float64, on the device of `like`."""
+        """Return Uniform(0, 1) numbers in float64, on the device of `like`."""
         if self.training:
             return torch.rand(shape, dtype=torch.float64, device=like.device)
         noise, start, count = self._request(shape)
@@ -93,7 +93,7 @@ class StochasticModule(nn.Module):
         return self._noise or Noise()
 
     def _request(self, shape: tuple[int, ...]) -> tuple[Noise, int, int]:
-        """The present ω, and where the numbers of this request begin and how many they are."""
+        """The present ω, and the first index and the count of the numbers of this request."""
         count = math.prod(shape)
         if self._num_requests >= _MOST_REQUESTS or count > _REQUEST_NUMBERS:
             raise ModelError(
@@ -107,12 +107,12 @@ class StochasticModule(nn.Module):
 
 
 def noise_modules(model: nn.Module) -> dict[str, StochasticModule]:
-    """The modules of a model that take random numbers, by path."""
+    """Return the modules of a model that take random numbers, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, StochasticModule)}
 
 
 def is_random(model: nn.Module) -> bool:
-    """Whether some part of the model takes random numbers."""
+    """Return whether some part of the model takes random numbers."""
     return any(isinstance(module, StochasticModule) for module in model.modules())
 
 
@@ -189,15 +189,15 @@ def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
 
 
 def agreement(model: nn.Module, usual: float) -> float:
-    """The relative tolerance of checks that two passes through a model are equal but for rounding: `usual`, or 1e-3.
+    """Return the relative tolerance with which two passes through a model count as equal: `usual`, or 1e-3.
 
-    Noise that is not Lipschitz magnifies rounding from layer to layer; what the checks look for changes far more.
+    Noise that is not Lipschitz magnifies rounding from layer to layer; the differences to be detected are far larger.
     """
     rough = any(not module.differentiable for module in noise_modules(model).values())
     return _ROUGH_AGREEMENT if rough else usual
 
 
 def noise_text(model: nn.Module) -> str:
-    """What a random model adds to the reasons of a plan."""
+    """Say, for the reason of a decision, what noise means for the kernel; empty without noise."""
     count = len(noise_modules(model))
     return f"; the noise of {count} module{'s' * (count > 1)} is part of the expectation" if count else ""

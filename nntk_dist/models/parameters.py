@@ -49,7 +49,7 @@ class ParameterSpace:
         return {name: parameters[name].detach() for name in self.names}
 
     def scales(self, model: nn.Module) -> tuple[float, ...]:
-        """Return the root mean square of each selected tensor; a zero tensor takes that of its module's `weight`.
+        """Return the root mean square of each selected tensor; a zero tensor takes its module's `weight`'s.
 
         Raises:
             ArgumentError: there is no such weight, or it is zero too; the message names the tensor.

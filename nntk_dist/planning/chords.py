@@ -1,10 +1,10 @@
-"""Does f jump on long chords through θ? Found by values alone, where gradients need not be had.
+"""Find jumps of f on long chords through θ, from values alone.
 
 At a small range, or with few examples, no jump may lie on the segments that the integrated gradient is checked on. A
 chord θ + t·D n, −1 ≤ t ≤ 1, goes twice as far as the parameters are large, tensor by tensor, so that a unit changes its
-sign on most of them. On an interval of width h the second difference f(b) − 2f(m) + f(a) is O(h²) where f is smooth and
+sign on most of them. On an interval of width h the second difference f(b) − 2f(m) + f(a) is O(h²) if f is smooth and
 O(h) at a kink; at a jump it keeps its size. The interval with the largest one is halved until it is small, or h is.
-No gradient is taken, so nothing is said of gradients that are wrong in other ways (`nntk_dist.planning.jumps` says it).
+No gradient is taken, so gradients that are wrong in other ways are not found here (`nntk_dist.planning.jumps`).
 
 Axes: n examples, c outputs, k intervals, P parameters.
 """
@@ -27,14 +27,14 @@ _EXAMPLES = 8
 _REACH = 2.0  # in units of each tensor's root mean square
 _FIRST_INTERVALS = 16
 _HALVINGS = 30  # a kink is then worth less than 1e-9 of what it was
-# Of an output's own range over the chord: far above rounding, that of parts that compute in float32 included.
+# Relative to an output's range over the chord: far above rounding, even of parts that compute in float32.
 _VISIBLE = 1e-3
 
 Values = Callable[[float], Float64[Tensor, "n c"]]
 
 
 def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int) -> float:
-    """The size of a jump of f on one of four chords, relative to that output's range over the chord; 0 without one.
+    """Return the size of a jump of f on one of four chords, relative to that output's range there; 0 without one.
 
     `model` and `x` in float64. Chords on which f is not finite are skipped. Cost: at most 4·93 forward passes of 8
     examples, about half as many for a model with kinks. A jump smaller than 1/1000 of the range is not seen.
@@ -57,7 +57,7 @@ def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int) 
 
 
 def _scales(base: dict[str, Tensor]) -> Float64[Tensor, " P"]:
-    """The reach for every parameter: in proportion to its tensor's size, or to that of all where a tensor is zero."""
+    """The reach for each parameter: in proportion to the size of its tensor, or of all tensors if that is zero."""
     whole = torch.cat([value.flatten() for value in base.values()]).square().mean().sqrt()
     sizes = [value.square().mean().sqrt() for value in base.values()]
     return _REACH * torch.cat(
@@ -66,7 +66,7 @@ def _scales(base: dict[str, Tensor]) -> Float64[Tensor, " P"]:
 
 
 def _jump_along(value: Values) -> float:
-    """The relative second difference that halving leaves, 0 where it becomes invisible."""
+    """The relative second difference that halving leaves, 0 if it becomes invisible."""
     points = [step / _FIRST_INTERVALS - 1.0 for step in range(2 * _FIRST_INTERVALS + 1)]
     values = torch.stack([value(t) for t in points])
     if not bool(torch.isfinite(values).all()):

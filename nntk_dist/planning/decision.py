@@ -299,7 +299,7 @@ def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], st
     if spec.distribution == LowRank.name:
         return ("weight",), (
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "
-            "kernel than those of any radial distribution"
+            "kernel than any radial distribution"
         )
     return (AUTO_ORDER, "") if spec.estimator == "auto" else ((str(spec.estimator),), "")
 

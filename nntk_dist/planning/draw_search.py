@@ -1,9 +1,9 @@
-"""The pilot of a kernel with an asked accuracy: looks at a sample of its rows until the draws are enough.
+"""Search for the number of draws that an asked accuracy takes, on a sample of the kernel's rows.
 
-The sample is a quarter of the one that calibrates the whole kernel's standard errors, its draws divided into more
-blocks where that is the same kernel, so as to know the error better. Every look computes its draws anew: a function of
-their number alone, and together the looks cost a few times the last one, on at most 32 + 32 rows (more where one side
-has few).
+The sample is a quarter of the one that calibrates the whole kernel's standard errors. Its draws are divided into more
+blocks, if that is the same kernel, so that the error is better known. Each look computes its draws anew, as a function
+of their number alone. Together the looks cost a few times the last one, on at most 32 + 32 rows (more if one side has
+few).
 
 Axes: n1, n2 rows and columns of the kernel.
 """
@@ -31,9 +31,18 @@ def find_draws(
     *,
     batch: int,
 ) -> tuple[Decision, Look]:
-    """The decision with as many draws as `spec.rtol` takes, and the last look; `inputs` are x1, or x1 and x2.
+    """Return the decision with as many draws as `spec.rtol` takes, and the last look.
 
-    Cost: the features of the sampled rows, at most about four times over. Raises: NNTKError as `with_draws`.
+    Nothing is decided again: only the contraction follows the number of draws. Cost: the features of the sampled rows,
+    at most about four times.
+
+    Args:
+        model: the prepared model.
+        inputs: x1, or x1 and x2.
+        ids: the ids of their examples.
+        spec: the kernel, with an asked accuracy.
+        decision: the decision, with the first number of draws.
+        batch: how many examples a forward pass holds.
     """
     assert spec.rtol is not None
     unit = spec.draw_unit(decision.num_draws, decision.num_parameters)
@@ -49,8 +58,10 @@ def find_draws(
 
 
 def spec_to_look_at(spec: KernelSpec, num_draws: int, num_parameters: int) -> KernelSpec:
-    """The kernel with its draws in more blocks, where that is the same kernel: not so with weights of draws, which are
-    normalised within a block, nor with orthogonal groups, whose size depends on it.
+    """Return the kernel with its draws in more blocks, if that is the same kernel.
+
+    It is not with weights of draws, which are normalised within a block, nor with orthogonal groups, whose size depends
+    on the block.
     """
     if spec.design == "orthogonal" or not spec.weighting.is_fixed:
         return spec

@@ -1,8 +1,8 @@
-"""What a model is like, found by trying it: does f jump in its parameters, so that `autodiff` would be silently wrong?
+"""Find out whether f jumps in its parameters, so that `autodiff` would be silently wrong.
 
 On a segment from θ to θ + z a locally Lipschitz f satisfies f(θ+z) − f(θ) = ∫₀¹ ∇f(θ+tz)·z dt; a jump (sign, round,
-argmax, also behind a straight-through gradient) breaks the equality whatever the number of points. What passes is tried
-on long chords too, where rare jumps are met (`nntk_dist.planning.chords`). Everything runs in float64.
+argmax, also behind a straight-through gradient) breaks the equality whatever the number of points. A model that passes
+is tried on long chords too, on which rare jumps are met (`nntk_dist.planning.chords`). Everything runs in float64.
 
 Axes: n examples, c outputs, P parameters.
 """
@@ -37,10 +37,13 @@ _TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class JumpProbe:
-    """`residual` = ‖Δ − ∫∇f·z‖/‖Δ‖ over random segments, NaN where no segment moved the output at all.
+    """What segments and chords through θ showed.
 
-    `num_gradients` is how many gradients the hardest segment took, `jump` the size of a jump found by values alone,
-    relative to the range of an output along a long chord, 0 where none was found or none was looked for.
+    Attributes:
+        residual: ‖Δ − ∫∇f·z‖/‖Δ‖ over random segments; NaN if no segment moved the output.
+        num_gradients: gradients that the hardest segment took.
+        jump: the size of a jump found by values alone, relative to the range of an output along a long chord; 0 if none
+            was found, or if no chord was tried.
     """
 
     residual: float

@@ -1,8 +1,7 @@
-"""What a model was found to be like before its kernel is computed, as one value of plain numbers and words.
+"""Findings about a model before its kernel is computed, as one value of plain numbers and words.
 
-It is kept with the decision that it led to, shown with a plan and on the report's page. What no kernel can be made of
-is refused elsewhere (`nntk_dist.planning.decision`); here is said what was seen, and which numbers are not to be
-trusted.
+They are kept with the decision, and shown with a plan and on the report's page. Models without a kernel are refused
+elsewhere (`nntk_dist.planning.decision`); here are the findings, and warnings of numbers that cannot be trusted.
 
 Axes: n examples, c outputs.
 """
@@ -29,13 +28,13 @@ _DIFFERENCES = ("weight", "activation")
 
 @dataclass(frozen=True)
 class ModelProbes:
-    """What was tried and found. Relative changes are of the largest output; None is what was not probed.
+    """What was tried and found. Changes are relative to the largest output; None means not probed.
 
     repeat_change: largest change of an output between two equal calls; 0 for a deterministic model.
-    batch_change: largest change of an output where its batch is another one; None for a single example.
+    batch_change: largest change of an output when its batch changes; None for a single example.
     jump_residual: share of the change of f along segments that the integrated gradient misses; None also where f
         did not change on them, as `jump_gradients`, the gradients taken, tells.
-    jump_size: of a jump met on long chords, relative to the output's range there; 0 where none was met.
+    jump_size: of a jump met on long chords, relative to the output's range there; 0 if none was met.
     change_size, noise_size: root mean squares of the differences f(x; θ+z) − f(x; θ) and of their rounding noise.
     noise_measured: whether against float64; otherwise the noise is estimated from the rounding unit.
     training_modules: modules that would do something else in training mode; eval mode is what is used.
@@ -55,21 +54,21 @@ class ModelProbes:
 
     @property
     def jumps(self) -> bool | None:
-        """Whether f was found to jump in θ; None where that was not probed, or where nothing changed f."""
+        """Whether f was found to jump in θ; None if that was not probed, or if nothing changed f."""
         if self.jump_residual is None or self.jump_gradients is None:
             return None
         return not JumpProbe(self.jump_residual, self.jump_gradients, self.jump_size or 0.0).differentiable
 
     @property
     def noise(self) -> float | None:
-        """Noise over signal in differences of outputs: infinite where there is no signal, NaN where neither is."""
+        """Noise over signal in differences of outputs: infinite without a signal, NaN without both."""
         if self.change_size is None or self.noise_size is None:
             return None
         return NoiseFloor(self.change_size, self.noise_size, bool(self.noise_measured)).ratio
 
 
 def call_changes(evaluator: Evaluator, x: Tensor, values: Float[Tensor, "n c"]) -> tuple[float, float | None]:
-    """How far outputs `values` of x change in a second call, and in a batch without the last row, turned round.
+    """Return how far outputs `values` of x change in a second call, and in a batch without the last row, reversed.
 
     Relative to the largest output. Cost: two forward passes.
     """
@@ -131,9 +130,9 @@ def probe_model(
 
 
 def modules_by_mode(model: nn.Module) -> tuple[str, ...]:
-    """Modules of torch that behave differently in training mode, counted by class: `2 BatchNorm2d`, `1 Dropout`.
+    """Count torch's modules that behave differently in training mode, by class: `2 BatchNorm2d`, `1 Dropout`.
 
-    A module of one's own that looks at `self.training` is not known here.
+    A user's module that depends on `self.training` is not known here.
     """
     found = Counter(type(module).__name__ for module in model.modules() if _depends_on_mode(module))
     return tuple(f"{number} {name}" for name, number in found.items())

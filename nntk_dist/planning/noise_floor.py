@@ -1,4 +1,4 @@
-"""How far the differences f(x; θ+z) − f(x; θ) of a run stand above the rounding of its dtype and device.
+"""Measure how far the differences f(x; θ+z) − f(x; θ) stand above the rounding of a dtype and device.
 
 The same perturbations are applied twice: as the run does, and in float64 to θ + z as real numbers. So what counts as
 noise is all that comes between: a z that is lost in θ + z, the rounding inside f, the cancellation in the difference,
@@ -32,7 +32,7 @@ class NoiseFloor:
     """Root mean squares over draws, examples and outputs: `change` of the differences, `noise` of their errors. Draws
     count as they do in a kernel of a radial law, by 1/|u|².
 
-    `measured` is False where the errors are no differences from float64, but estimated from the rounding unit.
+    `measured` is False if the errors are estimated from the rounding unit, and not differences from float64.
     """
 
     change: float
@@ -41,7 +41,7 @@ class NoiseFloor:
 
     @property
     def ratio(self) -> float:
-        """Noise over change; infinite where noise was seen and no change, NaN where no draw changed the output."""
+        """Noise over change; infinite if noise was seen and no change, NaN if no draw changed the output."""
         if self.change > 0:
             return self.noise / self.change
         return math.inf if self.measured and self.noise > 0 else math.nan
@@ -50,15 +50,15 @@ class NoiseFloor:
 def probe_noise(
     evaluator: Evaluator, drawing: Drawing, x: Tensor, columns: Sequence[int], *, still: Sequence[str] = ()
 ) -> NoiseFloor | None:
-    """Noise and size of the differences of eight perturbations of the run, on up to 32 examples, all taken together.
+    """Measure noise and size of the differences of eight perturbations, on up to 32 examples, all taken together.
 
     ‖Δ_dtype − Δ_64‖ against ‖Δ_64‖: outputs that no draw changes add nothing to either, and a large difference, such
-    as the one sign that flips, counts for what it is worth in a kernel; where lengths differ much (`fractional`), the
+    as the one sign that flips, counts as much as in a kernel; if lengths differ much (`fractional`), the
     shortest draws do, which are the first to be lost. A sign that rounding alone flips is noise.
-    Parameters named in `still` stay where they are. A model whose parameters are float64 throughout, as those of black
+    Parameters named in `still` stay where they are. A model whose parameters are float64 throughout, such as black
     boxes always are, has nothing finer to be compared with: its noise is estimated as one rounding unit of each of the
     two outputs, which rounding inside f can exceed several times.
-    None where f is not finite, or the model does not run in float64.
+    None if f is not finite, or the model does not run in float64.
     Cost: nine forward passes at the run's dtype and nine in float64; memory of one perturbation or 2^22 numbers.
     """
     x = x[:_EXAMPLES]
@@ -109,7 +109,7 @@ def _without(evaluator: Evaluator, still: Sequence[str], z: Float[Tensor, "s P"]
 
 
 def _exact_differences(exact: Evaluator, x: Tensor, z: Float[Tensor, "s P"]) -> Float64[Tensor, "s n c"] | None:
-    """The same differences in float64, or None where the model does not run in it."""
+    """The same differences in float64, or None if the model does not run in it."""
     x = x.double() if x.is_floating_point() else x
     try:
         return (exact.perturbed(x, z.double()) - exact.base(x)).double()

@@ -1,4 +1,4 @@
-"""Whether many perturbed models go faster stacked in one call or one after the other: a short trial decides.
+"""Decide by a short trial whether perturbed models go faster stacked in one call or one after the other.
 
 Stacking spares small models the overhead of a call; in large ones that overhead is nothing, and stacked weights cost
 arithmetic (a convolution with its own weights for every draw is a grouped one, several times slower). Where the border
@@ -35,7 +35,7 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class StackingTrial:
-    """What was found: NaN seconds where one way was not tried, `why` says the reason."""
+    """The choice with its times; seconds are NaN if a way was not tried, and `why` says the reason."""
 
     stacked: bool
     seconds_in_turn: float = math.nan
@@ -44,7 +44,7 @@ class StackingTrial:
 
     @property
     def text(self) -> str:
-        """The choice in words, for plan and report."""
+        """Say the choice in words, for plan and report."""
         chosen = "perturbed models are evaluated " + ("stacked" if self.stacked else "one after the other")
         if self.why:
             return f"{chosen}: {self.why}"
@@ -57,9 +57,9 @@ class StackingTrial:
 def try_stacking(
     model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing, *, threads: int | None = None
 ) -> StackingTrial:
-    """The faster way for a prepared model on batches like x with so many threads, measured now or remembered.
+    """Return the faster way for a prepared model on batches like x, measured now or remembered.
 
-    Low-rank draws are stacked as a shared product (`nntk_dist.layers.low_rank_passes`) where the model allows it. Black
+    Low-rank draws are stacked by sharing products (`nntk_dist.layers.low_rank_passes`) if the model allows it. Black
     boxes and models with noise are evaluated in turn, and so is what vmap cannot take (control flow that depends on
     data, writes in place).
     """

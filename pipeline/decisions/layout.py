@@ -1,8 +1,8 @@
 """The layout of a run: batch, shards, draw chunks, threads, chosen from the model and the data and never from the
 workers.
 
-Whatever changes rounding is decided here, by rules that do not look at the number of workers, the tile or the
-executor: so a plan gives the same features, bit for bit, however it is carried out. (A second plan of the same
+Everything that changes rounding is decided here, by rules that do not depend on the number of workers, the tile or the
+executor. So a plan gives the same features, bit for bit, however it is carried out. (A second plan of the same
 configuration may differ in one thing that is measured, and kept in the manifest: `nntk_dist.planning.stacking`.)
 
 Axes: n rows, s draws, r blocks, c outputs.
@@ -29,8 +29,8 @@ FEATURE_CACHE_BYTES = 512 << 20  # features that a worker keeps, since neighbour
 _BATCH_RANGE = (8, 1024)
 _BATCH_BYTES = 32 << 20
 _FEW, _FEW_BYTES = 32, 256 << 20
-# A GPU wants much more work at a time, and has its own memory for it: a 64th for activations, of which gradients of all
-# outputs keep several times as much.
+# A GPU wants much more work at a time, and has its own memory for it: a 64th for activations. Gradients of all outputs
+# keep several times as much.
 _GPU_MOST = 8192
 _GPU_SHARE = 64
 # Perturbations are made once for a shard of rows: the more rows, the less they cost; but there are to be shards enough
@@ -60,7 +60,7 @@ def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: int) -> int:
-    """Examples of one forward pass: what the configuration says, or `automatic_batch`."""
+    """Return the examples of one forward pass: what the configuration says, or `automatic_batch`."""
     if config.compute.batch != "auto":
         return config.compute.batch
     return automatic_batch(model, x, num_rows, config.compute.dtype)
@@ -81,25 +81,25 @@ def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str
 
 
 def overlaps_writing(job: Job) -> bool:
-    """Whether a worker computes one task while it writes another: where one of the two waits for a GPU or a network.
+    """Return whether a worker computes one task while it writes another: if one of them waits for a GPU or a network.
 
-    Where both need the worker's own cores, there is nothing to gain, and a second tile to hold.
+    If both need the worker's own cores, there is nothing to gain, and a second tile to hold.
     """
     return job.layout.device.startswith("cuda") or RunStorage(job.run_dir).local_path is None
 
 
 def writing_threads(job: Job) -> int:
-    """Threads that compress and write at once: the worker's own, and one more where they wait for a network."""
+    """Return the number of threads that write at once: the worker's own, and one more if they wait for a network."""
     return job.layout.threads + (1 if RunStorage(job.run_dir).local_path is None else 0)
 
 
 def threads_of(compute: ComputeConfig) -> int:
-    """Threads of a worker: one, of which there are then as many as CPUs, unless the configuration says."""
+    """Return the threads of a worker: one (then there is a worker for each CPU), unless the configuration says."""
     return 1 if compute.threads == "auto" else compute.threads
 
 
 def row_feature_bytes(features: FeatureMap, dtype: str) -> int:
-    """Bytes of one row's features under all draws."""
+    """Return the bytes of one row's features under all draws."""
     item = 8 if dtype == "float64" else 4
     return item * sum(math.prod(spec.shape) for spec in features.arrays)
 
@@ -107,10 +107,10 @@ def row_feature_bytes(features: FeatureMap, dtype: str) -> int:
 def make_layout(
     config: Config, spec: KernelSpec, features: FeatureMap, sizes: Sizes, *, batch: int, device: str
 ) -> Layout:
-    """The layout for a kernel's features; differences are always stored, gradients where that costs little disk.
+    """Choose the layout for a kernel's features; differences are always stored, gradients if that costs little disk.
 
-    Features are stored where they take at most 1 GiB, or no more than the kernel itself, and where they are to stand
-    for tiles; else every tile recomputes its rows.
+    Features are stored if they take at most 1 GiB, or no more than the kernel itself, or if they stand for tiles;
+    otherwise each tile recomputes its rows.
     """
     compute = config.compute
     row_bytes = row_feature_bytes(features, compute.dtype)

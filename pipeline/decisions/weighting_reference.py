@@ -20,7 +20,7 @@ from pipeline.data import Dataset
 
 
 def num_reference(spec: KernelSpec, num_train: int) -> int:
-    """How many training examples the weights look at; 0 where they look at none."""
+    """Return how many training examples the weights depend on; 0 if they depend on none."""
     if not spec.weighting.compares_outputs:
         return 0
     assert isinstance(spec.weighting.reference, int)
@@ -28,13 +28,13 @@ def num_reference(spec: KernelSpec, num_train: int) -> int:
 
 
 def reference_rows(spec: KernelSpec, num_train: int) -> np.ndarray:
-    """Which training rows these are, in the order of the rows."""
+    """Return the numbers of these training rows, in ascending order."""
     keys = uniform(spec.seed, Stream.ATTENTION, torch.tensor([REFERENCE_GROUP]), num_train)[0]
     return np.sort(keys.argsort(stable=True)[: num_reference(spec, num_train)].numpy())
 
 
 def reference_batch(spec: KernelSpec, dataset: Dataset, dtype: torch.dtype, device: str) -> Reference | None:
-    """The batch with its targets, at the model's dtype and device; None where weights need none."""
+    """Return the batch with its targets, at the model's dtype and device; None if weights need none."""
     rows = reference_rows(spec, len(dataset.train.ids))
     if not len(rows):
         return None
@@ -44,7 +44,7 @@ def reference_batch(spec: KernelSpec, dataset: Dataset, dtype: torch.dtype, devi
 
 
 def weighting_attributes(spec: KernelSpec, num_train: int) -> dict[str, Any]:
-    """How draws are weighted, as a store says it; features of weighted draws carry their factors."""
+    """Return a store's attributes about the weights of draws; features of weighted draws carry their factors."""
     weighting = spec.weighting
     named: dict[str, Any] = {"weighting": weighting.label}
     if weighting.is_fixed:

@@ -51,7 +51,7 @@ from pipeline.work.worker import Worker
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned run and what its workers are given; `stored` is the manifest of the run that it continues."""
+    """A planned run and what its workers get; `stored` is the manifest of the run that it continues."""
 
     config: Config
     plan: Plan
@@ -152,7 +152,7 @@ def _with_enough_draws(
     lock: RunLock,
     resources: ExitStack,
 ) -> tuple[Prepared, StageRecord | None]:
-    """The run with the draws that an asked accuracy takes, and the pilot's record; unchanged where none is searched."""
+    """The run with the draws that an asked accuracy takes, and the pilot's record; unchanged if none is asked for."""
     if not prepared.searching:
         return prepared, None
     executor = _make_executor(prepared, address)
@@ -241,5 +241,5 @@ def _attributes(plan: Plan) -> dict[str, Any]:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, as workers are given them."""
+    """Return parameters and buffers, as workers get them."""
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}

@@ -23,7 +23,7 @@ from pipeline.records.manifest import StageRecord
 
 @dataclass(frozen=True)
 class StageRunner:
-    """Where outcomes go and who is told of them."""
+    """Carries stages out; outcomes go to the ledger, and to the progress display and the lock's heartbeat."""
 
     ledger: Ledger
     executor: Executor

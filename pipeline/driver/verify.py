@@ -45,7 +45,7 @@ _READERS = {  # stages that read, by themselves or through others, what a stage 
 
 @dataclass(frozen=True)
 class Damage:
-    """A task one of whose pieces is not what it wrote; `readable` where others can have taken it for that."""
+    """A task with a damaged piece; `readable` if later stages may have read the piece without noticing."""
 
     stage: str
     tile: str
@@ -65,7 +65,8 @@ class Finding:
 def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterator[Finding]:
     """The checks one by one, as they finish.
 
-    Raises: NNTKError where the data or the model that the configuration names are no longer what they were.
+    Raises:
+        NNTKError: data or model of the configuration have changed since, or the manifest is not whole.
     """
     # This store, which may have been moved since, or be read from another folder.
     config = config_from_dict(manifest.config).model_copy(update={"run_dir": storage.url})
@@ -88,7 +89,7 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
             with full_precision():
                 finding = check()
         except NNTKError as error:  # a piece that cannot be read fails every check that needs it, and ends none
-            finding = Finding(name, False, f"not to be had: {error}")
+            finding = Finding(name, False, f"cannot be checked: {error}")
         yield finding
 
 
@@ -154,9 +155,10 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
 
 
 def _fault(context: Context, path: str, start: tuple[int, ...], expected: int) -> str | None:
-    """Why a piece is not what was written, empty where its values merely differ; None where it is.
+    """Why a piece is damaged: empty if only its values differ; None if it is not damaged.
 
-    Raises: StorageRefusal where the storage does not let us look, which is no damage.
+    Raises:
+        StorageRefusal: the storage does not allow reading, which is no damage.
     """
     try:
         values = context.store.read_shard(path, start)
@@ -213,7 +215,7 @@ def _finiteness(context: Context) -> Finding:
 
 
 def _kernel_or_factor(context: Context) -> list[StoredArray]:
-    """The arrays that hold the kernel: tiles, or where there are none the features that stand for them."""
+    """The arrays that hold the kernel: tiles, or the features that stand for them."""
     tiles = context.job.layout.write_tiles
     return kernel_arrays(context.job) + ([] if tiles else feature_arrays(context.job))
 
@@ -262,7 +264,7 @@ class _Comparison:
 
 
 def _distance(stored: np.ndarray, values: np.ndarray) -> float:
-    """Largest difference over the largest of `values`; infinite where one has a number and the other has none."""
+    """Largest difference over the largest of `values`; infinite if only one of them is finite somewhere."""
     finite = np.isfinite(values)
     scale = float(np.abs(values[finite]).max(initial=0.0))
     if scale == 0.0 or not np.array_equal(finite, np.isfinite(stored)):

@@ -3,7 +3,7 @@
 A task is a pure, idempotent function of (job, stage, tile): whoever runs it, however often, writes the same bits to
 the same place. Nothing here computes.
 
-Units: `_bytes`, `_seconds`. Rows are counted in examples, also where a `full` kernel holds C rows for each.
+Units: `_bytes`, `_seconds`. Rows are counted in examples, also if a `full` kernel holds C rows for each.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Layout:
         shard_rows: rows of one shard of features.
         chunk_draws: draws of one task of the stage `features`.
         threads: threads of a worker.
-        device: where workers compute.
+        device: the device of the workers.
         dtype: in which they compute and store.
         stderr: for what standard errors are made: `entry`, `sample` or `none`.
         store_features: whether features are stored; otherwise each tile recomputes its rows.

@@ -203,7 +203,7 @@ def _fit(
     parts: Mapping[str, Any],
     prints: Mapping[str, str],
 ) -> Plan:
-    """The number of workers that fit, and the refusal where none does."""
+    """The plan with the number of workers that fit; refused if none does."""
     wanted = wanted_workers(config, job.layout)
     factor = stored_factor_form(job)
     solvers = {stage: choose_solver(job, stage, factor) for stage in SOLVED}
@@ -228,7 +228,7 @@ def _fit(
     if projection.solve_bytes > usable:
         raise ArgumentError(
             f"spectrum and regression of {job.sizes.num_train} train rows need {_gib(projection.solve_bytes)} in one "
-            f"process, {_gib(usable)} are usable; set their method to factored or iterative where it is dense, make "
+            f"process, {_gib(usable)} are usable; set their method to factored or iterative if it is dense, make "
             "data.train smaller or take a machine with more memory"
         )
     if workers != wanted:
@@ -247,7 +247,7 @@ def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:
 
 
 def _smaller_tiles(layout: Layout) -> str:
-    """What makes a worker's tiles take less, as the first items of a list; empty where nothing does."""
+    """What makes a worker's tiles smaller, as the first items of a list; empty if nothing does."""
     smaller = f"make compute.tile smaller than {layout.tile}, " if layout.tile > 1 else ""
     return smaller + ("set compute.stderr to sample, " if layout.stderr == "entry" else "")
 
@@ -271,7 +271,7 @@ def wanted_workers(config: Config, layout: Layout) -> int:
 
 
 def check_disk(storage: RunStorage, wanted: int) -> None:
-    """Raise an ArgumentError if a local run directory's disk has less room than the arrays take before compression."""
+    """Check that a local run directory's disk has space for the arrays before compression."""
     free = free_disk(storage)
     if free is not None and wanted > free[0]:
         raise ArgumentError(
@@ -281,7 +281,7 @@ def check_disk(storage: RunStorage, wanted: int) -> None:
 
 
 def free_disk(storage: RunStorage) -> tuple[int, Path] | None:
-    """Bytes that are free where a local run directory lies or would lie, and where that is; None in object stores."""
+    """Return the free bytes at a local run directory, and the existing folder above it; None for object stores."""
     if storage.local_path is None:
         return None
     nearest = next(folder for folder in (storage.local_path, *storage.local_path.parents) if folder.exists())

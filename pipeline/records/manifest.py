@@ -56,8 +56,8 @@ class Manifest(BaseModel):
         config: the full configuration, defaults included.
         fingerprints: stage name to hash.
         seeds: stream name to seed.
-        versions: of Python and of the packages that shape results (null where not installed).
-        git_commit: of the code, "-dirty" appended where it differs from the commit; None outside a work tree.
+        versions: of Python and of the packages that shape results (null if not installed).
+        git_commit: of the code, "-dirty" appended if it differs from the commit; None outside a work tree.
         layout: what fixes rounding (tile, batch, draw chunk, threads, …); a resumed run takes it from here.
         sizes: how many rows, outputs, parameters, draws and blocks.
         decision: `Decision.to_plain()`: estimator, reason, plans and contraction; a continued run decides nothing.
@@ -93,13 +93,13 @@ class Manifest(BaseModel):
         return self.model_copy(update={"stages": {**self.stages, name: record}})
 
     def finished(self, stage: str) -> datetime | None:
-        """When the stage ended, or None where it has not."""
+        """Return when the stage ended, or None if it has not."""
         record = self.stages.get(stage)
         return record.finished if record else None
 
 
 def read_manifest(storage: RunStorage) -> Manifest | None:
-    """The run's manifest, or None where the directory has none.
+    """Read the run's manifest; None if the directory has none.
 
     Raises:
         StoreError: it is not valid JSON, lacks or mistypes a field, or was written by a newer version.
@@ -133,7 +133,7 @@ def write_manifest(storage: RunStorage, manifest: Manifest) -> None:
 
 
 def environment_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that can change a run's numbers or files; None where not installed."""
+    """Versions of Python and of the packages that can change a run's numbers or files; None if not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name, distribution in _DISTRIBUTIONS.items():
         try:
@@ -144,10 +144,10 @@ def environment_versions() -> dict[str, str | None]:
 
 
 def git_commit(source: Path = Path(__file__), *, but_for: str | None = None) -> str | None:
-    """Commit of the work tree that tracks the file `source`, with "-dirty" where tracked files differ from it, those in
+    """Return the commit of the work tree that tracks `source`, with "-dirty" if tracked files differ from it, those in
     its folder `but_for` not counted.
 
-    None where there is no git or no commit, and where git does not track the file: code installed into a virtual
+    None if there is no git or no commit, or git does not track the file: code installed into a virtual
     environment that happens to lie inside some repository is not of that repository's commit.
     """
 
@@ -193,7 +193,7 @@ def _canonical(value: Any) -> Any:
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 3) -> str:
     """`kernel.gamma: 0.05 -> 0.1; regression.ridge.0: 1.0 -> absent; and 2 more`: the first keys that differ.
 
-    One line, in the order of `new`, keys that only `old` has last; an empty string where nothing differs.
+    One line, in the order of `new`, keys that only `old` has last; an empty string if nothing differs.
     """
     before, after = dict(_flatten(old)), dict(_flatten(new))
     # Compared by repr: NaN equals itself, and 1 differs from 1.0 as it does in a fingerprint.

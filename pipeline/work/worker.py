@@ -34,7 +34,7 @@ from pipeline.work.stages import STAGES
 
 @dataclass
 class Worker:
-    """Executes tasks of one job with so many threads; see `Context` for the other arguments."""
+    """Executes the tasks of one job; see `Context` for the arguments other than `threads`."""
 
     job: Job
     dataset: Dataset

@@ -15,7 +15,7 @@ from nntk_dist.layers.rules.rule import LayerRule
 def convolution_gradients(
     module: nn.Module, parameters: Mapping[str, Tensor], h: Tensor, delta: Tensor
 ) -> dict[str, Tensor]:
-    """As those of a linear layer over patches, group by group."""
+    """Treat it as a linear layer over patches, group by group."""
     assert isinstance(module, nn.Conv2d)
     groups = module.groups
     unfolded = patches(module, h)
@@ -33,7 +33,7 @@ def convolution_sides(module: nn.Module, h: Tensor, delta: Tensor) -> tuple[Tens
 
 
 def patches(module: nn.Conv2d, h: Tensor) -> Tensor:
-    """What the kernel sees at every pixel of the output, (n, i, t)."""
+    """Return what the kernel sees at every pixel of the output, (n, i, t)."""
     assert not isinstance(module.padding, str)
     return functional.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride)
 

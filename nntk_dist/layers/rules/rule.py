@@ -38,7 +38,7 @@ class LayerRule:
         gradients: `gradients(module, parameters, h, delta)` for one call of the module, with h of shape (n, ...) and δ
             of shape (n, c, ...); returns for each parameter attribute its gradients, (n, c, *shape).
         covers: whether the rule holds for a module's settings.
-        sides: if the gradient of `weight` is Σ_t δ_t ⊗ h_t, and that of `bias` Σ_t δ_t: δ and h in that form. Sketches
+        sides: if the gradients of `weight` and `bias` are Σ_t δ_t ⊗ h_t and Σ_t δ_t: δ and h in that form. Sketches
             then never form the gradient.
 
     Example:

@@ -1,4 +1,4 @@
-"""Stage `pilot`: one look at a sample of the train kernel with some number of draws, where an accuracy is asked for.
+"""Stage `pilot`: one look at a sample of the train kernel with some number of draws, if an accuracy is asked for.
 
 Tile: the number of draws. Looks follow from each other, so they are no list known beforehand: the driver asks for one
 after the other (`pipeline.driver.draw_search`), each with the job that it would be. Nothing is written but numbers.
@@ -22,12 +22,12 @@ USES_ALL_THREADS = False
 
 
 def look_task(job: Job) -> Task:
-    """The look with as many draws as a job has."""
+    """Return the task of a look with as many draws as the job has."""
     return Task(NAME, str(job.sizes.num_draws), {"job": job})
 
 
 def tasks(job: Job) -> Iterator[Task]:
-    """None that could be told before the looks themselves."""
+    """None: each look follows from the ones before."""
     yield from ()
 
 

@@ -2,7 +2,7 @@
 
 Images become (1, height, width) with values in [0, 1]. Elements other than unsigned bytes are refused.
 
-Axes: those of each file.
+Axes: as the header of each file gives them.
 """
 
 import gzip

@@ -2,7 +2,7 @@
 
 In this order, so that a wrong size or label costs no reading, and only the selected inputs are read.
 
-Axes: those of `pipeline.data.dataset`.
+Axes: see `pipeline.data.dataset`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -70,7 +70,7 @@ class _Table:
         return f"'{self.paths[0]}'" + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
 
     def columns(self, input_columns: Sequence[str] | None, target_column: str | None) -> tuple[str, list[str]]:
-        """The target's column and those of the inputs."""
+        """Return the column of the targets and the columns of the inputs."""
         schema = self._schema()
         target = _target_column(schema, target_column, self.name)
         return target, _input_columns(schema, input_columns, target, self.name)

@@ -1,9 +1,8 @@
 """The Ray executor: one actor a worker, a bounded number of calls in flight, lost actors replaced.
 
-Ray starts actors, places them, and waits for a node where there is none: a worker is given tasks once its actor runs,
-so nothing ever waits for an actor without a place. What workers are made of (data, model state) is put into the object
-store once. Short tasks share a call (`pipeline.executors.calls`), neighbours go to the same worker
-(`pipeline.executors.neighbours`).
+Ray starts actors, places them, and waits for a node if there is none. A worker gets tasks once its actor runs, so no
+task waits for an actor without a place. Data and model state are put into the object store once. Short tasks share a
+call (`pipeline.executors.calls`), neighbours go to the same worker (`pipeline.executors.neighbours`).
 
 Three things are not left to Ray. An actor is replaced here, not by `max_restarts`: Ray would restart an actor that dies
 while it starts without end, or else count lost nodes as deaths. Tasks are repeated here, not by `max_task_retries`: Ray

@@ -25,7 +25,7 @@ class WorkerActor:
     """One worker in a process of its own, made by `start`, so that an exception there arrives as any other does.
 
     The worker's own threads are the CPUs that Ray has given to the actor. A task that runs while all other workers are
-    idle may use those of the node.
+    idle may use all CPUs of the node.
 
     Args:
         make_worker: called as `make_worker(*arguments, threads)`.

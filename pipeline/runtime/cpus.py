@@ -22,8 +22,8 @@ class Threads:
 def available_cpus() -> int:
     """Return the CPUs that this process may use, at least 1: by affinity, container quota and LOKY_MAX_CPU_COUNT.
 
-    `os.cpu_count()` counts those of the machine, also if a container or a scheduler gives only some of them. Quotas of
-    control groups around a process that is in no container are not known; they cost time, nothing else.
+    `os.cpu_count()` counts all CPUs of the machine, even if a container or a scheduler gives only some of them. Quotas
+    of control groups around a process that is in no container are not known; they cost time, nothing else.
     """
     import joblib  # here, since `nntk --help` needs none of it
 

@@ -2,7 +2,7 @@
 
 `pipeline.storage.shards` knows what is in a file.
 
-Axes: those of the array.
+Axes: of the array.
 """
 
 import os

@@ -12,7 +12,7 @@ A file holds the inner chunks, each bytes → Blosc → crc32c, in C order of th
 grid the position and length of its chunk as little-endian uint64, all ones if it lies outside the array; then the
 crc32c of this index.
 
-Axes: those of the array; a stripe is one row of chunks along the first.
+Axes: of the array; a stripe is one row of chunks along the first.
 """
 
 import math
@@ -144,7 +144,7 @@ def decode(array: zarr.Array, size: int, read: Callable[[int, int], bytes], out:
         encoded = _checked(read(start, length), f"chunk {place}")
         header = np.frombuffer(encoded[:_HEADER_BYTES].tobytes().ljust(_HEADER_BYTES), "<u4")
         if header[1::2].tolist() != [chunk.nbytes, len(encoded)]:  # decompressing does not check this
-            raise ValueError(f"chunk {place} is of another size than those of '{array.path}'")
+            raise ValueError(f"chunk {place} is of another size than the chunks of '{array.path}'")
         if part.shape == chunk.shape and part.dtype == chunk.dtype and part.flags.c_contiguous:
             decompress(encoded, part)
             continue

@@ -36,7 +36,7 @@ class Sign(nn.Module):
 
 
 class Step(nn.Module):
-    """1 where x > 0, otherwise 0."""
+    """1 if x > 0, otherwise 0."""
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Apply it elementwise."""

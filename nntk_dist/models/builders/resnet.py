@@ -1,7 +1,7 @@
 """The residual network of He et al. for images of CIFAR's size (arXiv:1512.03385, section 4.2).
 
 Three stages of k basic blocks, of `width`, 2·`width` and 4·`width` channels, make 6k + 2 layers with weights. The
-shortcuts hold none: where a stage begins they take every second pixel and pad channels with zeros ("option A").
+shortcuts hold none: at the beginning of a stage they take every second pixel and pad channels with zeros ("option A").
 In eval mode batch normalisation uses its running statistics, so examples do not influence each other.
 
 Axes: n examples.

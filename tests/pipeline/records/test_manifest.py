@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import StoreError
 from pipeline.records.manifest import (
     Manifest,
     StageRecord,
@@ -77,7 +77,7 @@ def test_it_is_pretty_strict_json_for_others_to_read(tmp_path):
 )
 def test_a_broken_or_newer_manifest_is_named(tmp_path, text, message):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(NNTKError, match=message) as error:
+    with pytest.raises(StoreError, match=message) as error:
         read_manifest(RunStorage(tmp_path))
     assert "\n" not in str(error.value)
 

@@ -276,7 +276,7 @@ def test_a_file_of_another_array_shows(other, tmp_path):
     for each in (array, foreign):
         each[...] = random((64, 64), each.dtype)
     (tmp_path / "own/a/c/0/0").write_bytes((tmp_path / "foreign/a/c/0/0").read_bytes())
-    with pytest.raises(StoreError, match="is of another size than those of 'a'"):
+    with pytest.raises(StoreError, match="is of another size than the chunks of 'a'"):
         read_block(array, np.s_[:, :])
 
 
@@ -288,7 +288,7 @@ def test_a_chunk_that_was_cut_short_before_its_checksum_was_made_shows(length, t
     file = tmp_path / "a/c/0/0"
     chunk, index = file.read_bytes()[:length], np.array([0, length + 4], "<u8").tobytes()
     file.write_bytes(b"".join(part + google_crc32c.value(part).to_bytes(4, "little") for part in (chunk, index)))
-    with pytest.raises(StoreError, match="is of another size than those of 'a'"):
+    with pytest.raises(StoreError, match="is of another size than the chunks of 'a'"):
         read_block(array, np.s_[:, :])
 
 

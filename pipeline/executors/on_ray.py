@@ -61,7 +61,7 @@ def connect(address: str | None, num_cpus: int) -> bool:
     try:
         # "local": without an address Ray would look for a cluster that somebody else has started on this machine
         ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that is too slow to start is a bare Exception
         place = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise ArgumentError(
             f"{place} ({str(error).splitlines()[0]}); check the address (and RAY_AUTH_MODE=token for a cluster "

@@ -70,9 +70,9 @@ def writing(file: StorePath) -> Iterator[Write]:
     parts go to the disk one by one; elsewhere they are collected.
     """
     if not isinstance(file.store, LocalStore):
-        parts: list[bytes] = []
-        yield parts.append
-        sync(file.set(cpu.Buffer.from_bytes(b"".join(parts))))
+        content = bytearray()
+        yield content.extend
+        sync(file.set(cpu.Buffer.from_bytes(content)))
         return
     path = file.store.root / file.path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nntk_dist.planning.decision import Decision
 from nntk_dist.products.feature_description import FeatureStorage
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from pipeline.config.schema import Config
 from pipeline.job.task import Outcome, Task
@@ -94,6 +95,11 @@ class Job:
     layout: Layout
     sizes: Sizes
     features: FeatureStorage
+
+    @property
+    def wanted(self) -> Wanted:
+        """Whether products are made with standard errors for every entry."""
+        return Wanted(stderr=self.layout.stderr == "entry")
 
 
 def intervals(total: int, step: int) -> list[tuple[int, int]]:

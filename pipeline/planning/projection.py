@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
-from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import product_window_bytes
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.sampling.designs import group_size
@@ -125,7 +124,7 @@ def pass_operations(model: nn.Module, x: Tensor) -> float:
 
 def feature_costs(job: Job, features: FeatureMap) -> FeatureCosts:
     """Return what the features of a job cost."""
-    return features.costs(job.spec.meeting, Wanted(stderr=job.layout.stderr == "entry"))
+    return features.costs(job.spec.meeting, job.wanted)
 
 
 def row_operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.Module, x: Tensor) -> float:
@@ -235,7 +234,7 @@ def _tile_bytes(job: Job, features: FeatureMap, costs: FeatureCosts, row_bytes: 
     tile = min(layout.tile, sizes.num_train)
     entries = (tile * width) ** 2
     window = min(entries, math.prod(tile_window_edges(layout.device)))
-    by_block = sizes.num_blocks + features.num_sketch_groups if layout.stderr == "entry" else 0
+    by_block = sizes.num_blocks + features.num_sketch_groups if job.wanted.stderr else 0
     prepared = row_bytes * costs.prepared_share
     everything = int((sizes.num_train + sizes.num_test) * prepared)
     parts = 1 if layout.store_features else -(-sizes.num_kernel_outputs // layout.outputs_at_once)

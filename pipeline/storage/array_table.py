@@ -49,7 +49,7 @@ def statistics_of(job: Job) -> dict[str, str]:
         names = {"": "plugin", "_unbiased": "unbiased"}
     else:
         names = {"": job.spec.statistic}
-    return names | ({"_stderr": "stderr"} if job.layout.stderr == "entry" else {})
+    return names | ({"_stderr": "stderr"} if job.wanted.stderr else {})
 
 
 def kernel_width(job: Job) -> int:

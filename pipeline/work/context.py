@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows, feature_bytes
-from nntk_dist.products.wanted import Side, Wanted
+from nntk_dist.products.wanted import Side
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.reused_memory import ReusedMemory
 from nntk_dist.statistics.tile_estimates import scale_factor
@@ -178,7 +178,7 @@ class Context:
 
         They are kept as long as they fit, since neighbouring tiles share them.
         """
-        key, wanted = (interval, columns), Wanted(self.job.layout.stderr == "entry", side)
+        key, wanted = (interval, columns), self.job.wanted.on(side)
         kept, prepared_for = self._cache.get(key, (None, Side(0)))
         if kept is None or side not in prepared_for:
             if kept is not None:

@@ -26,7 +26,7 @@ def compute_tile(
     """Compute the statistics of the rows and columns in two intervals, in the stored dtype."""
     job = context.job
     calibration = None
-    if job.layout.stderr == "entry":
+    if job.wanted.stderr:
         calibration = Calibration(level=float(task.arguments["level"]), relative_error=float("nan"), num_entries=0)
     meeting = Meeting(full=job.spec.meeting.full, paired=paired)
     parts = context.feature_parts(row, column)

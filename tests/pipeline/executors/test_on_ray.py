@@ -14,9 +14,9 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError, NNTKError
 from pipeline.executors.calls import MOST_TASKS
-from pipeline.executors.on_ray import RayExecutor, actor_options, places_on
+from pipeline.executors.on_ray import RayExecutor, actor_options, connect, places_on
 from pipeline.job.task import Outcome, Task
 
 DEADLY, FAILING = "250", "270"
@@ -240,6 +240,27 @@ def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path):
     assert next(steps) > 15
     assert Counter(found) == Counter(str(number) for number in range(60))
     assert max(attempts(tmp_path).values()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        (
+            "10.0.0.1:6379",
+            ConnectionError("no GCS\nmore"),
+            r"the Ray cluster at 10.0.0.1:6379 cannot be joined \(no GCS\)",
+        ),
+        (None, Exception("The current node timed out"), r"Ray cannot be started here \(The current node timed out\)"),
+    ],
+)
+def test_ray_that_cannot_be_reached_is_named_with_a_way_out(address, error, message, monkeypatch):
+    def fail(**options):
+        raise error
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(ArgumentError, match=message + r"; check the address .* or set compute.executor=serial"):
+        connect(address, 2)
 
 
 def test_what_ray_is_told_of_a_worker():

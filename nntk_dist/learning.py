@@ -30,7 +30,8 @@ from nntk_dist.products.features import FeatureMap, Rows
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.tile_estimates import tile_estimates
-from nntk_dist.weighting.options import ScoreFunction, Weighting, as_weighting
+from nntk_dist.weighting.options import Weighting, as_weighting
+from nntk_dist.weighting.scores.base import ScoreFunction
 
 Array = np.ndarray
 ModelOrBuilder = nn.Module | Callable[[int, int], nn.Module]
@@ -107,7 +108,7 @@ class _NonlocalRidge(BaseEstimator):
         gamma: float = 0.05,
         ridge: float | Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
         center_outputs: bool = False,
-        distribution: str | Mapping[str, Any] = "gaussian",
+        distribution: Any = "gaussian",
         gamma_scale: str = "absolute",
         estimator: str = "auto",
         design: str = "iid",

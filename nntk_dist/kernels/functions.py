@@ -36,7 +36,8 @@ from nntk_dist.statistics.estimates import (
 )
 from nntk_dist.statistics.required_draws import verdict
 from nntk_dist.statistics.tile_estimates import calibrate_sample, tile_estimates
-from nntk_dist.weighting.options import ScoreFunction, Weighting, as_weighting
+from nntk_dist.weighting.options import Weighting, as_weighting
+from nntk_dist.weighting.scores.base import ScoreFunction
 
 _TILE_ROWS = 1024
 _LOCAL_TILES, _LEAST_LOCAL_ROWS = 4, 128  # tiles a side: ten of the sixteen of a symmetric kernel are made
@@ -89,7 +90,7 @@ def nonlocal_kernel(
     x2: Tensor | None = None,
     *,
     gamma: float,
-    distribution: str | Mapping[str, Any] = "gaussian",
+    distribution: Any = "gaussian",
     gamma_scale: str = "absolute",
     estimator: str = "auto",
     statistic: str = "unbiased",
@@ -164,7 +165,7 @@ def covariance_kernel(
     x2: Tensor | None = None,
     *,
     gamma: float,
-    distribution: str | Mapping[str, Any] = "gaussian",
+    distribution: Any = "gaussian",
     gamma_scale: str = "absolute",
     design: str = "iid",
     draws: int | str = "auto",
@@ -210,7 +211,7 @@ def averaged_kernel(
     x2: Tensor | None = None,
     *,
     gamma: float,
-    distribution: str | Mapping[str, Any] = "gaussian",
+    distribution: Any = "gaussian",
     gamma_scale: str = "absolute",
     design: str = "iid",
     draws: int | str = "auto",

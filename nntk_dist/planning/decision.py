@@ -296,7 +296,7 @@ def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], st
         return ("weight",), "the covariance kernel is made of output differences"
     if not spec.weighting.is_fixed:
         return ("weight",), "only differences of outputs belong to one draw each, to be weighted"
-    if spec.distribution == LowRank.name:
+    if isinstance(spec.distribution, LowRank):
         return ("weight",), (
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "
             "kernel than any radial distribution"

@@ -160,5 +160,6 @@ def _noise_caution(
     size = "all" if math.isinf(floor.ratio) else f"{floor.ratio:.2g}"
     return (
         f"rounding in {dtype} on {x.device.type} is {size} of the differences f(x; θ+z) − f(x; θ) at gamma "
-        f"{spec.gamma:g} (harmless: up to {NOTABLE_NOISE}), and adds noise to the kernel; take {' or '.join(remedies)}"
+        f"{spec.distribution.gamma:g} (harmless: up to {NOTABLE_NOISE}), and adds noise to the kernel; take "
+        f"{' or '.join(remedies)}"
     )

@@ -19,8 +19,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from nntk_dist.errors import check_choice
-from nntk_dist.sampling.designs import GROUP_SIZES, check_draws, group_size
-from nntk_dist.sampling.laws import Distribution, LowRank
+from nntk_dist.sampling.designs import GROUP_SIZES, Design, check_draws, group_size
+from nntk_dist.sampling.laws import Law, LowRank, RadialLaw
 from nntk_dist.sampling.low_rank import low_rank_factors, low_rank_normals
 from nntk_dist.sampling.orthogonal import inverse_factors, needs_whole_vectors, orthonormal_rows, triangular_factors
 from nntk_dist.sampling.philox import normal, uniform
@@ -41,18 +41,18 @@ class Drawing:
     complete.
     """
 
-    distribution: Distribution
+    distribution: Law
     num_draws: int
     num_blocks: int
     num_parameters: int
-    design: str = "iid"
+    design: str = Design.IID
     seed: int = 0
     stream: Stream = Stream.PARAMETER
     shapes: tuple[tuple[int, ...], ...] = ()
     scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("design", self.design, GROUP_SIZES)
+        check_choice("design", self.design, Design)
         check_draws(self.num_draws, self.num_blocks, self.design, self.num_parameters)
         if (self.shapes or self.scales or isinstance(self.distribution, LowRank)) and (
             sum(map(math.prod, self.shapes)) != self.num_parameters or len(self.scales) not in (0, len(self.shapes))
@@ -96,14 +96,14 @@ class Drawing:
         members = self._members(whole, device)
         if isinstance(self.distribution, LowRank):
             values = self._low_rank(members, start, stop, self.distribution.gamma / math.sqrt(2.0), dtype)
-        elif self.design == "orthogonal":
+        elif self.design == Design.ORTHOGONAL:
             values = self._orthogonal(members, start, stop, dtype)
         else:
             times = self._multipliers(members)
             values = normal(self.seed, self.stream, members, start, stop, dtype=dtype, times=times)
         if self.scales:
             values *= self._scale_vector(start, stop, device).to(dtype)
-        if self.design == "antithetic":
+        if self.design == Design.ANTITHETIC:
             values = torch.stack((values, -values), dim=1).flatten(0, 1)
         offset = draws.start - whole.start
         return values[offset : offset + len(draws)]
@@ -115,7 +115,7 @@ class Drawing:
         assert isinstance(self.distribution, LowRank)
         members = self._members(draws, device)
         scales = self.scales or (1.0,) * len(self.shapes)
-        signed = torch.tensor([1.0, -1.0] if self.design == "antithetic" else [1.0], dtype=dtype, device=device)
+        signed = torch.tensor([1.0, -1.0] if self.design == Design.ANTITHETIC else [1.0], dtype=dtype, device=device)
         parts = low_rank_factors(self.seed, self.stream, members, self.shapes, self.distribution.rank)
         result = []
         for scale, (left, right) in zip(scales, parts, strict=True):
@@ -149,20 +149,20 @@ class Drawing:
         """|u_s|² of all draws of a radial law, a slice of parameters at a time; memory O(S + 2^24)."""
         members = self._members(range(self.num_draws), device)
         squares = self._member_squares(members) * self._multipliers(members).square()
-        return squares.repeat_interleave(2) if self.design == "antithetic" else squares
+        return squares.repeat_interleave(2) if self.design == Design.ANTITHETIC else squares
 
     def direction_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
         """⟨v_s, v_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S² + 2^24), 2·S²·P
         operations.
         """
-        if self.design == "orthogonal" and needs_whole_vectors(self.group_size, self.num_parameters):
+        if self.design == Design.ORTHOGONAL and needs_whole_vectors(self.group_size, self.num_parameters):
             z = self.perturbations(range(self.num_draws), dtype=torch.float64, device=device)
             v = self.directions(z)  # no larger than the result: P < 2k ≤ S
             return v @ v.T
         members = self._members(range(self.num_draws), device)
         squares = torch.zeros(len(members), dtype=torch.float64, device=device)
         products = torch.zeros(len(members), len(members), dtype=torch.float64, device=device)
-        grams = self._no_grams(members) if self.design == "orthogonal" else None
+        grams = self._no_grams(members) if self.design == Design.ORTHOGONAL else None
         for start, stop in self._slices(len(members)):
             part = self._normals(members, start, stop)
             squares += part.square().sum(1)
@@ -185,9 +185,9 @@ class Drawing:
             products *= 2.0 / self.distribution.gamma**2
         else:
             factor = self.num_parameters / self._multipliers(members, squares)
-            factor /= squares.sqrt() if self.design == "orthogonal" else squares
+            factor /= squares.sqrt() if self.design == Design.ORTHOGONAL else squares
             products *= factor[:, None] * factor[None, :]
-        if self.design != "antithetic":
+        if self.design != Design.ANTITHETIC:
             return products
         signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64, device=products.device)
         return torch.kron(products, signs)
@@ -219,7 +219,7 @@ class Drawing:
 
     def _multipliers(self, members: Tensor, squares: Tensor | None = None) -> Float64[Tensor, " m"]:
         """u/n, which for some laws needs |n|²."""
-        assert not isinstance(self.distribution, LowRank)
+        assert isinstance(self.distribution, RadialLaw)
         scale = self.distribution.scale(
             self.num_parameters, lambda: uniform(self.seed, self.stream, members, 1, draw=LAW_DRAW)[:, 0]
         )

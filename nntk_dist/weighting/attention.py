@@ -5,8 +5,8 @@ B·α_s on the differences, 1 at τ = ∞, and metric, block sums and standard e
 independent and identically distributed. A ratio estimator: g_r tends to E[w Δ v]/E[w], w = exp(score/τ), as B grows;
 its bias falls like 1/B, and products of different blocks are free of any other.
 
-Scores are those of `nntk_dist.weighting.scores`. Shared ones are a function of the draws and the reference batch alone,
-made once; they do not depend on the rows whose features are computed, nor on how these are batched.
+Shared scores are a function of the draws and the reference batch alone and are computed once. They depend neither on
+the rows whose features are computed nor on how these are batched.
 
 Axes: s draws, n examples, m = n or 1 (scores shared by all), c outputs, P parameters.
 """
@@ -18,19 +18,19 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError
+from nntk_dist.errors import ArgumentError
 from nntk_dist.models.evaluation import Evaluator, check_finite
 from nntk_dist.sampling.draws import Drawing, draw_chunks
 from nntk_dist.weighting.options import Reference, Weighting
-from nntk_dist.weighting.scores import Score, make_score
+from nntk_dist.weighting.scores.base import Score, ScoreBasis
 
-# Reference examples of one forward pass: a number of its own, so that scores do not change with the batch of the rows.
+# Reference examples of one forward pass: fixed, so that scores do not change with the batch of the rows.
 REFERENCE_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Scores and factors of the draws of a kernel; `inputs` is the reference batch, None where none is needed."""
+    """Scores and factors of the draws of a kernel; `inputs` is the reference batch, None if none is needed."""
 
     evaluator: Evaluator
     drawing: Drawing
@@ -41,9 +41,10 @@ class Attention:
     def scores(
         self, draws: range, z: Float[Tensor, "s P"], base: Float[Tensor, "n c"], perturbed: Float[Tensor, "s n c"]
     ) -> Float64[Tensor, "s m"]:
-        """Scores of some draws for the examples of a batch: of their own outputs, or shared ones, (s, 1).
+        """Return the scores of some draws for a batch of examples: of their own outputs, or shared ones, (s, 1).
 
-        Raises: NNTKError where an output that is looked at is not finite.
+        Raises:
+            NNTKError: an output that is compared is not finite.
         """
         if self.weighting.per_example:
             check_finite(perturbed.transpose(0, 1), f"the model's output under draws {draws.start} to {draws.stop - 1}")
@@ -51,7 +52,7 @@ class Attention:
         return self._shared[draws.start : draws.stop, None]
 
     def factors(self, scores: Float64[Tensor, "s m"]) -> Float64[Tensor, "s m"]:
-        """B·α of whole blocks. Raises: NNTKError where a score is not finite."""
+        """Return B·α of whole blocks. Raises: ArgumentError if a score is not finite."""
         _check_scores(scores, self.weighting)
         size = self.drawing.draws_per_block
         blocks = scores.unflatten(0, (-1, size))
@@ -60,7 +61,7 @@ class Attention:
 
     @cached_property
     def _shared(self) -> Float64[Tensor, " S"]:
-        """Scores of all draws, a part of a block at a time: S passes over the reference batch where outputs count."""
+        """Scores of all draws, a part of a block at a time; S passes over the reference batch if outputs count."""
         size, parts = self.drawing.draws_per_block, []
         numbers = max(self.drawing.num_parameters, self._reference_outputs.numel())
         if self.inputs is not None:
@@ -91,9 +92,10 @@ class Attention:
         return reference_outputs(self.evaluator, self.inputs)
 
     def try_on(self, x: Tensor) -> None:
-        """Score one draw for one or two examples, so that a score that cannot be had is told before the work begins.
+        """Score one draw for one or two examples, so that a score that fails does so before the work begins.
 
-        Raises: NNTKError as the score and the model do.
+        Raises:
+            NNTKError: the score or the model fails.
         """
         if not self.weighting.per_example:
             _check_scores(self._of_reference(range(1))[:, None], self.weighting)
@@ -116,7 +118,7 @@ class RunningSoftmax:
         self.mass: Tensor | None = None
 
     def take(self, scores: Float64[Tensor, "s m"]) -> tuple[Float64[Tensor, " m"], Float64[Tensor, "s m"]]:
-        """(shrink, weights) of the next draws. Raises: NNTKError where a score is not finite."""
+        """Return (shrink, weights) of the next draws. Raises: ArgumentError if a score is not finite."""
         _check_scores(scores, self._weighting)
         tau, largest = self._weighting.tau, scores.amax(0)
         shrink = torch.ones_like(largest)
@@ -138,14 +140,14 @@ def _exponential(differences: Float64[Tensor, "..."], tau: float) -> Float64[Ten
 def _check_scores(scores: Float64[Tensor, "s m"], weighting: Weighting) -> None:
     bad = ~torch.isfinite(scores)
     if bool(bad.any()):
-        raise NNTKError(
+        raise ArgumentError(
             f"the score {weighting.label} is NaN or infinite for {int(bad.any(1).sum())} of {len(scores)} draws; "
             "allowed: finite numbers (a draw that is not to count takes a very small one)"
         )
 
 
 def reference_outputs(evaluator: Evaluator, inputs: Tensor | None) -> Float[Tensor, "n c"]:
-    """f(x; θ) on the reference batch; without an example where there is none."""
+    """Return f(x; θ) on the reference batch; no rows if there is no reference batch."""
     if inputs is None:
         first = next(evaluator.model.parameters())
         return torch.zeros(0, 1, dtype=first.dtype, device=first.device)
@@ -157,12 +159,26 @@ def reference_outputs(evaluator: Evaluator, inputs: Tensor | None) -> Float[Tens
 def make_attention(
     evaluator: Evaluator, drawing: Drawing, weighting: Weighting, seed: int, reference: Reference
 ) -> Attention:
-    """The weights of a kernel's draws; `reference` is looked at where scores are of outputs.
+    """Make the weights of a kernel's draws.
 
-    Raises: NNTKError as `make_score`.
+    Args:
+        evaluator: the model.
+        drawing: the perturbations.
+        weighting: which score, at which temperature.
+        seed: the seed of the kernel.
+        reference: the reference batch, used if scores compare outputs.
+
+    Raises:
+        ArgumentError: the score cannot be imported, or targets or outputs do not suit it.
     """
     inputs = reference.inputs if weighting.compares_outputs else None
-    base = reference_outputs(evaluator, inputs).double()
     values = evaluator.space.values(evaluator.model)
-    theta = torch.cat([values[name].reshape(-1) for name in evaluator.space.names])
-    return Attention(evaluator, drawing, weighting, make_score(weighting, reference, theta, base, seed), inputs)
+    basis = ScoreBasis(
+        theta=torch.cat([values[name].reshape(-1) for name in evaluator.space.names]),
+        outputs=reference_outputs(evaluator, inputs).double(),
+        targets=reference.targets,
+        per_example=weighting.per_example,
+        dimension=weighting.dimension,
+        seed=seed,
+    )
+    return Attention(evaluator, drawing, weighting, weighting.rule.prepare(basis), inputs)

@@ -1,98 +1,151 @@
-"""How the draws of a block count against each other, in words: `Weighting`, checked when it is made.
+"""`Weighting`: how the draws of a block count against each other, checked when it is made; and all scores by name.
 
-The words are those of the section `kernel.weighting` of a configuration and of the argument `weighting` of the public
-functions. Scores are made in `nntk_dist.weighting.scores`, weights in `nntk_dist.weighting.attention`; no model is met
-here.
+Scores are in `nntk_dist.weighting.scores`, weights in `nntk_dist.weighting.attention`. No model is called here.
 
 Axes: n reference examples, C outputs, P parameters, s draws.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from numbers import Integral, Real
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError, check_choice
+from nntk_dist.errors import ArgumentError, check_choice
+from nntk_dist.registration.options import (
+    Converted,
+    Flag,
+    Number,
+    WholeNumber,
+    convert_options,
+    is_integer,
+    option,
+    options_of,
+)
+from nntk_dist.registration.registry import PYTHON, Registry
+from nntk_dist.runtime.arrays import as_examples
+from nntk_dist.weighting.scores.base import ScoreRule
+from nntk_dist.weighting.scores.function import FunctionRule
 
-NAMES = ("fixed", "parameter", "output", "loss")
-PYTHON = "python:"
-_KEYS = ("name", "temperature", "per_example", "dimension", "reference", "targets")
-_WITHOUT_EXAMPLES = {
-    "fixed": "all draws count the same",
-    "parameter": "a score of parameters knows no example",
-    "loss": "the loss of an example would need its target, which a test example must not give away",
-}
-
-# (θ (P,), θ_s (s, P), f(X;θ) (n, C), f(X;θ_s) (s, n, C)) to scores (s,) or, for each example its own, (s, n); float64.
-ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+SCORES: Registry[Any] = Registry(
+    "weighting",
+    "nntk_dist.scores",
+    {
+        "parameter": "nntk_dist.weighting.scores.parameter:ParameterRule",
+        "output": "nntk_dist.weighting.scores.output:OutputRule",
+        "loss": "nntk_dist.weighting.scores.loss:LossRule",
+    },
+)
+FIXED = "fixed"
+_REFERENCE_COUNT = WholeNumber(1)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The examples that scores are compared on, (n, …), and where there are any their targets, (n,) or (n, C)."""
+    """The examples that scores are compared on, (n, …), and their targets if there are any, (n,) or (n, C)."""
 
     inputs: Tensor
     targets: Tensor | None = None
+
+
+def _take_name(value: Any) -> Any:
+    if isinstance(value, str):
+        if not value.startswith(PYTHON):
+            check_choice("weighting", value, (FIXED, *SCORES, f"{PYTHON}module:function"))
+        return value
+    if callable(value) or isinstance(value, ScoreRule):
+        return value
+    raise ArgumentError(
+        f"weighting is {value!r}; allowed: {', '.join((FIXED, *SCORES))}, a function, or a mapping of name, "
+        "temperature and other options"
+    )
+
+
+def _take_reference(value: Any) -> Any:
+    allowed = f"{_REFERENCE_COUNT.allowed()}, or a tensor or NumPy array"
+    if not is_integer(value):
+        return as_examples(value, "weighting.reference", allowed)
+    if value < 1:
+        raise ArgumentError(f"weighting.reference is {value}; allowed: {allowed} of examples")
+    return int(value)
+
+
+def _take_targets(value: Any) -> Any:
+    return None if value is None else as_examples(value, "weighting.targets")
 
 
 @dataclass(frozen=True)
 class Weighting:
     """Weights α_s = softmax over the draws of a block of score_s/τ, in ĝ(x) = P Σ_s α_s Δ_s z_s/|z_s|².
 
-    `name` is the score (`nntk_dist.weighting.scores`): parameter, output, loss, a `ScoreFunction` or
-    `python:module:function`; fixed has none. `temperature` is τ; infinity or None weights all draws alike.
-    `per_example` gives every example its own weights. `dimension` is d_k of `parameter`. `reference` is the reference
-    batch, or how many of the first examples to take for one; `targets` are theirs, or those of all these examples.
-    Neither counts when weightings are compared.
+    `targets` belong to the examples of `reference`, or to all examples if `reference` is a number. Reference and
+    targets do not count when weightings are compared.
 
-    Raises: NNTKError for words that do not exist or do not go together.
+    Raises:
+        ArgumentError: an option is not allowed, alone or beside the others.
+
+    Example:
+        >>> Weighting("output", temperature=0.5).text
+        'softmax of the score output at temperature 0.5, shared by all examples'
     """
 
-    name: str | ScoreFunction = "fixed"
-    temperature: float | None = 1.0
-    per_example: bool = False
-    dimension: int = 16
-    reference: int | Tensor = field(default=256, compare=False, repr=False)
-    targets: Tensor | None = field(default=None, compare=False, repr=False)
+    name: Any = option(
+        FIXED,
+        Converted(_take_name, "fixed, parameter, output, loss, or python:module:function"),
+        "the score: a name, a function of (θ, θ_s, f(X;θ), f(X;θ_s)), or a ScoreRule; fixed weights draws alike",
+    )
+    temperature: float | None = option(
+        1.0,
+        Number(above=0, none=True, infinite=True, text="a number above 0, or {infinity} or {none} for equal weights"),
+        "τ of the softmax",
+    )
+    per_example: bool = option(False, Flag(), "whether each example has weights of its own")
+    dimension: int = option(16, WholeNumber(1), "length d_k of the queries and keys of the score parameter")
+    reference: int | Tensor = option(
+        256,
+        Converted(_take_reference, "a whole number, 1 or more, or a tensor or NumPy array of examples"),
+        "the reference batch, or how many of the first examples to take",
+        compare=False,
+        repr=False,
+        in_configuration=_REFERENCE_COUNT,
+    )
+    targets: Tensor | None = option(
+        None,
+        Converted(_take_targets, "None, or a tensor or NumPy array with one target for each example"),
+        "targets of the reference batch",
+        compare=False,
+        repr=False,
+        in_configuration=None,
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.name, str):
-            if not self.name.startswith(PYTHON):
-                check_choice("weighting", self.name, (*NAMES, f"{PYTHON}module:function"))
-        elif not callable(self.name):
-            raise NNTKError(
-                f"weighting is {self.name!r}; allowed: {', '.join(NAMES)}, a function, or a mapping of name, "
-                "temperature and other options"
-            )
-        temperature = math.inf if self.temperature is None else self.temperature
-        if isinstance(temperature, bool) or not isinstance(temperature, Real) or not temperature > 0:
-            raise NNTKError(
-                f"weighting.temperature is {temperature!r}; allowed: a number above 0, infinity or None for equal "
-                "weights"
-            )
-        object.__setattr__(self, "temperature", float(temperature))
-        if not isinstance(self.per_example, bool):
-            raise NNTKError(f"weighting.per_example is {self.per_example!r}; allowed: True, False")
-        if self.per_example and isinstance(self.name, str) and self.name in _WITHOUT_EXAMPLES:
-            raise NNTKError(
-                f"weighting.per_example is True; allowed for weighting {self.name}: False "
-                f"({_WITHOUT_EXAMPLES[self.name]})"
-            )
-        object.__setattr__(self, "dimension", _count(self.dimension, "dimension"))
-        take = _count if isinstance(self.reference, Integral) else _examples
-        object.__setattr__(self, "reference", take(self.reference, "reference"))
-        if self.targets is not None:
-            object.__setattr__(self, "targets", _examples(self.targets, "targets"))
+        convert_options(self, "weighting.")
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", math.inf)
+        if not self.per_example:
+            return
+        why = "all draws count the same" if self.is_fixed else ""
+        if not self.is_fixed and not _is_imported(self.name):
+            why = self.rule.shared_because
+        if why:
+            raise ArgumentError(f"weighting.per_example is True; allowed for weighting {self.label}: False ({why})")
 
     @property
     def label(self) -> str:
-        """The name; of a function its own."""
-        return self.name if isinstance(self.name, str) else getattr(self.name, "__name__", type(self.name).__name__)
+        """The name of the score, or that of the function."""
+        if isinstance(self.name, str):
+            return self.name
+        own = getattr(self.name, "name", None) or getattr(self.name, "__name__", None)
+        return own or type(self.name).__name__
+
+    @property
+    def rule(self) -> ScoreRule:
+        """What makes the score; a name is imported. Raises: ArgumentError if it cannot be imported."""
+        found = SCORES.get(self.name) if isinstance(self.name, str) else self.name
+        if isinstance(found, type):
+            found = found()
+        return found if isinstance(found, ScoreRule) else FunctionRule(found, self.label)
 
     @property
     def tau(self) -> float:
@@ -102,32 +155,34 @@ class Weighting:
 
     @property
     def is_fixed(self) -> bool:
-        return self.name == "fixed"
+        """Whether all draws count the same, without any score."""
+        return self.name == FIXED
 
     @property
     def compares_outputs(self) -> bool:
-        """Whether scores look at outputs, for which there has to be a reference batch."""
-        return self.name not in ("fixed", "parameter")
+        """Whether scores compare outputs, which needs a reference batch."""
+        return not self.is_fixed and (_is_imported(self.name) or self.rule.compares_outputs)
 
     @property
     def text(self) -> str:
         """The weighting in words."""
         if self.is_fixed:
-            return "fixed"
+            return FIXED
         whose = "for each example its own" if self.per_example else "shared by all examples"
         dimension = f" (d_k {self.dimension})" if self.name == "parameter" else ""
         return f"softmax of the score {self.label}{dimension} at temperature {self.tau:g}, {whose}"
 
     def reference_of(self, x: Tensor) -> Reference:
-        """The reference batch that was given, or the first of the examples x; at their device and, numbers, dtype.
+        """Return the reference batch: the given one, or the first of the examples x, on their device.
 
-        Raises: NNTKError where it has examples of another shape, or not one target for each.
+        Raises:
+            ArgumentError: its examples have another shape than x, or there is not one target for each.
         """
         given = None if isinstance(self.reference, int) else self.reference
         inputs = x[: self.reference] if given is None else given
         inputs = inputs.to(x.device, x.dtype if inputs.is_floating_point() else inputs.dtype)
         if inputs.shape[1:] != x.shape[1:]:
-            raise NNTKError(
+            raise ArgumentError(
                 f"weighting.reference has examples of shape {tuple(inputs.shape[1:])}; allowed: {tuple(x.shape[1:])}, "
                 "as the inputs"
             )
@@ -135,7 +190,7 @@ class Weighting:
             return Reference(inputs)
         count = len(x) if given is None else len(given)
         if len(self.targets) != count:
-            raise NNTKError(
+            raise ArgumentError(
                 f"weighting.targets has {len(self.targets)} rows; allowed: {count}, one for each of the "
                 f"{'reference batch' if given is not None else 'inputs, of which the first are the reference batch'}"
             )
@@ -143,9 +198,10 @@ class Weighting:
 
 
 def as_weighting(value: object) -> Weighting:
-    """What the argument `weighting` may be: None, a name, a callable, a mapping of options, or a Weighting.
+    """Convert the argument `weighting`: None, a name, a function, a ScoreRule, a mapping of options, or a Weighting.
 
-    Raises: NNTKError as `Weighting`, and for a key that does not exist.
+    Raises:
+        ArgumentError: as `Weighting`, or a key does not exist.
     """
     if value is None:
         return Weighting()
@@ -153,41 +209,32 @@ def as_weighting(value: object) -> Weighting:
         return value
     if isinstance(value, Mapping):
         for key in value:
-            check_choice("a key of weighting", key, _KEYS)
+            check_choice("a key of weighting", key, options_of(Weighting))
         if "name" not in value:
-            raise NNTKError(f"weighting has no name; allowed: {', '.join(NAMES)}, or a function")
+            raise ArgumentError(f"weighting has no name; allowed: {', '.join((FIXED, *SCORES))}, or a function")
         return Weighting(**value)
-    return Weighting(value)  # type: ignore[arg-type]  # it refuses what is neither a name nor a function
+    return Weighting(value)
 
 
 def check_weighting(weighting: Weighting, *, kind: str, estimator: str) -> None:
-    """Raise an NNTKError, its first word the argument to change, unless the kernel is one of weighted differences."""
+    """Check that a kernel is one of weighted differences.
+
+    Raises:
+        ArgumentError: it is not; the first word of the message is the argument to change.
+    """
     if weighting.is_fixed:
         return
     if kind != "nonlocal":
-        raise NNTKError(
+        raise ArgumentError(
             f"weighting is '{weighting.label}'; allowed for kind {kind}: fixed (only kind nonlocal weights its draws)"
         )
     if estimator not in ("auto", "weight"):
-        raise NNTKError(
+        raise ArgumentError(
             f"estimator is '{estimator}'; allowed for weighting {weighting.label}, which weights differences of "
             "outputs: auto, weight"
         )
 
 
-def _examples(values: object, name: str) -> Tensor:
-    tensor = torch.as_tensor(values) if isinstance(values, Tensor | np.ndarray) else None
-    if tensor is None or tensor.ndim < 1 or len(tensor) == 0:
-        came = repr(values) if tensor is None else f"shape {tuple(tensor.shape)}"
-        number = "a whole number, 1 or more, or " if name == "reference" else ""
-        raise NNTKError(
-            f"weighting.{name} is {came}; allowed: {number}a tensor with one example or more along its first axis"
-        )
-    return tensor
-
-
-def _count(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        also = ", or a tensor of examples" if name == "reference" else ""
-        raise NNTKError(f"weighting.{name} is {value!r}; allowed: a whole number, 1 or more{also}")
-    return int(value)
+def _is_imported(name: object) -> bool:
+    """Whether a name points into a module that need not be here: it is imported only when the score is made."""
+    return isinstance(name, str) and name.startswith(PYTHON)

@@ -1,69 +1,116 @@
-"""The section `kernel` of the configuration: which kernel, by which estimator, from how many draws.
+"""The section `kernel` of the configuration, generated from `KernelSpec`, the laws and `Weighting`.
 
-The words and checks of `nntk_dist.spec.KernelSpec`, said in terms of keys. It computes nothing.
+Each option is declared there, with its default, check and allowed values. This module only says which keys are nested
+and turns a section into a `KernelSpec`. It computes nothing.
 """
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from nntk_dist.errors import NNTKError
-from nntk_dist.sampling.designs import GROUP_SIZES, check_combination
-from nntk_dist.sampling.laws import make_distribution
-from nntk_dist.statistics.required_draws import check_accuracy
-from nntk_dist.weighting.options import Weighting, check_weighting
-from pipeline.config.types import Count, CountOrAuto, Flag, Names, PositiveNumber, Section, Seed
+from nntk_dist.registration.options import YAML_SPELLING, Check, Option, options_of
+from nntk_dist.registration.registry import PYTHON
+from nntk_dist.sampling.laws import LAWS, option_owners
+from nntk_dist.spec import KernelSpec, kernel_options
+from nntk_dist.weighting.options import Weighting
+from pipeline.config.types import Section
+
+_DECLARED = kernel_options()
 
 
-class DistributionConfig(Section):
-    """The law rho of the perturbations; `gamma` is their range: E|z|^2 = P gamma^2 / 2.
+def _section(name: str, fields: dict[str, Any]) -> Any:
+    """A section with these fields, each a pair of annotation and pydantic field."""
+    return create_model(name, __base__=Section, **fields)
 
-    With `gamma_scale` relative the range is per tensor, in units of its root mean square. An option that is null takes
-    its distribution's default.
+
+def _field(check: Check, default: Any, allowed: str | None = None) -> tuple[Any, Any]:
+    """A pydantic field with the check, default and allowed text of an option."""
+    allowed = check.allowed(YAML_SPELLING) if allowed is None else allowed
+
+    def take(value: Any) -> Any:
+        try:
+            return _plain(check.take(value))
+        except NNTKError:
+            raise
+        except (TypeError, ValueError, OverflowError):
+            # pydantic shows neither template nor context: `pipeline.config.schema` makes the message of them.
+            raise PydanticCustomError("option", "not allowed", {"words": check.words}) from None
+
+    return Annotated[Any, BeforeValidator(take)], Field(default=_plain(default), description=allowed)
+
+
+def _plain(value: Any) -> Any:
+    """An enum as its text, other values as they are: sections hold what YAML and JSON have."""
+    return value.value if isinstance(value, Enum) else value
+
+
+def _law_fields() -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The options of all laws of this project; null stands for a law's default."""
+    for name, law in option_owners().items():
+        declared = options_of(LAWS.get(law))[name]
+        allowed = f"{declared.check.allowed(YAML_SPELLING)}, for distribution {law}; null for {declared.default:g}"
+        yield name, _optional(declared, allowed)
+
+
+def _optional(declared: Option, allowed: str) -> tuple[Any, Any]:
+    annotation, _ = _field(declared.check, None, allowed)
+    return annotation | None, Field(default=None, description=allowed)
+
+
+_law = _DECLARED["distribution"].default
+_gamma = options_of(_law)["gamma"]
+_DistributionFields: Any = _section(
+    "_DistributionFields",
+    {
+        "name": (str, Field(default=_law.name, description=f"{', '.join(LAWS.locations)}, or python:module:Name")),
+        "gamma": _field(_gamma.check, _law.gamma),
+        "gamma_scale": _field(_DECLARED["gamma_scale"].check, _DECLARED["gamma_scale"].default),
+        **dict(_law_fields()),
+        "options": (dict[str, Any], Field(default={}, description="a mapping of the options of a law of your own")),
+    },
+)
+
+
+class DistributionConfig(_DistributionFields):
+    """The law ρ of the perturbations; `gamma` is their range: E|z|² = P·γ²/2.
+
+    With `gamma_scale` relative, the range of each tensor is in units of its root mean square. An option that is null
+    takes the law's default.
     """
 
-    name: Literal["gaussian", "sphere", "ball", "fractional", "student", "lowrank"] = "gaussian"
-    gamma: PositiveNumber = 0.05
-    gamma_scale: Literal["absolute", "relative"] = "absolute"
-    alpha: Annotated[
-        float | None,
-        Field(ge=0, lt=1, description="a number from 0 to below 1, for distribution fractional; null for 0.5"),
-    ] = None
-    nu: Annotated[
-        float | None,
-        Field(gt=2, allow_inf_nan=False, description="a number above 2, for distribution student; null for 5"),
-    ] = None
-    rank: Annotated[
-        int | None, Field(ge=1, description="a whole number, 1 or more, for distribution lowrank; null for 1")
-    ] = None
-
-    @model_validator(mode="after")
-    def _options_fit_name(self) -> Self:
-        try:
-            make_distribution(self.name, self.gamma, alpha=self.alpha, nu=self.nu, rank=self.rank)
-        except NNTKError as error:
-            raise ValueError(f"kernel.distribution.{error}") from error
-        return self
+    @field_validator("name")
+    @classmethod
+    def _name_exists(cls, value: str) -> str:
+        if value not in LAWS:
+            raise PydanticCustomError("option", "not allowed", {"words": tuple(LAWS)})
+        return value
 
 
-class WeightingConfig(Section):
+_WEIGHTING = {
+    name: declared
+    for name, declared in options_of(Weighting).items()
+    if declared.facts.get("in_configuration", declared.check) is not None
+}
+_WeightingFields: Any = _section(
+    "_WeightingFields",
+    {
+        name: _field(declared.facts.get("in_configuration", declared.check), declared.default)
+        for name, declared in _WEIGHTING.items()
+    },
+)
+
+
+class WeightingConfig(_WeightingFields):
     """How the draws of a block are weighted against each other: by the softmax of a score over the temperature.
 
     `dimension` is that of queries and keys (parameter), `reference` the number of training examples that scores are
     compared on (all other scores). Infinity weights all draws alike; it is kept as null, which JSON has.
     """
-
-    name: Annotated[
-        Literal["fixed", "parameter", "output", "loss"] | Annotated[str, Field(pattern=r"^python:.+:.+$")],
-        Field(description="fixed, parameter, output, loss, or python:module:function"),
-    ] = "fixed"
-    temperature: Annotated[
-        float | None, Field(gt=0, description="a number above 0, or .inf or null for equal weights")
-    ] = 1.0
-    per_example: Flag = False
-    dimension: Count = 16
-    reference: Count = 256
 
     @field_validator("temperature")
     @classmethod
@@ -71,7 +118,7 @@ class WeightingConfig(Section):
         return None if value is None or math.isinf(value) else value
 
     @model_validator(mode="after")
-    def _options_fit_name(self) -> Self:
+    def _options_go_together(self) -> Self:
         try:
             self.weighting()
         except NNTKError as error:
@@ -79,90 +126,48 @@ class WeightingConfig(Section):
         return self
 
     def weighting(self) -> Weighting:
-        """The library's words."""
-        return Weighting(self.name, self.temperature, self.per_example, self.dimension, self.reference)
+        """Return the weighting that the section describes."""
+        return Weighting(**{name: getattr(self, name) for name in _WEIGHTING})
 
 
-class KernelConfig(Section):
+_NESTED: dict[str, Any] = {
+    "distribution": (DistributionConfig, DistributionConfig()),
+    "weighting": (WeightingConfig, WeightingConfig()),
+}
+# The options at the top of the section: neither nested ones, nor those that stand in `distribution`.
+_TOP = {name: declared for name, declared in _DECLARED.items() if "section" not in declared.facts}
+_KernelFields: Any = _section(
+    "_KernelFields",
+    {name: _NESTED.get(name) or _field(declared.check, declared.default) for name, declared in _TOP.items()},
+)
+
+
+class KernelConfig(_KernelFields):
     """Which kernel, by which estimator, from how many draws."""
 
-    kind: Literal["nonlocal", "covariance", "averaged", "local"] = "nonlocal"
-    distribution: DistributionConfig = DistributionConfig()
-    weighting: WeightingConfig = WeightingConfig()
-    estimator: Literal["auto", "weight", "autodiff", "activation"] = "auto"
-    statistic: Literal["plugin", "unbiased", "both"] = "both"
-    design: Literal["iid", "antithetic", "orthogonal"] = "iid"
-    draws: CountOrAuto = "auto"
-    blocks: Annotated[
-        int,
-        Field(
-            ge=1, description="a whole number, 4 or more (the standard error needs four; design orthogonal has fewer)"
-        ),
-    ] = 8
-    rtol: Annotated[
-        float | None,
-        Field(gt=0, lt=1, description="null, or a number above 0 and below 1, such as 0.05"),
-    ] = None
-    max_draws: Count = 65536
-    parameters: Annotated[Names, Field(description="a list of one or more name patterns, such as ['*.weight']")] = (
-        "*",
-    )
-    outputs: Annotated[
-        Literal["trace", "full"] | Annotated[int, Field(ge=0)],
-        Field(description="trace, full, or the index of one output, 0 or more"),
-    ] = "trace"
-    scale: Literal["localized", "raw"] = "localized"
-    seed: Seed = 0
-    contraction: Literal["auto", "layered", "means", "sketch"] = "auto"
-    sketch: CountOrAuto = "auto"
+    if TYPE_CHECKING:  # its fields are generated
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @model_validator(mode="after")
-    def _estimator_fits_kind(self) -> Self:
-        right = {"covariance": "weight", "averaged": "autodiff", "local": "autodiff"}.get(self.kind)
-        if right is not None and self.estimator not in ("auto", right):
-            made_of = "gradients" if right == "autodiff" else "differences of outputs"
-            raise ValueError(
-                f"kernel.estimator is '{self.estimator}', but kind {self.kind} is made of {made_of}; allowed: auto, "
-                f"{right}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _words_go_together(self) -> Self:
-        try:
-            check_combination(
-                kind=self.kind,
-                estimator=self.estimator,
-                statistic=self.statistic,
-                distribution=self.distribution.name,
-                gamma_scale=self.distribution.gamma_scale,
-                design=self.design,
-                blocks=self.blocks,
-            )
-            check_weighting(self.weighting.weighting(), kind=self.kind, estimator=self.estimator)
-        except NNTKError as error:
-            within = "distribution." if str(error).startswith("gamma_scale") else ""
-            raise ValueError(f"kernel.{within}{error}") from error
-        return self
-
-    @model_validator(mode="after")
-    def _accuracy_can_be_looked_for(self) -> Self:
-        try:
-            check_accuracy(self.rtol, self.max_draws, kind=self.kind, blocks=self.blocks, draws=self.draws)
-        except NNTKError as error:
-            raise ValueError(f"kernel.{error}") from error
-        return self
-
-    @model_validator(mode="after")
-    def _draws_fill_blocks(self) -> Self:
-        if self.kind == "local" or isinstance(self.draws, str):
+    def _options_go_together(self) -> Self:
+        if self.distribution.name.startswith(PYTHON):  # its module need not be here; planning imports it
             return self
-        unit = self.blocks * GROUP_SIZES[self.design]
-        if self.draws % unit:
-            lower = self.draws - self.draws % unit
-            nearest = f"{lower} or {lower + unit}" if lower else f"{unit}"
-            raise ValueError(
-                f"kernel.draws is {self.draws}, which does not fill {self.blocks} blocks (design {self.design}); "
-                f"allowed: auto, or a multiple of {unit}, the nearest: {nearest}"
-            )
+        try:
+            self.spec()
+        except NNTKError as error:
+            name = str(error).partition(" ")[0]
+            nested = name in DistributionConfig.model_fields and name not in _TOP
+            raise ValueError(f"kernel.{'distribution.' if nested else ''}{error}") from error
         return self
+
+    def spec(self) -> KernelSpec:
+        """Return the kernel that the section describes.
+
+        Raises:
+            ArgumentError: options do not go together, or a law cannot be imported.
+        """
+        values = {name: getattr(self, name) for name in _TOP if name not in _NESTED}
+        law = self.distribution.model_dump()
+        gamma_scale = law.pop("gamma_scale")
+        return KernelSpec(**values, distribution=law, gamma_scale=gamma_scale, weighting=self.weighting.weighting())

@@ -188,7 +188,8 @@ def _explain(detail: ErrorDetails) -> tuple[str, str]:
     unavailable = (
         ", not available in this version" if get_origin(annotation) is Literal and isinstance(value, str) else ""
     )
-    hint = nearest_name(value, _choices(annotation)) if isinstance(value, str) else ""
+    choices = detail.get("ctx", {}).get("words") or _choices(annotation)
+    hint = nearest_name(value, choices) if isinstance(value, str) else ""
     return key, f"{key} is {show(value)}{unavailable}; allowed: {_allowed(field)}{hint}"
 
 

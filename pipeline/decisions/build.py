@@ -13,8 +13,8 @@ from torch import nn
 from nntk_dist.models.builders import build_model as build_by_name
 from nntk_dist.models.builders import load_checkpoint
 from nntk_dist.registration.callables import import_function
+from nntk_dist.registration.registry import PYTHON
 from nntk_dist.spec import KernelSpec
-from nntk_dist.weighting.options import PYTHON
 from pipeline.config.kernel import KernelConfig
 from pipeline.config.schema import Config
 from pipeline.data import Dataset, load_dataset
@@ -59,30 +59,8 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
 
 
 def build_spec(kernel: KernelConfig) -> KernelSpec:
-    """The kernel's description in the library's terms."""
-    return KernelSpec(
-        kind=kernel.kind,
-        gamma=kernel.distribution.gamma,
-        gamma_scale=kernel.distribution.gamma_scale,
-        distribution=kernel.distribution.name,
-        alpha=kernel.distribution.alpha,
-        nu=kernel.distribution.nu,
-        rank=kernel.distribution.rank,
-        estimator=kernel.estimator,
-        statistic=kernel.statistic,
-        design=kernel.design,
-        draws=kernel.draws,
-        blocks=kernel.blocks,
-        parameters=tuple(kernel.parameters),
-        outputs=kernel.outputs,
-        scale=kernel.scale,
-        seed=kernel.seed,
-        contraction=kernel.contraction,
-        sketch=kernel.sketch,
-        rtol=kernel.rtol,
-        max_draws=kernel.max_draws,
-        weighting=kernel.weighting.weighting(),
-    )
+    """Return the kernel's description in the library's terms."""
+    return kernel.spec()
 
 
 def resolve_device(config: Config) -> str:

@@ -16,7 +16,6 @@ import yaml
 
 from nntk_dist.analysis.dense_regression import RidgeRow
 from nntk_dist.planning.decision import Decision
-from nntk_dist.sampling.laws import OPTIONS
 from nntk_dist.weighting.options import Weighting
 from pipeline.decisions.continuation import stored_decision, stored_job
 from pipeline.records.manifest import Manifest
@@ -116,7 +115,9 @@ def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
 
 def _distribution_text(distribution: Mapping[str, Any]) -> str:
     """Name, options that were given, and range."""
-    parts = [f"{option} = {distribution[option]:g}" for option in OPTIONS if distribution.get(option) is not None]
+    given = {**distribution, **distribution["options"]}
+    fixed = ("name", "gamma", "gamma_scale", "options")
+    parts = [f"{option} = {value}" for option, value in given.items() if option not in fixed and value is not None]
     unit = " (relative per tensor)" if distribution.get("gamma_scale") == "relative" else ""
     return ", ".join([distribution["name"], *parts, f"γ = {distribution['gamma']:g}{unit}"])
 

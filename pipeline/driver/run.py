@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nntk_dist.errors import StoreError
 from nntk_dist.planning.plain import to_plain
-from nntk_dist.sampling.laws import OPTIONS
+from nntk_dist.sampling.laws import law_options
 from pipeline.config.schema import Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import build_dataset, build_model, identity
@@ -228,10 +228,10 @@ def _attributes(plan: Plan) -> dict[str, Any]:
         "statistic": spec.statistic,
         "outputs": spec.outputs,
         "scale": spec.scale,
-        "gamma": spec.gamma,
+        "gamma": spec.distribution.gamma,
         "gamma_scale": spec.gamma_scale,
-        "distribution": spec.distribution,
-        **{option: getattr(spec, option) for option in OPTIONS if getattr(spec, option) is not None},
+        "distribution": spec.distribution.name,
+        **law_options(spec.distribution),
         **weighting_attributes(spec, job.sizes.num_train),
         "draws": job.sizes.num_draws,
         "blocks": job.sizes.num_blocks,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nntk_dist import nonlocal_kernel
 from nntk_dist.models.builders import build_model
-from nntk_dist.sampling.laws import DISTRIBUTIONS
+from nntk_dist.sampling.laws import LAWS as ALL_LAWS
 from scripts.studies.cells import Answer, Cell
 from tests.harness.many_seeds import Problem, runs
 from tests.oracles import brute_force, closed_forms, quantised, radial, sampling, two_layer
@@ -31,7 +31,7 @@ from tests.oracles.statistics import critical_value
 Array = np.ndarray
 BLOCKS = 32
 LARGEST_ERROR, LEAST_SEPARATION = 0.02, 10.0
-LAWS = tuple(DISTRIBUTIONS)
+LAWS = tuple(ALL_LAWS.locations)
 DESIGNS = ("iid", "antithetic", "orthogonal")
 UNITS = closed_forms.UNITS
 BRUTE_FORCE_DRAWS, _BRUTE_FORCE_SEED = 1 << 18, 77

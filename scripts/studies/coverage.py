@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nntk_dist.sampling.laws import RADIAL
+from nntk_dist.sampling.laws import radial_names
 from nntk_dist.spec import KernelSpec
 from scripts.studies.agreement import DESIGNS, unit_kernel
 from scripts.studies.cells import Answer, Cell
@@ -56,7 +56,7 @@ def questions() -> list[Question]:
     result = [Question("sign unit", "nonlocal", "weight", design) for design in DESIGNS]
     for design in DESIGNS:
         result += [Question("relu unit", "nonlocal", estimator, design) for estimator in ("weight", "autodiff")]
-    for law in (*(name for name in RADIAL if name != "gaussian"), "lowrank"):
+    for law in (*(name for name in radial_names() if name != "gaussian"), "lowrank"):
         estimators = ("weight",) if law == "lowrank" else ("weight", "autodiff")
         result += [Question("relu unit", "nonlocal", each, "iid", law) for each in estimators]
     # More draws for heavy tails, enough that block means are formed instead of a metric.

@@ -115,7 +115,6 @@ def runs(problem: Problem, estimator: str, seeds: range, *, draws: int, blocks: 
 def _by_differences(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
     model, x = problem.model(), torch.from_numpy(problem.x)
     options: dict[str, Any] = {
-        "gamma": spec.gamma,
         "distribution": spec.distribution,
         "draws": spec.draws,
         "blocks": spec.blocks,

@@ -190,7 +190,7 @@ def test_laws_and_relative_ranges_are_passed_on():
     law = {"name": "student", "nu": 3.0}
     fitted = NNTKRegressor(network(), gamma=0.3, distribution=law, gamma_scale="relative", draws=16).fit(X, y)
     spec = fitted.kernel_.spec
-    assert (spec.distribution, spec.nu, spec.gamma_scale) == ("student", 3.0, "relative")
+    assert (spec.distribution.name, spec.distribution.nu, spec.gamma_scale) == ("student", 3.0, "relative")
     options = {"gamma": 0.3, "distribution": law, "gamma_scale": "relative", "draws": 16, "statistic": "plugin"}
     expected = nonlocal_kernel(network(), torch.from_numpy(X), **options).kernel
     np.testing.assert_allclose(fitted.kernel_.gram(), expected, rtol=0, atol=1e-10 * float(expected.max()))

@@ -52,14 +52,14 @@ def test_settings_that_do_not_exist_or_do_not_go_together(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gamma": 0.0}, r"gamma is 0\.0; allowed: a positive finite number"),
+        ({"gamma": 0.0}, r"gamma is 0\.0; allowed: a number above 0"),
         ({"distribution": "cauchy"}, r"distribution is 'cauchy'; allowed: gaussian"),
         ({"design": "orthogonal-ish"}, r"design is 'orthogonal-ish'; allowed: iid, antithetic"),
         ({"blocks": 2}, r"blocks is 2; allowed: 4 or more"),
-        ({"blocks": 0}, r"blocks is 0; allowed: 4 or more"),
-        ({"draws": 9}, r"draws is 9; allowed: multiples of 8"),
+        ({"blocks": 0}, r"blocks is 0; allowed: a whole number, 4 or more"),
+        ({"draws": 9}, r"draws is 9, which does not fill 8 blocks .* a multiple of 8, the nearest: 8 or 16"),
         ({"outputs": 3}, r"outputs is 3; allowed: 0 to 2 \(the model has 3\), trace, full"),
-        ({"outputs": -1}, r"outputs is -1; allowed: 0 to 2"),
+        ({"outputs": -1}, r"outputs is -1; allowed: trace, full, or the index of one output, 0 or more"),
         ({"parameters": ["3.*"]}, r"parameters: the pattern '3\.\*' matches none of the model's 4 parameters"),
     ],
 )
@@ -170,9 +170,9 @@ def test_any_integer_type_is_an_integer_and_nothing_else_is():
     torch.testing.assert_close(one, local_kernel(model, x, outputs=1), rtol=0, atol=0)
     assert not torch.allclose(one, local_kernel(model, x))
     for wrong in (None, 1.0):
-        with pytest.raises(NNTKError, match=f"outputs is {wrong!r}; allowed: a whole number or trace, full"):
+        with pytest.raises(NNTKError, match=f"outputs is {wrong!r}; allowed: trace, full, or the index of one output"):
             local_kernel(model, x, outputs=wrong)
-    with pytest.raises(NNTKError, match=r"draws is 8\.0; allowed: a whole number or auto"):
+    with pytest.raises(NNTKError, match=r"draws is 8\.0; allowed: auto, or a whole number, 1 or more"):
         nonlocal_kernel(model, x, gamma=1.0, draws=8.0)
 
 

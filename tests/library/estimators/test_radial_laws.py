@@ -7,14 +7,14 @@ Axes: S draws, n examples.
 
 import pytest
 
-from nntk_dist.sampling.laws import RADIAL
+from nntk_dist.sampling.laws import radial_names
 from tests.harness.many_seeds import Problem, runs
 from tests.oracles import closed_forms
 from tests.oracles.statistics import assert_agrees, assert_power
 
 pytestmark = pytest.mark.statistical
 
-LAWS = [name for name in RADIAL if name != "gaussian"]
+LAWS = [name for name in radial_names() if name != "gaussian"]
 BLOCKS = 32
 
 
@@ -55,7 +55,7 @@ def test_averaged(unit, name):
     assert_unbiased(Problem(unit, 2, "averaged", distribution=name), "autodiff", draws=1 << 15)
 
 
-@pytest.mark.parametrize("name", RADIAL)
+@pytest.mark.parametrize("name", radial_names())
 @pytest.mark.parametrize(("unit", "estimator"), [("sign", "weight"), ("relu", "weight"), ("relu", "autodiff")])
 def test_orthogonal_groups(unit, estimator, name):
     """Complete groups of four directions."""

@@ -24,8 +24,8 @@ JUMPS = [entry.name for entry in CASES if not entry.lipschitz]
 def estimate(model: nn.Module, x1: Tensor, x2: Tensor | None, spec: KernelSpec, **options) -> KernelEstimate:
     """The public function called as the spec says."""
     arguments = {
-        "gamma": spec.gamma, "design": spec.design, "draws": spec.draws, "blocks": spec.blocks, "seed": spec.seed,
-        "outputs": spec.outputs, "scale": spec.scale, "parameters": spec.parameters,
+        "distribution": spec.distribution, "design": spec.design, "draws": spec.draws, "blocks": spec.blocks,
+        "seed": spec.seed, "outputs": spec.outputs, "scale": spec.scale, "parameters": spec.parameters,
     }  # fmt: skip
     if spec.kind == "nonlocal":
         arguments |= {"estimator": spec.estimator, "statistic": spec.statistic}

@@ -133,8 +133,8 @@ def test_black_boxes_have_the_kernel_of_the_definition(make, outputs):
     plugin, unbiased, stderr = by_definition(example, model, spec)
     assert np.abs(plugin).max() > 0, "no decision changes at this range: the test would compare zeros"
     estimate = nonlocal_kernel(
-        model, torch.from_numpy(example.x1), torch.from_numpy(example.x2), gamma=spec.gamma, draws=spec.draws,
-        blocks=spec.blocks, outputs=outputs, design=spec.design, seed=spec.seed,
+        model, torch.from_numpy(example.x1), torch.from_numpy(example.x2), distribution=spec.distribution,
+        draws=spec.draws, blocks=spec.blocks, outputs=outputs, design=spec.design, seed=spec.seed,
     )  # fmt: skip
     assert (estimate.estimator, estimate.num_parameters) == ("weight", len(example.params))
     assert estimate.reason == "the model holds a black box, which can be evaluated and nothing else"

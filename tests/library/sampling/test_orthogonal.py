@@ -17,7 +17,7 @@ from nntk_dist import averaged_kernel, covariance_kernel, local_kernel, nonlocal
 from nntk_dist.errors import NNTKError
 from nntk_dist.sampling.designs import automatic_draws, group_size
 from nntk_dist.sampling.draws import Drawing, draw_chunks
-from nntk_dist.sampling.laws import RADIAL, make_distribution
+from nntk_dist.sampling.laws import make_law, radial_names
 from tests.oracles.cases import case
 
 # (P, draws, group size): complete groups, whole vectors factored, and Gram matrices over one slice and over several.
@@ -25,7 +25,7 @@ SHAPES = [(1, 8, 1), (6, 48, 6), (100, 400, 100), (500, 1024, 256), (700, 800, 2
 
 
 def drawing(parameters: int, draws: int, name: str = "gaussian", design: str = "orthogonal", **options) -> Drawing:
-    return Drawing(make_distribution(name, 0.8), draws, 4, parameters, design, **options)
+    return Drawing(make_law(name, 0.8), draws, 4, parameters, design, **options)
 
 
 def everything(some: Drawing) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_group_sizes(draws_per_block, parameters, expected):
 )
 def test_automatic_draws(estimator, blocks, parameters, expected):
     assert automatic_draws(estimator, blocks, "orthogonal", parameters) == expected
-    some = Drawing(make_distribution("gaussian", 1.0), expected, blocks, parameters, "orthogonal")
+    some = Drawing(make_law("gaussian", 1.0), expected, blocks, parameters, "orthogonal")
     assert some.draws_per_block % some.group_size == 0
 
 
@@ -157,7 +157,7 @@ def test_automatic_draws(estimator, blocks, parameters, expected):
 )
 def test_draws_and_blocks_that_are_refused(draws, blocks, parameters, message):
     with pytest.raises(NNTKError, match=message):
-        Drawing(make_distribution("gaussian", 1.0), draws, blocks, parameters, "orthogonal")
+        Drawing(make_law("gaussian", 1.0), draws, blocks, parameters, "orthogonal")
 
 
 def test_one_block_has_no_pairs():
@@ -169,7 +169,7 @@ AFFINE_PARAMETERS = 15
 
 
 @pytest.mark.parametrize("gamma_scale", ["absolute", "relative"])
-@pytest.mark.parametrize("name", RADIAL)
+@pytest.mark.parametrize("name", radial_names())
 @pytest.mark.parametrize("groups", [1, 400])  # differences with their metric, and block means
 def test_linear_models_are_exact(name, gamma_scale, groups):
     model, x = case("affine").build(), case("affine").inputs(4)

@@ -106,8 +106,8 @@ def test_looks_survive_the_ledger():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rtol": 0}, r"rtol is 0; allowed: none, or a number above 0 and below 1"),
-        ({"rtol": 1.5}, r"rtol is 1\.5; allowed: none, or a number above 0 and below 1"),
+        ({"rtol": 0}, r"rtol is 0; allowed: None, or a number above 0 and below 1"),
+        ({"rtol": 1.5}, r"rtol is 1\.5; allowed: None, or a number above 0 and below 1"),
         ({"rtol": math.nan}, r"rtol is nan; allowed"),
         ({"rtol": True}, r"rtol is True; allowed"),
         ({"rtol": "5%"}, r"rtol is '5%'; allowed"),

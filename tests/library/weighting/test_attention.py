@@ -21,7 +21,7 @@ from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Weighting
-from nntk_dist.weighting.scores import key_of_query
+from nntk_dist.weighting.scores.parameter import key_of_query
 from tests.harness.grids import pairwise
 from tests.harness.tools import all_rows, assert_equal, prepared_features, spec_perturbations
 from tests.oracles import attention, brute_force
@@ -319,7 +319,7 @@ def test_queries_and_keys_are_made_in_slices(monkeypatch):
     """And do not depend on their width; another seed gives others."""
     theta = torch.linspace(-1, 2, 1000, dtype=torch.float64)
     whole = key_of_query(theta, 16, 3)
-    monkeypatch.setattr("nntk_dist.weighting.scores._SLICE_ELEMENTS", 1)
+    monkeypatch.setattr("nntk_dist.weighting.scores.parameter._SLICE_ELEMENTS", 1)
     torch.testing.assert_close(key_of_query(theta, 16, 3), whole, rtol=1e-12, atol=1e-14)
     assert float((key_of_query(theta, 16, 4) - whole).abs().max()) > 0.1 * float(whole.abs().max())
 

@@ -27,12 +27,12 @@ def kernel(weighting: Any, **options: Any) -> Any:
         ({"name": None}, r"weighting is None; allowed: fixed, parameter, output, loss, a function"),
         ({"temperature": 1.0}, r"weighting has no name; allowed: fixed, parameter, output, loss, or a function"),
         ({"name": "output", "temprature": 1}, r"a key of weighting is 'temprature'; allowed: name, temperature.*did y"),
-        ({"name": "output", "temperature": 0}, r"weighting\.temperature is 0; allowed: a number above 0, infinity or"),
+        ({"name": "output", "temperature": 0}, r"weighting\.temperature is 0; allowed: a number above 0, or infinity"),
         ({"name": "output", "temperature": -1.0}, r"weighting\.temperature is -1\.0; allowed: a number above 0"),
         ({"name": "output", "temperature": float("nan")}, r"weighting\.temperature is nan; allowed: a number above 0"),
         ({"name": "output", "temperature": "hot"}, r"weighting\.temperature is 'hot'; allowed: a number above 0"),
         ({"name": "output", "temperature": True}, r"weighting\.temperature is True; allowed: a number above 0"),
-        ({"name": "output", "per_example": 1}, r"weighting\.per_example is 1; allowed: True, False"),
+        ({"name": "output", "per_example": 1}, r"weighting\.per_example is 1; allowed: True or False"),
         ({"name": "fixed", "per_example": True}, r"per_example is True; allowed for weighting fixed: False \(all draw"),
         (
             {"name": "parameter", "per_example": True},
@@ -48,8 +48,8 @@ def kernel(weighting: Any, **options: Any) -> Any:
         ({"name": "output", "reference": True}, r"weighting\.reference is True; allowed: a whole number, 1 or more, o"),
         ({"name": "output", "reference": [1.0]}, r"weighting\.reference is \[1\.0\]; allowed: a whole number, .* tens"),
         ({"name": "output", "reference": torch.zeros(0, 4)}, r"weighting\.reference is shape \(0, 4\); allowed: a who"),
-        ({"name": "loss", "targets": [1, 2]}, r"weighting\.targets is \[1, 2\]; allowed: a tensor with one example or"),
-        ({"name": "loss", "targets": torch.tensor(1)}, r"weighting\.targets is shape \(\); allowed: a tensor with one"),
+        ({"name": "loss", "targets": [1, 2]}, r"weighting\.targets is \[1, 2\]; allowed: a tensor or NumPy array wi"),
+        ({"name": "loss", "targets": torch.tensor(1)}, r"weighting\.targets is shape \(\); allowed: a tensor or N"),
     ],
 )  # fmt: skip
 def test_words_that_do_not_exist_or_do_not_go_together(weighting, message):

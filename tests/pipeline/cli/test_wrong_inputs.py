@@ -119,7 +119,10 @@ WRONG = {
         ("kernel.estimator=autodiff", "model.args={widths: [32], activation: sign}"),
         "the model jumps in its parameters",
     ),
-    "differences as an average": (("kernel.kind=averaged", "kernel.estimator=weight"), "allowed: auto, autodiff"),
+    "differences as an average": (
+        ("kernel.kind=averaged", "kernel.estimator=weight"),
+        "gradients: auto, autodiff",
+    ),
     "too little memory": (
         ("compute.memory_per_worker=100MiB",),
         r"needs .* GiB at its peak and may take 0.10 GiB \(.*\); make compute.tile smaller than 64, set compute.stderr",

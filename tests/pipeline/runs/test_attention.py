@@ -244,7 +244,7 @@ def test_the_plan_counts_the_passes_over_the_reference_batch(tmp_path):
     ("sets", "message"),
     [
         (("kernel.weighting.name=outputs",), r"weighting.name is 'outputs'.*allowed: fixed, parameter, output, loss,"),
-        (("kernel.weighting={name: output, temperature: 0}",), r"kernel.weighting.temperature is 0; .* above 0, or .i"),
+        (("kernel.weighting={name: output, temperature: 0}",), r"kernel.weighting.temperature is 0; .* above 0, or .inf or"),
         (("kernel.weighting={name: loss, per_example: true}",), r"kernel.weighting.per_example is True; .* loss: Fals"),
         (("kernel.weighting={per_example: true}",), r"kernel.weighting.per_example is True; allowed for weighting fix"),
         (("kernel.weighting={name: output, reference: 0}",), r"kernel.weighting.reference is 0; allowed: a whole numb"),

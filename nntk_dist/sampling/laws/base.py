@@ -1,0 +1,56 @@
+"""What a law offers (`Law`, `RadialLaw`), and the range that all laws of this project declare (`Ranged`).
+
+Axes: P parameters, g perturbations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from nntk_dist.registration.options import REQUIRED, Number, convert_options, option
+
+Uniforms: TypeAlias = Callable[[], Float64[Tensor, " g"]]
+
+
+@runtime_checkable
+class Law(Protocol):
+    """A probability law of perturbations, hashable and comparable by value."""
+
+    name: ClassVar[str]
+
+    @property
+    def gamma(self) -> float:
+        """The range: E|z|² = P·γ²/2."""
+        ...
+
+
+@runtime_checkable
+class RadialLaw(Law, Protocol):
+    """A radial probability density on R^P: z = scale · n, or scale · n/|n| if `normalised`; n is standard normal."""
+
+    normalised: ClassVar[bool]
+
+    def scale(self, num_parameters: int, uniforms: Uniforms) -> float | Float64[Tensor, " g"]:
+        """Return the factor of n, or of n/|n|.
+
+        Args:
+            num_parameters: P.
+            uniforms: makes one Uniform(0, 1) number for each perturbation, independent of n; call it at most once.
+
+        Returns:
+            One number, or one for each perturbation.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """The fields that all laws share: the range γ, checked with the law's own options when it is made."""
+
+    gamma: float = option(REQUIRED, Number(above=0), "range of the perturbations: E|z|² = P·γ²/2")
+
+    def __post_init__(self) -> None:
+        convert_options(self)

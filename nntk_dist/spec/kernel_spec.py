@@ -1,0 +1,211 @@
+"""`KernelSpec`: every option of a kernel, declared once with its type, default, check and description.
+
+Axes: P parameters; S draws in R blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+
+from torch import nn
+
+from nntk_dist.errors import ArgumentError
+from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.products.block_sums import Meeting
+from nntk_dist.registration.options import (
+    Automatic,
+    Choice,
+    Converted,
+    Names,
+    Number,
+    WholeNumber,
+    convert_options,
+    option,
+    options_of,
+)
+from nntk_dist.sampling.designs import Design, automatic_draws, group_size
+from nntk_dist.sampling.draws import Drawing
+from nntk_dist.sampling.laws import Gaussian, Law, Student, as_law, has_gamma
+from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Scale, Statistic
+from nntk_dist.spec.combinations import check_combinations
+from nntk_dist.weighting.options import Weighting, as_weighting
+
+# Which kinds have an option: the signature of each public function has the options of its kind.
+_ALL = frozenset(Kind)
+_DRAWN = frozenset((Kind.NONLOCAL, Kind.COVARIANCE, Kind.AVERAGED))
+_NONLOCAL = frozenset((Kind.NONLOCAL,))
+_GRADIENTS = frozenset((Kind.NONLOCAL, Kind.AVERAGED, Kind.LOCAL))
+_LARGEST_SEED = 2**63
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel, for any model and data.
+
+    The fields are the options of the public functions and of the section `kernel` of a configuration. Names and
+    mappings are converted to objects: `distribution="student"` to `Student(...)`, text to enums. `in_call` is the
+    default of the public functions if it differs from that of the configuration.
+
+    Raises:
+        ArgumentError: an option is not allowed, alone or beside the others.
+
+    Example:
+        >>> KernelSpec(gamma=0.1, distribution="sphere").distribution
+        Sphere(gamma=0.1)
+    """
+
+    kind: str = option(Kind.NONLOCAL, Choice(Kind), "which kernel", kinds=frozenset())
+    gamma: InitVar[float | None] = option(
+        None,
+        Number(above=0, none=True),
+        "range γ of the perturbations, E|z|² = P·γ²/2; needed unless the distribution has its own",
+        kinds=_DRAWN,
+        section="distribution",
+    )
+    distribution: Law = option(
+        Gaussian(gamma=0.05),
+        Converted(lambda value: value, "a name, a mapping of name and options, or a law such as Student(gamma=0.1)"),
+        "law of the perturbations",
+        kinds=_DRAWN,
+        in_call="gaussian",
+    )
+    gamma_scale: str = option(
+        GammaScale.ABSOLUTE,
+        Choice(GammaScale),
+        "whether γ is one length, or relative to the root mean square of each tensor",
+        kinds=_DRAWN,
+        section="distribution",
+    )
+    estimator: str = option(
+        EstimatorChoice.AUTO, Choice(EstimatorChoice), "how nonlocal gradients are estimated", kinds=_NONLOCAL
+    )
+    statistic: str = option(
+        Statistic.BOTH,
+        Choice(Statistic),
+        "plugin is PSD and inflated by noise; unbiased is right on average and not PSD",
+        kinds=_NONLOCAL,
+        in_call=Statistic.UNBIASED,
+    )
+    design: str = option(Design.IID, Choice(Design), "how draws depend on each other", kinds=_DRAWN)
+    draws: int | str = option(
+        Automatic.AUTO, WholeNumber(1, choices=Automatic), "number of perturbed models S", kinds=_DRAWN
+    )
+    blocks: int = option(
+        8,
+        WholeNumber(1, text="a whole number, 4 or more (the standard error needs four; design orthogonal has fewer)"),
+        "number of independent blocks R that the draws are divided into",
+        kinds=_DRAWN,
+    )
+    rtol: float | None = option(
+        None,
+        Number(above=0, below=1, none=True, text="{none}, or a number above 0 and below 1, such as 0.05"),
+        "relative error to reach by adding draws, by a 95 % bound",
+        kinds=_DRAWN,
+    )
+    max_draws: int = option(65536, WholeNumber(1), "most draws that rtol may take", kinds=_DRAWN)
+    outputs: int | str = option(
+        Outputs.TRACE,
+        WholeNumber(0, choices=Outputs, text="the index of one output, 0 or more"),
+        "sum over the model's outputs, all pairs of outputs, or one output",
+        kinds=_ALL,
+    )
+    scale: str = option(Scale.LOCALIZED, Choice(Scale), "P·G f, which tends to ∇f, or G f", kinds=_DRAWN)
+    weighting: Weighting = option(
+        Weighting(),
+        Converted(as_weighting, "a name, a mapping of name and options, a function, or a Weighting"),
+        "how the draws of a block are weighted by a score",
+        kinds=_NONLOCAL,
+        in_call=None,
+    )
+    contraction: str = option(
+        ContractionChoice.AUTO,
+        Choice(ContractionChoice),
+        "how products of gradients are formed",
+        kinds=_GRADIENTS,
+    )
+    sketch: int | str = option(
+        Automatic.AUTO, WholeNumber(1, choices=Automatic), "numbers of a sketch for each block", kinds=_NONLOCAL
+    )
+    parameters: Sequence[str] = option(
+        ("*",),
+        Names("a list of one or more name patterns, such as ['*.weight']"),
+        "the parameters that are perturbed, by shell-style patterns",
+        kinds=_ALL,
+    )
+    seed: int = option(
+        0,
+        WholeNumber(0, below=_LARGEST_SEED, text="a whole number from 0 to 2^63 - 1"),
+        "seed of all random numbers",
+        kinds=_DRAWN,
+    )
+
+    def __post_init__(self, gamma: float | None) -> None:
+        convert_options(self)
+        if gamma is None and not has_gamma(self.distribution):
+            gamma = options_of(self)["distribution"].default.gamma
+        object.__setattr__(self, "distribution", as_law(self.distribution, gamma))
+        check_combinations(self)
+
+    @property
+    def pair_blocks(self) -> bool:
+        """Whether products of different blocks count: only in the nonlocal kernel."""
+        return self.kind == Kind.NONLOCAL
+
+    @property
+    def meeting(self) -> Meeting:
+        """How the outputs of two examples meet."""
+        return Meeting(full=self.outputs == Outputs.FULL)
+
+    def draw_unit(self, draws: int, num_parameters: int) -> int:
+        """Return the draws of one group in every block, at the design's group size for this number of draws."""
+        return self.blocks * group_size(self.design, draws // self.blocks, num_parameters)
+
+    def _within_max(self, draws: int, num_parameters: int) -> int:
+        """Return the draws that a search for an accuracy begins with: whole groups, at most `max_draws`."""
+        unit = self.draw_unit(draws, num_parameters)
+        if self.max_draws < unit:
+            raise ArgumentError(
+                f"max_draws is {self.max_draws}; allowed: {unit} or more, one group of design {self.design} in each of "
+                f"{self.blocks} blocks"
+            )
+        return min(draws, self.max_draws // unit * unit)
+
+    def drawing(self, estimator: str, space: ParameterSpace, model: nn.Module) -> Drawing:
+        """Return the perturbations of the selected parameters of a model.
+
+        Args:
+            estimator: the estimator that was decided on, which fixes `draws: auto`.
+            space: the selected parameters.
+            model: the model, from which a relative γ takes the scale of each tensor.
+
+        Raises:
+            ArgumentError: the draws do not fill the blocks, a tensor has no scale, or Student's ν is too small for
+                the depth of the model.
+        """
+        count = space.num_parameters
+        draws = self.draws
+        if isinstance(draws, str):
+            draws = automatic_draws(estimator, self.blocks, self.design, count)
+            if self.rtol is not None:
+                draws = self._within_max(draws, count)
+        if isinstance(self.distribution, Student):
+            _check_moments(self.distribution, space.num_weight_layers)
+        return Drawing(
+            distribution=self.distribution,
+            num_draws=draws,
+            num_blocks=self.blocks,
+            num_parameters=count,
+            design=self.design,
+            seed=self.seed,
+            shapes=space.shapes,
+            scales=space.scales(model) if self.gamma_scale == GammaScale.RELATIVE else (),
+        )
+
+
+def _check_moments(law: Student, num_layers: int) -> None:
+    """If f grows like |θ|^L, the variance of a draw needs moments of z up to 2(L − 1)."""
+    smallest = 2 * (num_layers - 1)
+    if law.nu <= smallest:
+        raise ArgumentError(
+            f"nu is {law.nu:g}, but {num_layers} layers of weights are perturbed, and f may grow like their product; "
+            f"allowed: above {smallest}, for which its variance is finite, or another distribution"
+        )

@@ -1,0 +1,102 @@
+"""The options of each kind of kernel, read from `KernelSpec`: signatures, specs made from arguments, reference rows.
+
+Axes: none.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nntk_dist.errors import ArgumentError, nearest_name
+from nntk_dist.registration.options import Option, OptionRow, option_rows, options_of
+from nntk_dist.sampling.laws import has_gamma
+from nntk_dist.spec.choices import Kind, Statistic
+from nntk_dist.spec.kernel_spec import KernelSpec
+
+
+def kernel_options(kind: str | None = None) -> dict[str, Option]:
+    """Return the options that a kind of kernel has.
+
+    Args:
+        kind: the kind; by default all options, `kind` among them.
+
+    Example:
+        >>> list(kernel_options("local"))
+        ['outputs', 'contraction', 'parameters']
+    """
+    declared = options_of(KernelSpec)
+    return {name: each for name, each in declared.items() if kind is None or kind in each.facts["kinds"]}
+
+
+def call_default(declared: Option) -> Any:
+    """Return an option's default in Python functions, in the plain form that a signature shows."""
+    return declared.facts.get("in_call", declared.default)
+
+
+def kernel_signature(
+    kind: str | None, positional: Sequence[inspect.Parameter], keywords: Sequence[inspect.Parameter], returns: Any
+) -> inspect.Signature:
+    """Return the signature of a function that takes the options of a kind of kernel.
+
+    Args:
+        kind: the kind; by default all options.
+        positional: parameters before the options.
+        keywords: keyword parameters behind them.
+        returns: the type that the function returns.
+    """
+    annotations = KernelSpec.__annotations__
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_shown(call_default(each)), annotation=annotations[name]
+        )
+        for name, each in kernel_options(kind).items()
+    ]
+    return inspect.Signature([*positional, *options, *keywords], return_annotation=returns)
+
+
+def make_spec(kind: str | None, options: Mapping[str, Any], *, called: str) -> KernelSpec:
+    """Return the kernel that the arguments of a Python function describe.
+
+    Args:
+        kind: the kind of kernel; None takes it from the options.
+        options: the keyword arguments.
+        called: the function's name, for messages.
+
+    Raises:
+        ArgumentError: an option does not exist or does not apply, γ is missing, or as `KernelSpec`.
+    """
+    kind = options.get("kind", Kind.NONLOCAL) if kind is None else kind
+    allowed, every = kernel_options(kind), kernel_options()
+    for name in options:
+        if name == "kind":
+            continue
+        if name in every and name not in allowed:
+            raise ArgumentError(f"{name} is not an option of {called}, kind {kind}; allowed: {', '.join(allowed)}")
+        if name not in allowed:
+            raise ArgumentError(
+                f"{called} has no option '{name}'; allowed: {', '.join(allowed)}{nearest_name(name, allowed)}"
+            )
+    values = {name: call_default(each) for name, each in allowed.items()} | dict(options)
+    if "gamma" in allowed and values["gamma"] is None and not has_gamma(values["distribution"]):
+        raise ArgumentError(
+            f"gamma is missing; give {called} the range of the perturbations, such as gamma=0.1, or a distribution "
+            "that has one, such as Gaussian(gamma=0.1)"
+        )
+    if kind != Kind.NONLOCAL:
+        values["statistic"] = Statistic.PLUGIN
+    return KernelSpec(**values | {"kind": kind})
+
+
+def kernel_option_rows(kind: str | None = None) -> Iterator[OptionRow]:
+    """Yield a row for each kernel option: name, what is allowed, default and meaning, for the reference page.
+
+    Example:
+        >>> {row.name: row.default for row in kernel_option_rows()}["max_draws"]
+        '65536'
+    """
+    return option_rows(KernelSpec, tuple(kernel_options(kind)))
+
+
+def _shown(default: Any) -> Any:
+    """A default as the signature shows it: an enum as its text."""
+    return str(default) if isinstance(default, str) else default

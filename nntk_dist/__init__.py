@@ -1,52 +1,84 @@
 """Nonlocal neural tangent kernels: the library. It computes kernels of models and reads kernels from a store.
 
-`open_kernel` and the scikit-learn estimators are imported when they are first asked for: computing kernels needs no
-zarr, no object store and no scikit-learn.
+Names that need more than torch and NumPy are imported when they are first used: computing kernels needs no zarr, no
+object store and no scikit-learn.
 """
 
 import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from nntk_dist.errors import NNTKError, NNTKWarning
+from nntk_dist.errors import (
+    ArgumentError,
+    DataError,
+    ModelError,
+    NNTKError,
+    NNTKWarning,
+    StoreError,
+    Unavailable,
+)
+from nntk_dist.kernels.estimate import KernelEstimate
 from nntk_dist.kernels.functions import (
-    KernelEstimate,
     averaged_kernel,
     covariance_kernel,
     local_kernel,
     nonlocal_kernel,
+    prepare_kernel,
 )
+from nntk_dist.kernels.prepared import PreparedKernel
 from nntk_dist.models.black_box import BlackBox
 from nntk_dist.models.brownian import BrownianActivation
 from nntk_dist.models.dropout import Dropout, replace_dropout
 from nntk_dist.models.noise import StochasticModule, fixed_noise
 from nntk_dist.planning.model_probes import ModelProbes
+from nntk_dist.sampling.laws import Ball, Fractional, Gaussian, LowRank, Sphere, Student
+from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Weighting
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
     from nntk_dist.store.stored_kernel import StoredKernel, open_kernel
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # in sections, not sorted
+    # Kernels of a model in memory
+    "nonlocal_kernel",
+    "covariance_kernel",
+    "averaged_kernel",
+    "local_kernel",
+    "prepare_kernel",
+    "KernelEstimate",
+    "PreparedKernel",
+    "KernelSpec",
+    "ModelProbes",
+    # Laws of the perturbations, and weights of draws
+    "Gaussian",
+    "Sphere",
+    "Ball",
+    "Fractional",
+    "Student",
+    "LowRank",
+    "Weighting",
+    # Models: black boxes, and models with noise
     "BlackBox",
     "BrownianActivation",
     "Dropout",
-    "KernelEstimate",
-    "ModelProbes",
-    "NNTKClassifier",
-    "NNTKError",
-    "NNTKRegressor",
-    "NNTKWarning",
     "StochasticModule",
-    "StoredKernel",
-    "Weighting",
-    "averaged_kernel",
-    "covariance_kernel",
     "fixed_noise",
-    "local_kernel",
-    "nonlocal_kernel",
-    "open_kernel",
     "replace_dropout",
+    # Stored kernels
+    "StoredKernel",
+    "open_kernel",
+    # scikit-learn estimators
+    "NNTKClassifier",
+    "NNTKRegressor",
+    # Errors
+    "NNTKError",
+    "ArgumentError",
+    "DataError",
+    "ModelError",
+    "StoreError",
+    "Unavailable",
+    "NNTKWarning",
 ]
 
 

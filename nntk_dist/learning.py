@@ -1,14 +1,14 @@
 """Kernel ridge regression with the nonlocal kernel of a model, by scikit-learn's conventions.
 
-`fit` computes the train kernel once and keeps the train features, so that `predict` is the same kernel (the same
-draws) between new examples and those. Everything is held in memory; for what does not fit, use the pipeline. No
-probabilities are offered: the scores of ridge regression on one-hot targets are none.
+`fit` computes the train kernel once and keeps the train features, so that `predict` uses the same kernel (the same
+draws) between new examples and the train examples. Everything is held in memory; use the pipeline for larger data.
+There are no probabilities: the scores of ridge regression on one-hot targets are not probabilities.
 
 Axes: n train examples, m new examples, T target columns (one for each class), C outputs of the model.
 """
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Self
@@ -22,148 +22,154 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from nntk_dist.analysis.dense_regression import fit_ridge_path
-from nntk_dist.errors import NNTKError, NNTKWarning
-from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Decision, decide
-from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.errors import ArgumentError, DataError, check_choice
+from nntk_dist.kernels.prepared import BATCH, Placement, PreparedKernel, prepare
+from nntk_dist.planning.decision import Decision
+from nntk_dist.products.features import Rows
 from nntk_dist.runtime.precision import full_precision
-from nntk_dist.spec import KernelSpec
+from nntk_dist.sampling.laws import has_gamma
+from nntk_dist.spec import KernelSpec, Statistic, kernel_options, kernel_signature, make_spec
+from nntk_dist.spec.options import plain_default
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from nntk_dist.weighting.options import Weighting, as_weighting
-from nntk_dist.weighting.scores.base import ScoreFunction
 
 Array = np.ndarray
 ModelOrBuilder = nn.Module | Callable[[int, int], nn.Module]
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
 class TrainedKernel:
-    """The kernel `plugin` of a model with everything that its train examples decide: estimator, draws, features."""
+    """The kernel `plugin` of a model with the features of its train examples.
 
-    spec: KernelSpec
-    decision: Decision
-    features: FeatureMap
+    Attributes:
+        prepared: the kernel, with the decision about the model.
+        rows: the features of the train examples.
+        num_train: n.
+    """
+
+    prepared: PreparedKernel
     rows: Rows
-    batch: int
     num_train: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+
+    @property
+    def spec(self) -> KernelSpec:
+        """The kernel's description."""
+        return self.prepared.spec
+
+    @property
+    def decision(self) -> Decision:
+        """Which estimator, why, and how it is computed."""
+        return self.prepared.decision
 
     @full_precision()
     def gram(self) -> Float64[Array, "n n"]:
-        """Train by train, (n·C)² for `full`; bitwise symmetric."""
+        """Return train by train, (n·C)² for `full`; bitwise symmetric."""
         return self._meet(self.rows).cpu().numpy()
 
     @full_precision()
     def cross(self, inputs: Array) -> Float64[Array, "m n"]:
-        """New examples by train."""
-        x = self._tensor(inputs)
-        ids = torch.arange(self.num_train, self.num_train + len(x), device=self.device)
-        return self._meet(self._features_of(x, ids)).cpu().numpy()
+        """Return new examples by train."""
+        x = self._taken(inputs)
+        ids = torch.arange(self.num_train, self.num_train + len(x), device=x.device)
+        return self._meet(self.prepared.rows(x, ids, self._batch)).cpu().numpy()
 
     @full_precision()
     def outputs(self, inputs: Array) -> Float64[Array, "m C"]:
-        """f(x; θ)."""
-        return self.features.outputs(self._tensor(inputs), batch=self.batch).double().cpu().numpy()
+        """Return f(x; θ)."""
+        outputs = self.prepared.features.outputs(self._taken(inputs), batch=self._batch)
+        return outputs.double().cpu().numpy()
 
-    def _tensor(self, inputs: Array) -> Tensor:
-        if inputs.shape[1:] != self.shape:
-            raise NNTKError(f"X has examples of shape {inputs.shape[1:]}; allowed: {self.shape}, as fitted")
-        return torch.from_numpy(inputs).to(self.device, self.dtype, copy=True)  # a model may write to its input
+    @property
+    def _batch(self) -> int:
+        return min(self.prepared.placement.batch, self.num_train)
 
-    def _features_of(self, x: Tensor, ids: Tensor) -> Rows:
-        everything = range(self.features.num_draws)
-        return self.features.compute(x, ids, everything, self.features.columns, batch=self.batch)
+    def _taken(self, inputs: Array) -> Tensor:
+        if inputs.shape[1:] != self.prepared.example_shape:
+            raise DataError(
+                f"X has examples of shape {inputs.shape[1:]}; allowed: {self.prepared.example_shape}, as fitted"
+            )
+        placement = self.prepared.placement
+        return torch.from_numpy(inputs).to(placement.device, placement.dtype, copy=True)  # models may write to inputs
 
     def _meet(self, rows: Rows) -> Tensor:
-        return tile_estimates(self.features, [(rows, self.rows)], self.spec.meeting, None, self.spec.scale)["plugin"]
+        spec = self.prepared.spec
+        return tile_estimates(self.prepared.features, [(rows, self.rows)], spec.meeting, None, spec.scale)["plugin"]
 
 
 @full_precision()
-def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, *, batch: int) -> TrainedKernel:
-    """Decide the estimator on the train examples and compute their features, at the model's dtype and device."""
-    first = next(model.parameters(), torch.empty(0))
-    x = torch.from_numpy(inputs).to(first.device, first.dtype, copy=True)  # a model may write to its input
-    batch = min(batch, len(x))
-    prepared = prepare_model(model, dtype=first.dtype, device=first.device)
-    decision = decide(prepared, x, spec, batch=batch)
-    for caution in () if decision.probes is None else decision.probes.cautions:
-        warnings.warn(caution, NNTKWarning, stacklevel=5)  # where `fit` was called
-    features = make_feature_map(prepared, x, spec, decision)
-    ids = torch.arange(len(x), device=first.device)
-    rows = features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
-    shape = tuple(x.shape[1:])
-    return TrainedKernel(spec, decision, features, rows, batch, len(x), shape, first.dtype, first.device)
+def train_kernel(model: nn.Module, inputs: Array, spec: KernelSpec, placement: Placement) -> TrainedKernel:
+    """Decide on the train examples how the kernel is computed, and compute their features."""
+    x = placement.take(inputs, "X")
+    prepared = prepare(model, [x], spec, placement)
+    ids = torch.arange(len(x), device=placement.device)
+    return TrainedKernel(prepared, prepared.rows(x, ids, placement.batch_for(x)), len(x))
 
 
 class _NonlocalRidge(BaseEstimator):
     """What regressor and classifier share; their docstrings say what it means."""
 
+    model: ModelOrBuilder
+    kind: str
+    seed: int
+    ridge: float | Sequence[float]
+    center_outputs: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    batch: int
+
     def __init__(
         self,
         model: ModelOrBuilder,
         *,
-        gamma: float = 0.05,
-        ridge: float | Sequence[float] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        ridge: float | Sequence[float] = _RIDGES,
         center_outputs: bool = False,
-        distribution: Any = "gaussian",
-        gamma_scale: str = "absolute",
-        estimator: str = "auto",
-        design: str = "iid",
-        draws: int | str = "auto",
-        blocks: int = 8,
-        outputs: str | int = "trace",
-        weighting: str | Mapping[str, Any] | Weighting | ScoreFunction | None = None,
-        parameters: Sequence[str] = ("*",),
-        seed: int = 0,
-        batch: int = 256,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        batch: int = BATCH,
+        **options: Any,
     ) -> None:
-        self.model = model
-        self.gamma = gamma
-        self.ridge = ridge
-        self.center_outputs = center_outputs
-        self.distribution = distribution
-        self.gamma_scale = gamma_scale
-        self.estimator = estimator
-        self.design = design
-        self.draws = draws
-        self.blocks = blocks
-        self.outputs = outputs
-        self.weighting = weighting
-        self.parameters = parameters
-        self.seed = seed
-        self.batch = batch
+        own = {"ridge": ridge, "center_outputs": center_outputs, "device": device, "dtype": dtype, "batch": batch}
+        names = list(_OPTIONS)
+        for name in options:
+            check_choice("an argument", name, (*names, *own))
+        defaults = {name: plain_default(each) for name, each in _OPTIONS.items()}
+        for name, value in ({"model": model} | own | defaults | options).items():
+            setattr(self, name, value)  # as given: scikit-learn compares them by identity
 
     def _fit(self, X: Array, targets: Float64[Array, "n T"], labels: Array | None = None) -> None:
         """Kernel and solutions; a weighting by the loss compares with the labels, or with the targets themselves."""
-        spec = KernelSpec(
-            gamma=self.gamma,
-            distribution=self.distribution,
-            gamma_scale=self.gamma_scale,
-            estimator=self.estimator,
-            statistic="plugin",
-            design=self.design,
-            draws=self.draws,
-            blocks=self.blocks,
-            outputs=self.outputs,
-            weighting=_with_targets(as_weighting(self.weighting), targets if labels is None else labels),
-            parameters=self.parameters,
-            seed=self.seed,
-        )
+        model = self._module(X, targets.shape[1])
+        placement = Placement.of(model, self.device, self.dtype, self.batch)
         ridges = _ridges(self.ridge)
-        self.kernel_ = train_kernel(self._module(X, targets.shape[1]), X, spec, batch=self.batch)
+        self.kernel_ = train_kernel(model, X, self._spec(targets if labels is None else labels), placement)
         offset = self.kernel_.outputs(X) if self.center_outputs else None
         self.path_ = fit_ridge_path(self.kernel_.gram(), targets, ridges, offset=offset)
         self.ridge_ = self.path_.ridges[self.path_.selected]
+
+    def _spec(self, targets: Array) -> KernelSpec:
+        """The kernel; options that its kind lacks may only have their defaults."""
+        applies = kernel_options(self.kind)
+        values = {name: getattr(self, name) for name in _OPTIONS}
+        given = {
+            name: value
+            for name, value in values.items()
+            if name in applies or name == "kind" or value != plain_default(_OPTIONS[name])
+        }
+        if "weighting" in given:
+            given["weighting"] = _with_targets(as_weighting(given["weighting"]), targets)
+        if given.get("gamma", 0.0) is None and not has_gamma(given["distribution"]):
+            given["gamma"] = KernelSpec().distribution.gamma
+        if "statistic" in applies:
+            given["statistic"] = Statistic.PLUGIN
+        return make_spec(None, given, called=type(self).__name__)
 
     def _module(self, X: Array, num_outputs: int) -> nn.Module:
         """The model, or what its builder makes for these data, initialised from the seed."""
         if isinstance(self.model, nn.Module):
             return self.model
         if not callable(self.model):
-            raise NNTKError(
+            raise ArgumentError(
                 f"model is a {type(self.model).__name__}; allowed: a torch.nn.Module, or a function (n_features, "
                 "n_outputs) that returns one"
             )
@@ -171,7 +177,7 @@ class _NonlocalRidge(BaseEstimator):
             torch.default_generator.manual_seed(self.seed)
             built = self.model(int(np.prod(X.shape[1:])), num_outputs)
         if not isinstance(built, nn.Module):
-            raise NNTKError(f"model returned a {type(built).__name__}; allowed: a torch.nn.Module")
+            raise ArgumentError(f"model returned a {type(built).__name__}; allowed: a torch.nn.Module")
         return built
 
     def _scores(self, X: Any) -> Float64[Array, "m T"]:
@@ -181,14 +187,31 @@ class _NonlocalRidge(BaseEstimator):
         return self.path_.predict(self.kernel_.cross(inputs), self.path_.selected, offset)
 
 
+# The options of every kind of kernel; the statistic of a regression is always `plugin`.
+_OPTIONS = {name: each for name, each in kernel_options().items() if name != "statistic"}
+
+
+def _show_options() -> None:
+    """Give the constructor the signature from which scikit-learn reads the parameters."""
+    written = list(inspect.signature(_NonlocalRidge.__init__).parameters.values())
+    positional = [each for each in written if each.kind is each.POSITIONAL_OR_KEYWORD]
+    keywords = [each for each in written if each.kind is each.KEYWORD_ONLY]
+    whole = kernel_signature(None, positional, keywords, None)
+    kept = [each for name, each in whole.parameters.items() if name != "statistic"]
+    _NonlocalRidge.__init__.__signature__ = whole.replace(parameters=kept)  # type: ignore[attr-defined]
+
+
+_show_options()
+
+
 class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
     """Kernel ridge regression f(x) = Σ_i K(x, x_i) a_i, (K + ridge·(tr K/n)·I) a = y, K the `plugin` nonlocal kernel.
 
-    `model` is a module, or a function (n_features, n_outputs) that makes one under `seed`; it is not trained and not
-    changed. X is (n, features), or (n, …) in whatever shape the model takes, real numbers. Of several ridges the one
-    of least exact leave-one-out error is taken (`ridge_`); `center_outputs` fits y − f(x;θ), which asks for as many
-    outputs as targets. The other arguments mean what they mean to `nonlocal_kernel`; `weighting="loss"` takes its
-    targets from y. Which estimator was used and why: `kernel_.decision`.
+    `model` is a module, or a function (n_features, n_outputs) that makes one under `seed`; it is neither trained nor
+    changed. X is (n, features), or (n, …) in the shape that the model takes, real numbers. Of several ridges, the one
+    with the least exact leave-one-out error is used (`ridge_`). `center_outputs` fits y − f(x;θ), which needs as many
+    outputs as targets. The other arguments are those of `prepare_kernel`; `weighting="loss"` takes its targets from y.
+    Which estimator was used and why: `kernel_.decision`.
 
     Cost: the features of n examples in `fit` and of m in `predict`, and n³ operations. Under `estimator="activation"`
     a prediction depends on an example's place in X, whose number its noise is made from.
@@ -204,7 +227,7 @@ class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
         return self
 
     def predict(self, X: Any) -> Array:
-        """(m,), or (m, T) where y was."""
+        """Return predictions, (m,), or (m, T) if y was (n, T)."""
         scores = self._scores(X)
         return scores[:, 0] if self._single_ else scores
 
@@ -221,23 +244,23 @@ class NNTKClassifier(ClassifierMixin, _NonlocalRidge):
         check_classification_targets(labels)
         self.classes_, indices = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
-            raise NNTKError(f"y holds one class, {self.classes_[0]!r}; allowed: examples of two classes or more")
+            raise ArgumentError(f"y holds one class, {self.classes_[0]!r}; allowed: examples of two classes or more")
         self._fit(inputs, np.eye(len(self.classes_))[indices], indices)
         return self
 
     def decision_function(self, X: Any) -> Array:
-        """Scores (m, T); of two classes (m,), the second's less the first's."""
+        """Return scores (m, T); for two classes (m,), the second's less the first's."""
         scores = self._scores(X)
         return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
 
     def predict(self, X: Any) -> Array:
-        """Labels, (m,)."""
+        """Return labels, (m,)."""
         winners = self._scores(X).argmax(axis=1)
         return self.classes_[winners]
 
 
 def _with_targets(weighting: Weighting, targets: Array) -> Weighting:
-    """Targets of the train examples, where the reference batch is taken from these."""
+    """Add the targets of the train examples, if the reference batch is taken from them."""
     own = weighting.targets is None and isinstance(weighting.reference, int)
     return replace(weighting, targets=torch.from_numpy(targets)) if own else weighting
 
@@ -248,6 +271,6 @@ def _ridges(ridge: Any) -> tuple[float, ...]:
     try:
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise NNTKError(
+        raise ArgumentError(
             f"ridge is {ridge!r}; allowed: a positive number, or several, of which leave-one-out takes one"
         ) from None

@@ -1,387 +1,230 @@
-"""Kernels of a model on tensors in memory: `nonlocal_kernel`, `covariance_kernel`, `averaged_kernel`, `local_kernel`.
+"""The public functions: `nonlocal_kernel`, `covariance_kernel`, `averaged_kernel`, `local_kernel`, `prepare_kernel`.
 
-The same features, sums and statistics as the pipeline's, in one process and without a store. Features of all rows are
-held: for what does not fit, use the pipeline.
+They compute the same features, sums and statistics as the pipeline, in one process. The features of all rows are held
+in memory. Their options are declared in `nntk_dist.spec.KernelSpec`, from which signatures and docstrings are made.
 
-Axes: n1, n2 examples, c outputs; `full` kernels are indexed i·C + c.
+Axes: n1, n2 examples, C outputs; `full` kernels are indexed i·C + c.
 """
 
-import math
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import NNTKError, NNTKWarning
-from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.decision import Decision, decide
-from nntk_dist.planning.draw_search import find_draws
-from nntk_dist.planning.feature_maps import make_feature_map
-from nntk_dist.planning.model_probes import ModelProbes
-from nntk_dist.products.features import FeatureMap, Rows, slice_rows
-from nntk_dist.products.wanted import Wanted
-from nntk_dist.runtime.precision import full_precision
-from nntk_dist.sampling.designs import MINIMUM_BLOCKS
-from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import (
-    Calibration,
-    Estimates,
-    relative_distance,
-    sample_entries,
-    sample_limit,
-    t_quantile,
-)
-from nntk_dist.statistics.required_draws import verdict
-from nntk_dist.statistics.tile_estimates import calibrate_sample, tile_estimates
-from nntk_dist.weighting.options import Weighting, as_weighting
-from nntk_dist.weighting.scores.base import ScoreFunction
+from nntk_dist.kernels.estimate import KernelEstimate
+from nntk_dist.kernels.prepared import Examples, Placement, PreparedKernel, compute, prepare
+from nntk_dist.spec import Kind, kernel_option_rows, kernel_signature, make_spec
 
-_TILE_ROWS = 1024
-_LOCAL_TILES, _LEAST_LOCAL_ROWS = 4, 128  # tiles a side: ten of the sixteen of a symmetric kernel are made
-_BATCH = 256
+Function = TypeVar("Function", bound=Callable[..., Any])
+_OPTIONS_LINE = "        options: the options of the kernel.\n"
 
 
-@dataclass(frozen=True)
-class KernelEstimate:
-    """A kernel with its standard error.
+def _with_options_of(kind: str | None) -> Callable[[Function], Function]:
+    """Show the options of a kind of kernel in a function's signature and docstring, in place of `**options`."""
 
-    `kernel` is the asked statistic ("both" gives plugin), `plugin` and `unbiased` the two of a nonlocal kernel (None
-    elsewhere);
-    `stderr` is that of `unbiased` (of the kernel itself for the other kinds), NaN where no draw changed the output.
-    `relative_error` estimates ‖U − Θ‖/‖Θ‖, which lies below `relative_error_bound` in 95 % of all cases; both are NaN
-    where fewer than four blocks give no error bars (`stderr` None). `reached` says whether the bound is below an asked
-    `rtol` (None where none was); `relative_bias` is ‖plugin − unbiased‖/‖unbiased‖. `probes` is what the model was
-    found to be like; what they say is not to be trusted is warned of too, by an `NNTKWarning`.
-    """
+    def show(function: Function) -> Function:
+        written = list(inspect.signature(function).parameters.values())
+        positional = [each for each in written if each.kind is each.POSITIONAL_OR_KEYWORD]
+        keywords = [each for each in written if each.kind is each.KEYWORD_ONLY]
+        returns = inspect.signature(function).return_annotation
+        function.__signature__ = kernel_signature(kind, positional, keywords, returns)  # type: ignore[attr-defined]
+        rows = [
+            f"        {row.name}: {row.text}; allowed: {row.allowed}; default {row.default}.\n"
+            for row in kernel_option_rows(kind)
+        ]
+        if function.__doc__ is not None:
+            function.__doc__ = function.__doc__.replace(_OPTIONS_LINE, "".join(rows))
+        return function
 
-    kernel: Tensor
-    stderr: Tensor | None
-    plugin: Tensor | None
-    unbiased: Tensor | None
-    estimator: str
-    reason: str
-    draws: int
-    blocks: int
-    num_parameters: int
-    relative_error: float
-    relative_bias: float | None
-    relative_error_bound: float = math.nan
-    reached: bool | None = None
-    probes: ModelProbes | None = None
-
-    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Two-sided intervals by Student's t with R − 1 degrees of freedom, around the unbiased estimate."""
-        if self.stderr is None:
-            raise NNTKError(
-                "this kernel has no standard error: it is exact (kind local), or made of fewer than "
-                f"{MINIMUM_BLOCKS} blocks"
-            )
-        centre = self.kernel if self.unbiased is None else self.unbiased
-        reach = t_quantile(confidence, self.blocks) * self.stderr
-        return centre - reach, centre + reach
+    return show
 
 
+@_with_options_of(Kind.NONLOCAL)
 def nonlocal_kernel(
     model: nn.Module,
-    x1: Tensor,
-    x2: Tensor | None = None,
+    x1: Examples,
+    x2: Examples | None = None,
     *,
-    gamma: float,
-    distribution: Any = "gaussian",
-    gamma_scale: str = "absolute",
-    estimator: str = "auto",
-    statistic: str = "unbiased",
-    design: str = "iid",
-    draws: int | str = "auto",
-    blocks: int = 8,
-    rtol: float | None = None,
-    max_draws: int = 65536,
-    outputs: str | int = "trace",
-    scale: str = "localized",
-    weighting: str | Mapping[str, Any] | Weighting | ScoreFunction | None = None,
-    contraction: str = "auto",
-    sketch: int | str = "auto",
-    parameters: Sequence[str] = ("*",),
-    seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
-) -> KernelEstimate:
-    """The nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²], z of range γ.
+    **options: Any,
+) -> KernelEstimate[Tensor]:
+    """Estimate the nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²].
 
-    Assumes that an example's output does not depend on its batch; eval mode is used. A model with noise
-    (`StochasticModule`) is taken in expectation: every group of draws has noise of its own, shared by all examples and
-    by both evaluations of a draw.
-    `unbiased` is right on average and not PSD, `plugin` is PSD and inflated by noise: solve with `plugin`, compare
-    entries with `unbiased`.
-    `contraction` says how products of gradients are made, layer by layer: from `layered` factors, block `means`, or a
-    `sketch` of k numbers a block (of each output where outputs is full or the estimator `activation`), whose own error,
-    √(2/k) to √(6/k) of an entry of the diagonal, stderr counts; auto is exact wherever that can be afforded, and
-    `reason` says.
-    `weighting` (`weight` alone) lets draws count by the softmax of a score, ĝ = P Σ_s α_s Δ_s z_s/|z_s|²: parameter,
-    output, loss, a function, or a mapping of name, temperature, per_example, dimension, reference and targets
-    (`nntk_dist.weighting.options.Weighting`). The kernel is then that of the ratio E[w Δ v]/E[w], w = exp(score/τ), for
-    which it is consistent in the draws of a block, with a bias of order blocks/draws, and neither statistic is
-    unbiased.
-    With `rtol`, draws are added (from `draws`, up to `max_draws`) until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound, found
-    on at most 32 + 32 rows, more where one side has few (`nntk_dist.statistics.required_draws`); `reached` says whether
-    it is, and a warning where not. Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 +
-    2C) pass equivalents and S² products of the layers' widths an entry; `activation` (gaussian alone; jumps too) S
-    forward passes with noise and the same products, for all outputs at once. Source: arXiv 2509.12467; estimators and
-    error bars are this library's.
+    `unbiased` is right on average and not PSD; `plugin` is PSD and inflated by noise: solve with `plugin`, compare
+    entries with `unbiased`. The model is evaluated in eval mode, and the output of an example must not depend on its
+    batch. A model with noise (`StochasticModule`) is taken in expectation: each group of draws has its own noise, which
+    all examples and both evaluations of a draw share.
 
-    Raises: NNTKError for arguments out of range, a model that is not finite, or an estimator that is not valid for the
-    model.
+    Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
+    products of the layers' widths an entry; `activation` S forward passes with noise and the same products, for all
+    outputs at once. A sketch adds an error of √(2/k) to √(6/k) of a diagonal entry, which stderr includes. With a
+    weighting, the kernel is that of the ratio E[w Δ v]/E[w], w = exp(score/τ): consistent in the draws of a block, with
+    a bias of order blocks/draws. With `rtol`, draws are added until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound.
+    Reference: arXiv 2509.12467; estimators and error bars are this library's.
+
+    Args:
+        model: the model f.
+        x1: examples, (n1, …), a tensor or NumPy array.
+        x2: other examples, (n2, …); by default x1.
+        device: where to compute; by default the model's device.
+        dtype: in which precision; by default the model's.
+        batch: rows in one forward pass, at most 256 by default.
+        options: the options of the kernel.
+
+    Returns:
+        The kernel (n1, n2), or (n1·C, n2·C) for outputs full, with its standard error.
+
+    Raises:
+        ArgumentError: an option is not allowed.
+        ModelError: the model is not finite, or depends on its batch.
+        NNTKError: the estimator is not valid for the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> nonlocal_kernel(model, torch.randn(3, 4), gamma=0.1).kernel.shape
+        torch.Size([3, 3])
     """
-    spec = KernelSpec(
-        kind="nonlocal",
-        gamma=gamma,
-        distribution=distribution,
-        gamma_scale=gamma_scale,
-        estimator=estimator,
-        statistic=statistic,
-        design=design,
-        draws=draws,
-        blocks=blocks,
-        parameters=parameters,
-        outputs=outputs,
-        scale=scale,
-        seed=seed,
-        contraction=contraction,
-        sketch=sketch,
-        rtol=rtol,
-        max_draws=max_draws,
-        weighting=as_weighting(weighting),
-    )
-    return _compute(model, x1, x2, spec, device, dtype, batch)
+    return compute(Kind.NONLOCAL, "nonlocal_kernel", model, x1, x2, (device, dtype, batch), options)
 
 
+@_with_options_of(Kind.COVARIANCE)
 def covariance_kernel(
     model: nn.Module,
-    x1: Tensor,
-    x2: Tensor | None = None,
+    x1: Examples,
+    x2: Examples | None = None,
     *,
-    gamma: float,
-    distribution: Any = "gaussian",
-    gamma_scale: str = "absolute",
-    design: str = "iid",
-    draws: int | str = "auto",
-    blocks: int = 8,
-    rtol: float | None = None,
-    max_draws: int = 65536,
-    outputs: str | int = "trace",
-    scale: str = "localized",
-    parameters: Sequence[str] = ("*",),
-    seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
-) -> KernelEstimate:
-    """C(x,x') = P·E[Δ(x)Δ(x')/|z|²]: PSD, unbiased, error ~ 1/√S whatever P; tends to the NTK as γ → 0 but is not the
-    NNTK.
+    **options: Any,
+) -> KernelEstimate[Tensor]:
+    """Estimate C(x,x') = P·E[Δ(x)Δ(x')/|z|²], Δ = f(x;θ+z) − f(x;θ).
 
-    Antithetic draws average the products at +z and at −z. Raises as `nonlocal_kernel`.
+    PSD and unbiased, with an error of order 1/√S for any P. It tends to the NTK as γ → 0, but it is not the nonlocal
+    NTK. Antithetic draws average the products at +z and at −z.
+
+    Args:
+        model: the model f.
+        x1: examples, (n1, …), a tensor or NumPy array.
+        x2: other examples, (n2, …); by default x1.
+        device: where to compute; by default the model's device.
+        dtype: in which precision; by default the model's.
+        batch: rows in one forward pass, at most 256 by default.
+        options: the options of the kernel.
+
+    Returns:
+        The kernel with its standard error.
+
+    Raises:
+        NNTKError: as `nonlocal_kernel`.
     """
-    spec = KernelSpec(
-        kind="covariance",
-        gamma=gamma,
-        distribution=distribution,
-        gamma_scale=gamma_scale,
-        estimator="auto",
-        statistic="plugin",
-        design=design,
-        draws=draws,
-        blocks=blocks,
-        parameters=parameters,
-        outputs=outputs,
-        scale=scale,
-        seed=seed,
-        rtol=rtol,
-        max_draws=max_draws,
-    )
-    return _compute(model, x1, x2, spec, device, dtype, batch)
+    return compute(Kind.COVARIANCE, "covariance_kernel", model, x1, x2, (device, dtype, batch), options)
 
 
+@_with_options_of(Kind.AVERAGED)
 def averaged_kernel(
     model: nn.Module,
-    x1: Tensor,
-    x2: Tensor | None = None,
+    x1: Examples,
+    x2: Examples | None = None,
     *,
-    gamma: float,
-    distribution: Any = "gaussian",
-    gamma_scale: str = "absolute",
-    design: str = "iid",
-    draws: int | str = "auto",
-    blocks: int = 8,
-    rtol: float | None = None,
-    max_draws: int = 65536,
-    outputs: str | int = "trace",
-    scale: str = "localized",
-    parameters: Sequence[str] = ("*",),
-    seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
-) -> KernelEstimate:
-    """E_z[NTK(θ + U^{1/P} z)]: PSD, unbiased, the NTK averaged over the neighbourhood. Raises as `nonlocal_kernel`."""
-    spec = KernelSpec(
-        kind="averaged",
-        gamma=gamma,
-        distribution=distribution,
-        gamma_scale=gamma_scale,
-        estimator="auto",
-        statistic="plugin",
-        design=design,
-        draws=draws,
-        blocks=blocks,
-        parameters=parameters,
-        outputs=outputs,
-        scale=scale,
-        seed=seed,
-        rtol=rtol,
-        max_draws=max_draws,
-    )
-    return _compute(model, x1, x2, spec, device, dtype, batch)
+    **options: Any,
+) -> KernelEstimate[Tensor]:
+    """Estimate E_z[NTK(θ + U^{1/P} z)], the NTK averaged over the neighbourhood: PSD and unbiased.
+
+    Args:
+        model: the model f.
+        x1: examples, (n1, …), a tensor or NumPy array.
+        x2: other examples, (n2, …); by default x1.
+        device: where to compute; by default the model's device.
+        dtype: in which precision; by default the model's.
+        batch: rows in one forward pass, at most 256 by default.
+        options: the options of the kernel.
+
+    Returns:
+        The kernel with its standard error.
+
+    Raises:
+        NNTKError: as `nonlocal_kernel`, or the model has no gradients.
+    """
+    return compute(Kind.AVERAGED, "averaged_kernel", model, x1, x2, (device, dtype, batch), options)
 
 
+@_with_options_of(Kind.LOCAL)
 def local_kernel(
     model: nn.Module,
-    x1: Tensor,
-    x2: Tensor | None = None,
+    x1: Examples,
+    x2: Examples | None = None,
     *,
-    outputs: str | int = "trace",
-    parameters: Sequence[str] = ("*",),
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
+    **options: Any,
 ) -> Tensor:
-    """The empirical NTK ⟨∇f_c(x), ∇f_c'(x')⟩ by automatic differentiation, exact to rounding; layer by layer.
+    """Compute the empirical NTK ⟨∇f_c(x), ∇f_c'(x')⟩ by automatic differentiation, layer by layer, exact to rounding.
 
-    Raises: NNTKError where per-example gradients cannot be had.
+    Args:
+        model: the model f.
+        x1: examples, (n1, …), a tensor or NumPy array.
+        x2: other examples, (n2, …); by default x1.
+        device: where to compute; by default the model's device.
+        dtype: in which precision; by default the model's.
+        batch: rows in one forward pass, at most 256 by default.
+        options: the options of the kernel.
+
+    Returns:
+        The kernel as a tensor; `prepare_kernel(model, x, kind="local")` keeps the decision for later calls.
+
+    Raises:
+        NNTKError: the model has no gradients for single examples.
     """
-    spec = KernelSpec(kind="local", statistic="plugin", outputs=outputs, parameters=parameters)
-    return _compute(model, x1, x2, spec, device, dtype, batch).kernel
+    return compute(Kind.LOCAL, "local_kernel", model, x1, x2, (device, dtype, batch), options).kernel
 
 
-@full_precision()
-def _compute(
+@_with_options_of(None)
+def prepare_kernel(
     model: nn.Module,
-    x1: Tensor,
-    x2: Tensor | None,
-    spec: KernelSpec,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    batch: int | None,
-) -> KernelEstimate:
-    first = next(model.parameters(), None)
-    dtype = dtype or (torch.float32 if first is None else first.dtype)
-    device = device or ("cpu" if first is None else first.device)
-    prepared = prepare_model(model, dtype=dtype, device=device)
-    inputs = [_check_inputs(x, name) for x, name in ((x1, "x1"), (x2, "x2")) if x is not None]
-    # copies, since a model may write to its input
-    inputs = [x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True) for x in inputs]
-    batch = min(batch or _BATCH, max(len(x) for x in inputs))
-    decision = decide(prepared, max(inputs, key=len), spec, batch=batch)  # the more rows, the more is seen
-    for caution in () if decision.probes is None else decision.probes.cautions:
-        warnings.warn(caution, NNTKWarning, stacklevel=4)  # where the public function was called
-    ids = torch.arange(sum(map(len, inputs)), device=device).split([len(x) for x in inputs])
-    look = None
-    if spec.rtol is not None:
-        decision, look = find_draws(prepared, inputs, ids, spec, decision, batch=batch)
-        if not look.reaches(spec.rtol):
-            warnings.warn(verdict(look, rtol=spec.rtol, max_draws=spec.max_draws), NNTKWarning, stacklevel=4)
-    features = make_feature_map(prepared, inputs[0], spec, decision)
-    everything = range(features.num_draws)
-    rows = [
-        features.compute(x, names, everything, features.columns, batch=batch)
-        for x, names in zip(inputs, ids, strict=True)
-    ]
-    estimates, calibration = whole_kernel(features, rows[0], rows[1] if len(rows) == 2 else None, spec)
-    result = _result(estimates, calibration, features, spec, decision, dtype)
-    if look is None or spec.rtol is None:
-        return result
-    # what the pilot knows of the error, from more blocks than the kernel has
-    return replace(
-        result,
-        relative_error=look.relative_error,
-        relative_error_bound=look.bound,
-        reached=look.reaches(spec.rtol),
-    )
+    x: Examples,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int | None = None,
+    **options: Any,
+) -> PreparedKernel:
+    """Decide once how the kernel of a model is computed, and return a function of (x1, x2) that keeps the decision.
 
+    A call of that function plans and probes nothing. It gives the numbers of the function of its kind whenever that
+    decides alike. The model is copied: later changes of its parameters have no effect.
 
-def _check_inputs(x: object, name: str) -> Tensor:
-    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) == 0:
-        came = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise NNTKError(f"{name} is {came}; allowed: a tensor with one example or more along its first axis")
-    return x
+    Args:
+        model: the model f.
+        x: examples to decide on, like those of the calls.
+        device: where to compute; by default the model's device.
+        dtype: in which precision; by default the model's.
+        batch: rows in one forward pass, at most 256 by default.
+        options: the options of the kernel.
 
+    Returns:
+        A function of (x1, x2=None) that returns a `KernelEstimate`.
 
-def whole_kernel(
-    features: FeatureMap, rows: Rows, others: Rows | None, spec: KernelSpec
-) -> tuple[Estimates, Calibration | None]:
-    """The whole kernel from features of all rows, tile by tile; the upper triangle and its mirror image where both row
-    sets are one.
+    Raises:
+        NNTKError: as the function of the kind.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> kernel = prepare_kernel(model, x, kind="local")
+        >>> kernel(x[:2], x).kernel.shape
+        torch.Size([2, 6])
     """
-    symmetric, right = others is None, rows if others is None else others
-    n1, n2 = len(next(iter(rows.values()))), len(next(iter(right.values())))
-    width = len(features.columns) if spec.meeting.full else 1
-    calibration = None
-    if features.num_blocks >= MINIMUM_BLOCKS:
-        sample, other_sample = sample_entries(spec.seed, n1, n2, sample_limit(width))
-        sampled = slice_rows(rows, sample), slice_rows(right, other_sample)
-        calibration = calibrate_sample(features, [sampled], spec.meeting)
-    edge = _TILE_ROWS
-    if symmetric and spec.kind == "local":
-        edge = min(edge, max(_LEAST_LOCAL_ROWS, -(-n1 // _LOCAL_TILES)))
-    parts: dict[str, Tensor] = {}
-    for j in range(0, n2, edge):
-        right_tile = features.prepare(slice_rows(right, slice(j, j + edge)), Wanted(stderr=calibration is not None))
-        for i in range(0, j + 1 if symmetric else n1, edge):
-            left_tile = right_tile if symmetric and i == j else slice_rows(rows, slice(i, i + edge))
-            tile = tile_estimates(features, [(left_tile, right_tile)], spec.meeting, calibration, spec.scale)
-            for name, values in tile.items():
-                whole = parts.setdefault(name, values.new_empty(n1 * width, n2 * width))
-                _place(whole, values, i * width, j * width)
-                if symmetric and i != j:
-                    _place(whole, values.T, j * width, i * width)
-    return Estimates(parts["plugin"], parts.get("unbiased"), parts.get("stderr")), calibration
-
-
-def _place(whole: Tensor, values: Tensor, row: int, column: int) -> None:
-    whole[row : row + values.shape[0], column : column + values.shape[1]] = values
-
-
-def _result(
-    estimates: Estimates,
-    calibration: Calibration | None,
-    features: FeatureMap,
-    spec: KernelSpec,
-    decision: Decision,
-    dtype: torch.dtype,
-) -> KernelEstimate:
-    plugin, unbiased = estimates.plugin, estimates.unbiased
-    kernel = unbiased if spec.statistic == "unbiased" and unbiased is not None else plugin
-
-    unknown = 0.0 if spec.kind == "local" else math.nan
-
-    def cast(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(dtype)
-
-    return KernelEstimate(
-        kernel=kernel.to(dtype),
-        stderr=cast(estimates.stderr),
-        plugin=cast(plugin) if features.pair_blocks else None,
-        unbiased=cast(unbiased),
-        estimator=decision.estimator,
-        reason=decision.explanation,
-        draws=features.num_draws,
-        blocks=features.num_blocks,
-        num_parameters=features.num_parameters,
-        relative_error=unknown if calibration is None else calibration.relative_error,
-        relative_error_bound=unknown if calibration is None else calibration.bound,
-        relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
-        probes=decision.probes,
-    )
+    spec = make_spec(None, options, called="prepare_kernel")
+    placement = Placement.of(model, device, dtype, batch)
+    return prepare(model, [placement.take(x, "x")], spec, placement)

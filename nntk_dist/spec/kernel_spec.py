@@ -3,8 +3,9 @@
 Axes: P parameters; S draws in R blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,10 +25,11 @@ from nntk_dist.registration.options import (
 )
 from nntk_dist.sampling.designs import Design, automatic_draws, group_size
 from nntk_dist.sampling.draws import Drawing
-from nntk_dist.sampling.laws import Gaussian, Law, Student, as_law, has_gamma
+from nntk_dist.sampling.laws import Law, Student, as_law, has_gamma
 from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Scale, Statistic
 from nntk_dist.spec.combinations import check_combinations
 from nntk_dist.weighting.options import Weighting, as_weighting
+from nntk_dist.weighting.scores.base import ScoreFunction
 
 # Which kinds have an option: the signature of each public function has the options of its kind.
 _ALL = frozenset(Kind)
@@ -42,8 +44,9 @@ class KernelSpec:
     """A kernel, for any model and data.
 
     The fields are the options of the public functions and of the section `kernel` of a configuration. Names and
-    mappings are converted to objects: `distribution="student"` to `Student(...)`, text to enums. `in_call` is the
-    default of the public functions if it differs from that of the configuration.
+    mappings are converted to objects: `distribution="student"` to `Student(...)`, text to enums. A declaration says
+    which kinds have the option (`kinds`), the default of the public functions if it differs (`in_call`), that of the
+    configuration if it differs (`in_configuration`), the section of its key, and the type of the argument.
 
     Raises:
         ArgumentError: an option is not allowed, alone or beside the others.
@@ -60,13 +63,15 @@ class KernelSpec:
         "range γ of the perturbations, E|z|² = P·γ²/2; needed unless the distribution has its own",
         kinds=_DRAWN,
         section="distribution",
+        in_configuration=0.05,
+        argument=float | None,
     )
     distribution: Law = option(
-        Gaussian(gamma=0.05),
+        "gaussian",
         Converted(lambda value: value, "a name, a mapping of name and options, or a law such as Student(gamma=0.1)"),
         "law of the perturbations",
         kinds=_DRAWN,
-        in_call="gaussian",
+        argument=str | Mapping[str, Any] | Law,
     )
     gamma_scale: str = option(
         GammaScale.ABSOLUTE,
@@ -115,6 +120,7 @@ class KernelSpec:
         "how the draws of a block are weighted by a score",
         kinds=_NONLOCAL,
         in_call=None,
+        argument=str | Mapping[str, Any] | ScoreFunction | Weighting | None,
     )
     contraction: str = option(
         ContractionChoice.AUTO,
@@ -141,7 +147,7 @@ class KernelSpec:
     def __post_init__(self, gamma: float | None) -> None:
         convert_options(self)
         if gamma is None and not has_gamma(self.distribution):
-            gamma = options_of(self)["distribution"].default.gamma
+            gamma = options_of(self)["gamma"].facts["in_configuration"]
         object.__setattr__(self, "distribution", as_law(self.distribution, gamma))
         check_combinations(self)
 

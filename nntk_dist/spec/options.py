@@ -5,6 +5,7 @@ Axes: none.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nntk_dist.errors import ArgumentError, nearest_name
@@ -28,9 +29,10 @@ def kernel_options(kind: str | None = None) -> dict[str, Option]:
     return {name: each for name, each in declared.items() if kind is None or kind in each.facts["kinds"]}
 
 
-def call_default(declared: Option) -> Any:
-    """Return an option's default in Python functions, in the plain form that a signature shows."""
-    return declared.facts.get("in_call", declared.default)
+def plain_default(declared: Option) -> Any:
+    """Return an option's default in Python functions, an enum as its text."""
+    default = declared.facts.get("in_call", declared.default)
+    return str(default) if isinstance(default, str) else default
 
 
 def kernel_signature(
@@ -44,10 +46,12 @@ def kernel_signature(
         keywords: keyword parameters behind them.
         returns: the type that the function returns.
     """
-    annotations = KernelSpec.__annotations__
     options = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=_shown(call_default(each)), annotation=annotations[name]
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=plain_default(each),
+            annotation=each.facts.get("argument", KernelSpec.__annotations__[name]),
         )
         for name, each in kernel_options(kind).items()
     ]
@@ -76,7 +80,7 @@ def make_spec(kind: str | None, options: Mapping[str, Any], *, called: str) -> K
             raise ArgumentError(
                 f"{called} has no option '{name}'; allowed: {', '.join(allowed)}{nearest_name(name, allowed)}"
             )
-    values = {name: call_default(each) for name, each in allowed.items()} | dict(options)
+    values = {name: plain_default(each) for name, each in allowed.items()} | dict(options)
     if "gamma" in allowed and values["gamma"] is None and not has_gamma(values["distribution"]):
         raise ArgumentError(
             f"gamma is missing; give {called} the range of the perturbations, such as gamma=0.1, or a distribution "
@@ -90,13 +94,17 @@ def make_spec(kind: str | None, options: Mapping[str, Any], *, called: str) -> K
 def kernel_option_rows(kind: str | None = None) -> Iterator[OptionRow]:
     """Yield a row for each kernel option: name, what is allowed, default and meaning, for the reference page.
 
+    Args:
+        kind: the kind of kernel, for the defaults of its function; by default all options, with the defaults of the
+            configuration.
+
     Example:
         >>> {row.name: row.default for row in kernel_option_rows()}["max_draws"]
         '65536'
     """
-    return option_rows(KernelSpec, tuple(kernel_options(kind)))
-
-
-def _shown(default: Any) -> Any:
-    """A default as the signature shows it: an enum as its text."""
-    return str(default) if isinstance(default, str) else default
+    rows = option_rows(KernelSpec, tuple(kernel_options(kind)))
+    if kind is None:
+        yield from rows
+        return
+    options = kernel_options(kind)
+    yield from (replace(row, default=repr(plain_default(options[row.name]))) for row in rows)

@@ -63,12 +63,12 @@ def _optional(declared: Option, allowed: str) -> tuple[Any, Any]:
 
 
 _law = _DECLARED["distribution"].default
-_gamma = options_of(_law)["gamma"]
+_gamma = options_of(LAWS.get(_law))["gamma"]
 _DistributionFields: Any = _section(
     "_DistributionFields",
     {
-        "name": (str, Field(default=_law.name, description=f"{', '.join(LAWS.locations)}, or python:module:Name")),
-        "gamma": _field(_gamma.check, _law.gamma),
+        "name": (str, Field(default=_law, description=f"{', '.join(LAWS.locations)}, or python:module:Name")),
+        "gamma": _field(_gamma.check, _DECLARED["gamma"].facts["in_configuration"]),
         "gamma_scale": _field(_DECLARED["gamma_scale"].check, _DECLARED["gamma_scale"].default),
         **dict(_law_fields()),
         "options": (dict[str, Any], Field(default={}, description="a mapping of the options of a law of your own")),

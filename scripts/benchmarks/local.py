@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from nntk_dist import local_kernel, nonlocal_kernel
-from nntk_dist.kernels.functions import whole_kernel
+from nntk_dist.kernels.tiles import whole_kernel
 from nntk_dist.layers.sketch import AUTO_COLUMNS
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model

@@ -1,0 +1,203 @@
+"""The kernel of a model, prepared once: what is decided on some examples is kept for all later ones.
+
+Axes: n1, n2 examples; C outputs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nntk_dist.errors import ArgumentError
+from nntk_dist.kernels.estimate import KernelEstimate
+from nntk_dist.kernels.tiles import whole_kernel
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.planning.decision import Decision, decide
+from nntk_dist.planning.draw_search import find_draws
+from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.runtime.arrays import as_examples
+from nntk_dist.runtime.precision import full_precision
+from nntk_dist.runtime.warning import warn_caller
+from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec
+from nntk_dist.statistics.estimates import Calibration, Estimates, relative_distance
+from nntk_dist.statistics.required_draws import Look, verdict
+
+Examples = Tensor | np.ndarray
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is evaluated: device, dtype, and rows in one forward pass."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None, batch: int | None
+    ) -> "Placement":
+        """Return the placement; device and dtype are by default those of the model's first parameter.
+
+        Raises:
+            ArgumentError: the model is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module, or a BlackBox")
+        first = next(model.parameters(), None)
+        if first is None:
+            return cls(torch.device(device or "cpu"), dtype or torch.float32, batch or BATCH)
+        return cls(torch.device(device or first.device), dtype or first.dtype, batch or BATCH)
+
+    def take(self, examples: Examples, name: str) -> Tensor:
+        """Return a copy of the examples on the device, numbers in the dtype: a model may write to its input.
+
+        Raises:
+            ArgumentError: there are no examples, or they are neither a tensor nor a NumPy array.
+        """
+        x = as_examples(examples, name)
+        return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype, copy=True)
+
+    def batch_for(self, *inputs: Tensor) -> int:
+        """Return the rows in one forward pass over these inputs."""
+        return min(self.batch, max(map(len, inputs)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PreparedKernel:
+    """A function of (x1, x2) that keeps the decision about a model: a call plans and probes nothing.
+
+    Attributes:
+        spec: the kernel.
+        decision: which estimator, why, and how it is computed.
+        features: the features of examples under all draws, on a private copy of the model.
+        placement: device, dtype and batch.
+        example_shape: the shape of one example.
+        accuracy: how the search for `rtol` ended, if there was one.
+    """
+
+    spec: KernelSpec
+    decision: Decision
+    features: FeatureMap
+    placement: Placement
+    example_shape: tuple[int, ...]
+    accuracy: Look | None
+
+    def __call__(self, x1: Examples, x2: Examples | None = None) -> KernelEstimate[Tensor]:
+        """Compute the kernel between the examples of x1 and x2, or of x1 with itself.
+
+        Raises:
+            ArgumentError: the examples have another shape than those that the kernel was prepared for.
+            NNTKError: the model's output or gradient is not finite.
+        """
+        named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
+        inputs = [self.placement.take(examples, name) for name, examples in named]
+        for (name, _), x in zip(named, inputs, strict=True):
+            if tuple(x.shape[1:]) != self.example_shape:
+                raise ArgumentError(
+                    f"{name} has examples of shape {tuple(x.shape[1:])}; allowed: {self.example_shape}, as prepared"
+                )
+        return self.estimate(inputs)
+
+    def __repr__(self) -> str:
+        return f"PreparedKernel({self.spec.kind}, {self.decision.estimator}, {self.features.num_draws} draws)"
+
+    @full_precision()
+    def estimate(self, inputs: list[Tensor]) -> KernelEstimate[Tensor]:
+        """Compute the kernel of inputs that the placement has taken: x1, or x1 and x2."""
+        batch = self.placement.batch_for(*inputs)
+        parts = [self.rows(x, ids, batch) for x, ids in zip(inputs, example_ids(inputs), strict=True)]
+        estimates, calibration = whole_kernel(self.features, parts[0], parts[1] if len(parts) == 2 else None, self.spec)
+        return self._result(estimates, calibration)
+
+    def rows(self, x: Tensor, ids: Tensor, batch: int) -> Rows:
+        """Compute the features of examples, which `ids` number, under all draws."""
+        features = self.features
+        return features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
+
+    def _result(self, estimates: Estimates, calibration: Calibration | None) -> KernelEstimate[Tensor]:
+        plugin, unbiased, dtype = estimates.plugin, estimates.unbiased, self.placement.dtype
+        chosen = unbiased if self.spec.statistic == Statistic.UNBIASED and unbiased is not None else plugin
+        error = bound = 0.0 if self.spec.kind == Kind.LOCAL else math.nan
+        if calibration is not None:
+            error, bound = calibration.relative_error, calibration.bound
+        reached = None
+        if self.accuracy is not None and self.spec.rtol is not None:
+            # the search knows the error better, from more blocks than the kernel has
+            error, bound = self.accuracy.relative_error, self.accuracy.bound
+            reached = self.accuracy.reaches(self.spec.rtol)
+
+        def cast(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(dtype)
+
+        return KernelEstimate(
+            kernel=chosen.to(dtype),
+            stderr=cast(estimates.stderr),
+            plugin=cast(plugin) if self.features.pair_blocks else None,
+            unbiased=cast(unbiased),
+            estimator=self.decision.estimator,
+            reason=self.decision.explanation,
+            draws=self.features.num_draws,
+            blocks=self.features.num_blocks,
+            num_parameters=self.features.num_parameters,
+            relative_error=error,
+            relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
+            relative_error_bound=bound,
+            reached=reached,
+            probes=self.decision.probes,
+        )
+
+
+@full_precision()
+def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement: Placement) -> PreparedKernel:
+    """Decide how the kernel of a model is computed.
+
+    Args:
+        model: the model; a private copy of it is evaluated.
+        inputs: the examples to decide on, which the placement has taken: x1, or x1 and x2.
+        spec: the kernel.
+        placement: device, dtype and batch.
+
+    Raises:
+        NNTKError: no kernel of this description can be computed for the model.
+    """
+    private = prepare_model(model, dtype=placement.dtype, device=placement.device)
+    batch = placement.batch_for(*inputs)
+    decision = decide(private, max(inputs, key=len), spec, batch=batch)  # more rows show more of the model
+    for caution in () if decision.probes is None else decision.probes.cautions:
+        warn_caller(caution)
+    accuracy = None
+    if spec.rtol is not None:
+        decision, accuracy = find_draws(private, inputs, example_ids(inputs), spec, decision, batch=batch)
+        if not accuracy.reaches(spec.rtol):
+            warn_caller(verdict(accuracy, rtol=spec.rtol, max_draws=spec.max_draws))
+    features = make_feature_map(private, inputs[0], spec, decision)
+    return PreparedKernel(spec, decision, features, placement, tuple(inputs[0].shape[1:]), accuracy)
+
+
+def example_ids(inputs: list[Tensor]) -> list[Tensor]:
+    """Number the examples of all inputs one after the other; the noise of an example is a function of its number."""
+    total = sum(map(len, inputs))
+    return list(torch.arange(total, device=inputs[0].device).split([len(x) for x in inputs]))
+
+
+def compute(
+    kind: Kind,
+    called: str,
+    model: nn.Module,
+    x1: Examples,
+    x2: Examples | None,
+    placement: tuple[torch.device | str | None, torch.dtype | None, int | None],
+    options: dict[str, Any],
+) -> KernelEstimate[Tensor]:
+    """Prepare a kernel on its own examples and compute it: what the public functions do."""
+    spec = make_spec(kind, options, called=called)
+    place = Placement.of(model, *placement)
+    named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
+    inputs = [place.take(examples, name) for name, examples in named]
+    return prepare(model, inputs, spec, place).estimate(inputs)

@@ -169,7 +169,7 @@ def test_a_black_box_learns():
         ({"ridge": "loo"}, r"ridge is 'loo'; allowed: a positive number, or several"),
         ({"ridge": None}, r"ridge is None; allowed: a positive number, or several"),
         ({"ridge": -1.0}, r"ridges are \[-1\.0\]; allowed: one or more positive numbers"),
-        ({"gamma": 0.0}, r"gamma is 0\.0; allowed: a positive finite number"),
+        ({"gamma": 0.0}, r"gamma is 0\.0; allowed: a number above 0"),
         ({"outputs": 5}, r"outputs is 5; allowed: 0 to 1"),
     ],
 )  # fmt: skip

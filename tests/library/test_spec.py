@@ -72,10 +72,14 @@ def test_arguments_out_of_range(kernel, arguments, message):
 @pytest.mark.parametrize(
     ("x1", "x2", "message"),
     [
-        (torch.zeros(0, 4), None, r"x1 is shape \(0, 4\); allowed: a tensor with one example or more"),
-        (torch.tensor(1.0), None, r"x1 is shape \(\); allowed: a tensor with one example or more"),
-        ([[1.0, 2, 3, 4]], None, r"x1 is list; allowed: a tensor"),
-        (torch.zeros(2, 4), torch.zeros(0, 4), r"x2 is shape \(0, 4\); allowed: a tensor with one example or more"),
+        (torch.zeros(0, 4), None, r"x1 is shape \(0, 4\); allowed: a tensor or NumPy array with one example or more"),
+        (torch.tensor(1.0), None, r"x1 is shape \(\); allowed: a tensor or NumPy array with one example or more"),
+        ([[1.0, 2, 3, 4]], None, r"x1 is \[\[1\.0, 2, 3, 4\]\]; allowed: a tensor or NumPy array"),
+        (
+            torch.zeros(2, 4),
+            torch.zeros(0, 4),
+            r"x2 is shape \(0, 4\); allowed: a tensor or NumPy array with one example or more",
+        ),
     ],
 )
 def test_inputs_that_are_no_examples(x1, x2, message):

@@ -130,7 +130,7 @@ def test_exact_layers_stand_beside_sketched_ones():
         ({"contraction": "layered", "sketch": 64}, r"sketch is 64; allowed for contraction layered, .*: auto"),
         ({"kind": "local", "sketch": 64}, r"sketch is 64; allowed for kind local, .*: auto"),
         ({"sketch": "automatic"}, r"sketch is 'automatic'; allowed: auto"),
-        ({"sketch": 6.5}, r"sketch is 6\.5; allowed: a whole number or auto"),
+        ({"sketch": 6.5}, r"sketch is 6\.5; allowed: auto, or a whole number"),
         ({"sketch": 72}, r"sketch is 72; allowed: auto, or a multiple of 16 .* the nearest is 64"),
     ],
 )

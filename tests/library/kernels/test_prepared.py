@@ -73,8 +73,8 @@ def test_defaults_of_functions_and_of_the_configuration_differ_where_declared():
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        (nonlocal_kernel, {"gama": 1.0}, r"nonlocal_kernel has no option 'gama'; allowed: gamma, .*did you mean 'gamma'"),
-        (covariance_kernel, DRAWN | {"statistic": "both"}, r"statistic is not an option of covariance_kernel, kind cov"),
+        (nonlocal_kernel, {"gama": 1.0}, r"nonlocal_kernel has no option 'gama'; allowed: gamma, .*mean 'gamma'"),
+        (covariance_kernel, DRAWN | {"statistic": "both"}, r"statistic is not an option of covariance_kernel, kin"),
         (local_kernel, {"gamma": 1.0}, r"gamma is not an option of local_kernel, kind local; allowed: outputs, contr"),
         (nonlocal_kernel, {}, r"gamma is missing; give nonlocal_kernel the range of the perturbations"),
         (

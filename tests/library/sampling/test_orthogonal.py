@@ -150,7 +150,7 @@ def test_automatic_draws(estimator, blocks, parameters, expected):
     [
         (128, 4, 7, r"draws is 128; allowed: multiples of 28 \(4 blocks of orthogonal groups of 7\); .* is 140"),
         (102, 4, 700, r"draws is 102; allowed: multiples of 4 .* is 10[04]"),
-        (20, 2, 20, r"blocks is 2; allowed: 4 or more, .* \(1 or more without error bars, where design orthogonal"),
+        (20, 2, 20, r"blocks is 2; allowed: 4 or more, .* \(1 or more without error bars, if design orthogonal"),
         (10_000, 1, 5000, r"blocks is 1; allowed: 4 or more, .* at most 4096"),
         (0, 0, 3, r"blocks is 0; allowed: 4 or more"),
     ],

@@ -4,6 +4,7 @@ estimators are registered objects, tried in order, and only `Unavailable` makes 
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_another_number_of_draws_takes_no_model(name):
 
 def _trials(decision: Decision) -> dict[str, bool]:
     """What was tried with the draws as they are, and stands for any number."""
-    plan = decision.plan
+    plan: Any = decision.plan
     return {"low_rank_passes": plan.low_rank_passes} if decision.estimator == "weight" else {}
 
 
@@ -135,6 +136,8 @@ def test_an_estimator_of_ones_own_needs_no_more_than_its_name():
 
 class Refusing(Weight):
     """Raises what it is told to when it is planned."""
+
+    error: Exception
 
     def __init__(self, error: Exception) -> None:
         object.__setattr__(self, "error", error)

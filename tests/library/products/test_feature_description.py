@@ -5,6 +5,7 @@ Axes: n rows, S draws, R blocks, C outputs.
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.planning.plain import from_plain, to_plain
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.factor_form import METRIC_DRAWS
 from nntk_dist.products.feature_description import ArraySpec, FeatureStorage
@@ -34,7 +36,7 @@ KINDS = {
 FACTORS = {"sketch": ("block", "column"), "weight": ("draw", "output"), "covariance": ("draw", "output")}
 
 
-def features_of(kind: str, outputs: str = "trace", **options: object) -> tuple[KernelSpec, FeatureMap]:
+def features_of(kind: str, outputs: str = "trace", **options: Any) -> tuple[KernelSpec, FeatureMap]:
     """The spec and the features of a kernel of 16 draws in 4 blocks."""
     spec = KernelSpec(outputs=outputs, gamma=0.6, blocks=4, **{"draws": 16, **KINDS[kind], **options})
     model = prepare_model(case("tanh_mlp").build(), dtype=torch.float64, device="cpu")
@@ -48,7 +50,7 @@ def test_every_estimator_is_a_feature_map_whose_storage_survives_json(kind):
     assert isinstance(features, FeatureMap)
     storage = features.storage
     assert storage.arrays == features.arrays
-    assert FeatureStorage.from_plain(json.loads(json.dumps(storage.to_plain()))) == storage
+    assert from_plain(FeatureStorage, json.loads(json.dumps(to_plain(storage)))) == storage
     paths = {storage.path("train", spec) for spec in storage.arrays}
     assert len(paths) == len(storage.arrays)
     assert (paths == {"train/features"}) == (kind in FACTORS)

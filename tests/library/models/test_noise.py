@@ -229,6 +229,7 @@ def test_unbiased_and_plugin_are_those_of_the_draws():
     np.testing.assert_allclose(ours.plugin, brute_force.plugin(means, means, "trace"), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.statistical
 def test_estimators_agree_on_a_network_with_dropout():
     """Within their standard errors; the network without noise is another one (dropout right before a linear readout
     would not change the mean function, so it is behind both layers).

@@ -113,6 +113,7 @@ def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, monkeypatch):
     assert_same_bits(finished(tmp_path / "whole", *sets), finished(tmp_path / "stopped", *sets, resume=True))
 
 
+@pytest.mark.process
 def test_projected_passes_count_the_base_passes(tmp_path):
     """A draw of a pair takes half a base pass beside its own, an independent one a whole."""
     operations = {}

@@ -111,6 +111,7 @@ def test_what_only_the_model_can_tell_is_refused_in_one_line(sets, message, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_the_plan_counts_the_groups_that_are_held(tmp_path):
     """310 draws of 310 parameters at once, with what is made of them; the rest is the same for both."""
     peaks = []

@@ -28,6 +28,7 @@ def test_a_run_keeps_its_probes(good_run):
     assert (probes["noise_measured"], probes["training_modules"], probes["cautions"]) == (True, [], [])
 
 
+@pytest.mark.process
 def test_a_plan_and_a_page_show_them(good_run, tmp_path):
     text = " ".join(nntk(*arguments("plan", tmp_path / "run")).out.split())
     page = (good_run / "report/index.html").read_text()
@@ -48,6 +49,7 @@ def test_noise_is_cautioned_of_before_a_run_and_on_its_page(tmp_path):
     assert f"<p>R{words}" in (tmp_path / "run/report/index.html").read_text()
 
 
+@pytest.mark.process
 def test_a_stopped_run_goes_on_with_its_probes(good_run, tmp_path, monkeypatch):
     def stop(context, task):
         raise KeyboardInterrupt

@@ -44,6 +44,7 @@ def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     assert nntk("verify", whole).code == 0
 
 
+@pytest.mark.process
 def test_the_projection_counts_the_sketch(tmp_path):
     run_dir = finished(tmp_path / "run", *SETS)
     stored, projection = arrays(run_dir), json.loads((run_dir / "manifest.json").read_text())["projection"]

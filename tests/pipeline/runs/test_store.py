@@ -142,6 +142,7 @@ def test_a_full_kernel_sums_to_the_trace(tmp_path):
     np.testing.assert_allclose(diagonal, trace["test/diagonal"], rtol=16 * EPS)
 
 
+@pytest.mark.process
 def test_raw_and_localised_kernels_differ_by_the_square_of_the_parameters(tmp_path):
     raw = arrays(finished(tmp_path / "raw", *FEW, "kernel.scale=raw"))
     localised = arrays(finished(tmp_path / "localised", *FEW))

@@ -131,6 +131,7 @@ def planned_batch(run_dir: Path) -> int:
     return json.loads((run_dir / "manifest.json").read_text())["layout"]["batch"]
 
 
+@pytest.mark.process
 def test_a_run_goes_on_with_batches_that_fit_also_when_continued(tmp_path, hungry):
     """From batches of 256 to 64 where the model takes no more than 70; the numbers are those of a run with 64."""
     small = finished(tmp_path / "small", *SETS, *hungry(10**9), "compute.batch=64")

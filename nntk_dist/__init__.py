@@ -37,7 +37,8 @@ from nntk_dist.weighting.options import Weighting
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
-    from nntk_dist.store.stored_kernel import StoredKernel, open_kernel
+    from nntk_dist.store.opening import open_kernel
+    from nntk_dist.store.stored_kernel import StoredKernel
 
 __all__ = [  # noqa: RUF022  # in sections, not sorted
     # Kernels of a model in memory
@@ -87,7 +88,7 @@ _HOMES = MappingProxyType(
         "NNTKClassifier": "nntk_dist.learning",
         "NNTKRegressor": "nntk_dist.learning",
         "StoredKernel": "nntk_dist.store.stored_kernel",
-        "open_kernel": "nntk_dist.store.stored_kernel",
+        "open_kernel": "nntk_dist.store.opening",
     }
 )
 

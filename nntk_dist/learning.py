@@ -21,7 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from nntk_dist.analysis.dense_regression import fit_ridge_path
+from nntk_dist.analysis.regression.dense import fit_ridge_path
 from nntk_dist.errors import ArgumentError, DataError, check_choice
 from nntk_dist.kernels.prepared import BATCH, Placement, PreparedKernel, prepare
 from nntk_dist.planning.decision import Decision

@@ -1,4 +1,1 @@
-"""Reading a stored kernel lazily. The only package of the library that opens a Zarr store.
-
-Nothing is written here: `pipeline.storage` writes.
-"""
+"""Reading stored kernels. This is the only package of the library that opens a Zarr store."""

@@ -1,7 +1,9 @@
 """The command line `nntk`, the same as `python -m pipeline`: run, plan, status, verify, report.
 
-A wrong configuration, path or store ends with one line on stderr and exit code 2; Ctrl-C with the command that
-continues the run and exit code 130. Everything else that goes wrong is a bug and keeps its traceback.
+A wrong configuration, path or store ends with one line on standard error and exit code 2; Ctrl-C with the command that
+continues the run and exit code 130. Any other exception is a bug and keeps its traceback.
+
+Nothing heavy is imported before a command runs, so that `--help`, `--version` and completion answer at once.
 """
 
 import shlex
@@ -10,29 +12,27 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from nntk_dist.errors import NNTKError
-from pipeline.config.schema import load_config
-from pipeline.driver import display
-from pipeline.driver.progress import make_progress
-from pipeline.records.lock import driver_alive, read_heartbeat
-from pipeline.records.manifest import Manifest, read_manifest
-from pipeline.storage.run_storage import RunStorage
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.records.manifest import Manifest
+    from pipeline.storage.run_storage import RunStorage
+
+_DISTRIBUTION = "nntk-dist"
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Nonlocal neural tangent kernels over whole data sets: computed, stored, decomposed and regressed with.",
+    help="Compute, store and analyse nonlocal neural tangent kernels of whole data sets.",
+    epilog="Example: nntk run configs/digits.yaml",
 )
-out = Console()
-err = Console(stderr=True)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Override a configuration key.")]
@@ -43,17 +43,44 @@ Address = Annotated[
 RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        number = metadata.version(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:  # run from a source tree
+        number = "(not installed)"
+    typer.echo(f"nntk {number}")
+    raise typer.Exit()
+
+
+@app.callback()
+def nntk(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compute, store and analyse nonlocal neural tangent kernels of whole data sets."""
+
+
+@app.command(epilog="Example: nntk run configs/digits.yaml --set kernel.distribution.gamma=0.1 --resume")
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run, or redo changed stages.")] = False,
     address: Address = None,
 ) -> None:
-    """Run all stages of CONFIG. Exit code 0 only if every stage finished, 3 if an asked accuracy was not reached."""
+    """Run all stages of CONFIG.
+
+    The exit code is 0 if every stage finished, 3 if a requested accuracy was not reached.
+    """
+    from pipeline.config.schema import load_config
+    from pipeline.driver import display
+    from pipeline.driver.progress import make_progress
     from pipeline.driver.run import execute, prepare
 
     settings = load_config(config, overrides or [])
+    out = _out()
     with _interruptible(_resume_command(config, overrides or [], address)):
         prepared = prepare(settings, resume=resume)
         if prepared.nothing_to_do:
@@ -62,47 +89,55 @@ def run(
             results = prepared.stored.results
         else:
             display.print_choice(out, prepared.plan, searching=prepared.searching)
-            results = execute(prepared, address=address, progress=make_progress(err))
+            results = execute(prepared, address=address, progress=make_progress(_err()))
         display.print_results(out, results, settings.run_dir)
     if results.get("rtol_reached") is False:
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(epilog="Example: nntk plan configs/digits.yaml --set data.train=1000")
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show what would run: tiles, operations, time, bytes on disk and in memory, the estimator and why."""
+    """Show what would run: tiles, operations, time, disk and memory, the estimator and why."""
+    from pipeline.config.schema import load_config
+    from pipeline.driver import display
     from pipeline.driver.run import prepare
 
     settings = load_config(config, overrides or [])
     with _interruptible(None):
         prepared = prepare(settings, resume=True)
-        display.print_plan(out, prepared.plan, searching=prepared.searching)
+        display.print_plan(_out(), prepared.plan, searching=prepared.searching)
 
 
-@app.command()
+@app.command(epilog="Example: nntk status runs/digits")
 def status(run_dir: RunDir) -> None:
     """Show how far a run is, and whether its driver is alive."""
     from pipeline.decisions.continuation import stored_job
+    from pipeline.driver import display
     from pipeline.records.ledger import Ledger
+    from pipeline.records.lock import driver_alive, read_heartbeat
 
     storage, manifest = _open(run_dir)
     heartbeat = read_heartbeat(storage) if driver_alive(storage) else None
-    display.print_status(out, manifest, stored_job(manifest), Ledger(storage), heartbeat)
+    display.print_status(_out(), manifest, stored_job(manifest), Ledger(storage), heartbeat)
 
 
-@app.command()
+@app.command(epilog="Example: nntk verify runs/digits --recompute 10 --forget")
 def verify(
     run_dir: RunDir,
     recompute: Annotated[int, typer.Option(min=0, help="Tiles to compute again and compare.")] = 3,
-    forget: Annotated[bool, typer.Option("--forget", help="Let run --resume do damaged tasks again.")] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Let run --resume redo damaged tasks.")] = False,
 ) -> None:
-    """Check a store: completeness, checksums, symmetry, NaN, some tiles computed again. Exit code 1 if one fails."""
+    """Check a store: completeness, checksums, symmetry, NaN, some tiles computed again.
+
+    The exit code is 1 if a check fails.
+    """
+    from pipeline.driver import display
     from pipeline.driver.verify import Damage
     from pipeline.driver.verify import forget as forget_tasks
     from pipeline.driver.verify import verify as checks
 
     storage, manifest = _open(run_dir)
-    failed = False
+    out, failed = _out(), False
     damaged: list[Damage] = []
     with _interruptible(None):
         for finding in checks(storage, manifest, recompute=recompute):
@@ -118,38 +153,58 @@ def verify(
     raise typer.Exit(1 if failed else 0)
 
 
-@app.command()
+@app.command(epilog="Example: nntk report runs/digits")
 def report(run_dir: RunDir) -> None:
-    """Make the HTML report of a run again."""
+    """Write the HTML report of a run again."""
+    from nntk_dist.errors import StoreError
     from pipeline.driver.report_inputs import write_report
 
     storage, manifest = _open(run_dir)
     if manifest.completed is None:
-        raise NNTKError(f"{run_dir} holds an unfinished run; continue it with nntk run … --resume, then report")
+        raise StoreError(f"{run_dir} holds an unfinished run; continue it with nntk run … --resume, then report")
     write_report(storage, manifest)
-    out.print(f"report: {storage.url}/report/index.html", soft_wrap=True)
+    _out().print(f"report: {storage.url}/report/index.html", soft_wrap=True)
 
 
 def main() -> NoReturn:
-    """Entry point: turns errors that a user can put right into one line and exit code 2."""
-    if "" not in sys.path:
-        sys.path.insert(
-            0, ""
-        )  # python:module:function finds modules of the current folder, also under the console script
+    """Run the command line; errors that the user can fix become one line and exit code 2."""
+    if "" not in sys.path:  # python:module:function finds modules of the current folder, also for the console script
+        sys.path.insert(0, "")
     try:
         app(prog_name="nntk")
-    except NNTKError as error:
+    except ValueError as error:
+        from nntk_dist.errors import NNTKError
+
+        if not isinstance(error, NNTKError):
+            raise
+        err = _err()
         err.print("error:", style="bold red", end=" ")
         err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     sys.exit(0)
 
 
-def _open(run_dir: str) -> tuple[RunStorage, Manifest]:
+def _out() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _err() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _open(run_dir: str) -> "tuple[RunStorage, Manifest]":
+    from nntk_dist.errors import StoreError
+    from pipeline.records.manifest import read_manifest
+    from pipeline.storage.run_storage import RunStorage
+
     storage = RunStorage(run_dir)
     manifest = read_manifest(storage)
     if manifest is None:
-        raise NNTKError(f"{run_dir} holds no run: there is no manifest.json; give the run_dir of a configuration")
+        raise StoreError(f"{run_dir} holds no run: there is no manifest.json; give the run_dir of a configuration")
     return storage, manifest
 
 
@@ -162,7 +217,7 @@ def _resume_command(config: Path, overrides: list[str], address: str | None) -> 
 
 @contextmanager
 def _interruptible(resume_command: str | None) -> Iterator[None]:
-    """Ctrl-C, or the SIGTERM of a scheduler, ends cleanly with exit code 130 and says how to go on."""
+    """End cleanly on Ctrl-C or a scheduler's SIGTERM: exit code 130 and the command that continues."""
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -171,6 +226,7 @@ def _interruptible(resume_command: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        err = _err()
         err.print("\nstopped; finished tasks are kept.", style="yellow")
         if resume_command:
             err.print(f"continue with: {resume_command}", markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field, JsonValue, Strict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from nntk_dist.analysis.iterative_regression import TOLERANCE
+from nntk_dist.analysis.regression.conjugate_gradients import ConjugateGradients
+from nntk_dist.analysis.solvers import REGRESSION_SOLVERS, SPECTRUM_SOLVERS
 from nntk_dist.errors import NNTKError, nearest_name
 from pipeline.config.kernel import KernelConfig
 from pipeline.config.overrides import apply_overrides, read_document, show, unknown_key
@@ -31,6 +32,8 @@ from pipeline.config.types import (
     Section,
     Seed,
     Text,
+    names_in,
+    registered,
 )
 
 
@@ -88,18 +91,31 @@ class ComputeConfig(Section):
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
 
-class SpectrumConfig(Section):
-    """The eigenvalues, and how many eigenvectors to keep; an iterative method finds `top_k` eigenvalues alone."""
+Arguments = Annotated[dict[str, JsonValue], Field(description="a mapping of the solver's own arguments")]
 
-    method: Literal["auto", "dense", "factored", "iterative"] = "auto"
+
+class SpectrumConfig(Section):
+    """The eigenvalues, and how many eigenvectors to keep; an iterative solver finds `top_k` eigenvalues alone."""
+
+    method: Annotated[
+        str,
+        registered("spectrum.method", SPECTRUM_SOLVERS, "auto"),
+        Field(description=names_in(SPECTRUM_SOLVERS, "auto")),
+    ] = "auto"
+    args: Arguments = Field(default_factory=dict)
     top_k: Count = 50
 
 
 class RegressionConfig(Section):
-    """Kernel ridge regression; a ridge is relative: K + ridge * (tr K / n) * I. `tolerance` is of iterative solves."""
+    """Kernel ridge regression; a ridge is relative: K + ridge * (tr K / n) * I. Iterative solvers take `tolerance`."""
 
-    method: Literal["auto", "dense", "factored", "iterative"] = "auto"
-    tolerance: PositiveNumber = TOLERANCE
+    method: Annotated[
+        str,
+        registered("regression.method", REGRESSION_SOLVERS, "auto"),
+        Field(description=names_in(REGRESSION_SOLVERS, "auto")),
+    ] = "auto"
+    args: Arguments = Field(default_factory=dict)
+    tolerance: PositiveNumber = ConjugateGradients().tolerance
     ridge: Annotated[
         tuple[PositiveNumber, ...],
         Strict(False),
@@ -127,6 +143,11 @@ class Config(Section):
     spectrum: SpectrumConfig = SpectrumConfig()
     regression: RegressionConfig = RegressionConfig()
     report: ReportConfig = ReportConfig()
+    stages: Annotated[
+        tuple[Text, ...],
+        Strict(False),
+        Field(description="a list of additional stages, each python:module:Name"),
+    ] = ()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

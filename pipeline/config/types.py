@@ -3,9 +3,12 @@
 Each description is the text that an error message gives as allowed (see `pipeline.config.schema`).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, Strict
+
+from nntk_dist.errors import nearest_name
+from nntk_dist.registration.registry import PYTHON, Registry
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n]+$", description="text, not empty")]
 Flag = Annotated[bool, Field(description="true or false")]
@@ -20,6 +23,23 @@ MemoryOrAuto = Annotated[
 ]
 # Lists are held as tuples, so that no part of a section can change; strictness would refuse to make one of a list.
 Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of one or more names")]
+
+
+def names_in(registry: Registry[Any], *others: str) -> str:
+    """Return what is allowed of a name in a registry, as text."""
+    return ", ".join((*others, *registry.locations, f"{PYTHON}module:Name"))
+
+
+def registered(key: str, registry: Registry[Any], *others: str) -> AfterValidator:
+    """Return the check of the key `key`: a name in a registry, `python:module:Name`, or one of `others`."""
+
+    def check(name: str) -> str:
+        if name not in others and name not in registry:
+            names = (*others, *registry, f"{PYTHON}module:Name")
+            raise ValueError(f"{key} is '{name}'; allowed: {', '.join(names)}{nearest_name(name, names)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):

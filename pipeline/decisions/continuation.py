@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from nntk_dist.analysis.solvers import SolverChoice
 from nntk_dist.errors import StoreError
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.plain import from_plain
@@ -19,7 +20,6 @@ from pipeline.records.manifest import Manifest, describe_difference
 from pipeline.storage.run_storage import RunStorage
 
 Section = TypeVar("Section")
-LATER_STAGES = ("spectrum", "regression")
 
 
 def stored_job(manifest: Manifest, config: Config | None = None) -> Job:
@@ -44,6 +44,7 @@ def stored_job(manifest: Manifest, config: Config | None = None) -> Job:
         layout=_restored(lambda: from_plain(Layout, manifest.layout), "layout"),
         sizes=_restored(lambda: from_plain(Sizes, manifest.sizes), "sizes"),
         features=_restored(lambda: from_plain(FeatureStorage, manifest.features), "features"),
+        solvers={stage: _restored_choice(stage, values) for stage, values in manifest.solvers.items()},
     )
 
 
@@ -54,6 +55,10 @@ def stored_decision(manifest: Manifest) -> Decision:
         StoreError: it is not whole.
     """
     return _restored(lambda: Decision.from_plain(manifest.decision), "decision")
+
+
+def _restored_choice(stage: str, values: Mapping[str, Any]) -> SolverChoice:
+    return _restored(lambda: SolverChoice(**values), f"solvers.{stage}")
 
 
 def _restored(restore: Callable[[], Section], key: str) -> Section:
@@ -114,10 +119,11 @@ def stages_to_rerun(
     Raises:
         StoreError: without `resume`, the run is unfinished or a later section changed.
     """
-    changed = tuple(stage for stage in LATER_STAGES if fingerprints[stage] != manifest.fingerprints.get(stage))
+    later = [stage for stage in fingerprints if stage != "kernel"]
+    changed = tuple(stage for stage in later if fingerprints[stage] != manifest.fingerprints.get(stage))
     if changed and not resume:
-        old = {stage: manifest.config.get(stage, {}) for stage in changed}
-        new = {stage: getattr(config, stage).model_dump(mode="json") for stage in changed}
+        asked = config.model_dump(mode="json")
+        old, new = ({key: each.get(key, {}) for key in (*changed, "stages")} for each in (manifest.config, asked))
         raise StoreError(
             f"{run_dir} was finished with another {' and '.join(changed)}: {describe_difference(old, new)}; "
             f"--resume reruns only {' and '.join(changed)}"

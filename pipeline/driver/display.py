@@ -15,7 +15,7 @@ from pipeline.records.lock import Heartbeat
 from pipeline.records.manifest import Manifest
 from pipeline.report.formatting import count, duration, number, size
 from pipeline.report.probe_facts import probe_facts
-from pipeline.work.stages import ORDER, pilot
+from pipeline.work.stages import PILOT, stage_named, stages_of
 
 _TABLES = MappingProxyType({"spectrum": "eigenvalues", "regression": "regression"})
 
@@ -49,8 +49,8 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
     print_choice(out, plan, searching=searching)
     projection, layout = plan.projection, plan.job.layout
     table = Table("stage", "tasks", "operations", "time (estimate)", box=None, pad_edge=False)
-    for stage in ORDER:
-        name = stage.NAME
+    for stage in stages_of(plan.job.config.stages):
+        name = stage.name
         if projection.tasks[name]:
             seconds = projection.seconds.get(name, 0.0)
             operations = projection.operations.get(name, 0.0)
@@ -66,7 +66,7 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         f"spectrum and regression {size(projection.solve_bytes)}",
         soft_wrap=True,
     )
-    for name, solver in plan.solvers.items():
+    for name, solver in plan.job.solvers.items():
         out.print(f"{name}: {solver.text}", soft_wrap=True, markup=False, highlight=False)
     if not layout.write_tiles:
         asked = plan.job.config.compute.write_tiles is False
@@ -129,11 +129,11 @@ def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, hea
     out.print(f"{manifest.config['name']}: {state}", markup=False, highlight=False, soft_wrap=True)
     table = Table("stage", "done", "tasks", "time in tasks", "written", box=None, pad_edge=False)
     totals = ledger.totals()
-    for stage in (pilot, *ORDER):
-        so_far = totals.get(stage.NAME, StageTotals())
+    for stage in (stage_named(PILOT, job), *stages_of(job.config.stages)):
+        so_far = totals.get(stage.name, StageTotals())
         total = sum(1 for _ in stage.tasks(job)) or so_far.tasks
         if total:
-            table.add_row(stage.NAME, count(so_far.tasks), count(total), duration(so_far.seconds), size(so_far.bytes))
+            table.add_row(stage.name, count(so_far.tasks), count(total), duration(so_far.seconds), size(so_far.bytes))
     out.print(table)
 
 

@@ -14,12 +14,12 @@ from pipeline.job.job import Job
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.records.ledger import Ledger
 from pipeline.records.manifest import StageRecord
-from pipeline.work.stages import pilot
+from pipeline.work.stages.pilot import Pilot, look_task
 
 
 def looks_of(ledger: Ledger) -> list[Look]:
     """Return the looks so far, by their number of draws."""
-    looks = [Look.from_numbers(row.numbers) for row in ledger.rows(pilot.NAME)]
+    looks = [Look.from_numbers(row.numbers) for row in ledger.rows(Pilot.name)]
     return sorted(looks, key=lambda look: look.draws)
 
 
@@ -55,11 +55,11 @@ def search_draws(
         if num_draws != plan.job.sizes.num_draws:
             plan = make_plan(config, dataset, model, job=first, num_draws=num_draws, parts=plan.parts)
         record = runner.carry_out(
-            pilot.NAME, [pilot.look_task(plan.job)], 1, 0, record, title=f"pilot with {num_draws} draws"
+            Pilot.name, [look_task(plan.job)], 1, 0, record, title=f"pilot with {num_draws} draws"
         )
     found = looks_of(runner.ledger)[-1].draws
     if found != plan.job.sizes.num_draws:
         plan = make_plan(config, dataset, model, job=first, num_draws=found, parts=plan.parts)
     if record is None:  # stopped between the last look and the manifest
-        record = runner.carry_out(pilot.NAME, (), 0, 0, None)
+        record = runner.carry_out(Pilot.name, (), 0, 0, None)
     return plan, record

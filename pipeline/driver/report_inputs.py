@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from nntk_dist.analysis.dense_regression import RidgeRow
+from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.planning.decision import Decision
 from nntk_dist.weighting.options import Weighting
 from pipeline.decisions.continuation import stored_decision, stored_job

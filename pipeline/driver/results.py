@@ -12,6 +12,7 @@ from nntk_dist.statistics.required_draws import verdict
 from pipeline.driver.draw_search import looks_of
 from pipeline.job.job import Job
 from pipeline.records.ledger import Ledger
+from pipeline.work.stages import stages_of
 
 
 def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
@@ -49,11 +50,14 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
     for row in ledger.rows("spectrum"):
         numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
         results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in numbers.items()}
-        results |= _solver_results("spectrum", row.numbers)
+        results |= _solver_results(job, "spectrum", row.numbers)
     for row in ledger.rows("regression"):
         numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
         results |= {key: value for key, value in numbers.items() if key != "selected"}
-        results |= _solver_results("regression", row.numbers)
+        results |= _solver_results(job, "regression", row.numbers)
+    for added in stages_of(job.config.stages)[len(stages_of()) :]:
+        for row in ledger.rows(added.name):
+            results |= {f"{added.name}_{key}": value for key, value in row.numbers.items() if ":" not in key}
     return {key: _plain(value) for key, value in results.items()}
 
 
@@ -67,15 +71,15 @@ def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
     return results
 
 
-def _solver_results(stage: str, numbers: Mapping[str, float]) -> dict[str, Any]:
-    """How a stage was solved, where not densely; `converged` is about everything that it iterated for."""
+def _solver_results(job: Job, stage: str, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """How a stage was solved, unless by the dense solver; `converged` covers every iteration of the stage."""
+    name = job.solvers[stage].name
+    if name == "dense":
+        return {}
     own = {key.removeprefix("solver:"): value for key, value in numbers.items() if key.startswith("solver:")}
     converged = [value for key, value in numbers.items() if key.endswith(":converged")]
-    if not own:
-        return {}
-    method = "factored" if "columns" in own else "iterative"
     results: dict[str, Any] = {f"{stage}_{key}": value for key, value in own.items() if key != "converged"}
-    results[f"{stage}_method"] = method
+    results[f"{stage}_method"] = name
     return results | ({f"{stage}_converged": all(converged)} if converged else {})
 
 

@@ -45,7 +45,7 @@ from pipeline.records.manifest import (
 from pipeline.runtime.fitting_batch import BATCHED, remembered_batch
 from pipeline.storage.kernel_arrays import KernelArrays
 from pipeline.storage.run_storage import KERNEL_STORE, RunStorage
-from pipeline.work.stages import ORDER, pilot
+from pipeline.work.stages import PILOT, stages_of, with_readers
 from pipeline.work.worker import Worker
 
 
@@ -64,7 +64,7 @@ class Prepared:
     @property
     def searching(self) -> bool:
         """Whether the draws that an asked accuracy takes are still to be found."""
-        found = self.stored is not None and self.stored.finished(pilot.NAME) is not None
+        found = self.stored is not None and self.stored.finished(PILOT) is not None
         return self.config.kernel.rtol is not None and not found
 
     @property
@@ -85,6 +85,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
         job = stored_job(stored, config)
         check_kernel(stored, config, parts, config.run_dir)
         rerun = stages_to_rerun(stored, config, stage_fingerprints(config, parts), config.run_dir, resume=resume)
+        rerun = tuple(with_readers(rerun, stages_of(config.stages)))
     elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
         raise StoreError(
             f"{config.run_dir} holds results, but no manifest.json that says of what; restore it, or choose another "
@@ -108,23 +109,24 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
         prepared = _with_fitting_batch(prepared, ledger)
         prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock, resources)
         plan = prepared.plan
-        left = [each for each in ORDER if each.NAME in prepared.rerun or not is_finished(each, plan.job, ledger)]
+        stages = stages_of(plan.job.config.stages)
+        left = [each for each in stages if each.name in prepared.rerun or not is_finished(each, plan.job, ledger)]
         executor = _make_executor(prepared, address) if left else None
         if executor is not None:
             resources.callback(executor.close)
         resources.callback(ledger.flush)  # the first to be called: whoever stops a run may not wait for Ray to end
-        for stage in prepared.rerun:
-            ledger.forget(stage)
+        for name in prepared.rerun:
+            ledger.forget(name)
         manifest = _manifest(prepared)
         if searched is not None:
-            manifest = manifest.with_stage(pilot.NAME, searched)
+            manifest = manifest.with_stage(PILOT, searched)
         write_manifest(storage, manifest)
         KernelArrays(storage).create(plan.arrays, _attributes(plan))
         if executor is not None:
             runner = StageRunner(ledger, executor, progress, lock)
-            for module in left:
-                record = runner.run(module, plan.job, manifest.stages.get(module.NAME))
-                manifest = manifest.with_stage(module.NAME, record)
+            for stage in left:
+                record = runner.run(stage, plan.job, manifest.stages.get(stage.name))
+                manifest = manifest.with_stage(stage.name, record)
                 write_manifest(storage, manifest)
         ledger.compact()
         results = collect_results(plan.job, ledger)
@@ -166,7 +168,7 @@ def _with_enough_draws(
         prepared.model,
         prepared.plan,
         StageRunner(ledger, executor, progress, lock),
-        manifest.stages.get(pilot.NAME),
+        manifest.stages.get(PILOT),
     )
     executor.stop_workers()
     return replace(prepared, plan=plan), record
@@ -211,6 +213,7 @@ def _manifest(prepared: Prepared) -> Manifest:
         sizes=to_plain(plan.job.sizes),
         decision=plan.job.decision.to_plain(),
         features=to_plain(plan.job.features),
+        solvers={stage: to_plain(choice) for stage, choice in plan.job.solvers.items()},
         projection=to_plain(plan.projection),
         stages=stages,
     )

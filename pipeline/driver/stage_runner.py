@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from types import ModuleType
 
 from pipeline.driver.progress import Progress
 from pipeline.executors import Executor
@@ -19,6 +18,7 @@ from pipeline.job.task import Outcome, Task
 from pipeline.records.ledger import Ledger, LedgerRow, StageTotals
 from pipeline.records.lock import RunLock
 from pipeline.records.manifest import StageRecord
+from pipeline.work.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class StageRunner:
     progress: Progress
     lock: RunLock
 
-    def run(self, stage: ModuleType, job: Job, earlier: StageRecord | None) -> StageRecord:
+    def run(self, stage: Stage, job: Job, earlier: StageRecord | None) -> StageRecord:
         """Carry out a stage's remaining tasks; the record of it, `earlier` attempts included."""
-        done = self.ledger.done(stage.NAME)
+        done = self.ledger.done(stage.name)
         counts = Counter(task.tile in done for task in stage.tasks(job))
         tasks = _tasks_left(stage, job, self.ledger)
-        if stage.USES_ALL_THREADS:  # by one worker: the memory of the others is planned for it too
+        if stage.uses_all_threads:  # by one worker: the memory of the others is planned for it too
             self.executor.stop_workers(keep=1)
-        return self.carry_out(stage.NAME, tasks, counts.total(), counts[True], earlier)
+        return self.carry_out(stage.name, tasks, counts.total(), counts[True], earlier)
 
     def carry_out(
         self,
@@ -69,16 +69,16 @@ class StageRunner:
         )
 
 
-def is_finished(stage: ModuleType, job: Job, ledger: Ledger) -> bool:
+def is_finished(stage: Stage, job: Job, ledger: Ledger) -> bool:
     """Whether all tasks of a stage are in the ledger."""
-    done = ledger.done(stage.NAME)
+    done = ledger.done(stage.name)
     return all(task.tile in done for task in stage.tasks(job))
 
 
-def _tasks_left(stage: ModuleType, job: Job, ledger: Ledger) -> Iterator[Task]:
+def _tasks_left(stage: Stage, job: Job, ledger: Ledger) -> Iterator[Task]:
     """The tasks that are not in the ledger, with the calibration that theirs need."""
     levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
-    done = ledger.done(stage.NAME)
+    done = ledger.done(stage.name)
     for task in stage.tasks(job):
         if task.tile not in done:
             level = levels.get(task.tile.split("/")[0])

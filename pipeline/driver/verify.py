@@ -31,16 +31,9 @@ from pipeline.storage.array_table import StoredArray, feature_arrays, kernel_arr
 from pipeline.storage.kernel_store import checksum
 from pipeline.storage.run_storage import RunStorage, StorageRefusal
 from pipeline.work.context import Context
-from pipeline.work.stages import ORDER, STAGES
+from pipeline.work.stages import stage_named, stages_of, with_readers
 
 _ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation order, far below any wrong entry
-_SOLVES = ("spectrum", "regression")
-_READERS = {  # stages that read, by themselves or through others, what a stage has written
-    "features": ("calibration", "gram", "test", *_SOLVES),
-    "metric": ("calibration", "gram", "test", *_SOLVES),
-    "gram": _SOLVES,
-    "test": ("regression",),
-}
 
 
 @dataclass(frozen=True)
@@ -99,34 +92,35 @@ def forget(storage: RunStorage, damaged: Iterable[Damage]) -> None:
     """
     with RunLock(storage):
         ledger = Ledger(storage)
+        manifest = read_manifest(storage)
+        stages = stages_of(() if manifest is None else config_from_dict(manifest.config).stages)
         by_stage: dict[str, set[str]] = {}
         later: set[str] = set()
         for each in damaged:
             by_stage.setdefault(each.stage, set()).add(each.tile)
             if each.readable:
-                later.update(_READERS[each.stage])
+                later.update(with_readers([each.stage], stages) - {each.stage})
         for name, tiles in by_stage.items():
             ledger.forget(name, tiles)
         for name in later:
             ledger.forget(name)
-        manifest = read_manifest(storage)
         if manifest is not None:
-            stages = {
+            records = {
                 name: record.model_copy(update={"finished": None}) if name in later | by_stage.keys() else record
                 for name, record in manifest.stages.items()
             }
-            write_manifest(storage, manifest.model_copy(update={"stages": stages, "completed": None}))
+            write_manifest(storage, manifest.model_copy(update={"stages": records, "completed": None}))
 
 
 def _completeness(job: Job, ledger: Ledger) -> Finding:
     total, missing, first = 0, 0, ""
-    for stage in ORDER:
-        done = ledger.done(stage.NAME)
+    for stage in stages_of(job.config.stages):
+        done = ledger.done(stage.name)
         for task in stage.tasks(job):
             total += 1
             if task.tile not in done:
                 missing += 1
-                first = first or f"; the first missing: {stage.NAME} {task.tile}"
+                first = first or f"; the first missing: {stage.name} {task.tile}"
     return Finding("completeness", not missing, f"{total - missing} of {total} tasks are in the ledger{first}")
 
 
@@ -238,7 +232,7 @@ def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
         level = levels.get(row.tile.split("/")[0])
         comparison.distance = 0.0
         task = Task(row.stage, row.tile, {} if level is None else {"level": level})
-        shadow.finish(STAGES[row.stage].execute(shadow, task))
+        shadow.finish(stage_named(row.stage, context.job).execute(shadow, task))
         distances[row.tile] = comparison.distance
     same = sum(1 for distance in distances.values() if distance == 0)
     detail = f"{same} of {len(distances)} recomputed tiles have the same bits"

@@ -6,8 +6,10 @@ the same place. Nothing here computes.
 Units: `_bytes`, `_seconds`. Rows are counted in examples, also if a `full` kernel holds C rows for each.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from nntk_dist.analysis.solvers import SolverChoice
 from nntk_dist.planning.decision import Decision
 from nntk_dist.products.feature_description import FeatureStorage
 from nntk_dist.products.wanted import Wanted
@@ -85,6 +87,8 @@ class Job:
         decision: how it is computed.
         layout: how it is cut into tasks and stored.
         sizes: how much there is of everything.
+        features: how the store keeps features.
+        solvers: the solver of each stage that solves, as the plan chose.
     """
 
     run_dir: str
@@ -95,6 +99,7 @@ class Job:
     layout: Layout
     sizes: Sizes
     features: FeatureStorage
+    solvers: Mapping[str, SolverChoice] = field(default_factory=dict)
 
     @property
     def wanted(self) -> Wanted:

@@ -27,7 +27,7 @@ from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.decisions.layout import choose_batch, make_layout, threads_of
-from pipeline.decisions.solvers import SOLVED, Solver, choose_solver
+from pipeline.decisions.solvers import choose_solvers
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job, Layout, Sizes
 from pipeline.planning.projection import BASE_BYTES, Projection, feature_costs, project
@@ -36,6 +36,7 @@ from pipeline.runtime.cpus import available_cpus
 from pipeline.runtime.fitting_batch import FittingBatch
 from pipeline.storage.array_table import StoredArray, all_arrays, stored_factor_form
 from pipeline.storage.run_storage import RunStorage
+from pipeline.work.stages import stages_of
 
 _PROBE_EXAMPLES = 32
 _USABLE_SHARE = 0.9  # of the memory that is free now
@@ -43,14 +44,13 @@ _USABLE_SHARE = 0.9  # of the memory that is free now
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run. `parts` are the nameable inputs of the kernel's fingerprint, `solvers` how later stages solve."""
+    """What would run. `parts` are the nameable inputs of the kernel's fingerprint."""
 
     job: Job
     arrays: tuple[StoredArray, ...]
     parts: Mapping[str, Any]
     fingerprints: Mapping[str, str]
     projection: Projection
-    solvers: Mapping[str, Solver]
     num_workers: int
     memory_per_worker: int
 
@@ -110,6 +110,7 @@ def make_plan(
         planned = kept
         _check_sizes(config, dataset, planned.sizes)
         arrays = describe_arrays(planned, dataset)
+    planned = replace(planned, solvers=choose_solvers(planned))
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
     plan = _fit(config, planned, features, arrays, prepared, x, parts, prints)
@@ -186,10 +187,15 @@ def describe_arrays(job: Job, dataset: Dataset) -> tuple[StoredArray, ...]:
 def stage_fingerprints(config: Config, parts: Mapping[str, Any]) -> dict[str, str]:
     """One hash for the kernel and one for each later stage, which adds its own section."""
     kernel = fingerprint(parts)
+    added = stages_of(config.stages)[len(stages_of()) :]
     return {
         "kernel": kernel,
         "spectrum": fingerprint({"kernel": kernel, "spectrum": config.spectrum.model_dump(mode="json")}),
         "regression": fingerprint({"kernel": kernel, "regression": config.regression.model_dump(mode="json")}),
+        **{
+            stage.name: fingerprint({"kernel": kernel, "stage": location})
+            for location, stage in zip(config.stages, added, strict=True)
+        },
     }
 
 
@@ -205,10 +211,8 @@ def _fit(
 ) -> Plan:
     """The plan with the number of workers that fit; refused if none does."""
     wanted = wanted_workers(config, job.layout)
-    factor = stored_factor_form(job)
-    solvers = {stage: choose_solver(job, stage, factor) for stage in SOLVED}
     cpus = available_cpus()
-    projection = project(job, features, list(arrays), model, x, num_workers=wanted, solvers=solvers, num_cpus=cpus)
+    projection = project(job, features, list(arrays), model, x, num_workers=wanted, num_cpus=cpus)
     usable = int(_USABLE_SHARE * available_memory())
     workers = wanted
     if config.compute.memory_per_worker == "auto":
@@ -232,8 +236,8 @@ def _fit(
             "data.train smaller or take a machine with more memory"
         )
     if workers != wanted:
-        projection = project(job, features, list(arrays), model, x, num_workers=workers, solvers=solvers, num_cpus=cpus)
-    return Plan(job, arrays, parts, prints, projection, solvers, workers, each)
+        projection = project(job, features, list(arrays), model, x, num_workers=workers, num_cpus=cpus)
+    return Plan(job, arrays, parts, prints, projection, workers, each)
 
 
 def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:

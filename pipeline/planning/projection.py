@@ -25,7 +25,7 @@ from nntk_dist.statistics.estimates import SAMPLE_ENTRIES
 from nntk_dist.statistics.tile_estimates import tile_window_edges
 from pipeline.decisions.build import DTYPES, state_bytes
 from pipeline.decisions.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
-from pipeline.decisions.solvers import SOLVED, Solver, solver_bytes, solver_operations, solver_reads
+from pipeline.decisions.solvers import solver_cost
 from pipeline.decisions.weighting_reference import num_reference
 from pipeline.job.job import Job, intervals
 from pipeline.storage.array_table import (
@@ -36,7 +36,7 @@ from pipeline.storage.array_table import (
 )
 from pipeline.storage.kernel_store import chunk_edge, inner_chunks
 from pipeline.work.sampled_calibration import most_sampled_rows
-from pipeline.work.stages import ORDER
+from pipeline.work.stages import stages_of
 
 # Resident size of a process that has imported torch, zarr, ray and this package and computed a little: measured with
 # the CPU build of torch.
@@ -82,25 +82,25 @@ def project(
     x: Tensor,
     *,
     num_workers: int,
-    solvers: Mapping[str, Solver],
     num_cpus: int,
 ) -> Projection:
     """Project a job on `num_workers` workers of this machine, whose `num_cpus` the solvers share."""
     costs = feature_costs(job, features)
-    operations = _operations(job, features, costs, model, x, solvers)
+    solves = {stage: solver_cost(job, stage, tuple(arrays)) for stage in job.solvers}
+    operations = _operations(job, features, costs, model, x)
+    operations |= {stage: cost.operations for stage, cost in solves.items()}
     operations["features"] += num_workers * weighting_operations(job, model, x)
     rate = _rate(job.layout.dtype, job.layout.device) * _EFFICIENCY
-    parallel = {stage.NAME: 1 if stage.USES_ALL_THREADS else num_workers for stage in ORDER}
-    tasks = {stage.NAME: sum(1 for _ in stage.tasks(job)) for stage in ORDER}
+    stages = stages_of(job.config.stages)
+    parallel = {stage.name: 1 if stage.uses_all_threads else num_workers for stage in stages}
+    tasks = {stage.name: sum(1 for _ in stage.tasks(job)) for stage in stages}
     each = share_of_rate(job)
     seconds = {
         name: count / (rate * each * max(1, min(parallel[name], tasks[name]))) for name, count in operations.items()
     }
     solving = _rate("float64", "cpu") * _EFFICIENCY * num_cpus
-    factor_bytes = sum(array.num_bytes for array in arrays if array.path == "train/features")
-    for name, solver in solvers.items():
-        reading = solver_reads(job, name, solver, factor_bytes) / _READ_BYTES_PER_SECOND
-        seconds[name] = operations[name] / solving + reading
+    for name, cost in solves.items():
+        seconds[name] = cost.operations / solving + cost.read_bytes / _READ_BYTES_PER_SECOND
     disk: dict[str, int] = {}
     for array in arrays:
         group = "features" if "features" in array.path else array.path.split("/")[-1]
@@ -111,7 +111,7 @@ def project(
         seconds=seconds,
         disk_bytes=disk,
         worker_bytes=_worker_bytes(job, features, costs, model, x),
-        solve_bytes=solve_bytes(job, solvers),
+        solve_bytes=BASE_BYTES + max(cost.memory_bytes for cost in solves.values()),
     )
 
 
@@ -167,10 +167,8 @@ def weighting_bytes(job: Job, x: Tensor) -> int:
     return x.element_size() * inputs + 8 * (2 * sizes.num_parameters + (1 + parts) * at_once)
 
 
-def _operations(
-    job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.Module, x: Tensor, solvers: Mapping[str, Solver]
-) -> dict[str, float]:
-    """Return the operations of each stage."""
+def _operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Return the operations of each stage that does not solve."""
     sizes = job.sizes
     rows = sizes.num_train + sizes.num_test
     one_pass, one_row = pass_operations(model, x), row_operations(job, features, costs, model, x)
@@ -186,7 +184,6 @@ def _operations(
         "gram": tiles
         * (per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows),
         "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows if tiles else diagonal,
-        **{name: solver_operations(job, name, solvers[name]) for name in SOLVED},
     }
 
 
@@ -216,11 +213,6 @@ def _worker_bytes(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
     calibration_task = 0 if layout.stderr == "none" else sample + products
     return int(held + max(feature_task, calibration_task) + tile_task)
-
-
-def solve_bytes(job: Job, solvers: Mapping[str, Solver]) -> int:
-    """Return the peak of spectrum and regression, by their methods."""
-    return BASE_BYTES + max(solver_bytes(job, name, solver) for name, solver in solvers.items())
 
 
 def _tile_bytes(job: Job, features: FeatureMap, costs: FeatureCosts, row_bytes: int) -> int:

@@ -62,6 +62,7 @@ class Manifest(BaseModel):
         sizes: how many rows, outputs, parameters, draws and blocks.
         decision: `Decision.to_plain()`: estimator, reason, plans and contraction; a continued run decides nothing.
         features: the feature arrays, and how the store keeps them.
+        solvers: the solver of spectrum and regression: name, reason, arguments, columns of the factor.
         identity: what the kernel's fingerprint is a hash of, in nameable parts.
         projection: projected bytes, operations and tiles.
         stages: stage name to outcome, in the order in which they began.
@@ -82,6 +83,7 @@ class Manifest(BaseModel):
     sizes: dict[str, Any]
     decision: dict[str, Any]
     features: dict[str, Any]
+    solvers: dict[str, dict[str, Any]]
     identity: dict[str, Any]
     projection: dict[str, Any] = Field(default_factory=dict)
     stages: dict[str, StageRecord] = Field(default_factory=dict)

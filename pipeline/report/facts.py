@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import Float
 
-from nntk_dist.analysis.spectrum import Spectrum
+from nntk_dist.analysis.spectra.results import Spectrum
 from pipeline.report.formatting import count, number, percent
 from pipeline.report.inputs import KernelFacts, RegressionFacts, ReportInputs, SolverFacts
 
@@ -108,7 +108,7 @@ def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
 def spectrum_facts(
     eigenvalues: Mapping[str, Float[np.ndarray, " n"]], known: Mapping[str, Mapping[str, float]]
 ) -> list[SpectrumFact]:
-    """The derived numbers of each spectrum (see `nntk_dist.analysis.spectrum.Spectrum`), from `known` where it has
+    """The derived numbers of each spectrum (see `nntk_dist.analysis.Spectrum`), from `known` where it has
     them.
     """
     spectra = [known.get(name) or _spectrum(values).numbers() for name, values in eigenvalues.items()]

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from nntk_dist.analysis.dense_regression import RidgeRow
+from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.planning.model_probes import ModelProbes
 
 

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from nntk_dist.analysis.dense_regression import RidgeRow
+from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from pipeline.report.formatting import number, percent, power_of_ten
 from pipeline.report.inputs import Thumbnail
 

@@ -29,7 +29,7 @@ from pipeline.job.task import Outcome, Task
 from pipeline.runtime.allocator import keep_freed_memory
 from pipeline.runtime.cpus import Threads
 from pipeline.work.context import Context
-from pipeline.work.stages import STAGES
+from pipeline.work.stages import stage_named
 
 
 @dataclass
@@ -56,12 +56,12 @@ class Worker:
             ArgumentError: memory runs out.
             Exception: whatever else the stage raises.
         """
-        stage = STAGES[task.stage]
+        stage = stage_named(task.stage, self.job)
         with _memory_told(task), self._turn:
             started, clock = time.time(), time.perf_counter()
-            if stage.USES_ALL_THREADS:  # of the whole kernel, which needs the memory itself
+            if stage.uses_all_threads:  # of the whole kernel, which needs the memory itself
                 self.context.forget()
-            threads = self.threads.whole_node if stage.USES_ALL_THREADS else self.threads.own
+            threads = self.threads.whole_node if stage.uses_all_threads else self.threads.own
             with self._limited(task.stage, threads), full_precision():
                 written = stage.execute(self.context, task)
         with _memory_told(task):

@@ -40,7 +40,7 @@ from pipeline.records.ledger import Ledger
 from pipeline.records.lock import RunLock
 from pipeline.storage.kernel_arrays import KernelArrays
 from pipeline.storage.run_storage import RunStorage
-from pipeline.work.stages import calibration, features, gram, metric
+from pipeline.work.stages import stage_named
 from pipeline.work.worker import Worker
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
@@ -93,22 +93,22 @@ def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
         executors = {name: RayExecutor(*arguments, num_workers=count) for name, count in (("one", 1), ("two", 2))}
         runners = {name: StageRunner(ledger, each, SilentProgress(), lock) for name, each in executors.items()}
         figures = []
-        for stage in (features, metric, calibration, gram):
-            if stage not in (features, gram):
+        for stage in (stage_named(name, job) for name in ("features", "metric", "calibration", "gram")):
+            if stage.name not in ("features", "gram"):
                 runners["two"].run(stage, job, None)
                 continue
 
             def carry_out(runner: StageRunner, stage: Any = stage) -> None:
-                ledger.forget(stage.NAME)
+                ledger.forget(stage.name)
                 runner.run(stage, job, None)
 
             best = best_seconds({name: partial(carry_out, runner) for name, runner in runners.items()}, rounds=rounds)
             figures.append(
                 Figure(
-                    f"two workers of one thread over twice one, {stage.NAME}",
+                    f"two workers of one thread over twice one, {stage.name}",
                     best["one"] / (2 * best["two"]),
                     least=0.9,
-                    details={"tiles": len(ledger.done(stage.NAME)), "load": load, "plain processes": _plain_processes()}
+                    details={"tiles": len(ledger.done(stage.name)), "load": load, "plain processes": _plain_processes()}
                     | {f"{name} worker(s), seconds": seconds for name, seconds in best.items()},
                 )
             )
@@ -170,7 +170,7 @@ def _cluster(*, num_nodes: int, num_tiles: int) -> Answer:
         for _ in executor.run(_tasks(2 * num_nodes)):
             pass  # all have started
         edge = math.isqrt(2 * num_tiles)  # tiles i ≤ j, about as many
-        stage: Any = SimpleNamespace(NAME="gram", USES_ALL_THREADS=False, tasks=lambda job: _tasks(num_tiles, edge))
+        stage: Any = SimpleNamespace(name="gram", uses_all_threads=False, tasks=lambda job: _tasks(num_tiles, edge))
         progress = _Sampling()
         runner = StageRunner(Ledger(storage), executor, progress, RunLock(storage))
         began = time.perf_counter()

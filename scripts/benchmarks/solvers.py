@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from nntk_dist.analysis.factor_products import column_products
 from nntk_dist.analysis.factor_rows import FactorRows
-from nntk_dist.analysis.factor_solvers import column_products
 from nntk_dist.runtime.read_ahead import read_ahead
 from nntk_dist.runtime.threads import torch_threads
 from pipeline.storage.array_table import StoredArray
 from pipeline.storage.kernel_arrays import KernelArrays
+from pipeline.storage.kernel_forms import streamed_kernel
 from pipeline.storage.run_storage import RunStorage
-from pipeline.storage.streamed_kernels import stored_tiles
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
 
@@ -54,7 +54,7 @@ def _pass(*, rows: int, tile: int, vectors: int, rounds: int) -> Answer:
         for i in range(0, rows, tile):
             for j in range(0, rows, tile):
                 store.write("train/gram", (i, j), matrix[i : i + tile, j : j + tile])
-        kernel, whole = stored_tiles(store, "train/gram"), matrix.astype(np.float64)
+        kernel, whole = streamed_kernel(store, "train/gram"), matrix.astype(np.float64)
         stripes, lying = kernel.stripes, np.ascontiguousarray(right.T)  # the faster of the two ways
         upper = [(own, other) for i, own in enumerate(stripes) for other in stripes[i:]]
         seconds = best_seconds(

@@ -10,27 +10,30 @@ from collections.abc import Iterator
 from pipeline.job.job import Job, Task
 from pipeline.work.context import Context, Written
 from pipeline.work.sampled_calibration import CALIBRATED, calibrate_array
-
-NAME = "calibration"
-USES_ALL_THREADS = False
+from pipeline.work.stage import Stage
 
 
-def tasks(job: Job) -> Iterator[Task]:
-    """Yield three tasks if standard errors or a relative error are wanted."""
-    if job.layout.stderr != "none":
-        for tile in CALIBRATED:
-            yield Task(NAME, tile)
+class Calibration(Stage):
+    """The level of the standard errors and the relative error, from a sample of entries."""
 
+    name = "calibration"
+    reads = ("features", "metric")
 
-def execute(context: Context, task: Task) -> Written:
-    """Calibrate one array."""
-    result = calibrate_array(context, context.features_with_metric, task.tile)
-    numbers = {
-        "level": result.level,
-        "relative_error": result.relative_error,
-        "bound": result.bound,
-        "num_entries": float(result.num_entries),
-    }
-    if not context.job.layout.write_tiles and context.job.spec.statistic == "both":
-        numbers["bias"] = result.bias  # if there are tiles, it is taken from all of their entries
-    return Written(numbers=numbers)
+    def tasks(self, job: Job) -> Iterator[Task]:
+        """Yield three tasks if standard errors or a relative error are wanted."""
+        if job.layout.stderr != "none":
+            for tile in CALIBRATED:
+                yield Task(self.name, tile)
+
+    def execute(self, context: Context, task: Task) -> Written:
+        """Calibrate one array."""
+        result = calibrate_array(context, context.features_with_metric, task.tile)
+        numbers = {
+            "level": result.level,
+            "relative_error": result.relative_error,
+            "bound": result.bound,
+            "num_entries": float(result.num_entries),
+        }
+        if not context.job.layout.write_tiles and context.job.spec.statistic == "both":
+            numbers["bias"] = result.bias  # if there are tiles, it is taken from all of their entries
+        return Written(numbers=numbers)

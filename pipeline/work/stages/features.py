@@ -11,41 +11,43 @@ from collections.abc import Iterator
 from pipeline.job.job import SPLITS, Job, Task, intervals
 from pipeline.storage.array_table import chunk_length
 from pipeline.work.context import Context, Written
-
-NAME = "features"
-USES_ALL_THREADS = False
+from pipeline.work.stage import Stage
 
 
-def tasks(job: Job) -> Iterator[Task]:
-    """Yield one task for each row shard and draw chunk."""
-    chunks = len(intervals(job.sizes.num_draws, job.layout.chunk_draws)) if job.layout.store_features else 1
-    for split in SPLITS:
-        for shard in range(len(intervals(job.sizes.rows(split), job.layout.shard_rows))):
-            for chunk in range(chunks):
-                yield Task(NAME, f"{split}/{shard}/{chunk}")
+class Features(Stage):
+    """Outputs, targets, ids and features of all examples."""
 
+    name = "features"
 
-def execute(context: Context, task: Task) -> Written:
-    """Compute and write the shards of one task."""
-    job = context.job
-    split, shard, chunk = task.tile.split("/")[0], *map(int, task.tile.split("/")[1:])
-    start, stop = intervals(job.sizes.rows(split), job.layout.shard_rows)[shard]
-    rows = slice(start, stop)
-    x = context.inputs(split, rows)
-    written = Written()
-    if chunk == 0:
-        data = getattr(context.dataset, split)
-        context.write(written, f"{split}/targets", (start,), data.targets[rows])
-        context.write(written, f"{split}/id", (start,), data.ids[rows])
-        context.write(written, f"{split}/outputs", (start,), context.outputs(x))
-    if job.layout.store_features:
-        first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
-        features = context.fitting.run(
-            lambda batch: context.features.compute(
-                x, context.keys(split, rows), range(first, last), context.features.columns, batch=batch
+    def tasks(self, job: Job) -> Iterator[Task]:
+        """Yield one task for each row shard and draw chunk."""
+        chunks = len(intervals(job.sizes.num_draws, job.layout.chunk_draws)) if job.layout.store_features else 1
+        for split in SPLITS:
+            for shard in range(len(intervals(job.sizes.rows(split), job.layout.shard_rows))):
+                for chunk in range(chunks):
+                    yield Task(self.name, f"{split}/{shard}/{chunk}")
+
+    def execute(self, context: Context, task: Task) -> Written:
+        """Compute and write the shards of one task."""
+        job = context.job
+        split, shard, chunk = task.tile.split("/")[0], *map(int, task.tile.split("/")[1:])
+        start, stop = intervals(job.sizes.rows(split), job.layout.shard_rows)[shard]
+        rows = slice(start, stop)
+        x = context.inputs(split, rows)
+        written = Written()
+        if chunk == 0:
+            data = getattr(context.dataset, split)
+            context.write(written, f"{split}/targets", (start,), data.targets[rows])
+            context.write(written, f"{split}/id", (start,), data.ids[rows])
+            context.write(written, f"{split}/outputs", (start,), context.outputs(x))
+        if job.layout.store_features:
+            first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
+            features = context.fitting.run(
+                lambda batch: context.features.compute(
+                    x, context.keys(split, rows), range(first, last), context.features.columns, batch=batch
+                )
             )
-        )
-        for spec in job.features.arrays:
-            position = (start, chunk * chunk_length(job, spec))
-            context.write(written, job.features.path(split, spec), position, features[spec.name])
-    return written
+            for spec in job.features.arrays:
+                position = (start, chunk * chunk_length(job, spec))
+                context.write(written, job.features.path(split, spec), position, features[spec.name])
+        return written

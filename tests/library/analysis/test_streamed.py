@@ -1,5 +1,6 @@
 """What streams over tiles against the whole matrix: products, leading eigenpairs, low-rank part, ridge regression."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -7,15 +8,11 @@ import pytest
 from scipy import stats
 from scipy.stats import ortho_group
 
-from nntk_dist.analysis.block_krylov import leading_eigenpairs
-from nntk_dist.analysis.conjugate_gradients import solve
-from nntk_dist.analysis.dense_regression import ridge_regression
-from nntk_dist.analysis.iterative_regression import streamed_regression
-from nntk_dist.analysis.leave_one_out import estimate_left_out, sampled_examples
-from nntk_dist.analysis.pivoted_cholesky import low_rank_part
-from nntk_dist.analysis.ridge_problem import ridge_problem
-from nntk_dist.analysis.spectrum import kernel_spectrum
-from nntk_dist.analysis.streamed_kernel import TiledKernel, TiledRows
+from nntk_dist.analysis import BlockKrylov, ConjugateGradients, StreamedKernel, StreamedRectangle, ridge, spectrum
+from nntk_dist.analysis.regression.leave_one_out import estimate_leave_one_out, sampled_examples
+from nntk_dist.analysis.regression.pivoted_cholesky import low_rank_approximation
+from nntk_dist.analysis.regression.shifted_systems import solve_shifted_systems
+from nntk_dist.analysis.spectra.dense import kernel_spectrum
 from nntk_dist.errors import NNTKError
 
 NUM_TRAIN, NUM_TEST = 150, 40
@@ -29,7 +26,11 @@ def tiled(matrix, edge=32, reads=None):
             reads.append((rows.start, columns.start))
         return matrix[rows, columns]
 
-    return TiledKernel(len(matrix), edge, read)
+    return StreamedKernel(len(matrix), edge, read)
+
+
+def leading_eigenpairs(kernel, top_k, **options):
+    return spectrum(kernel, top_k=top_k, solver=BlockKrylov(**options))
 
 
 def kernels(width=1, seed=0, dtype=np.float32):
@@ -72,7 +73,7 @@ def test_a_rectangle_times_vectors():
         np.random.default_rng(0).standard_normal((23, 31)),
         np.random.default_rng(1).standard_normal((31, 2)),
     )
-    rectangle = TiledRows((23, 31), (7, 10), lambda rows, columns: matrix[rows, columns])
+    rectangle = StreamedRectangle((23, 31), (7, 10), lambda rows, columns: matrix[rows, columns])
     np.testing.assert_allclose(rectangle.product(vectors), matrix @ vectors, rtol=1e-12, atol=1e-12)
 
 
@@ -81,7 +82,7 @@ def test_leading_pairs_are_those_of_the_whole_matrix(top_k):
     matrix = kernels()[0]
     found = leading_eigenpairs(tiled(matrix), top_k=top_k)
     expected = kernel_spectrum(matrix, top_k=top_k)
-    assert found.converged
+    assert found.convergence.converged
     assert (found.residuals <= 1e-6 * found.eigenvalues).all()
     errors = np.abs(found.eigenvalues - expected.eigenvalues[:top_k])
     assert (errors <= found.residuals + 1e-13 * expected.eigenvalues[0]).all()
@@ -99,24 +100,27 @@ def test_clusters_negative_eigenvalues_and_restarts():
     basis = ortho_group.rvs(250, random_state=0)
     matrix = (basis * known) @ basis.T
     found = leading_eigenpairs(tiled((matrix + matrix.T) / 2, 64), top_k=14)
-    assert found.converged
+    assert found.convergence.converged
     np.testing.assert_allclose(found.eigenvalues, known[:14], rtol=1e-9)
-    assert found.passes > 6  # more blocks than the basis holds
+    assert found.convergence.passes > 6  # more blocks than the basis holds
 
 
 def test_a_kernel_of_low_rank_or_of_few_rows_gives_all_that_there_is():
     low = np.random.default_rng(0).standard_normal((60, 4))
     found = leading_eigenpairs(tiled(low @ low.T), top_k=10)
-    assert found.converged
+    assert found.convergence.converged
     np.testing.assert_allclose(found.eigenvalues[4:], 0, atol=1e-10)
     few = leading_eigenpairs(tiled(np.diag([3.0, 1.0, 2.0])), top_k=10)
     np.testing.assert_allclose(few.eigenvalues, [3, 2, 1], rtol=1e-12)
 
 
 def test_too_few_passes_are_said_to_be_too_few():
-    found = leading_eigenpairs(tiled(kernels()[0]), top_k=20, most_passes=1)
-    assert not found.converged
-    assert found.passes == 1
+    found = leading_eigenpairs(tiled(kernels()[0]), top_k=20, max_passes=1)
+    assert not found.convergence.converged
+    assert found.convergence.passes == 1
+    assert re.fullmatch(
+        r"not converged: residual \S+ after 1 passes, tolerance 1e-06; allow more passes, .*", found.convergence.text
+    )
     assert found.residuals.max() > 1e-6 * found.eigenvalues[0]
 
 
@@ -128,9 +132,9 @@ def test_refusals_of_leading_pairs():
 
 
 @pytest.mark.parametrize(("rank", "share"), [(40, 0.05), (150, 1e-5)])
-def test_the_low_rank_part_is_below_the_kernel_and_close_to_it(rank, share):
+def test_the_low_rank_approximation_is_below_the_kernel_and_close_to_it(rank, share):
     matrix = kernels(dtype=np.float64)[0]
-    part = low_rank_part(tiled(matrix), np.diagonal(matrix).copy(), rank=rank)
+    part = low_rank_approximation(tiled(matrix), np.diagonal(matrix).copy(), rank=rank)
     approximation = (part.basis * part.eigenvalues) @ part.basis.T
     assert np.linalg.eigvalsh(matrix - approximation)[0] > -1e-9
     assert part.trace_left < share
@@ -146,10 +150,10 @@ def test_the_low_rank_part_is_below_the_kernel_and_close_to_it(rank, share):
 
 def test_pivots_are_no_more_than_are_needed():
     matrix = kernels()[0].astype(np.float64)
-    part = low_rank_part(tiled(matrix), np.diagonal(matrix).copy(), rank=100, least=0.2 * np.trace(matrix))
+    part = low_rank_approximation(tiled(matrix), np.diagonal(matrix).copy(), rank=100, least=0.2 * np.trace(matrix))
     assert len(part.eigenvalues) < 50
     low = np.random.default_rng(0).standard_normal((60, 4))
-    part = low_rank_part(tiled(low @ low.T), np.square(low).sum(axis=1), rank=30)
+    part = low_rank_approximation(tiled(low @ low.T), np.square(low).sum(axis=1), rank=30)
     assert len(part.eigenvalues) == 4
 
 
@@ -169,8 +173,15 @@ def arguments(kind, points):
 
 def streamed(width, given, ridges, **options):
     train, test, _ = kernels(width)
-    rectangle = TiledRows(test.shape, (32 * width, 32 * width), lambda rows, columns: test[rows, columns])
-    return streamed_regression(tiled(train, 32 * width), rectangle, ridge_problem(**given), ridges, **options)
+    rectangle = StreamedRectangle(test.shape, (32 * width, 32 * width), lambda rows, columns: test[rows, columns])
+    return by_iteration(tiled(train, 32 * width), rectangle, given, ridges, **options)
+
+
+def by_iteration(kernel, rectangle, given, ridges, *, seed=0, **options):
+    given = dict(given)
+    targets, test_targets = given.pop("targets"), given.pop("test_targets")
+    solver = ConjugateGradients(**options)
+    return ridge(kernel, targets, rectangle, test_targets, ridges=ridges, solver=solver, seed=seed, **given)
 
 
 @pytest.mark.parametrize("kind", ["labels", "floats"])
@@ -181,11 +192,11 @@ def test_regression_is_that_of_the_kernel(kind, width):
     train, test, points = kernels(width)
     given = arguments(kind, points)
     found = streamed(width, given, ridges, rank=60, tolerance=1e-6)
-    expected = ridge_regression(train, given.pop("targets"), test, given.pop("test_targets"), ridges=ridges, **given)
+    expected = ridge(train, given.pop("targets"), test, given.pop("test_targets"), ridges=ridges, **given)
     quantile = stats.t.isf(1e-4 / 48, 32 // width - 1)
-    assert found.converged
-    assert found.regression.selected.ridge == expected.selected.ridge
-    for row, other in zip(found.regression.rows, expected.rows, strict=True):
+    assert found.convergence.converged
+    assert found.selected.ridge == expected.selected.ridge
+    for row, other in zip(found.rows, expected.rows, strict=True):
         assert row.solve_residual <= 1e-6
         assert row.absolute_ridge == pytest.approx(other.absolute_ridge, rel=1e-6)
         assert row.train_error == pytest.approx(other.train_error, rel=1e-4)
@@ -194,15 +205,15 @@ def test_regression_is_that_of_the_kernel(kind, width):
         # A solve for an exact column errs by 1e-4, the square of its tolerance.
         assert abs(row.loo_error - other.loo_error) < quantile * row.loo_stderr + 1e-3 * other.loo_error
         assert row.loo_stderr < 0.2 * other.loo_error
-    np.testing.assert_allclose(found.regression.scores, expected.scores, atol=1e-4)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [1, 3], ids=["trace", "full"])
 def test_leave_one_out_is_exact_where_every_example_is_sampled(width):
     train, test, points = kernels(width)
     given = arguments("labels", points)
-    found = streamed(width, given, (1e-2,), num_sampled=NUM_TRAIN * width, rank=60).regression.selected
-    expected = ridge_regression(train, given["targets"], test, given["test_targets"], ridges=(1e-2,)).selected
+    found = streamed(width, given, (1e-2,), num_sampled=NUM_TRAIN * width, rank=60).selected
+    expected = ridge(train, given["targets"], test, given["test_targets"], ridges=(1e-2,)).selected
     assert found.loo_error == pytest.approx(expected.loo_error, rel=2e-3)
     assert found.loo_accuracy == expected.loo_accuracy
     assert found.loo_stderr == 0.0
@@ -212,8 +223,8 @@ def test_the_error_bars_of_leave_one_out_cover_it():
     """30 samples: the mean of the estimates within four of its errors, and the spread that they claim."""
     train, test, points = kernels()
     given = arguments("labels", points)
-    truth = ridge_regression(train, given["targets"], test, given["test_targets"], ridges=(0.1,)).selected.loo_error
-    rows = [streamed(1, given, (0.1,), rank=30, seed=seed).regression.selected for seed in range(30)]
+    truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(0.1,)).selected.loo_error
+    rows = [streamed(1, given, (0.1,), rank=30, seed=seed).selected for seed in range(30)]
     errors = np.array([row.loo_error for row in rows])
     spread = errors.std(ddof=1)
     assert abs(errors.mean() - truth) < 4 * spread / np.sqrt(30)
@@ -227,15 +238,15 @@ def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
     """Also where the low-rank part is nearly the kernel, and a column is done after a step or two."""
     matrix = kernels()[0].astype(np.float64)
     ridge, units = 0.03, np.eye(NUM_TRAIN)
-    part = low_rank_part(tiled(matrix), np.diagonal(matrix), rank=rank)
+    part = low_rank_approximation(tiled(matrix), np.diagonal(matrix), rank=rank)
     inverse = np.linalg.inv(matrix + ridge * units)
-    found = solve(
+    found = solve_shifted_systems(
         tiled(matrix).product,
         units,
         np.full(NUM_TRAIN, ridge),
         part,
         tolerances=np.full(NUM_TRAIN, 1e-2),
-        most_passes=100,
+        max_passes=100,
     )
     assert (found.residuals <= 1e-2).all()
     missed = units - (matrix + ridge * units) @ found.x
@@ -245,7 +256,7 @@ def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
     assert (energies / np.diagonal(inverse)).max() < 1e-3
 
 
-def test_estimates_without_a_low_rank_part():
+def test_estimates_without_a_low_rank_approximation():
     """A diagonal kernel that B misses whole: κ = 1 is right for all examples, sampled or not."""
     diagonal = np.linspace(1.0, 2.0, 20)
     solved = np.linspace(-1.0, 1.0, 40).reshape(20, 1, 2)
@@ -253,32 +264,33 @@ def test_estimates_without_a_low_rank_part():
     columns = np.zeros((20, 1, 8, 1))
     columns[sampled, 0, np.arange(8), 0] = 1 / (diagonal[sampled] + 0.5)
     known, missing = np.full((20, 1, 1), 1 / 0.5), diagonal[:, None, None]
-    found = estimate_left_out(solved, columns, sampled, known, missing)
+    found = estimate_leave_one_out(solved, columns, sampled, known, missing)
     np.testing.assert_allclose(found.residuals[:, 0], solved[:, 0] * (diagonal + 0.5)[:, None], rtol=1e-12)
     assert found.stderr == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_solve_that_is_cut_short_says_so():
-    found = streamed(1, arguments("labels", kernels()[2]), (1e-4,), rank=5, most_passes=2)
-    assert not found.converged
-    assert found.regression.selected.solve_residual > 1e-6
+    found = streamed(1, arguments("labels", kernels()[2]), (1e-4,), rank=5, max_passes=2)
+    assert not found.convergence.converged
+    assert "after 2 passes, tolerance 0.0001; use larger ridges" in found.convergence.text
+    assert found.selected.solve_residual > 1e-6
 
 
 def test_a_tolerance_is_met_and_not_worked_beyond():
     given = arguments("labels", kernels()[2])
     loose, tight = (streamed(1, given, (1e-3,), rank=20, tolerance=each) for each in (1e-2, 1e-6))
-    assert loose.converged
-    assert tight.converged
-    assert loose.passes < tight.passes
-    assert 1e-6 < loose.regression.selected.solve_residual <= 1e-2
-    assert tight.regression.selected.solve_residual <= 1e-6
+    assert loose.convergence.converged
+    assert tight.convergence.converged
+    assert loose.convergence.passes < tight.convergence.passes
+    assert 1e-6 < loose.selected.solve_residual <= 1e-2
+    assert tight.selected.solve_residual <= 1e-6
 
 
-def test_the_low_rank_part_lies_below_the_kernel_in_orthonormal_directions(monkeypatch):
+def test_the_low_rank_approximation_lies_below_the_kernel_in_orthonormal_directions(monkeypatch):
     """U and Σ by stripes of seven rows; K − U Σ Uᵀ is positive semidefinite, and its trace what is said to be left."""
-    monkeypatch.setattr("nntk_dist.analysis.pivoted_cholesky._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("nntk_dist.analysis.regression.pivoted_cholesky._ROWS_AT_ONCE", 7)
     kernel = kernels()[0]
-    part = low_rank_part(tiled(kernel), np.diag(kernel), rank=30)
+    part = low_rank_approximation(tiled(kernel), np.diag(kernel), rank=30)
     np.testing.assert_allclose(part.basis.T @ part.basis, np.eye(30), atol=1e-9)
     low = (part.basis * part.eigenvalues) @ part.basis.T
     assert np.linalg.eigvalsh(kernel - low).min() > -1e-8 * part.eigenvalues[0]  # the kernel is of float32
@@ -295,12 +307,14 @@ def test_refusals_of_the_regression():
         streamed(1, given, (0.0,))
     with pytest.raises(NNTKError, match="train kernel has 600 rows and the targets 150 examples of 3"):
         streamed(4, given, (0.1,))
-    rectangle = TiledRows((NUM_TEST, NUM_TRAIN), (32, 32), lambda rows, columns: np.zeros((NUM_TEST, NUM_TRAIN)))
+    rectangle = StreamedRectangle(
+        (NUM_TEST, NUM_TRAIN), (32, 32), lambda rows, columns: np.zeros((NUM_TEST, NUM_TRAIN))
+    )
     matrix = kernels()[0] - 0.4 * np.eye(NUM_TRAIN)
     with pytest.raises(NNTKError, match=r"indefinite at the absolute ridge μ = .*'statistic: plugin'"):
-        streamed_regression(tiled(matrix), rectangle, ridge_problem(**given), (1e-3,), rank=20)
+        by_iteration(tiled(matrix), rectangle, given, (1e-3,), rank=20)
     matrix[3, 3] = np.nan
     with pytest.raises(NNTKError, match="the kernel's diagonal holds 1 values that are NaN"):
-        streamed_regression(tiled(matrix), rectangle, ridge_problem(**given), (1e-3,), rank=20)
+        by_iteration(tiled(matrix), rectangle, given, (1e-3,), rank=20)
     with pytest.raises(NNTKError, match="mean diagonal is 0"):
-        streamed_regression(tiled(np.zeros((NUM_TRAIN, NUM_TRAIN))), rectangle, ridge_problem(**given), (1e-3,))
+        by_iteration(tiled(np.zeros((NUM_TRAIN, NUM_TRAIN))), rectangle, given, (1e-3,))

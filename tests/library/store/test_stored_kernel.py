@@ -13,9 +13,9 @@ from obstore.store import MemoryStore
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, ObjectStore
 
-import nntk_dist.store.stored_kernel
-from nntk_dist.errors import NNTKError
-from nntk_dist.store.stored_kernel import open_kernel
+import nntk_dist.store.opening
+from nntk_dist.errors import NNTKError, StoreError
+from nntk_dist.store.opening import open_kernel
 
 NUM_TRAIN, NUM_TEST, NUM_DRAWS, NUM_OUTPUTS, TILE = 11, 5, 6, 3, 4
 FINISHED = {"finished": "2025-11-03T14:22:00Z"}
@@ -147,7 +147,7 @@ def test_an_object_store_is_read_like_a_disk(monkeypatch):
     bucket = MemoryStore()
     grams = make_store(ObjectStore(bucket))
     bucket.put("manifest.json", json.dumps(MANIFEST).encode())
-    monkeypatch.setattr(nntk_dist.store.stored_kernel, "from_url", {"s3://bucket/run": bucket}.__getitem__)
+    monkeypatch.setattr(nntk_dist.store.opening, "from_url", {"s3://bucket/run": bucket}.__getitem__)
     kernel = open_kernel("s3://bucket/run")
     np.testing.assert_array_equal(kernel.test_gram[:], grams["test"].astype(np.float32))
     assert kernel.complete
@@ -378,3 +378,23 @@ def test_optional_packages_are_asked_for_by_name(tmp_path, monkeypatch, package,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(NNTKError, match=rf"{method} needs .* extra 'analysis'"):
         getattr(open_kernel(tmp_path), method)()
+
+
+@pytest.mark.parametrize(("form", "rows"), [("trace", NUM_TRAIN), ("full", NUM_TRAIN * NUM_OUTPUTS)])
+def test_the_repr_is_short_and_entries_are_read_by_index(tmp_path, form, rows):
+    grams = make_run(tmp_path, form=form)
+    kernel = open_kernel(tmp_path)
+    assert kernel.shape == (rows, rows)
+    assert repr(kernel) == f"StoredKernel('{tmp_path}', {rows} × {rows}, statistic both, complete)"
+    assert kernel[1, 2] == grams["train"].astype(np.float32)[1, 2]
+    assert isinstance(kernel[1, 2], float)
+    np.testing.assert_array_equal(kernel[:3, 2:5], grams["train"].astype(np.float32)[:3, 2:5])
+    np.testing.assert_array_equal(kernel[3], grams["train"].astype(np.float32)[3])
+
+
+def test_entries_that_are_not_written_are_refused_by_index(tmp_path):
+    make_run(tmp_path, {"stages": {}}, gram_rows=slice(0, 4))
+    kernel = open_kernel(tmp_path)
+    assert repr(kernel).endswith("statistic both, not complete)")
+    with pytest.raises(StoreError, match=r"'train/gram' .* holds NaN at \[5, :\]: the run has not finished"):
+        kernel[5, :]

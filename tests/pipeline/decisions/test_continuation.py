@@ -131,16 +131,16 @@ def test_data_that_changed_under_the_same_name(tmp_path):
     ],
 )
 def test_an_unfinished_run_goes_on_where_it_stopped(stage, good_run, tmp_path, monkeypatch):
-    module = pipeline.work.stages.STAGES[stage]
-    execute, calls = module.execute, []
+    stage_class = pipeline.work.stages.STAGES.get(stage)
+    execute, calls = stage_class.execute, []
 
-    def interrupted(context, task):
+    def interrupted(self, context, task):
         calls.append(task.tile)
         if len(calls) == (2 if stage in ("features", "gram", "test") else 1):
             raise KeyboardInterrupt
-        return execute(context, task)
+        return execute(self, context, task)
 
-    monkeypatch.setattr(module, "execute", interrupted)
+    monkeypatch.setattr(stage_class, "execute", interrupted)
     stopped = run(tmp_path / "run")
     assert stopped.code == 130
     assert re.search(r"continue with: \S+( -m pipeline)? run \S+ .*--resume", " ".join(stopped.err.split()))

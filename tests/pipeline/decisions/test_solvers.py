@@ -11,12 +11,12 @@ from scipy import stats
 import pipeline.planning.plan
 import pipeline.work.stages
 from nntk_dist import open_kernel
-from nntk_dist.analysis.iterative_regression import NUM_SAMPLED
-from nntk_dist.analysis.leave_one_out import sampled_examples, unit_vectors
+from nntk_dist.analysis import BlockKrylov, ConjugateGradients
+from nntk_dist.analysis.regression.leave_one_out import sampled_examples, unit_vectors
 from nntk_dist.errors import NNTKError
 from nntk_dist.products.factor_form import FactorForm
 from pipeline.decisions.continuation import stored_job
-from pipeline.decisions.solvers import choose_solver, num_columns_left_out
+from pipeline.decisions.solvers import choose_solver
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
 from tests.harness.grids import all_but
@@ -173,15 +173,15 @@ def test_damaged_features_of_a_run_without_tiles_are_found_and_done_again(tmp_pa
 @pytest.mark.parametrize(
     ("method", "place"),
     [
-        ("factored", "nntk_dist.analysis.factor_solvers.kernel_spectrum"),
-        ("iterative", "nntk_dist.analysis.streamed_kernel.TiledKernel.product_and_norm"),
+        ("factored", "nntk_dist.analysis.spectra.factored.kernel_spectrum"),
+        ("iterative", "nntk_dist.analysis.streamed_kernel.StreamedKernel.product_and_norm"),
     ],
 )
 def test_a_solve_that_was_stopped_is_done_again(stage, method, place, tmp_path, monkeypatch):
     """Stopped within the solver's own work, where some of it is done; the same tables as without the stop."""
     sets = (*KERNELS["weight"], f"{stage}.method={method}")
     if (stage, method) == ("regression", "factored"):
-        place = "nntk_dist.analysis.factor_solvers._left_out"
+        place = "nntk_dist.analysis.regression.factored._left_out"
     whole = finished(tmp_path / "whole", *sets)
 
     def stop(*_arguments, **_options):
@@ -268,16 +268,69 @@ def test_the_choice_of_a_method(tmp_path):
     assert chosen(4096, 100).text == "dense, for 4,096 kernel rows, 4,096 or fewer"
     assert chosen(4097, 4096).text == "factored, exact from 4,096 columns for 4,097 kernel rows"
     assert chosen(5000, 5000).text == "dense, for 5,000 kernel rows, 10,000 or fewer, without a narrow factor"
-    assert chosen(10_000, None).method == "dense"
+    assert chosen(10_000, None).name == "dense"
     assert chosen(10_001, None).text == "iterative, for 10,001 kernel rows, more than 10,000, without a narrow factor"
     planned = nntk(*arguments("plan", tmp_path / "other"))
     assert "spectrum: dense, for 149 kernel rows" in " ".join(planned.out.split())
 
 
-@pytest.mark.parametrize(("outputs", "width"), [("trace", 1), ("full", 10), ("full", 100)])
-def test_columns_for_leave_one_out_are_counted_as_they_are_solved(outputs, width, tmp_path):
-    job = stored_job(read_manifest(RunStorage(finished(tmp_path / "run", *KERNELS["weight"]))))
-    sizes = replace(job.sizes, num_train=90, num_kernel_outputs=width)
-    job = replace(job, sizes=sizes, spec=replace(job.spec, outputs=outputs))
-    sampled = sampled_examples(90, NUM_SAMPLED // width, 0)
-    assert num_columns_left_out(job) == unit_vectors(90 * width, sampled, width).shape[1]
+@pytest.mark.parametrize("width", [1, 10, 100])
+def test_columns_for_leave_one_out_are_counted_as_they_are_solved(width):
+    solver = ConjugateGradients()
+    sampled = sampled_examples(90, solver.num_sampled // width, 0)
+    assert solver.num_unit_columns(90 * width, width) == unit_vectors(90 * width, sampled, width).shape[1]
+
+
+def test_the_choice_is_kept_and_read_by_the_stages(tmp_path, monkeypatch):
+    """Chosen once, by the plan: the manifest holds it, and no stage chooses."""
+    sets = ("spectrum.method=iterative", "spectrum.args={tolerance: 1e-3}")
+    run_dir = finished(tmp_path / "run", *sets)
+    kept = json.loads((run_dir / "manifest.json").read_text())["solvers"]
+    assert kept["spectrum"] == {
+        "name": "iterative",
+        "reason": "as asked",
+        "arguments": {"tolerance": 1e-3},
+        "columns": None,
+    }
+    assert kept["regression"]["name"] == "dense"
+    job = stored_job(read_manifest(RunStorage(run_dir)))
+    assert job.solvers["spectrum"].spectrum_solver() == BlockKrylov(tolerance=1e-3)
+    found = table(run_dir, "eigenvalues")
+    assert 1e-6 * found["eigenvalue"][0] < found["residual"].max() <= 1e-3 * found["eigenvalue"][0]
+
+
+SOLVERS = """
+from dataclasses import dataclass
+from nntk_dist.analysis import Cost, DenseRidge, DenseSpectrum, Needs, Spectrum
+
+@dataclass(frozen=True)
+class Halved:
+    factor: float = 0.5
+    needs = Needs.TILES
+
+    def cost(self, size):
+        return Cost(memory_bytes=8 * size.kernel.num_rows**2, operations=1e6, read_bytes=0.0)
+
+    def solve(self, kernel, *, top_k, vectors=True, seed=0):
+        found = DenseSpectrum().solve(kernel, top_k=top_k, vectors=vectors)
+        return Spectrum(self.factor * found.eigenvalues, found.eigenvectors)
+
+class Ridge(DenseRidge):
+    pass
+"""
+
+
+def test_solvers_of_a_users_module(good_run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_solvers.py").write_text(SOLVERS)
+    own = ("spectrum.method=python:my_solvers:Halved", "regression.method=python:my_solvers:Ridge")
+    run_dir = finished(tmp_path / "run", *own, "spectrum.args.factor=0.25")
+    halved, whole = table(run_dir, "eigenvalues"), table(good_run, "eigenvalues")
+    np.testing.assert_array_equal(halved["eigenvalue"], 0.25 * whole["eigenvalue"])
+    np.testing.assert_equal(table(run_dir, "regression"), table(good_run, "regression"))
+    assert results(run_dir)["spectrum_method"] == "python:my_solvers:Halved"
+    planned = nntk(*arguments("plan", tmp_path / "other", *own))
+    assert "spectrum: python:my_solvers:Halved, as asked" in " ".join(planned.out.split())
+    wrong = nntk(*arguments("plan", tmp_path / "other", *own, "spectrum.args.fctor=2"))
+    assert wrong.code == 2
+    assert "takes no argument 'fctor'; allowed: factor; did you mean 'factor'?" in wrong.err

@@ -36,7 +36,7 @@ class Silent:
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_stage_of_all_threads_has_the_machine_to_itself(alone, tmp_path):
     storage, executor = RunStorage(str(tmp_path)), Noting()
-    stage = SimpleNamespace(NAME="spectrum", USES_ALL_THREADS=alone, tasks=lambda job: [Task("spectrum", "all")])
+    stage = SimpleNamespace(name="spectrum", uses_all_threads=alone, tasks=lambda job: [Task("spectrum", "all")])
     with RunLock(storage) as lock:
         StageRunner(Ledger(storage), executor, Silent(), lock).run(stage, None, None)
     assert executor.asked == ([("stop", 1), "all"] if alone else ["all"])

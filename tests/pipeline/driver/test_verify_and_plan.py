@@ -121,7 +121,7 @@ def test_a_run_that_was_moved_is_verified_where_it_is(own_run, tmp_path, monkeyp
 
 
 def test_an_unfinished_run_is_not_complete(good_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.work.stages.test.execute", stop)
+    monkeypatch.setattr("pipeline.work.stages.test.Test.execute", stop)
     assert nntk(*arguments("run", tmp_path / "run")).code == 130
     monkeypatch.undo()
     result = nntk("verify", tmp_path / "run")
@@ -129,7 +129,7 @@ def test_an_unfinished_run_is_not_complete(good_run, tmp_path, monkeypatch):
     assert "11 of 17 tasks are in the ledger; the first missing: test test/0/0" in result.out
 
 
-def stop(context, task):
+def stop(*_arguments):
     raise KeyboardInterrupt
 
 

@@ -75,8 +75,10 @@ def test_the_plan_says_that_they_share(share, expected, monkeypatch):
         write_tiles=True,
         matmul_precision="highest",
     )
-    job = SimpleNamespace(layout=layout, config=config(workers_per_gpu=share), decision=SimpleNamespace(probes=None))
-    tasks = {stage.NAME: 0 for stage in display.ORDER}
+    job = SimpleNamespace(
+        layout=layout, config=config(workers_per_gpu=share), decision=SimpleNamespace(probes=None), solvers={}
+    )
+    tasks = {stage.name: 0 for stage in display.stages_of()}
     projection = SimpleNamespace(
         tasks=tasks, seconds={}, operations={}, disk_bytes={}, total_disk_bytes=0, worker_bytes=0, solve_bytes=0
     )

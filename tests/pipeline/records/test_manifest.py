@@ -33,6 +33,7 @@ MANIFEST = Manifest(
     sizes={"num_train": 1437},
     decision={"estimator": "autodiff", "reason": "every activation is locally Lipschitz"},
     features={"arrays": [], "is_single": False, "metric": None, "needs_metric": False},
+    solvers={"spectrum": {"name": "dense", "reason": "for 149 kernel rows", "arguments": {}, "columns": None}},
     identity={"dtype": "float32"},
 )
 

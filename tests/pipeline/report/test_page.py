@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nntk_dist import ModelProbes
-from nntk_dist.analysis.dense_regression import RidgeRow
+from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from pipeline.report import (
     KernelFacts,
     Provenance,

@@ -136,16 +136,16 @@ def test_tiles_change_rounding_at_most(name, tmp_path):
 @pytest.mark.parametrize("stage", ["features", "gram"])
 def test_a_stopped_run_goes_on_with_the_same_bits(stage, tmp_path, monkeypatch):
     whole = finished(tmp_path / "whole", *weighted("loss"), "kernel.draws=128")
-    module = pipeline.work.stages.STAGES[stage]
-    execute, calls = module.execute, []
+    stage_class = pipeline.work.stages.STAGES.get(stage)
+    execute, calls = stage_class.execute, []
 
-    def interrupted(context, task):
+    def interrupted(self, context, task):
         calls.append(task.tile)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return execute(context, task)
+        return execute(self, context, task)
 
-    monkeypatch.setattr(module, "execute", interrupted)
+    monkeypatch.setattr(stage_class, "execute", interrupted)
     assert run(tmp_path / "run", *weighted("loss"), "kernel.draws=128").code == 130
     monkeypatch.undo()
     assert_same_bits(whole, finished(tmp_path / "run", *weighted("loss"), "kernel.draws=128", resume=True))

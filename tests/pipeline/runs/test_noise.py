@@ -95,16 +95,16 @@ def test_recomputed_features_have_the_same_noise(tmp_path, monkeypatch):
 def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, monkeypatch):
     """Stopped after the first chunk of draws."""
     sets = (*SMALL, *RUNS["weight"][0], "compute.tile=16")
-    module = pipeline.work.stages.STAGES["features"]
-    execute, calls = module.execute, []
+    stage_class = pipeline.work.stages.STAGES.get("features")
+    execute, calls = stage_class.execute, []
 
-    def interrupted(context, task):
+    def interrupted(self, context, task):
         calls.append(task.tile)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return execute(context, task)
+        return execute(self, context, task)
 
-    monkeypatch.setattr(module, "execute", interrupted)
+    monkeypatch.setattr(stage_class, "execute", interrupted)
     assert run(tmp_path / "stopped", *sets).code == 130
     monkeypatch.undo()
     done = set(ledger(tmp_path / "stopped"))

@@ -51,10 +51,10 @@ def test_noise_is_cautioned_of_before_a_run_and_on_its_page(tmp_path):
 
 @pytest.mark.process
 def test_a_stopped_run_goes_on_with_its_probes(good_run, tmp_path, monkeypatch):
-    def stop(context, task):
+    def stop(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.work.stages.gram.execute", stop)
+    monkeypatch.setattr("pipeline.work.stages.gram.Gram.execute", stop)
     assert run(tmp_path / "run").code == 130
     monkeypatch.undo()
     before = stored(tmp_path / "run")["decision"]

@@ -28,16 +28,16 @@ def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     relative = stored["train/gram_stderr"].diagonal() / stored["train/gram_unbiased"].diagonal()
     assert 0.05 < np.median(relative) < 0.4
 
-    gram = pipeline.work.stages.STAGES["gram"]
-    execute, calls = gram.execute, []
+    stage_class = pipeline.work.stages.STAGES.get("gram")
+    execute, calls = stage_class.execute, []
 
-    def interrupted(context, task):
+    def interrupted(self, context, task):
         calls.append(task.tile)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return execute(context, task)
+        return execute(self, context, task)
 
-    monkeypatch.setattr(gram, "execute", interrupted)
+    monkeypatch.setattr(stage_class, "execute", interrupted)
     assert run(tmp_path / "resumed", *SETS).code == 130
     monkeypatch.undo()
     assert_same_bits(whole, finished(tmp_path / "resumed", *SETS, resume=True))

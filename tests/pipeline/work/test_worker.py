@@ -50,8 +50,8 @@ def worker(monkeypatch):
             raise ValueError("no such tile")
         return Written(numbers=threads_seen())
 
-    stages = {name: SimpleNamespace(USES_ALL_THREADS=name == "solve", execute=execute) for name in ("tiles", "solve")}
-    monkeypatch.setattr(pipeline.work.worker, "STAGES", stages)
+    stages = {name: SimpleNamespace(uses_all_threads=name == "solve", execute=execute) for name in ("tiles", "solve")}
+    monkeypatch.setattr(pipeline.work.worker, "stage_named", lambda name, job: stages[name])
     job = SimpleNamespace(layout=SimpleNamespace(batch=8, threads=2), run_dir="here")
     made = Worker(job, None, None, THREADS)
     write_all, forget = Mock(side_effect=lambda pieces, threads: [(0, 0) for _ in pieces]), Mock()
@@ -121,9 +121,8 @@ def test_memory_of_results_is_free_once_they_are_written(worker, monkeypatch):
         assert (pieces[0][2] == len(made) - 1).all()
         return [(24, 1)]
 
-    monkeypatch.setattr(
-        pipeline.work.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)}
-    )
+    stage = SimpleNamespace(uses_all_threads=False, execute=execute)
+    monkeypatch.setattr(pipeline.work.worker, "stage_named", lambda name, job: stage)
     worker.context.store = SimpleNamespace(write_all=write_all)
     for tile in range(3):
         worker.execute(Task("tiles", str(tile)))
@@ -171,9 +170,8 @@ def test_a_task_computes_while_the_one_before_it_is_written_and_never_beside_ano
         assert second_computes.wait(60)
         return [(8, 1)]
 
-    monkeypatch.setattr(
-        pipeline.work.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)}
-    )
+    stage = SimpleNamespace(uses_all_threads=False, execute=execute)
+    monkeypatch.setattr(pipeline.work.worker, "stage_named", lambda name, job: stage)
     worker.context.store = SimpleNamespace(write_all=write_all)
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
@@ -206,9 +204,8 @@ def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
         now += 1.0
         return Written()
 
-    monkeypatch.setattr(
-        pipeline.work.worker, "STAGES", {"tiles": SimpleNamespace(USES_ALL_THREADS=False, execute=execute)}
-    )
+    stage = SimpleNamespace(uses_all_threads=False, execute=execute)
+    monkeypatch.setattr(pipeline.work.worker, "stage_named", lambda name, job: stage)
     monkeypatch.setattr(pipeline.work.worker, "time", SimpleNamespace(time=lambda: now, perf_counter=lambda: now))
     worker._turn = Turn()
     with ThreadPoolExecutor(2) as pool:
@@ -219,8 +216,8 @@ def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), MemoryError()])
 def test_memory_that_runs_out_in_a_tile_is_told_with_its_name(worker, monkeypatch, error):
-    stages = {"gram": SimpleNamespace(USES_ALL_THREADS=False, execute=Mock(side_effect=error))}
-    monkeypatch.setattr(pipeline.work.worker, "STAGES", stages)
+    stages = {"gram": SimpleNamespace(uses_all_threads=False, execute=Mock(side_effect=error))}
+    monkeypatch.setattr(pipeline.work.worker, "stage_named", lambda name, job: stages[name])
     reason = r"CUDA out of memory\. Tried" if str(error) else "MemoryError"
     for _ in range(2):  # the turn was given back
         with pytest.raises(NNTKError, match=rf"^gram train/3/4 does not fit into memory \({reason}\); use .*--resume$"):

@@ -1,28 +1,39 @@
-"""What every kernel ridge regression is given and what it answers, whichever way it solves: targets as matrices,
-offsets, one row of results for each ridge.
+"""The input and the results of every kernel ridge regression: targets as matrices, offsets, one row for each ridge.
 
-It solves nothing and sees no kernel: residuals and scores come in, errors and accuracies go out.
+Nothing is solved here and no kernel is read: residuals and scores come in, errors and accuracies go out.
 
 Axes: n train examples, m test examples, T target columns, L ridges.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from nntk_dist.analysis.spectrum import check_finite
-from nntk_dist.errors import NNTKError
+from nntk_dist.analysis.checks import check_finite_entries
+from nntk_dist.analysis.convergence import Convergence
+from nntk_dist.errors import ArgumentError, DataError
 
 
 @dataclass(frozen=True)
 class RidgeRow:
-    """What one ridge gives. Errors are mean squared errors over examples and columns (one-hot for classes), in the
-    squared unit of the targets; accuracies are shares of examples in [0, 1], None where targets are not labels.
+    """The results at one ridge.
 
-    Of an iterative solution only: `loo_stderr` is the standard error of `loo_error`, which is an estimate there, and
-    `solve_residual` the largest `‖y − (K + μI) a‖ / ‖y‖` of a target column, in float64.
+    Errors are mean squared errors over examples and columns (one-hot for classes), in the squared unit of the targets.
+    Accuracies are shares of examples in [0, 1]; None if targets are not labels.
+
+    Attributes:
+        ridge: relative to the kernel's mean diagonal.
+        absolute_ridge: μ, in the kernel's unit.
+        loo_error: leave-one-out error on the train examples.
+        loo_accuracy: leave-one-out accuracy on the train examples.
+        train_error: error on the train examples.
+        test_error: error on the test examples.
+        test_accuracy: accuracy on the test examples.
+        selected: whether leave-one-out selects this ridge.
+        loo_stderr: standard error of `loo_error` if it is an estimate (iterative solvers), else None.
+        solve_residual: the largest `‖y − (K + μI) a‖ / ‖y‖` of a target column, in float64 (iterative solvers).
     """
 
     ridge: float
@@ -37,28 +48,42 @@ class RidgeRow:
     solve_residual: float | None = None
 
     def numbers(self) -> dict[str, float | bool | None]:
-        """The fields by name, one table row; without those of another way to solve."""
+        """Return the fields by name as a table row, without the last two if they are None."""
         optional = ("loo_stderr", "solve_residual")
         return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
 
 @dataclass(frozen=True)
 class RidgeRegression:
-    """One row per ridge, in the order given, and the test predictions of the selected one."""
+    """One row for each ridge, in the order given, and the test predictions of the selected one.
+
+    Attributes:
+        rows: the results of each ridge.
+        scores: predictions for the test examples.
+        labels: the column with the highest score for each test example; None if targets are not labels.
+        convergence: how the iteration ended; None for exact solvers.
+        solver_numbers: further numbers that the solver reports, by name.
+    """
 
     rows: tuple[RidgeRow, ...]
     scores: Float[np.ndarray, "m T"]
     labels: Int[np.ndarray, " m"] | None
+    convergence: Convergence | None = None
+    solver_numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> RidgeRow:
-        """The row of the selected ridge."""
+        """Return the row of the selected ridge."""
         return next(row for row in self.rows if row.selected)
+
+    def with_convergence(self, convergence: Convergence, numbers: Mapping[str, float]) -> "RidgeRegression":
+        """Return these results with how the iteration ended."""
+        return replace(self, convergence=convergence, solver_numbers=dict(numbers))
 
 
 @dataclass(frozen=True)
 class RidgeProblem:
-    """Targets and offsets; the kernel fits `y − offset`, and `test_offset` is added back to what it predicts."""
+    """Targets and offsets: the kernel fits `y − offset`, and `test_offset` is added to its predictions."""
 
     targets: Float[np.ndarray, "n T"]
     test_targets: Float[np.ndarray, "m T"]
@@ -68,20 +93,21 @@ class RidgeProblem:
 
     @property
     def fitted(self) -> Float[np.ndarray, "n T"]:
-        """What the kernel is fitted to."""
+        """Return what the kernel is fitted to."""
         return self.targets if self.offset is None else self.targets - self.offset
 
     def rows_per_example(self, num_rows: int) -> int:
-        """Kernel rows of one example: 1 where all columns share the kernel, T in form `full`.
+        """Return the kernel rows of one example: 1 if all columns share the kernel, T in form `full`.
 
-        Raises: NNTKError where the train kernel has another number of rows.
+        Raises:
+            ArgumentError: the train kernel has another number of rows.
         """
         num_examples, num_targets = self.targets.shape
         check_rows(num_rows, num_examples, num_targets)
         return num_rows // num_examples
 
     def with_offset(self, scores: Float[np.ndarray, "m T"]) -> Float[np.ndarray, "m T"]:
-        """Test scores with the offset added back."""
+        """Return test scores with the offset added."""
         return scores if self.test_offset is None else scores + self.test_offset
 
     def results(
@@ -96,8 +122,17 @@ class RidgeProblem:
         loo_stderr: Sequence[float] | None = None,
         solve_residuals: Sequence[float] | None = None,
     ) -> RidgeRegression:
-        """Errors and accuracies of all ridges, and which of them leave-one-out selects; `loo_errors` are given where
-        its errors are not the mean squares of the residuals.
+        """Compute errors and accuracies at all ridges and select a ridge by leave-one-out error.
+
+        Args:
+            ridges: relative ridges.
+            absolute: the same in the kernel's unit.
+            residuals: `y − f` on the train examples.
+            loo_residuals: the same with the example itself left out.
+            scores: predictions for the test examples, for each ridge.
+            loo_errors: leave-one-out errors, if they are not the mean squares of `loo_residuals`.
+            loo_stderr: their standard errors, if they are estimates.
+            solve_residuals: relative residuals of an iterative solve.
         """
         errors = loo_errors if loo_errors is not None else [_mean_square(own) for own in loo_residuals]
         chosen = select_ridge(ridges, errors)
@@ -127,17 +162,26 @@ def ridge_problem(
     offset: Float[np.ndarray, "n T"] | None = None,
     test_offset: Float[np.ndarray, "m T"] | None = None,
 ) -> RidgeProblem:
-    """Targets are integer labels (n,), made one-hot over `num_classes` (default: the largest label present, plus one),
-    or floats (n, T) or (n,).
+    """Make a problem from targets as they are stored.
+
+    Args:
+        targets: integer labels (n,), which become one-hot rows, or floats (n,) or (n, T).
+        test_targets: the same for the test examples.
+        num_classes: columns of one-hot rows; by default the largest label plus one.
+        offset: outputs of the model on the train examples; the kernel fits what they leave.
+        test_offset: outputs of the model on the test examples.
 
     Raises:
-        NNTKError: an argument does not fit the others or is not finite.
+        ArgumentError: an argument does not fit the others.
+        DataError: targets or offsets hold NaN or infinity, or labels are out of range.
     """
     if (offset is None) != (test_offset is None):
-        raise NNTKError("offset and test_offset must be given together: the same model outputs, on train and on test")
+        raise ArgumentError(
+            "offset and test_offset must be given together: the same model outputs, on train and on test"
+        )
     is_labels = np.issubdtype(np.asarray(targets).dtype, np.integer)
     if is_labels != np.issubdtype(np.asarray(test_targets).dtype, np.integer):
-        raise NNTKError("targets and test_targets must be of one kind: both integer labels, or both floats")
+        raise ArgumentError("targets and test_targets must be of one kind: both integer labels, or both floats")
     if is_labels and num_classes is None:
         num_classes = 1 + int(max(np.max(targets, initial=0), np.max(test_targets, initial=0)))
     wanted = target_matrix(targets, num_classes, "targets")
@@ -152,23 +196,31 @@ def ridge_problem(
 
 
 def select_ridge(ridges: Sequence[float], errors: Sequence[float]) -> int:
-    """Index of the ridge of least leave-one-out mean squared error; of equals the largest ridge."""
+    """Return the index of the ridge with the least leave-one-out error; of equal errors, the largest ridge."""
     return min(range(len(ridges)), key=lambda index: (errors[index], -ridges[index]))
 
 
 def check_rows(num_rows: int, num_examples: int, num_targets: int) -> None:
-    """Raise an NNTKError unless a train kernel of so many rows fits the targets, shared or in form `full`."""
+    """Check that a train kernel of `num_rows` rows fits the targets, shared by all columns or in form `full`.
+
+    Raises:
+        ArgumentError: it does not.
+    """
     if num_rows not in (num_examples, num_examples * num_targets):
-        raise NNTKError(
+        raise ArgumentError(
             f"the train kernel has {num_rows} rows and the targets {num_examples} examples of {num_targets} column(s); "
             f"the kernel needs {num_examples} rows, or {num_examples * num_targets} in form 'full'"
         )
 
 
 def check_mean_diagonal(mean_diagonal: float) -> None:
-    """Raise an NNTKError unless a ridge can be relative to it."""
+    """Check that ridges can be relative to the mean diagonal.
+
+    Raises:
+        DataError: it is not positive.
+    """
     if not mean_diagonal > 0:
-        raise NNTKError(
+        raise DataError(
             f"the kernel's mean diagonal is {mean_diagonal:.3g}; a ridge is relative to it and it must be positive; "
             "use 'statistic: plugin' or more draws, and check that the model depends on the selected parameters"
         )
@@ -177,19 +229,24 @@ def check_mean_diagonal(mean_diagonal: float) -> None:
 def absolute_ridges(
     ridges: Sequence[float], mean_diagonal: float, *, smallest: float, largest: float, num_rows: int
 ) -> tuple[float, ...]:
-    """The ridges in the kernel's units, after refusing those that leave `K + μI` indefinite or nearly singular.
+    """Return the ridges in the kernel's unit; refuse those that leave `K + μI` indefinite or nearly singular.
 
-    `smallest` and `largest` are eigenvalues of K, `num_rows` the size of the matrix that they were computed from.
+    Args:
+        ridges: relative to `mean_diagonal`.
+        mean_diagonal: `tr K / n`.
+        smallest: the least eigenvalue of K.
+        largest: its largest eigenvalue.
+        num_rows: rows of the matrix that they were computed from.
 
     Raises:
-        NNTKError: a ridge is not positive; or the least eigenvalue of `K + μI` is below μ/2 or below rounding.
+        ArgumentError: a ridge is not positive; or the least eigenvalue of `K + μI` is below μ/2 or below rounding.
     """
     check_positive(ridges)
     rounding = num_rows * np.finfo(np.float64).eps * largest
     refused = [ridge for ridge in ridges if smallest + ridge * mean_diagonal < max(ridge * mean_diagonal / 2, rounding)]
     if refused:
         needed = 1.05 * max(-2 * smallest, rounding - smallest) / mean_diagonal  # printed to two digits: never too low
-        raise NNTKError(
+        raise ArgumentError(
             f"K + ridge·(tr K/n)·I is indefinite or nearly singular at ridge {max(refused):g}: the kernel's least "
             f"eigenvalue is {smallest:.3g}, its mean diagonal {mean_diagonal:.3g}; use 'statistic: plugin' (positive "
             f"semidefinite) or ridges of at least {needed:.2g}"
@@ -198,34 +255,47 @@ def absolute_ridges(
 
 
 def check_positive(ridges: Sequence[float]) -> None:
-    """Raise an NNTKError unless there are ridges and all are positive numbers."""
+    """Check that there are ridges and that all are positive.
+
+    Raises:
+        ArgumentError: there are none, or one is not.
+    """
     if not ridges or not all(np.isfinite(ridge) and ridge > 0 for ridge in ridges):
-        raise NNTKError(f"ridges are {list(ridges)}; allowed: one or more positive numbers, relative to tr K / n")
+        raise ArgumentError(f"ridges are {list(ridges)}; allowed: one or more positive numbers, relative to tr K / n")
 
 
 def target_matrix(targets: np.ndarray, num_classes: int | None, what: str) -> Float[np.ndarray, "n T"]:
-    """Float targets as (n, T), or integer labels as one-hot rows."""
+    """Return float targets as (n, T), or integer labels as one-hot rows.
+
+    Raises:
+        DataError: the targets have the wrong shape or values.
+    """
     targets = np.asarray(targets)
     if np.issubdtype(targets.dtype, np.integer):
         if targets.ndim != 1:
-            raise NNTKError(f"{what} are integers of shape {targets.shape}; labels must have shape (examples,)")
+            raise DataError(f"{what} are integers of shape {targets.shape}; labels must have shape (examples,)")
         if num_classes is None or targets.min(initial=0) < 0 or targets.max(initial=0) >= num_classes:
-            raise NNTKError(f"{what} hold labels outside 0 … num_classes − 1, num_classes = {num_classes}")
+            raise DataError(f"{what} hold labels outside 0 … num_classes − 1, num_classes = {num_classes}")
         return np.eye(num_classes)[targets]
     matrix = targets.astype(np.float64)
     matrix = matrix[:, None] if matrix.ndim == 1 else matrix
     if matrix.ndim != 2 or matrix.size == 0:
-        raise NNTKError(f"{what} have shape {targets.shape}; allowed: (examples,) or (examples, columns), not empty")
-    check_finite(matrix, what)
+        raise DataError(f"{what} have shape {targets.shape}; allowed: (examples,) or (examples, columns), not empty")
+    check_finite_entries(matrix, what)
     return matrix
 
 
 def matrix_like(values: np.ndarray, like: np.ndarray, what: str) -> np.ndarray:
-    """`values` as finite float64 of the shape of `like`."""
+    """Return `values` in float64 after checking that they are finite and have the shape of `like`.
+
+    Raises:
+        ArgumentError: they have another shape.
+        DataError: they are not finite.
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.shape != like.shape:
-        raise NNTKError(f"{what} has shape {values.shape}; it must match the targets, {like.shape}")
-    check_finite(values, what)
+        raise ArgumentError(f"{what} has shape {values.shape}; it must match the targets, {like.shape}")
+    check_finite_entries(values, what)
     return values
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import ortho_group
 
-from nntk_dist.analysis.spectrum import Spectrum, kernel_spectrum
+from nntk_dist.analysis import Spectrum
+from nntk_dist.analysis.spectra.dense import kernel_spectrum
 from nntk_dist.errors import NNTKError
 
 

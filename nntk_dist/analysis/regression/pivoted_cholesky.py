@@ -1,8 +1,9 @@
-"""A low-rank part of a kernel, `K ≈ U Σ Uᵀ ≤ K`, from some of its columns: what preconditions a solve with `K + μI`.
+"""A low-rank approximation of a kernel, `K ≈ U Σ Uᵀ ≤ K`, from some of its columns; it preconditions solvers.
 
-Randomly pivoted Cholesky (Chen, Epperly, Tropp & Webber 2022; as a preconditioner Díaz et al. 2023). Columns are read
-with all the tiles that they lie in, so pivots are drawn stripe by stripe: stripes with a chance like what is left of
-their trace, each at most once, and within a stripe rows with a chance like what is left of their diagonal.
+Randomly pivoted Cholesky (Chen, Epperly, Tropp & Webber 2022; as a preconditioner Díaz et al. 2023). Reading a column
+means reading all tiles that it crosses, so pivots are drawn stripe by stripe. A stripe is drawn with probability
+proportional to what is left of its trace, at most once; within a stripe, a row is drawn with probability proportional
+to what is left of its diagonal entry.
 
 Axes: n kernel rows, r pivots (the rank), v vectors, d rows of one example.
 """
@@ -16,34 +17,40 @@ import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 
-from nntk_dist.analysis.streamed_kernel import TiledKernel
+from nntk_dist.analysis.streamed_kernel import StreamedKernel
 from nntk_dist.sampling.philox import uniform
 from nntk_dist.sampling.streams import PIVOT_SAMPLE, Stream
 
 _ROWS_AT_ONCE = 4096
-_SPENT = 1e-6  # of the largest diagonal entry: less is rounding, where entries were stored in float32
+_SPENT = 1e-6  # of the largest diagonal entry: less is rounding of entries stored in float32
 
 
 @dataclass(frozen=True)
-class LowRankPart:
-    """Orthonormal U (n, r) and Σ; `trace_left` is the share of the kernel's trace that it leaves out."""
+class LowRankApproximation:
+    """The matrix `U Σ Uᵀ`.
+
+    Attributes:
+        basis: U, with orthonormal columns.
+        eigenvalues: Σ.
+        trace_left: the share of the kernel's trace that is not in it.
+    """
 
     basis: Float[np.ndarray, "n r"]
     eigenvalues: Float[np.ndarray, " r"]
     trace_left: float
 
     def solve(self, vectors: Float[np.ndarray, "n v"], ridges: Float[np.ndarray, " v"]) -> Float[np.ndarray, "n v"]:
-        """`(U Σ Uᵀ + μI)⁻¹·vectors`, each vector with a ridge of its own; symmetric and positive definite."""
+        """Compute `(U Σ Uᵀ + μI)⁻¹·vectors`, each vector with its own ridge; symmetric and positive definite."""
         inner = self.basis.T @ vectors
         gain = 1.0 / (self.eigenvalues[:, None] + ridges) - 1.0 / ridges
         return vectors / ridges + self.basis @ (gain * inner)
 
     def blocks(self, size: int) -> Float[np.ndarray, "n/d d d"]:
-        """Blocks on the diagonal of `U Σ Uᵀ`."""
+        """Return the blocks on the diagonal of `U Σ Uᵀ`."""
         return self._blocks(self.eigenvalues, size)
 
     def inverse_blocks(self, ridge: float, size: int) -> Float[np.ndarray, "n/d d d"]:
-        """Blocks on the diagonal of `(U Σ Uᵀ + μI)⁻¹`."""
+        """Return the blocks on the diagonal of `(U Σ Uᵀ + μI)⁻¹`."""
         return self._blocks(1.0 / (self.eigenvalues + ridge) - 1.0 / ridge, size) + np.eye(size) / ridge
 
     def _blocks(self, gains: Float[np.ndarray, " r"], size: int) -> Float[np.ndarray, "n/d d d"]:
@@ -55,13 +62,19 @@ class LowRankPart:
         return blocks
 
 
-def low_rank_part(
-    kernel: TiledKernel, diagonal: Float[np.ndarray, " n"], *, rank: int, least: float = 0.0, seed: int = 0
-) -> LowRankPart:
-    """At most `rank` pivots, fewer where what is left of the trace falls below `least`.
+def low_rank_approximation(
+    kernel: StreamedKernel, diagonal: Float[np.ndarray, " n"], *, rank: int, least: float = 0.0, seed: int = 0
+) -> LowRankApproximation:
+    """Approximate a positive semidefinite kernel; for an indefinite one the result is some low-rank matrix.
 
-    Assumes a positive semidefinite kernel; of another one it is some matrix of low rank, and the solver finds out.
     Cost: at most one pass over the whole square (two of the upper triangle), 6·n·r² operations, n·r numbers.
+
+    Args:
+        kernel: the kernel.
+        diagonal: its diagonal.
+        rank: the most pivots.
+        least: stop when less of the trace is left.
+        seed: of the pivots.
     """
     num_rows, stripes = kernel.num_rows, kernel.stripes
     rank = min(rank, num_rows)
@@ -92,15 +105,15 @@ def low_rank_part(
         count = new.stop
     total = float(np.maximum(diagonal, 0.0).sum())
     basis, values = _orthonormal(factor[:, :count])
-    return LowRankPart(basis, values, float(left.sum()) / total if total > 0 else 0.0)
+    return LowRankApproximation(basis, values, float(left.sum()) / total if total > 0 else 0.0)
 
 
 def _orthonormal(
     factor: Float[np.ndarray, "n r"],
 ) -> tuple[Float[np.ndarray, "n q"], Float[np.ndarray, " q"]]:
-    """U and Σ with `F Fᵀ = U Σ Uᵀ` in the memory of F, from `Fᵀ F`; without the directions that rounding hides there.
+    """U and Σ with `F Fᵀ = U Σ Uᵀ`, in the memory of F, from `Fᵀ F`; directions lost in rounding are dropped.
 
-    Σ to about ε·‖Σ‖/σ of each, which is far better than what a preconditioner needs.
+    Each σ errs by about ε·‖Σ‖/σ, far less than a preconditioner needs.
     """
     values, inner = np.linalg.eigh(factor.T @ factor)
     kept = values > len(values) * np.finfo(np.float64).eps * values.max(initial=0.0)
@@ -117,13 +130,13 @@ def _stripes(count: int) -> Iterator[slice]:
 
 
 def _drawn(weights: Float[np.ndarray, " s"], chance: float) -> int:
-    """The index that falls to a number from (0, 1) with these weights; the first where all are 0."""
+    """The index that a number from (0, 1) selects with these weights; the first if all are 0."""
     sums = np.cumsum(weights)
     return int(min(np.searchsorted(sums, chance * sums[-1]), len(weights) - 1))
 
 
 def _pivots(left: Float[np.ndarray, "h h"], most: int, spent: float, seed: int, index: int) -> Int[np.ndarray, " b"]:
-    """Up to so many rows of a stripe by random pivoting on what is left of its own tile, which is changed."""
+    """At most `most` rows of a stripe by random pivoting on what is left of its own tile, which is overwritten."""
     chances = uniform(seed, Stream.SAMPLE, torch.tensor([PIVOT_SAMPLE + 1 + index]), most)[0].numpy()
     chosen: list[int] = []
     diagonal = np.diagonal(left).copy()

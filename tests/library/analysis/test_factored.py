@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from nntk_dist.analysis.dense_regression import ridge_regression
+from nntk_dist.analysis import FactoredRidge, FactoredSpectrum, KernelForms, ridge
 from nntk_dist.analysis.factor_rows import FactorRows
-from nntk_dist.analysis.factor_solvers import factored_regression, factored_spectrum, indefinite_spectrum
-from nntk_dist.analysis.ridge_problem import ridge_problem
-from nntk_dist.analysis.spectrum import kernel_spectrum
+from nntk_dist.analysis.kernel_forms import IndefiniteFactor
+from nntk_dist.analysis.spectra.dense import kernel_spectrum
 from nntk_dist.errors import NNTKError
 from nntk_dist.products.factor_form import FactorForm, unbiased_metric
 
@@ -23,6 +22,14 @@ def in_blocks(matrix, examples, step):
     )
 
 
+def spectrum(rows, top_k):
+    return FactoredSpectrum().solve(KernelForms(factor=lambda: rows), top_k=top_k)
+
+
+def factored(*arguments, **options):
+    return ridge(*arguments, solver=FactoredRidge(), **options)
+
+
 def factor(num_rows, num_columns, seed=0):
     """Rows whose kernel has eigenvalues over six decades."""
     generator = np.random.default_rng(seed)
@@ -33,7 +40,7 @@ def factor(num_rows, num_columns, seed=0):
 @pytest.mark.parametrize("num_columns", [12, 40, 64], ids=["narrow", "square", "wide"])
 def test_the_spectrum_is_that_of_the_kernel(num_columns):
     matrix = factor(40, num_columns)
-    found = factored_spectrum(in_blocks(matrix, 40, 7), top_k=5)
+    found = spectrum(in_blocks(matrix, 40, 7), top_k=5)
     expected = kernel_spectrum(matrix @ matrix.T, top_k=5)
     rounding = 64 * np.finfo(np.float64).eps * expected.eigenvalues[0]
     every = np.concatenate([found.eigenvalues, np.zeros(found.num_zeros)])
@@ -49,7 +56,7 @@ def test_the_spectrum_is_that_of_the_kernel(num_columns):
 
 def test_vectors_of_eigenvalues_that_are_zero_to_rounding_are_left_out():
     matrix = factor(30, 3) @ np.random.default_rng(1).standard_normal((3, 8))
-    assert factored_spectrum(in_blocks(matrix, 30, 30), top_k=6).eigenvectors.shape == (30, 3)
+    assert spectrum(in_blocks(matrix, 30, 30), top_k=6).eigenvectors.shape == (30, 3)
 
 
 @pytest.mark.parametrize("num_columns", [6, 80], ids=["narrow", "wide"])
@@ -58,7 +65,8 @@ def test_the_spectrum_of_an_indefinite_metric(num_columns):
     features, metric = generator.standard_normal((25, num_columns)), generator.standard_normal((2, 2))
     metric = metric + metric.T
     kernel = features @ np.kron(np.eye(num_columns // 2), metric) @ features.T
-    found = indefinite_spectrum(in_blocks(features, 25, 9), metric)
+    forms = KernelForms(indefinite=lambda: IndefiniteFactor(in_blocks(features, 25, 9), metric))
+    found = FactoredSpectrum().solve(forms, top_k=5)
     expected = np.linalg.eigvalsh(kernel)[::-1]
     every = np.sort(np.concatenate([found.eigenvalues, np.zeros(found.num_zeros)]))[::-1]
     np.testing.assert_allclose(every, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
@@ -84,9 +92,10 @@ def problem_of(num_train, num_test, kind, seed=5):
 def test_regression_is_that_of_the_kernel(kind, num_columns, width):
     train, test = factor(30 * width, num_columns), factor(11 * width, num_columns, seed=1)
     arguments = problem_of(30, 11, kind)
-    found = factored_regression(in_blocks(train, 30, 8), in_blocks(test, 11, 4), ridge_problem(**arguments), RIDGES)
     targets, test_targets = arguments.pop("targets"), arguments.pop("test_targets")
-    expected = ridge_regression(train @ train.T, targets, test @ train.T, test_targets, ridges=RIDGES, **arguments)
+    options = {"ridges": RIDGES, **arguments}
+    found = factored(in_blocks(train, 30, 8), targets, in_blocks(test, 11, 4), test_targets, **options)
+    expected = ridge(train @ train.T, targets, test @ train.T, test_targets, **options)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-7, atol=1e-7)
     for row, other in zip(found.rows, expected.rows, strict=True):
         numbers = row.numbers()
@@ -102,12 +111,9 @@ def test_small_ridges_survive_where_float32_would_lose_them():
     generator = np.random.default_rng(2)
     rows = (1.0 + 0.05 * generator.standard_normal((400, 24))).astype(np.float32).astype(np.float64)
     arguments = problem_of(400, 5, "labels")
-    ridge = 1e-9 * 400
-    problem = ridge_problem(**arguments)
-    found = factored_regression(in_blocks(rows, 400, 90), in_blocks(rows[:5], 5, 5), problem, (ridge,))
-    expected = ridge_regression(
-        rows @ rows.T, arguments["targets"], rows[:5] @ rows.T, arguments["test_targets"], ridges=(ridge,)
-    )
+    targets, test_targets, ridges = arguments["targets"], arguments["test_targets"], (1e-9 * 400,)
+    found = factored(in_blocks(rows, 400, 90), targets, in_blocks(rows[:5], 5, 5), test_targets, ridges=ridges)
+    expected = ridge(rows @ rows.T, targets, rows[:5] @ rows.T, test_targets, ridges=ridges)
     assert found.selected.loo_error == pytest.approx(expected.selected.loo_error, rel=1e-6)
     single = rows.astype(np.float32)
     error = np.abs(np.linalg.eigvalsh(single.T @ single) - np.linalg.eigvalsh(rows.T @ rows)).max()
@@ -161,11 +167,9 @@ def test_the_unbiased_metric_leaves_out_products_within_a_block():
 
 def call(**changes):
     given = {"train": factor(20, 6), "test": factor(9, 6, seed=1), "ridges": (0.1,)} | changes
-    problem = ridge_problem(**problem_of(20, 9, "labels"))
-    test = given["test"]
-    return factored_regression(
-        in_blocks(given["train"], 20, 6), in_blocks(test, len(test), 4), problem, given["ridges"]
-    )
+    problem, test = problem_of(20, 9, "labels"), given["test"]
+    train, test = in_blocks(given["train"], 20, 6), in_blocks(test, len(test), 4)
+    return factored(train, problem["targets"], test, problem["test_targets"], ridges=given["ridges"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""Kernel ridge regression on a kernel that stays in storage: all ridges and targets in the same passes over its tiles.
+
+Differences from `DenseRidge`: solutions are as accurate as their stated residuals, and leave-one-out, which needs the
+diagonal of an inverse, is an estimate with a standard error (`leave_one_out`).
+
+Axes: n kernel rows, N train examples of d rows each, m test examples, T target columns, t right-hand sides of a ridge
+(T, or 1 in form `full`), L ridges, s sampled examples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from nntk_dist.analysis.checks import check_finite_entries
+from nntk_dist.analysis.convergence import Convergence
+from nntk_dist.analysis.kernel_forms import KernelForms, Needs
+from nntk_dist.analysis.regression.leave_one_out import (
+    estimate_leave_one_out,
+    num_sampled_examples,
+    sampled_examples,
+    unit_vectors,
+)
+from nntk_dist.analysis.regression.pivoted_cholesky import LowRankApproximation, low_rank_approximation
+from nntk_dist.analysis.regression.ridge_problem import (
+    RidgeProblem,
+    RidgeRegression,
+    check_mean_diagonal,
+    check_positive,
+)
+from nntk_dist.analysis.regression.shifted_systems import ShiftedSolution, solve_shifted_systems
+from nntk_dist.analysis.solvers import Cost, RegressionSize
+from nntk_dist.analysis.streamed_kernel import StreamedKernel, StreamedRectangle
+from nntk_dist.errors import ArgumentError
+
+_LEAST_RANK, _MOST_RANK = 1024, 4096  # the most takes n · 32 KiB
+_UNIT_TOLERANCE = 1e-2  # of the solves for leave-one-out: their energies err by its square
+_ENOUGH = 0.1  # of the least ridge: with this little trace left, the approximation is as good as the kernel
+_TYPICAL_PASSES = 45  # if eigenvalues decay
+_TILES_HELD = 6  # three that are read ahead, and what is made of them
+
+
+def default_rank(num_rows: int) -> int:
+    """Return how many pivots the preconditioner has by default.
+
+    They cost one pass and 6·n·r² operations. If eigenvalues decay like 1/k, each factor of four in the rank saves about
+    half of the passes.
+    """
+    return min(num_rows, _MOST_RANK, max(_LEAST_RANK, num_rows // 16))
+
+
+@dataclass(frozen=True)
+class ConjugateGradients:
+    """Fit every ridge by preconditioned conjugate gradients, in float64.
+
+    Solves `(K + μ_l I) a = y` until `‖y − (K + μI) a‖ ≤ tolerance·‖y‖` for every target column. For leave-one-out the
+    columns `A⁻¹ e_i` of a few examples are solved with them.
+    Cost: passes of n²/2 entries and 2n²·L·(t + s·d) operations, tens of passes if eigenvalues decay; 9·n·L·(t + s·d)
+    and n·rank numbers of memory.
+    Reference: Díaz et al. 2023, Robust, randomized preconditioning for kernel ridge regression.
+
+    Args:
+        tolerance: of the relative residual; the default is far below the error of a kernel estimated from draws.
+        rank: pivots of the preconditioner; None for `default_rank`.
+        num_sampled: kernel rows of examples that are solved exactly for leave-one-out (at least eight examples).
+        max_passes: the most passes over the kernel.
+
+    Example:
+        >>> ConjugateGradients(tolerance=1e-6).needs
+        <Needs.TILES: 'tiles'>
+    """
+
+    tolerance: float = 1e-4
+    rank: int | None = None
+    num_sampled: int = 32
+    max_passes: int = 200
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ArgumentError(f"tolerance is {self.tolerance}; allowed: a number above 0")
+        for name, least in (("rank", 0), ("num_sampled", 1), ("max_passes", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ArgumentError(f"{name} is {value}; allowed: {least} or more")
+
+    @property
+    def needs(self) -> Needs:
+        """Return that the solver reads tiles."""
+        return Needs.TILES
+
+    def cost(self, size: RegressionSize) -> Cost:
+        """Estimate what a solve takes, for a kernel whose eigenvalues decay."""
+        kernel = size.kernel
+        rows, rank = float(kernel.num_rows), self.rank_for(kernel.num_rows)
+        width = size.num_ridges * (size.num_targets + self.num_unit_columns(kernel.num_rows, kernel.rows_per_example))
+        return Cost(
+            memory_bytes=8 * (kernel.num_rows * (9 * width + rank) + _TILES_HELD * kernel.tile_rows**2),
+            operations=2.0 * rows**2 * _TYPICAL_PASSES / 2 * width + 6.0 * rows * rank**2,
+            read_bytes=_TYPICAL_PASSES * kernel.entry_bytes * rows**2 / 2,
+        )
+
+    def rank_for(self, num_rows: int) -> int:
+        """Return the pivots for a kernel of this size."""
+        return default_rank(num_rows) if self.rank is None else self.rank
+
+    def num_unit_columns(self, num_rows: int, rows_per_example: int) -> int:
+        """Return how many columns of the inverse leave-one-out takes for one ridge."""
+        num_examples = num_rows // rows_per_example
+        return num_sampled_examples(num_examples, self.num_sampled // rows_per_example) * rows_per_example
+
+    def solve(
+        self,
+        train: KernelForms[StreamedKernel],
+        test: KernelForms[StreamedRectangle],
+        problem: RidgeProblem,
+        ridges: Sequence[float],
+        *,
+        seed: int = 0,
+    ) -> RidgeRegression:
+        """Fit every ridge, select one by estimated leave-one-out error, and predict the test examples.
+
+        Raises:
+            ArgumentError: kernel and targets do not fit; a ridge is not positive; or `K + μI` turns out to be
+                indefinite.
+            DataError: an entry is not finite, or the trace is not positive.
+        """
+        kernel = train.stream()
+        ridges = tuple(float(ridge) for ridge in ridges)
+        size = problem.rows_per_example(kernel.num_rows)
+        check_positive(ridges)
+        blocks = kernel.diagonal_blocks(size)
+        diagonal = np.einsum("nii->ni", blocks).reshape(-1)
+        check_finite_entries(diagonal, "the kernel's diagonal")
+        check_mean_diagonal(float(diagonal.mean()))
+        absolute = np.array(ridges) * float(diagonal.mean())
+        rank, least = self.rank_for(kernel.num_rows), _ENOUGH * float(absolute.min())
+        approximation = low_rank_approximation(kernel, diagonal, rank=rank, least=least, seed=seed)
+        sampled = sampled_examples(kernel.num_rows // size, self.num_sampled // size, seed)
+        wanted = problem.fitted.reshape(kernel.num_rows, -1)
+        num_right = wanted.shape[1]
+        solution = self._solved(kernel, wanted, unit_vectors(kernel.num_rows, sampled, size), absolute, approximation)
+        solved = solution.x.reshape(kernel.num_rows, len(ridges), -1)
+        estimates = [
+            estimate_leave_one_out(
+                solved[:, index, :num_right].reshape(-1, size, num_right),
+                solved[:, index, num_right:].reshape(-1, size, len(sampled), size),
+                sampled,
+                approximation.inverse_blocks(float(absolute[index]), size),
+                blocks - approximation.blocks(size),
+            )
+            for index in range(len(ridges))
+        ]
+        residuals = absolute[:, None, None] * solved[:, :, :num_right].transpose(1, 0, 2)  # y − K a = μ a
+        shape = (len(ridges), -1, problem.targets.shape[1])
+        reached = _target_residuals(solution, len(ridges), num_right)
+        regression = problem.results(
+            ridges,
+            tuple(absolute.tolist()),
+            residuals.reshape(shape),
+            np.stack([each.residuals for each in estimates]).reshape(shape),
+            _scores(test.stream(), solved[:, :, :num_right], problem),
+            loo_errors=[each.error for each in estimates],
+            loo_stderr=[each.stderr for each in estimates],
+            solve_residuals=reached,
+        )
+        return regression.with_convergence(
+            self._convergence(solution.passes, max(reached)),
+            {"rank": float(len(approximation.eigenvalues)), "trace_left": approximation.trace_left},
+        )
+
+    def _solved(
+        self,
+        kernel: StreamedKernel,
+        wanted: Float[np.ndarray, "n t"],
+        units: Float[np.ndarray, "n s_d"],
+        absolute: Float[np.ndarray, " L"],
+        approximation: LowRankApproximation,
+    ) -> ShiftedSolution:
+        """Solve for targets and unit vectors at every ridge; columns are grouped by ridge."""
+        widths, count = [wanted.shape[1], units.shape[1]], len(absolute)
+        return solve_shifted_systems(
+            kernel.product,
+            np.tile(np.concatenate([wanted, units], axis=1), (1, count)),
+            np.repeat(absolute, sum(widths)),
+            approximation,
+            tolerances=np.tile(np.repeat([self.tolerance, _UNIT_TOLERANCE], widths), count),
+            max_passes=self.max_passes,
+        )
+
+    def _convergence(self, passes: int, residual: float) -> Convergence:
+        remedy = "use larger ridges, allow more passes, raise the rank, or raise the tolerance"
+        converged = residual <= self.tolerance
+        return Convergence(passes, self.max_passes, residual, self.tolerance, remedy, converged)
+
+
+def _scores(
+    test: StreamedRectangle, solved: Float[np.ndarray, "n L t"], problem: RidgeProblem
+) -> list[Float[np.ndarray, "m T"]]:
+    """Predictions for the test examples, for each ridge."""
+    num_rows, count, num_right = solved.shape
+    coefficients = np.ascontiguousarray(solved.reshape(num_rows, -1))
+    predicted = test.product(coefficients).reshape(test.shape[0], count, num_right)
+    check_finite_entries(predicted.reshape(test.shape[0], -1), "a product with the test kernel")
+    num_targets = problem.targets.shape[1]
+    return [problem.with_offset(predicted[:, index].reshape(-1, num_targets)) for index in range(count)]
+
+
+def _target_residuals(solution: ShiftedSolution, count: int, num_right: int) -> list[float]:
+    """The largest relative residual of a target column, for every ridge."""
+    return [float(value) for value in solution.residuals.reshape(count, -1)[:, :num_right].max(axis=1)]

@@ -1,0 +1,1 @@
+"""Eigenvalues and leading eigenvectors of a symmetric kernel: one solver a file, and what solvers return."""

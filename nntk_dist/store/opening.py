@@ -1,0 +1,110 @@
+"""Opening a stored kernel: find the store, check that it is one, read the manifest beside it.
+
+Nothing is written, and no entry of the kernel is read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import obstore
+import zarr
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, from_url
+from zarr.storage import ObjectStore
+
+from nntk_dist.errors import StoreError
+from nntk_dist.store.stored_kernel import StoredKernel
+
+SCHEMA = "nntk-kernel"
+VERSION = 1
+STORE_NAME = "kernel.zarr"
+MANIFEST_NAME = "manifest.json"
+
+
+def open_kernel(path: str | Path) -> StoredKernel:
+    """Open the kernel of a run, read-only.
+
+    Reads the store's attributes and the manifest; entries stay in the store. Credentials of object stores come from the
+    cloud's usual environment variables.
+
+    Args:
+        path: a run directory, or the `kernel.zarr` in it; a local path or `s3://bucket/prefix`.
+
+    Returns:
+        The kernel; its arrays are read when they are indexed.
+
+    Raises:
+        StoreError: there is nothing, it is not an NNTK kernel, a newer version wrote it, or the manifest is broken.
+
+    Example:
+        >>> kernel = open_kernel("runs/digits")  # doctest: +SKIP
+        >>> kernel  # doctest: +SKIP
+        StoredKernel('runs/digits', 1437 × 1437, statistic both, complete)
+        >>> kernel[:2, :2]  # doctest: +SKIP
+    """
+    location = str(path).rstrip("/") or "/"
+    parent, _, last = location.rpartition("/")
+    candidates = ((location, STORE_NAME), (parent or ".", last)) if _object_store(location) is not None else ()
+    for root, name in candidates:
+        store = _object_store(root)
+        if store is not None and name and _read_bytes(store, f"{name}/zarr.json") is not None:
+            group = zarr.open_group(ObjectStore(store, read_only=True), path=name, mode="r", zarr_format=3)
+            _check_schema(group, location)
+            return StoredKernel(location, group, _read_manifest(store, root))
+    raise StoreError(
+        f"no kernel at '{location}': expected a run directory that holds {STORE_NAME}, or such a store itself; "
+        "'nntk run CONFIG' makes one"
+    )
+
+
+def _object_store(root: str) -> Any:
+    """The folder or bucket `root`; None if it does not exist."""
+    _, separator, rest = root.partition("://")
+    try:
+        if separator:
+            return from_url(root) if rest else None
+        folder = Path(root).expanduser().absolute()
+        return LocalStore(folder) if folder.is_dir() else None
+    except (BaseError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"cannot open '{root}' ({reason}); give a local path or s3://bucket/prefix") from error
+
+
+def _read_bytes(store: Any, path: str) -> bytes | None:
+    """The content of a file; None if it does not exist."""
+    try:
+        return bytes(obstore.get(store, path).bytes())
+    except FileNotFoundError:
+        return None
+    except (BaseError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StoreError(
+            f"cannot read '{path}' in {store} ({reason}); check the address and your access to it"
+        ) from error
+
+
+def _check_schema(group: zarr.Group, location: str) -> None:
+    schema, version = group.attrs.get("schema"), group.attrs.get("version")
+    if schema != SCHEMA or not isinstance(version, int):
+        raise StoreError(
+            f"the zarr group at '{location}' is not an NNTK kernel: its attributes have schema {schema!r} and version "
+            f"{version!r}, expected {SCHEMA!r} and a number; give the path of a run directory"
+        )
+    if version > VERSION:
+        raise StoreError(
+            f"the kernel at '{location}' has store version {version}, this library reads up to {VERSION}; upgrade "
+            "nntk-dist"
+        )
+
+
+def _read_manifest(store: Any, root: str) -> Mapping[str, Any]:
+    content = _read_bytes(store, MANIFEST_NAME)
+    try:
+        manifest = json.loads(content) if content is not None else {}
+    except ValueError as error:
+        raise StoreError(f"{MANIFEST_NAME} in '{root}' is not valid JSON ({error}); restore it or run again") from error
+    if not isinstance(manifest, dict):
+        raise StoreError(f"{MANIFEST_NAME} in '{root}' is not a JSON object; restore it or run again")
+    return manifest

@@ -128,7 +128,10 @@ class RegressionConfig(Section):
 class ReportConfig(Section):
     """What the report page shows."""
 
-    plots: Flag = True
+    plots: Annotated[
+        Annotated[bool, Strict()] | Annotated[tuple[Text, ...], Strict(False)],
+        Field(description="true or false, or a list of names of plots, or python:module:function"),
+    ] = True
 
 
 class Config(Section):

@@ -58,7 +58,13 @@ def stored_decision(manifest: Manifest) -> Decision:
 
 
 def _restored_choice(stage: str, values: Mapping[str, Any]) -> SolverChoice:
-    return _restored(lambda: SolverChoice(**values), f"solvers.{stage}")
+    try:
+        return SolverChoice(**values)
+    except TypeError as error:
+        reason = str(error).replace("SolverChoice.__init__() ", "")
+        raise StoreError(
+            f"manifest.json is broken at solvers.{stage}: {reason}; restore it, or choose another run_dir"
+        ) from error
 
 
 def _restored(restore: Callable[[], Section], key: str) -> Section:

@@ -8,7 +8,7 @@ Axes: n train rows, k rows of the thumbnail.
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from pipeline.report import (
     Thumbnail,
     render_report,
 )
+from pipeline.report.plots import PLOTS
 from pipeline.storage.array_table import stored_factor_form
 from pipeline.storage.factor import factor_rows
 from pipeline.storage.kernel_arrays import KernelArrays
@@ -74,12 +75,25 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
             for name, record in manifest.stages.items()
             if record.results.get("tasks")
         ],
-        plots=config["report"]["plots"],
+        plots=plot_names(config["report"]["plots"]),
         probes=decision.probes,
         spectrum_numbers=_spectrum_numbers(eigenvalues, results),
         spectrum_solver=_solver("spectrum", results),
         regression_solver=_solver("regression", results),
     )
+
+
+def plot_names(plots: bool | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the plots of a page: the given ones, all that are registered for True, none for False.
+
+    Raises:
+        ArgumentError: a given plot does not exist.
+    """
+    if isinstance(plots, bool):
+        return tuple(PLOTS) if plots else ()
+    for name in plots:
+        PLOTS.get(name)
+    return tuple(plots)
 
 
 def _model_text(model: dict[str, Any]) -> str:

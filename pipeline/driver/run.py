@@ -26,7 +26,7 @@ from pipeline.decisions.layout import overlaps_writing
 from pipeline.decisions.weighting_reference import weighting_attributes
 from pipeline.driver.draw_search import search_draws
 from pipeline.driver.progress import Progress
-from pipeline.driver.report_inputs import write_report
+from pipeline.driver.report_inputs import plot_names, write_report
 from pipeline.driver.results import collect_results
 from pipeline.driver.stage_runner import StageRunner, is_finished
 from pipeline.executors import Executor
@@ -75,6 +75,7 @@ class Prepared:
 
 def prepare(config: Config, *, resume: bool) -> Prepared:
     """Load data and model, compare with what the run directory holds, and plan. Nothing is written."""
+    plot_names(config.report.plots)  # refused now rather than after the work
     storage = RunStorage(config.run_dir)
     stored = read_manifest(storage)
     dataset = build_dataset(config)

@@ -149,7 +149,9 @@ def solver_note(what: str, solver: SolverFacts | None) -> str:
     if solver.method == "factored":
         columns = "" if solver.columns is None else f" of {count(solver.columns)} columns"
         return f"{what}: exact, from the kernel's factor{columns}; eigenvalues beyond its rank are zero."
-    passes = "" if solver.passes is None else f" in {count(solver.passes)} passes over the stored kernel"
+    if solver.passes is None:
+        return f"{what}: by the solver {solver.method}."
+    passes = f" in {count(solver.passes)} passes over the stored kernel"
     short = " It did not reach its tolerance: see the residuals in its table." if solver.converged is False else ""
     return f"{what}: by iteration{passes}, to the residuals that its table states.{short}"
 

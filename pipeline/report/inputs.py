@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.planning.model_probes import ModelProbes
+from pipeline.report.plots import PLOTS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class RegressionFacts:
 class SolverFacts:
     """How the spectrum or the regression was solved, where not by one dense decomposition."""
 
-    method: Literal["factored", "iterative"]
+    method: str
     columns: int | None = None  # of the factor
     passes: int | None = None  # over the stored kernel
     converged: bool | None = None  # whether an iteration reached its tolerance
@@ -134,7 +135,7 @@ class ReportInputs:
     regression: RegressionFacts | None = None
     standard_errors: StandardErrors | None = None
     stages: Sequence[StageTiming] = ()
-    plots: bool = True
+    plots: Sequence[str] = tuple(PLOTS.locations)  # names of plots
     probes: ModelProbes | None = None
     spectrum_numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     spectrum_solver: SolverFacts | None = None

@@ -10,9 +10,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from pipeline.report import facts, plots
+from pipeline.report import facts
 from pipeline.report.formatting import count, duration, number, percent, size
 from pipeline.report.inputs import ReportInputs
+from pipeline.report.plots import PLOTS
+from pipeline.report.plots.plot import PageSection
 from pipeline.report.probe_facts import probe_facts
 
 _TEMPLATE = "template.html.j2"
@@ -28,10 +30,10 @@ class Figure:
 
 
 def render_report(inputs: ReportInputs) -> str:
-    """The whole `index.html` as a string, the same for the same inputs.
+    """Return the whole `index.html` as a string: the same for the same inputs.
 
-    With `inputs.plots` False, and for what a run does not have, the page keeps its numbers and leaves the figures out.
-    Cost: a second or so for the figures, whatever the kernel's size.
+    Plots that `inputs.plots` does not name, or whose numbers a run does not have, are left out; all numbers stay.
+    Cost: about a second for the figures, for any size of kernel.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -41,6 +43,7 @@ def render_report(inputs: ReportInputs) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(count=count, duration=duration, number=number, percent=percent, size=size)
+    figures = _figures(inputs)
     is_regression = inputs.regression is not None and inputs.regression.task == "regression"
     return environment.get_template(_TEMPLATE).render(
         inputs=inputs,
@@ -53,42 +56,20 @@ def render_report(inputs: ReportInputs) -> str:
         regression_note=facts.solver_note("Regression", inputs.regression_solver),
         loo_estimated=inputs.regression is not None and inputs.regression.selected.loo_stderr is not None,
         leading={name: values[:_TABLE_EIGENVALUES] for name, values in inputs.eigenvalues.items()},
-        gram_figures=_gram_figures(inputs),
-        spectrum_figures=_spectrum_figures(inputs),
-        regression_figures=_regression_figures(inputs),
+        gram_figures=figures[PageSection.KERNEL],
+        spectrum_figures=figures[PageSection.SPECTRUM],
+        regression_figures=figures[PageSection.REGRESSION],
+        further_figures=figures[PageSection.FURTHER],
         error_unit="squared target unit" if is_regression else "squared one-hot unit",
         longest_seconds=max((stage.wall_seconds for stage in inputs.stages), default=0.0),
     )
 
 
-def _gram_figures(inputs: ReportInputs) -> list[Figure]:
-    if not inputs.plots or inputs.gram is None:
-        return []
-    shown, total = len(inputs.gram.values), inputs.kernel.num_train
-    part = f"{count(shown)} of {count(total)} training examples" if shown < total else f"all {count(total)} examples"
-    caption = f"The kernel of {part}, {inputs.gram.ordering}. Colours span its 1st to 99th percentile."
-    return [Figure(Markup(plots.gram_figure(inputs.gram)), caption)]
-
-
-def _spectrum_figures(inputs: ReportInputs) -> list[Figure]:
-    if not inputs.plots or not inputs.eigenvalues:
-        return []
-    leading = inputs.spectrum_solver is not None and inputs.spectrum_solver.method == "iterative"
-    caption = "The leading eigenvalues." if leading else "Eigenvalues by magnitude."
-    if any((values < 0).any() for values in inputs.eigenvalues.values()):
-        caption += " Crosses are negative ones, by magnitude: where they begin, noise or rounding takes over."
-    return [Figure(Markup(plots.spectrum_figure(inputs.eigenvalues)), caption)]
-
-
-def _regression_figures(inputs: ReportInputs) -> list[Figure]:
-    if not inputs.plots or inputs.regression is None:
-        return []
-    rows = inputs.regression.rows
-    error_caption = (
-        "Mean squared error for every ridge. The least leave-one-out error selects the ridge (vertical line)."
-    )
-    error = Figure(Markup(plots.error_figure(rows)), error_caption)
-    if inputs.regression.task == "regression":
-        return [error]
-    accuracy_caption = "Accuracy on the test examples, and on each training example left out."
-    return [Figure(Markup(plots.accuracy_figure(rows)), accuracy_caption), error]
+def _figures(inputs: ReportInputs) -> dict[PageSection, list[Figure]]:
+    """The plots of the page by section; plots that a run lacks are left out."""
+    figures: dict[PageSection, list[Figure]] = {section: [] for section in PageSection}
+    for name in inputs.plots:
+        plot = PLOTS.get(name)(inputs)
+        if plot is not None:
+            figures[plot.section].append(Figure(Markup(plot.svg), plot.caption))
+    return figures

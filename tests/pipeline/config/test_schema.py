@@ -296,7 +296,7 @@ def test_folder_file_as_folder_and_binary_are_refused(minimal: Path) -> None:
         ("regression.ridge.2=-1", "regression.ridge.2 is -1; allowed: a list of one or more numbers above 0"),
         ("regression.ridge=1", "regression.ridge is 1; allowed: a list of one or more numbers above 0"),
         ("regression.select=gcv", "regression.select is 'gcv', not available in this version; allowed: loo"),
-        ("report.plots=maybe", "report.plots is 'maybe'; allowed: true or false"),
+        ("report.plots=maybe", "report.plots is 'maybe'; allowed: true or false, or a list"),
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_with_what_is_allowed(minimal: Path, override: str, message: str) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.report.formatting import duration, number, percent, size
-from pipeline.report.plots import log_spaced
+from pipeline.report.plots.spectrum import log_spaced
 
 
 def test_many_eigenvalues_are_thinned_and_the_ends_kept():

@@ -9,6 +9,7 @@ import pytest
 
 from nntk_dist import ModelProbes
 from nntk_dist.analysis.regression.ridge_problem import RidgeRow
+from nntk_dist.errors import NNTKError
 from pipeline.report import (
     KernelFacts,
     Provenance,
@@ -271,7 +272,7 @@ def test_markup_in_names_and_configuration_is_escaped(digits):
 
 
 def test_without_plots_the_numbers_stay(digits):
-    html = render_report(replace(digits, plots=False))
+    html = render_report(replace(digits, plots=()))
     assert "<svg" not in html
     text = Page(html).text
     assert "Test accuracy 97.5 %" in text
@@ -321,7 +322,7 @@ PROBES = ModelProbes(
 
 
 def test_probes_have_a_table_of_their_own(digits):
-    text = Page(render_report(replace(digits, plots=False, probes=PROBES))).text
+    text = Page(render_report(replace(digits, plots=(), probes=PROBES))).text
     table = text.split("Probes of the model")[1].split("Spectrum")[0]
     for label, value, verdict in (
         ("Same again", "change 0", "deterministic"),
@@ -353,7 +354,7 @@ def test_probes_have_a_table_of_their_own(digits):
     ],
 )
 def test_every_verdict_of_a_probe(changes, expected, digits):
-    text = Page(render_report(replace(digits, plots=False, probes=replace(PROBES, **changes)))).text
+    text = Page(render_report(replace(digits, plots=(), probes=replace(PROBES, **changes)))).text
     assert expected in text.split("Probes of the model")[1]
     cautioned = "Rounding is 0.02 of it." in text.split("Probes of the model")[0]
     assert cautioned == bool(changes.get("cautions"))
@@ -374,3 +375,28 @@ def test_a_thumbnail_with_unwritten_entries_and_no_classes_is_drawn(digits):
     values = np.full((6, 6), np.nan)
     html = render_report(replace(digits, gram=Thumbnail(values, "as stored")))
     assert "training example, as stored" in html
+
+
+PLOT = """
+from pipeline.report.plots.plot import PageSection, Plot
+
+def note(inputs):
+    return Plot(PageSection.FURTHER, "<svg><text>my own</text></svg>", f"Of {inputs.title}.")
+
+def nothing(inputs):
+    return None
+"""
+
+
+def test_a_plot_of_a_users_module(digits, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_plots.py").write_text(PLOT)
+    chosen = ("python:my_plots:note", "python:my_plots:nothing", "spectrum")
+    html = render_report(replace(digits, plots=chosen))
+    assert html.count("<svg") == 2
+    assert "Further plots my own Of digits <1437>." in Page(html).text
+    assert "Further plots" not in Page(render_report(digits)).text
+    with pytest.raises(
+        NNTKError, match="plot is 'gramm'; allowed: gram, spectrum, accuracy, error, python:module:name"
+    ):
+        render_report(replace(digits, plots=("gramm",)))

@@ -46,13 +46,16 @@ def held_before(number, gate="/nowhere", *, stage="gram", part=1):
     tiles by another part of their name: so that whoever stops them finds the stage begun and not ended, on any machine.
     """
     return f"""
-import pathlib, time
+import os, pathlib, time
 import pipeline.work.worker
 
 class Worker(pipeline.work.worker.Worker):
     def execute(self, task):
+        gate = pathlib.Path({str(gate)!r})
         held = task.stage == {stage!r} and int(task.tile.split("/")[{part}]) >= {number}
-        while held and not pathlib.Path({str(gate)!r}).exists():
+        if held and gate.parent.name:
+            gate.with_name(f"held-{{os.getpid()}}").touch()
+        while held and not gate.exists():
             time.sleep(0.01)
         return super().execute(task)
 
@@ -215,10 +218,12 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     gate = tmp_path / "gate"
     prelude = CALLS_OF_TWO + held_before(10, gate)  # a call that reaches the held tiles reports none of its own
     driver = start(*arguments("run", run_dir, *sets, resume=True), prelude=prelude)
-    # One that has made tiles, as the ledger says: the other may have been slow to start.
+    # One that has made tiles, as the ledger says, once both are held; and on when a third one is held in its place.
     wait_until(lambda: len(gram_rows(run_dir)) > len(stopped_at) + ENOUGH, driver)
+    wait_until(lambda: len([*tmp_path.glob("held-*")]) == 2, driver)
     killed = min(makers_of(gram_rows(run_dir).keys() - stopped_at, run_dir))
     os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: len([*tmp_path.glob("held-*")]) == 3, driver)
     gate.touch()
     out, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 0, out + err

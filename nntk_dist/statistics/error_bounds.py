@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float64
-from scipy import special
 from torch import Tensor
 
 
@@ -68,4 +67,6 @@ def bound_factor(sources: Sequence[NoiseSource], confidence: float = 0.95) -> fl
     known = 1.0 / sum(
         share**2 / (each.degrees * (each.num_samples - 1)) for share, each in zip(shares, sources, strict=True)
     )
+    from scipy import special  # slow to import
+
     return float(special.fdtri(made, known, confidence)) ** 0.5

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64
-from scipy import special
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, BlockSums, Sum
@@ -216,6 +215,8 @@ def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = SAMP
 
 def t_quantile(confidence: float, num_blocks: int) -> float:
     """Half-width, in standard errors, of a two-sided interval: Student's t with R − 1 degrees of freedom."""
+    from scipy import special  # slow to import
+
     return float(special.stdtrit(num_blocks - 1, 0.5 + confidence / 2.0))
 
 

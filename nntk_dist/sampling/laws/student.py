@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
-from scipy import special
 from torch import Tensor
 
 from nntk_dist.registration.options import Number, option
@@ -31,6 +30,8 @@ class Student(Ranged):
 
     def scale(self, num_parameters: int, uniforms: Uniforms) -> Float64[Tensor, " g"]:
         """Return z/n."""
+        from scipy import special  # slow to import, and needed by this law alone
+
         levels = uniforms()
         chi_squared = 2.0 * special.gammaincinv(self.nu / 2.0, levels.cpu().numpy())
         width = self.gamma * math.sqrt((self.nu - 2.0) / 2.0)

@@ -1,6 +1,8 @@
 """`prepare_kernel`, the arguments of the public functions, and what an estimate can be turned into."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from nntk_dist import (
 from nntk_dist.spec import KernelSpec, Kind, kernel_option_rows, kernel_options
 from tests.oracles.cases import case
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "nonlocal": nonlocal_kernel, "covariance": covariance_kernel, "averaged": averaged_kernel, "local": local_kernel,
 }  # fmt: skip
 DRAWN = {"gamma": 0.5, "draws": 16, "blocks": 4}

@@ -88,7 +88,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
 def test_config_is_frozen(minimal: Path) -> None:
     config = load_config(minimal)
     with pytest.raises(ValidationError, match="frozen"):
-        config.kernel.blocks = 16  # type: ignore[misc]
+        config.kernel.blocks = 16
 
 
 def test_numbers_in_every_notation_are_numbers(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class FeatureStorage:
 
     Attributes:
         arrays: The arrays that `FeatureMap.compute` returns.
+        is_single: Whether a store keeps one array `features`; otherwise the arrays are members of a group.
         metric: The matrix M with `plugin = Φ M Φᵀ` that is kept beside the features Φ, if there is one. Features with
             a metric are one array, an explicit factor of the kernel.
         needs_metric: Whether products of rows need the stored metric (`FeatureMap.with_metric`).

@@ -172,6 +172,7 @@ def decide(
         try:
             if obstacle is not None and _estimator(name).uses_gradients:
                 raise obstacle
+            _check_contraction(_estimator(name), name, spec, "; ".join(problems) or why)
             decision = plan_for(name, model, x, spec, num_outputs=num_outputs, batch=batch, threads=threads)
             break
         except Unavailable as error:
@@ -259,10 +260,12 @@ def _filled(x: Tensor, batch: int) -> Tensor:
     return x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch]
 
 
-def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec) -> None:
+def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec, why: str = "") -> None:
+    """Refuse a contraction of gradients for an estimator that forms none; `why` says why it was chosen."""
     if spec.contraction != "auto" and not chosen.forms_gradients:
+        reason = f" ({why})" if why else ""
         raise ArgumentError(
-            f"contraction is '{spec.contraction}', but the estimator is {name}, which forms no gradients; use "
+            f"contraction is '{spec.contraction}', but the estimator is {name}{reason}, which forms no gradients; use "
             "contraction: auto"
         )
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from nntk_dist.errors import ArgumentError, NNTKError, nearest_name
+from nntk_dist.registration.registry import PYTHON, Registry
 
 REQUIRED = dataclasses.MISSING
 _METADATA = "option"
@@ -74,6 +75,37 @@ class Choice:
     def take(self, value: Any) -> StrEnum:
         """Return the member."""
         return self.choices(value)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A member of an enum, or another name in a registry: an installed package's, or `python:module:name`.
+
+    Args:
+        choices: the project's own names, and words such as `auto`.
+        registry: where other names are looked up.
+    """
+
+    choices: type[StrEnum]
+    registry: Registry[Any]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The values of the enum, then the names of installed packages."""
+        own = tuple(str(choice) for choice in self.choices)
+        return (*own, *(name for name in self.registry if name not in own))
+
+    def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
+        """Return all names, separated by commas, and the form of an importable one."""
+        return ", ".join((*self.words, f"{PYTHON}module:name"))
+
+    def take(self, value: Any) -> str:
+        """Return the member, or the name."""
+        if value in set(self.choices):
+            return self.choices(value)
+        if value not in self.registry:
+            raise ValueError
+        return str(value)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from torch import nn
 from nntk_dist.errors import ArgumentError
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.products.block_sums import Meeting
+from nntk_dist.registration.estimators import ESTIMATORS
 from nntk_dist.registration.options import (
     Automatic,
     Choice,
     Converted,
     Names,
     Number,
+    Registered,
     WholeNumber,
     convert_options,
     option,
@@ -81,7 +83,10 @@ class KernelSpec:
         section="distribution",
     )
     estimator: str = option(
-        EstimatorChoice.AUTO, Choice(EstimatorChoice), "how nonlocal gradients are estimated", kinds=_NONLOCAL
+        EstimatorChoice.AUTO,
+        Registered(EstimatorChoice, ESTIMATORS),
+        "how nonlocal gradients are estimated",
+        kinds=_NONLOCAL,
     )
     statistic: str = option(
         Statistic.BOTH,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import nntk_dist.estimators.activation
 import nntk_dist.estimators.autodiff
 import nntk_dist.estimators.weight
+from nntk_dist import nonlocal_kernel
 from nntk_dist.errors import ArgumentError, ModelError, Unavailable
 from nntk_dist.estimators.weight import Weight
 from nntk_dist.models.evaluation import prepare_model
@@ -27,7 +28,7 @@ from tests.oracles.cases import case
 SPECS = {
     "weight": ("tanh_mlp", KernelSpec(gamma=0.5, estimator="weight", draws=64)),
     "means of differences": ("tanh_mlp", KernelSpec(gamma=0.5, estimator="weight", draws=4096)),
-    "low rank": ("tanh_mlp", KernelSpec(gamma=0.5, distribution=LowRank.name, rank=1, draws=32, parameters=("*",))),
+    "low rank": ("tanh_mlp", KernelSpec(distribution=LowRank(gamma=0.5, rank=1), draws=32)),
     "autodiff": ("relu_mlp", KernelSpec(gamma=0.5, outputs=1)),
     "sketch": ("relu_mlp", KernelSpec(gamma=0.5, contraction="sketch", sketch=64)),
     "activation": ("deep_sign_mlp", KernelSpec(gamma=0.5, draws=16)),
@@ -132,6 +133,10 @@ def test_an_estimator_of_ones_own_needs_no_more_than_its_name():
     assert Decision.from_plain(json.loads(json.dumps(own.to_plain()))) == own
     one, other = (all_rows(each, x)["differences"] for each in (features, expected))
     torch.testing.assert_close(one, other)
+    options = {"gamma": 0.5, "draws": 16}
+    named = nonlocal_kernel(model, x, estimator=f"{HERE}:MINE", **options)
+    assert "an estimator of one's own" in named.reason
+    assert torch.equal(named.kernel, nonlocal_kernel(model, x, estimator="weight", **options).kernel)
 
 
 class Refusing(Weight):
@@ -193,5 +198,8 @@ def test_a_model_that_cannot_be_differentiated_is_evaluated_instead(error):
 
 def test_a_contraction_needs_gradients():
     """Where `auto` takes differences only once the model is there."""
-    with pytest.raises(ArgumentError, match="contraction is 'means', but the estimator is weight, which forms no"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"contraction is 'means', but the estimator is weight \(autodiff is unavailable: .*\), which forms no",
+    ):
         decide(case("sign_unit").build(), case("sign_unit").inputs(4), KernelSpec(contraction="means"), batch=4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nntk_dist.planning.feature_maps
+import nntk_dist.estimators.weight
 import nntk_dist.sampling.draws
 from nntk_dist import BlackBox, nonlocal_kernel
 from nntk_dist.estimators.mean_differences import DifferenceMeans
@@ -149,7 +149,7 @@ def test_weighted_kernels_are_the_definition(score, design, outputs):
 )
 def test_means_of_few_parameters_are_the_definition_however_draws_are_chunked(score, per_chunk, monkeypatch):
     one, temperature = problem("small"), SCORES[score]
-    monkeypatch.setattr(nntk_dist.planning.feature_maps, "METRIC_DRAWS", 0)
+    monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", 0)
     monkeypatch.setattr(nntk_dist.sampling.draws, "DRAW_ELEMENTS", 10 * per_chunk)
     options = {"gamma": 1.0, "draws": 32, "blocks": 4, "seed": SEED}
     weighting = one.weighting(score, temperature)
@@ -219,7 +219,7 @@ def test_an_infinite_temperature_is_the_fixed_kernel(score, design, means, monke
     """Bit for bit; and large temperatures tend to it."""
     one = problem("small" if means else "tanh_mlp")
     if means:
-        monkeypatch.setattr(nntk_dist.planning.feature_maps, "METRIC_DRAWS", 0)
+        monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", 0)
     # 7 draws a block in float32: 1/7·7 is not 1
     options = {"gamma": 0.6, "design": design, "draws": 56, "blocks": 4, "dtype": torch.float32}
     fixed = nonlocal_kernel(one.model, one.x1, one.x2, estimator="weight", **options)

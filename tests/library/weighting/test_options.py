@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nntk_dist.planning.feature_maps
+import nntk_dist.estimators.weight
 from nntk_dist import BlackBox, NNTKError, nonlocal_kernel
 from nntk_dist.spec import KernelSpec
 from nntk_dist.weighting.options import Weighting, as_weighting
@@ -182,7 +182,7 @@ def test_functions_that_are_no_scores(score, per_example, message):
 @pytest.mark.parametrize("metric_draws", [0, 4096])
 def test_outputs_that_are_not_finite_are_not_blamed_on_the_score(metric_draws, monkeypatch):
     """Of differences, and of means of them."""
-    monkeypatch.setattr(nntk_dist.planning.feature_maps, "METRIC_DRAWS", metric_draws)
+    monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", metric_draws)
     weighting = {"name": "output", "per_example": True, "reference": torch.ones(2, 1)}
     with pytest.raises(NNTKError, match=r"^the model's output under draws .*: NaN or infinity for 1 of 3 examples"):
         nonlocal_kernel(

@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 
-import nntk_dist.planning.feature_maps
+import nntk_dist.estimators.weight
 import pipeline.decisions.layout
 import pipeline.work.stages
 from nntk_dist import nonlocal_kernel
@@ -79,7 +79,7 @@ def weighted(name: str) -> tuple[str, ...]:
 def test_runs_give_the_librarys_numbers(name, means, tmp_path, monkeypatch):
     sets = weighted(name)
     if means:  # block means of gradients, formed
-        monkeypatch.setattr(nntk_dist.planning.feature_maps, "METRIC_DRAWS", 0)
+        monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", 0)
         sets = (*sets, "kernel.blocks=4", "kernel.parameters=['*.bias']", "model.args={widths: [2]}")
     place = finished(tmp_path / "run", *sets)
     stored = arrays(place)

@@ -6,7 +6,7 @@ Axes: n1, n2 examples; `full` kernels are indexed i·C + c, C outputs.
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nntk_dist.errors import ArgumentError, StoreError
 from nntk_dist.planning.model_probes import ModelProbes
+from nntk_dist.planning.plain import from_plain, to_plain
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from nntk_dist.statistics.estimates import t_quantile
 
@@ -130,7 +131,7 @@ class KernelEstimate(Generic[Array]):
                 }
                 facts = json.loads(str(stored[_FACTS]))
             probes = facts.pop("probes")
-            return KernelEstimate(**arrays, **facts, probes=None if probes is None else ModelProbes(**probes))
+            return KernelEstimate(**arrays, **facts, probes=None if probes is None else from_plain(ModelProbes, probes))
         except FileNotFoundError:
             raise StoreError(f"{os.fspath(path)}: no such file; allowed: one that KernelEstimate.save wrote") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,7 +159,7 @@ class KernelEstimate(Generic[Array]):
     def _facts(self) -> dict[str, Any]:
         """The attributes that are no arrays, as plain values."""
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ARRAYS}
-        return plain | {"probes": None if self.probes is None else asdict(self.probes)}
+        return plain | {"probes": None if self.probes is None else to_plain(self.probes)}
 
 
 def _as_array(values: Any) -> Any:

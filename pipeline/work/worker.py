@@ -86,7 +86,8 @@ class Worker:
         if self._pools is None or self._pools[0] != stage:
             # Looking for loaded libraries takes milliseconds: once for a stage, since one may load another.
             self._pools = stage, ThreadpoolController()
-        with self._pools[1].limit(limits=num_threads), torch_threads(num_threads):
+        # torch first: it also sets MKL, whose count only torch can restore
+        with torch_threads(num_threads), self._pools[1].limit(limits=num_threads):
             yield
 
 

@@ -76,12 +76,13 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
             "dtype": "float32", "tile": 1024, "batch": "auto", "memory_per_worker": "auto", "write_tiles": "auto",
             "stderr": "entry", "matmul_precision": "highest",
         },
-        "spectrum": {"method": "auto", "top_k": 50},
+        "spectrum": {"method": "auto", "args": {}, "top_k": 50},
         "regression": {
-            "method": "auto", "tolerance": 1e-4, "ridge": [1e-4, 1e-3, 1e-2, 1e-1, 1.0], "center_outputs": False,
-            "select": "loo",
+            "method": "auto", "args": {}, "tolerance": 1e-4, "ridge": [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
+            "center_outputs": False, "select": "loo",
         },
         "report": {"plots": True},
+        "stages": [],
     }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def stored_job(manifest: Manifest, config: Config | None = None) -> Job:
     Raises:
         StoreError: the manifest is not whole.
     """
-    if config is None:
-        config = config_from_dict(manifest.config)
+    stored = config_from_dict(manifest.config)  # checked also if the run goes on with another one
+    config = stored if config is None else config
     return Job(
         run_dir=RunStorage(config.run_dir).url,
         fingerprint=manifest.fingerprints.get("kernel", ""),

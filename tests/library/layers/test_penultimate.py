@@ -179,7 +179,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "orthogonal": {"design": "orthogonal", "draws": 12},
     "relative": {"gamma_scale": "relative", "gamma": 0.4},
     "sphere": {"distribution": "sphere"},
-    "student": {"distribution": "student", "nu": 8.0},
+    "student": {"distribution": {"name": "student", "nu": 8.0}},
     "one output": {"outputs": 1},
     "weights alone": {"parameters": ("*.weight",)},
     "a readout that is not moved": {"parameters": ("0.*", "2.*", "4.bias")},

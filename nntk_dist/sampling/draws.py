@@ -61,10 +61,12 @@ class Drawing:
 
     @property
     def group_size(self) -> int:
+        """Draws in a group: the draws that depend on each other."""
         return group_size(self.design, self.draws_per_block, self.num_parameters)
 
     @property
     def draws_per_block(self) -> int:
+        """Draws in each of the independent blocks."""
         return self.num_draws // self.num_blocks
 
     def by_group(self, draws: range) -> Iterator[tuple[int, range]]:

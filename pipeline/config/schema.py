@@ -1,7 +1,7 @@
 """The configuration of a run: every key, its default, and what is allowed there; from a YAML file to one frozen value.
 
-This room checks what can be checked without data, model or store, and turns each fault into one line (`NNTKError`:
-file, dotted key, what came, what is allowed, the nearest valid name). It builds nothing: no data set, model or kernel.
+Checks what can be checked without data, model or store, and turns each mistake into one line (`NNTKError`: file, dotted
+key, what came, what is allowed, the nearest valid name). Builds no data set, model or kernel.
 
 Legend: each field's description is the text that an error message gives as allowed; a field of type `Literal` needs
 none, its values are the text. Units stand in the names (`_bytes`); `auto` leaves the choice to the plan, which says

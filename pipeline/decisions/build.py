@@ -1,5 +1,4 @@
-"""From configuration to objects: the only room that reads a `Config` to make a data set, a model or a kernel's
-description.
+"""From configuration to objects: the only module that makes a data set, a model or a `KernelSpec` from a `Config`.
 
 Everything made here is a plain value or a module of torch; nothing here computes a kernel, opens a store or starts Ray.
 """

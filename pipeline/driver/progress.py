@@ -1,9 +1,6 @@
 """Progress of the stages, on standard error: bars on a terminal, plain lines elsewhere, silence in tests.
 
-What this room is for: to say for every stage how far it is and how long it will still take.
-What it refuses to do: to count tasks for anyone else, to print results, to write to standard output.
-
-Axis legend: none.
+Shows how far each stage is and how long it will still take. It prints no results and never writes to standard output.
 """
 
 import time

@@ -69,7 +69,7 @@ def _jump_fact(probes: ModelProbes) -> ProbeFact:
 def _noise_fact(probes: ModelProbes) -> ProbeFact:
     noise = probes.noise
     if noise is None:
-        value, verdict = _NOT_PROBED, "no perturbations, not finite, or not to be had in float64"
+        value, verdict = _NOT_PROBED, "no perturbations, not finite, or the model does not run in float64"
     elif math.isnan(noise):
         value, verdict = "no change of f", "nothing to measure: no perturbation tried changed an output"
     else:

@@ -13,4 +13,4 @@ def warn_caller(message: str) -> None:
     frame, level = inspect.currentframe(), 1
     while frame is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(_OWN):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, NNTKWarning, stacklevel=level - 1 if frame is not None else 2)
+    warnings.warn(message, NNTKWarning, stacklevel=level if frame is not None else 2)

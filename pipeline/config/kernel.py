@@ -35,8 +35,8 @@ def _field(check: Check, default: Any, allowed: str | None = None) -> tuple[Any,
     def take(value: Any) -> Any:
         try:
             return _plain(check.take(value))
-        except NNTKError:
-            raise
+        except NNTKError as error:  # which begins with the option's name
+            raise ValueError(f"kernel.{error}") from error
         except (TypeError, ValueError, OverflowError):
             # pydantic shows neither template nor context: `pipeline.config.schema` makes the message of them.
             raise PydanticCustomError("option", "not allowed", {"words": check.words}) from None

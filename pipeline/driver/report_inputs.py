@@ -131,7 +131,11 @@ def _distribution_text(distribution: Mapping[str, Any]) -> str:
     """Name, options that were given, and range."""
     given = {**distribution, **distribution["options"]}
     fixed = ("name", "gamma", "gamma_scale", "options")
-    parts = [f"{option} = {value}" for option, value in given.items() if option not in fixed and value is not None]
+    parts = [
+        f"{option} = {value:g}" if isinstance(value, int | float) else f"{option} = {value}"
+        for option, value in given.items()
+        if option not in fixed and value is not None
+    ]
     unit = " (relative per tensor)" if distribution.get("gamma_scale") == "relative" else ""
     return ", ".join([distribution["name"], *parts, f"γ = {distribution['gamma']:g}{unit}"])
 

@@ -4,7 +4,6 @@ Axes: n examples, C outputs.
 """
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from nntk_dist import BlackBox, ModelProbes, NNTKError, covariance_kernel, local
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.model_probes import call_changes, modules_by_mode
+from nntk_dist.planning.plain import from_plain, to_plain
 from tests.oracles.cases import case
 
 
@@ -122,4 +122,4 @@ def test_what_was_probed_depends_on_what_is_asked():
 def test_it_survives_json():
     for entry in ("relu_mlp", "sign_unit", "batch_norm"):
         probes = nonlocal_kernel(case(entry).build().float(), case(entry).inputs(5).float(), gamma=0.3).probes
-        assert ModelProbes(**json.loads(json.dumps(asdict(probes), allow_nan=False))) == probes
+        assert from_plain(ModelProbes, json.loads(json.dumps(to_plain(probes), allow_nan=False))) == probes

@@ -65,7 +65,12 @@ def test_a_shared_product_is_the_perturbed_model_without_its_weights(design, gam
     model, x = Tokens(), torch.randn(5, 6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     space = select_parameters(model, ("twice.*", "readout.weight"))
     spec = KernelSpec(
-        gamma=0.7, distribution="lowrank", rank=rank, design=design, gamma_scale=gamma_scale, draws=16, blocks=4
+        gamma=0.7,
+        distribution={"name": "lowrank", "rank": rank},
+        design=design,
+        gamma_scale=gamma_scale,
+        draws=16,
+        blocks=4,
     )
     some, evaluator = spec.drawing("weight", space, model), Evaluator(model, space, stacked=True)
     shared = find_low_rank_passes(evaluator, some, x)

@@ -243,7 +243,7 @@ def test_the_plan_counts_the_passes_over_the_reference_batch(tmp_path):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (("kernel.weighting.name=outputs",), r"weighting.name is 'outputs'.*allowed: fixed, parameter, output, loss,"),
+        (("kernel.weighting.name=outputs",), r"kernel.weighting is 'outputs'.*allowed: fixed, parameter, output, loss,"),
         (("kernel.weighting={name: output, temperature: 0}",), r"kernel.weighting.temperature is 0; .* above 0, or .inf or"),
         (("kernel.weighting={name: loss, per_example: true}",), r"kernel.weighting.per_example is True; .* loss: Fals"),
         (("kernel.weighting={per_example: true}",), r"kernel.weighting.per_example is True; allowed for weighting fix"),

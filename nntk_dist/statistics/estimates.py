@@ -26,7 +26,6 @@ from nntk_dist.statistics.error_bounds import bound_factor, noise_source
 
 SAMPLE_ENTRIES = 4096
 PILOT_ENTRIES = 1024  # of a pilot, which has more blocks, and so more products of pairs
-STATISTICS = ("plugin", "unbiased", "both")
 
 
 @dataclass(frozen=True)

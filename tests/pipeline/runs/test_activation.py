@@ -92,7 +92,7 @@ def test_a_plan_says_how_the_parameters_are_treated(tmp_path):
                   *[part for change in SIGN for part in ("--set", change)])  # fmt: skip
     assert result.code == 0
     words = " ".join(result.out.split())
-    assert "estimator activation: the model jumps in its parameters" in words
+    assert "estimator activation: autodiff is unavailable: the model jumps in its parameters" in words
     assert "of 3466 parameters 3136 are reached by noise in the pre-activations of 2 layers, 330 lie in" in words
 
 

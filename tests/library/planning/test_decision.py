@@ -140,7 +140,7 @@ def test_an_estimator_of_ones_own_needs_no_more_than_its_name():
 
 
 class Refusing(Weight):
-    """Raises what it is told to when it is planned."""
+    """Raises a given error when it is planned."""
 
     error: Exception
 
@@ -166,7 +166,7 @@ def test_auto_goes_on_after_unavailable_and_after_nothing_else(monkeypatch):
 
 
 class Picky(nn.Module):
-    """Fails as it is told to."""
+    """Raises a given error in its forward pass."""
 
     def __init__(self, error: Exception, *, if_grad: bool = False) -> None:
         super().__init__()

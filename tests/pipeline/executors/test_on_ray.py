@@ -127,7 +127,7 @@ def test_workers_are_stopped_but_for_those_that_are_to_go_on(executor):
     one = executor(seconds=0.05)
 
     def who(enough):
-        """The workers of a stage that goes on until there are so many."""
+        """The workers of a stage that runs until it has this many."""
         found: set[int] = set()
         unfinished = takewhile(lambda task: len(found) < enough, tasks(20_000))
         for outcomes in one.run(unfinished):

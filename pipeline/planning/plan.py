@@ -298,8 +298,15 @@ def available_memory() -> int:
 
 
 def check_device(device: str, compute: ComputeConfig, *, continued: bool = False) -> None:
-    """Raise an ArgumentError if the asked device is not there, or that of a run that is `continued`, or where workers
-    are to share a GPU and there is none.
+    """Check that the device exists.
+
+    Args:
+        device: the device of the run.
+        compute: the section of the configuration.
+        continued: whether a stored run continues on its device; only the message differs.
+
+    Raises:
+        ArgumentError: the device does not exist here, or workers are to share a GPU and there is none.
     """
     if compute.workers_per_gpu > 1 and not device.startswith("cuda"):
         raise ArgumentError(

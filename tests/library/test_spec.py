@@ -31,7 +31,7 @@ class Returns(nn.Module):
     ("arguments", "message"),
     [
         ({"kind": "nonlokal"}, r"kind is 'nonlokal'; allowed: nonlocal, covariance, .*; did you mean 'nonlocal'\?"),
-        ({"estimator": "autodif"}, r"estimator is 'autodif'; allowed: auto, weight, autodiff, activation; did"),
+        ({"estimator": "autodif"}, r"estimator is 'autodif'; allowed: auto, weight, .*; did you mean 'autodiff'\?"),
         ({"statistic": "mean"}, r"statistic is 'mean'; allowed: plugin, unbiased, both"),
         ({"scale": "local"}, r"scale is 'local'; allowed: localized, raw; did you mean 'localized'\?"),
         ({"outputs": "all"}, r"outputs is 'all'; allowed: trace, full"),

@@ -95,5 +95,10 @@ _HOMES = MappingProxyType(
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        try:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name != "sklearn":
+                raise
+            raise ImportError(f"{name} needs scikit-learn; run: pip install 'nntk-dist[sklearn]'") from error
     raise AttributeError(f"module 'nntk_dist' has no attribute '{name}'")

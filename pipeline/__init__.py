@@ -1,4 +1,20 @@
 """The runnable system: from a configuration to a plan, stages, a stored kernel and a report; and the command line.
 
 Runs go serially or on Ray. The mathematics is in `nntk_dist`; this package says what is computed where, and keeps it.
+From Python, `run` and `plan` do what the command line does; they are imported when they are first used.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.api import plan, run
+
+__all__ = ["plan", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from pipeline import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'pipeline' has no attribute '{name}'")

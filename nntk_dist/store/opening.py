@@ -15,6 +15,7 @@ from obstore.store import LocalStore, from_url
 from zarr.storage import ObjectStore
 
 from nntk_dist.errors import StoreError
+from nntk_dist.store.backends import BACKENDS
 from nntk_dist.store.stored_kernel import StoredKernel
 
 SCHEMA = "nntk-kernel"
@@ -30,7 +31,8 @@ def open_kernel(path: str | Path) -> StoredKernel:
     cloud's usual environment variables.
 
     Args:
-        path: a run directory, or the `kernel.zarr` in it; a local path or `s3://bucket/prefix`.
+        path: a run directory, or the `kernel.zarr` in it; a local path or a URL such as `s3://bucket/prefix`, with
+            any scheme of `nntk_dist.store.backends.BACKENDS`.
 
     Returns:
         The kernel; its arrays are read when they are indexed.
@@ -52,7 +54,7 @@ def open_kernel(path: str | Path) -> StoredKernel:
         if store is not None and name and _read_bytes(store, f"{name}/zarr.json") is not None:
             group = zarr.open_group(ObjectStore(store, read_only=True), path=name, mode="r", zarr_format=3)
             _check_schema(group, location)
-            return StoredKernel(location, group, _read_manifest(store, root))
+            return StoredKernel(location, group, _read_manifest(store, root), store)
     raise StoreError(
         f"no kernel at '{location}': expected a run directory that holds {STORE_NAME}, or such a store itself; "
         "'nntk run CONFIG' makes one"
@@ -61,10 +63,11 @@ def open_kernel(path: str | Path) -> StoredKernel:
 
 def _object_store(root: str) -> Any:
     """The folder or bucket `root`; None if it does not exist."""
-    _, separator, rest = root.partition("://")
+    scheme, separator, rest = root.partition("://")
     try:
         if separator:
-            return from_url(root) if rest else None
+            # obstore also opens addresses that can only be read, such as https
+            return (BACKENDS.get(scheme) if scheme in BACKENDS else from_url)(root) if rest else None
         folder = Path(root).expanduser().absolute()
         return LocalStore(folder) if folder.is_dir() else None
     except (BaseError, OSError, ValueError) as error:

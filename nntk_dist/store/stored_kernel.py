@@ -1,4 +1,4 @@
-"""A stored kernel: lazy arrays, xarray, dask, products with vectors, the kernel's explicit factor.
+"""A stored kernel: lazy arrays, tables, xarray, dask, products with vectors, the kernel's explicit factor.
 
 Only metadata is read until entries are requested. No method holds an n × n matrix in memory, and nothing is written.
 `nntk_dist.store.opening` opens a kernel.
@@ -21,9 +21,11 @@ from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.streamed_kernel import StreamedKernel
 from nntk_dist.errors import ArgumentError, StoreError, Unavailable, nearest_name
 from nntk_dist.products.factor_form import SKETCHES, WITH_FACTOR, FactorForm
+from nntk_dist.store.tables import read_table, table_names
 
-if TYPE_CHECKING:  # both are in the extra `analysis`
+if TYPE_CHECKING:  # in the extra `analysis`
     import dask.array
+    import pandas
     import xarray
 
 _KERNEL_STAGES = ("gram", "test")
@@ -41,17 +43,20 @@ class StoredKernel:
         location: the path or address that was opened.
         group: the zarr group `kernel.zarr`.
         manifest: the run's `manifest.json`; empty if the store lies alone.
+        files: the run directory as an obstore store, for the tables.
 
     Example:
         >>> from nntk_dist import open_kernel
         >>> kernel = open_kernel("runs/digits")  # doctest: +SKIP
         >>> kernel.shape, kernel[0, 1]  # doctest: +SKIP
         >>> kernel.gram_unbiased[:100, :100]  # doctest: +SKIP
+        >>> kernel.regression.set_index("ridge")["test_accuracy"]  # doctest: +SKIP
     """
 
     location: str
     group: zarr.Group
     manifest: Mapping[str, Any]
+    files: Any
 
     def __repr__(self) -> str:
         rows, columns = self.shape
@@ -184,6 +189,38 @@ class StoredKernel:
                 f"{', '.join(held)}; 'kernel.statistic: both' and 'compute.stderr: entry' store every companion"
             )
         return found
+
+    @property
+    def spectrum(self) -> "pandas.DataFrame":
+        """Return the table `eigenvalues`: one row for each eigenvalue, largest first. Raises as `table` does."""
+        return self.table("eigenvalues")
+
+    @property
+    def regression(self) -> "pandas.DataFrame":
+        """Return the table `regression`: one row for each ridge, with its errors. Raises as `table` does."""
+        return self.table("regression")
+
+    @property
+    def predictions(self) -> "pandas.DataFrame":
+        """Return the table `predictions`: one row for each test example. Raises as `table` does."""
+        return self.table("predictions")
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Return the names of all tables that the run holds so far."""
+        return table_names(self.files)
+
+    def table(self, name: str) -> "pandas.DataFrame":
+        """Return a table of the run as a pandas data frame; `docs/store.md` describes the columns of each.
+
+        Args:
+            name: of the table, one of `tables`.
+
+        Raises:
+            StoreError: there is no such table (the message lists all), or it cannot be read.
+            Unavailable: pandas or pyarrow is not installed.
+        """
+        return read_table(self.files, self.location, name)
 
     def to_dask(self, path: str = "train/gram") -> "dask.array.Array":
         """Return an array as a dask array with one chunk for each shard, the unit of reading and writing.

@@ -1,19 +1,20 @@
-"""Reads a configuration file and lays `--set a.b=v` overrides over it: text in, plain mappings and lists out.
+"""Read a configuration file and lay overrides such as `a.b=v` over it: text in, plain mappings and lists out.
 
 It knows nothing of what the keys mean beyond a tree of defaults that names them, and validates no value: that is
-`pipeline.config.schema`'s part. Every fault is an `NNTKError` of one line.
+`pipeline.config.schema`'s part. Every fault is an `ArgumentError` of one line.
 
 Legend: a *document* is what the YAML holds (mappings, lists, scalars); a *key* is dotted (`regression.ridge.0`).
 """
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nntk_dist.errors import NNTKError, nearest_name
+from nntk_dist.errors import ArgumentError, nearest_name
 
 _TAG = "tag:yaml.org,2002"  # of YAML's own types
 
@@ -57,50 +58,88 @@ def read_document(path: Path) -> dict[str, Any]:
     """The mapping that the YAML file at `path` holds.
 
     Raises:
-        NNTKError: no such file, a folder, unreadable, not UTF-8, not YAML (with the line), empty, or not a mapping.
+        ArgumentError: no such file, a folder, unreadable, not UTF-8, not YAML (with the line), empty, or not a mapping.
     """
     if path.is_dir():
-        raise NNTKError(f"{path}: this is a folder; name a configuration file in it, such as {path / 'digits.yaml'}")
+        example = path / "digits.yaml"
+        raise ArgumentError(f"{path}: this is a folder; name a configuration file in it, such as {example}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [sibling.name for sibling in path.parent.glob("*.yaml")]
-        raise NNTKError(f"{path}: no such configuration file{nearest_name(path.name, siblings)}") from None
+        raise ArgumentError(f"{path}: no such configuration file{nearest_name(path.name, siblings)}") from None
     except UnicodeDecodeError:
-        raise NNTKError(f"{path}: this is not UTF-8 text; a configuration is a YAML text file") from None
+        raise ArgumentError(f"{path}: this is not UTF-8 text; a configuration is a YAML text file") from None
     except OSError as error:
-        raise NNTKError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+        raise ArgumentError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     document = _parse(text, where=str(path))
     if document is None:
-        raise NNTKError(f"{path}: the file is empty; a configuration needs at least name, run_dir, data and model")
+        raise ArgumentError(f"{path}: the file is empty; a configuration needs at least name, run_dir, data and model")
     if not isinstance(document, dict):
-        raise NNTKError(f"{path}: the file holds {show(document)}; a configuration is a mapping, `key: value` by line")
+        raise ArgumentError(
+            f"{path}: the file holds {show(document)}; a configuration is a mapping, `key: value` by line"
+        )
     return document
 
 
-def apply_overrides(
-    document: Mapping[str, Any], overrides: Sequence[str], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A copy of `document` with each override `a.b=v` laid over it, in order.
+@dataclass(frozen=True)
+class Override:
+    """A value for a dotted key.
 
-    The value is read as YAML. A part of the key that meets a list is an index into it. `defaults` holds every key
-    that exists; an empty mapping in it takes any key. A list that the document leaves out starts as its default.
+    Attributes:
+        key: such as `kernel.distribution.gamma`.
+        value: what stands there instead.
+        source: how the user gave it, for messages.
+    """
+
+    key: str
+    value: Any
+    source: str
+
+
+def read_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[Override, ...]:
+    """Read overrides: texts `a.b=v` of the command line, with values in YAML, or a mapping from dotted keys to values.
 
     Raises:
-        NNTKError: no `=`, an unknown key (with the nearest one), an index out of range, a value that is not YAML.
+        ArgumentError: no `=`, an empty key, or a value that is not YAML.
+    """
+    if isinstance(overrides, Mapping):
+        read = [Override(str(key), value, f"override {key}") for key, value in overrides.items()]
+    else:
+        read = []
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            source = f"--set {text}"
+            read.append(Override(key if equals else "", _parse(value, where=source), source))
+    for override in read:
+        if not all(override.key.split(".")):
+            raise ArgumentError(
+                f"{override.source}: expected KEY=VALUE with a dotted key, such as kernel.distribution.gamma=0.1"
+            )
+    return tuple(read)
+
+
+def apply_overrides(
+    document: Mapping[str, Any], overrides: Sequence[Override], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a copy of `document` with each override laid over it, in order.
+
+    A part of a key that meets a list is an index into it. A list that the document leaves out starts as its default.
+
+    Args:
+        document: what the configuration file holds.
+        overrides: what is laid over it.
+        defaults: every key that exists; an empty mapping in it takes any key.
+
+    Raises:
+        ArgumentError: an unknown key (with the nearest one), or an index out of range.
     """
     result = dict(document)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        label = f"--set {override}"
-        parts = key.split(".")
-        if not equals or not all(parts):
-            raise NNTKError(f"{label}: expected KEY=VALUE with a dotted key, such as kernel.distribution.gamma=0.1")
-        value = _parse(text, where=label)
         try:
-            result = _with_value(result, defaults, parts, value)
-        except NNTKError as error:
-            raise NNTKError(f"{label}: {error}") from None
+            result = _with_value(result, defaults, override.key.split("."), override.value)
+        except ArgumentError as error:
+            raise ArgumentError(f"{override.source}: {error}") from None
     return result
 
 
@@ -120,9 +159,9 @@ def _parse(text: str, where: str) -> Any:
         line = f"line {mark.line + 1}: " if mark is not None else ""
         is_syntax = isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError)
         hint = "; put text with special characters in quotes" if is_syntax else ""
-        raise NNTKError(f"{where}: {line}not valid YAML: {error.problem}{hint}") from None
+        raise ArgumentError(f"{where}: {line}not valid YAML: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise NNTKError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ArgumentError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _with_value(node: Any, known: Any, parts: Sequence[str], value: Any, done: tuple[str, ...] = ()) -> Any:
@@ -135,16 +174,16 @@ def _with_value(node: Any, known: Any, parts: Sequence[str], value: Any, done: t
         node = {} if isinstance(known, Mapping) else known
     if isinstance(node, list):
         if not part.isdecimal() or int(part) >= len(node):
-            raise NNTKError(
+            raise ArgumentError(
                 f"{parent} is a list of {len(node)}; allowed in place of '{part}': an index from 0 below that"
             )
         index = int(part)
         return [*node[:index], _with_value(node[index], {}, rest, value, (*done, part)), *node[index + 1 :]]
     if not isinstance(node, Mapping):
-        raise NNTKError(f"{parent} is {show(node)}, a single value: it has no key '{part}' below it")
+        raise ArgumentError(f"{parent} is {show(node)}, a single value: it has no key '{part}' below it")
     names = known if isinstance(known, Mapping) else {}
     if names and part not in names:
-        raise NNTKError(unknown_key(part, parent, names))
+        raise ArgumentError(unknown_key(part, parent, names))
     return {**node, part: _with_value(node.get(part), names.get(part, {}), rest, value, (*done, part))}
 
 

@@ -1,7 +1,7 @@
 """The configuration of a run: every key, its default, and what is allowed there; from a YAML file to one frozen value.
 
-Checks what can be checked without data, model or store, and turns each mistake into one line (`NNTKError`: file, dotted
-key, what came, what is allowed, the nearest valid name). Builds no data set, model or kernel.
+Checks what can be checked without data, model or store, and turns each mistake into one line (`ArgumentError`: file,
+dotted key, what came, what is allowed, the nearest valid name). Builds no data set, model or kernel.
 
 Legend: each field's description is the text that an error message gives as allowed; a field of type `Literal` needs
 none, its values are the text. Units stand in the names (`_bytes`); `auto` leaves the choice to the plan, which says
@@ -18,9 +18,9 @@ from pydantic_core import ErrorDetails
 
 from nntk_dist.analysis.regression.conjugate_gradients import ConjugateGradients
 from nntk_dist.analysis.solvers import REGRESSION_SOLVERS, SPECTRUM_SOLVERS
-from nntk_dist.errors import NNTKError, nearest_name
+from nntk_dist.errors import ArgumentError, nearest_name
 from pipeline.config.kernel import KernelConfig
-from pipeline.config.overrides import apply_overrides, read_document, show, unknown_key
+from pipeline.config.overrides import Override, apply_overrides, read_document, read_overrides, show, unknown_key
 from pipeline.config.types import (
     Count,
     CountOrAll,
@@ -153,23 +153,33 @@ class Config(Section):
     ] = ()
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in the YAML file at `path`, with dotted `overrides` such as `kernel.seed=1` laid over it.
+def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Read a configuration from a YAML file.
+
+    Args:
+        path: of the file.
+        overrides: laid over it, in order: texts such as `kernel.seed=1`, or a mapping from dotted keys to values.
 
     Raises:
-        NNTKError: one line that says what is wrong in the file, in an override or with a value, and what is allowed.
+        ArgumentError: one line that says what is wrong in the file, in an override or with a value, and what is
+            allowed.
     """
     path = Path(path)
-    document = apply_overrides(read_document(path), overrides, _defaults(Config))
-    return _validated(document, where=str(path), overrides=overrides)
+    return _merged(read_document(path), str(path), overrides)
 
 
-def config_from_dict(document: Mapping[str, Any]) -> Config:
-    """The configuration that plain values, such as a manifest's, describe. Raises `NNTKError` as `load_config` does."""
-    return _validated(document, where="configuration", overrides=())
+def config_from_dict(document: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Make a configuration of plain values, such as a manifest's. Takes overrides and raises as `load_config` does."""
+    return _merged(document, "configuration", overrides)
 
 
-def _validated(document: Mapping[str, Any], where: str, overrides: Sequence[str]) -> Config:
+def _merged(document: Mapping[str, Any], where: str, overrides: Sequence[str] | Mapping[str, Any]) -> Config:
+    """The document under its overrides, validated."""
+    read = read_overrides(overrides)
+    return _validated(apply_overrides(document, read, _defaults(Config)), where, read)
+
+
+def _validated(document: Mapping[str, Any], where: str, overrides: Sequence[Override]) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
@@ -177,11 +187,11 @@ def _validated(document: Mapping[str, Any], where: str, overrides: Sequence[str]
     # A mistyped key is the likely cause of whatever else is missing, so it is what to speak of first.
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     key, message = _explain(first)
-    blamed = [override for override in overrides if f"{key}.".startswith(f"{override.partition('=')[0]}.")]
-    source = f"--set {blamed[-1]}" if blamed else where
+    blamed = [override.source for override in overrides if f"{key}.".startswith(f"{override.key}.")]
+    source = blamed[-1] if blamed else where
     faulty_keys = {_explain(detail)[0] for detail in details}
     others = f" (and {len(faulty_keys) - 1} more)" if len(faulty_keys) > 1 else ""
-    raise NNTKError(f"{source}: {message}{others}")
+    raise ArgumentError(f"{source}: {message}{others}")
 
 
 def _explain(detail: ErrorDetails) -> tuple[str, str]:

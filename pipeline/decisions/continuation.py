@@ -132,9 +132,12 @@ def stages_to_rerun(
         old, new = ({key: each.get(key, {}) for key in (*changed, "stages")} for each in (manifest.config, asked))
         raise StoreError(
             f"{run_dir} was finished with another {' and '.join(changed)}: {describe_difference(old, new)}; "
-            f"--resume reruns only {' and '.join(changed)}"
+            f"--resume (in Python resume=True) reruns only {' and '.join(changed)}"
         )
     if not resume and manifest.completed is None:
-        raise StoreError(f"{run_dir} holds an unfinished run of this configuration; add --resume to continue it")
+        raise StoreError(
+            f"{run_dir} holds an unfinished run of this configuration; to continue it, add --resume (in Python "
+            "resume=True)"
+        )
     page_changed = resume and config.report.model_dump(mode="json") != manifest.config.get("report")
     return (*changed, "report") if page_changed else changed

@@ -42,7 +42,7 @@ _PROBE_EXAMPLES = 32
 _USABLE_SHARE = 0.9  # of the memory that is free now
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What would run. `parts` are the nameable inputs of the kernel's fingerprint."""
 
@@ -53,6 +53,15 @@ class Plan:
     projection: Projection
     num_workers: int
     memory_per_worker: int
+
+    def __repr__(self) -> str:
+        job, projection = self.job, self.projection
+        return (
+            f"Plan({job.config.name!r}, {job.spec.kind} kernel by {job.decision.estimator}, "
+            f"{job.sizes.num_train} train and {job.sizes.num_test} test rows, {job.sizes.num_draws} draws, "
+            f"{sum(projection.tasks.values())} tasks, about {sum(projection.seconds.values()):.0f} s, "
+            f"{_gib(projection.total_disk_bytes)} on disk, {_gib(projection.worker_bytes)} a worker)"
+        )
 
 
 @full_precision()

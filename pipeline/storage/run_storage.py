@@ -9,7 +9,7 @@ Axes: none; paths are relative to the run directory, with `/` between the parts.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import takewhile
@@ -24,15 +24,9 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
 from nntk_dist.errors import ArgumentError, StoreError, check_choice
-from nntk_dist.registration.registry import Registry
+from nntk_dist.store.backends import BACKENDS
 
 KERNEL_STORE = "kernel.zarr"
-# From a scheme to a function that opens a URL as an obstore store. Other packages add theirs as entry points.
-BACKENDS: Registry[Callable[[str], Any]] = Registry(
-    "scheme of run_dir",
-    "nntk_dist.storage_backends",
-    {"s3": "obstore.store:from_url", "gs": "obstore.store:from_url", "az": "obstore.store:from_url"},
-)
 
 STORAGE_ERRORS = (BaseError, OSError)  # raised by object stores and disks
 ACCESS_ERRORS = (BaseError, PermissionError)  # after which nothing is known of what the storage holds

@@ -13,7 +13,6 @@ from obstore.store import MemoryStore
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, ObjectStore
 
-import nntk_dist.store.opening
 from nntk_dist.errors import NNTKError, StoreError
 from nntk_dist.store.opening import open_kernel
 
@@ -147,7 +146,7 @@ def test_an_object_store_is_read_like_a_disk(monkeypatch):
     bucket = MemoryStore()
     grams = make_store(ObjectStore(bucket))
     bucket.put("manifest.json", json.dumps(MANIFEST).encode())
-    monkeypatch.setattr(nntk_dist.store.opening, "from_url", {"s3://bucket/run": bucket}.__getitem__)
+    monkeypatch.setattr("obstore.store.from_url", {"s3://bucket/run": bucket}.__getitem__)
     kernel = open_kernel("s3://bucket/run")
     np.testing.assert_array_equal(kernel.test_gram[:], grams["test"].astype(np.float32))
     assert kernel.complete

@@ -63,7 +63,7 @@ def test_a_changed_later_section_reruns_its_stage_alone(change, stage, table, ow
     before, rows = snapshot(own_run), started(own_run)
     refused = run(own_run, change)
     assert refused.code == 2
-    assert f"--resume reruns only {stage}" in refused.err
+    assert f"resume=True) reruns only {stage}" in refused.err
     assert snapshot(own_run) == before
 
     assert run(own_run, change, resume=True).code == 0
@@ -149,7 +149,7 @@ def test_an_unfinished_run_goes_on_where_it_stopped(stage, good_run, tmp_path, m
 
     refused = run(tmp_path / "run")
     assert refused.code == 2
-    assert "add --resume to continue it" in refused.err
+    assert "to continue it, add --resume" in refused.err
     assert nntk("report", tmp_path / "run").code == 2
     assert "stopped" in nntk("status", tmp_path / "run").out
 

@@ -50,7 +50,7 @@ def test_a_stage_is_added_to_a_finished_run(module, own_run):
     before = ledger(own_run)
     refused = run(own_run, module)
     assert refused.code == 2
-    assert "--resume reruns only trace" in refused.err
+    assert "resume=True) reruns only trace" in refused.err
     finished(own_run, module, resume=True)
     after = ledger(own_run)
     assert {key: after[key] for key in before} == before

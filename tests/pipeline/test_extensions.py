@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from nntk_dist import open_kernel
 from nntk_dist.errors import ArgumentError, DataError
 from nntk_dist.models.builders import build_model
+from pipeline import run
 from pipeline.data import load_dataset
 from pipeline.storage.run_storage import RunStorage
 
 MODULE = """
+from pathlib import Path
+
 import numpy as np
-from obstore.store import MemoryStore
+from obstore.store import LocalStore
 from torch import nn
 from pipeline.data.source import Source, SourceRows
-
-STORES = {}
-
 
 def open_lines(location, /, *, slope=1.0):
     x = np.arange(float(location))[:, None]
@@ -33,8 +34,8 @@ def perceptron(*, input_shape, num_outputs, gain=1.0):
     return layer
 
 
-def open_memory(url):
-    return STORES.setdefault(url, MemoryStore())
+def open_shelf(url):
+    return LocalStore(Path("shelf") / url.partition("://")[2], mkdir=True)
 
 
 def arrays(rows=3):
@@ -47,7 +48,7 @@ broken = acme_nntk:broken
 [nntk_dist.model_builders]
 perceptron = acme_nntk:perceptron
 [nntk_dist.storage_backends]
-memory = acme_nntk:open_memory
+shelf = acme_nntk:open_shelf
 """
 
 
@@ -60,6 +61,7 @@ def package(tmp_path, monkeypatch):
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
     (tmp_path / "acme_nntk.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
 
 def test_a_source_with_an_option():
@@ -89,8 +91,26 @@ def test_a_model_builder():
 
 
 def test_a_storage_backend():
-    storage = RunStorage("memory://place/run")
+    storage = RunStorage("shelf://place/run")
     storage.write_bytes("ledger/1", b"row")
-    assert RunStorage("memory://place/run").read_bytes("ledger/1") == b"row"
-    with pytest.raises(ArgumentError, match="is 'memry'; allowed: s3, gs, az, memory, file; did you mean 'memory'"):
-        RunStorage("memry://place/run")
+    assert RunStorage("shelf://place/run").read_bytes("ledger/1") == b"row"
+    with pytest.raises(ArgumentError, match="is 'shef'; allowed: s3, gs, az, shelf, file; did you mean 'shelf'"):
+        RunStorage("shef://place/run")
+
+
+def test_a_whole_run_uses_all_three():
+    """Linear regression on a line: the kernel of `f = w x` is `x x'`, and the run lies in the user's storage."""
+    document = {
+        "name": "lines",
+        "run_dir": "shelf://place/lines",
+        "data": {"source": "lines:12", "args": {"slope": 2.0}, "train": 9, "test": 3, "normalize": False},
+        "model": {"builder": "perceptron", "args": {"gain": 3.0}},
+        "kernel": {"kind": "local"},
+        "compute": {"executor": "serial", "dtype": "float64"},
+    }
+    kernel = run(document, progress=False)
+    x = kernel.outputs[...] / 3.0  # f(x) = 3 x
+    np.testing.assert_allclose(kernel.gram[...], x @ x.T, rtol=1e-12)
+    assert kernel.complete
+    np.testing.assert_array_equal(open_kernel("shelf://place/lines").test_gram[...], kernel.test_gram[...])
+    assert len(kernel.predictions) == 3

@@ -97,7 +97,10 @@ class KernelSpec:
     )
     design: str = option(Design.IID, Choice(Design), "how draws depend on each other", kinds=_DRAWN)
     draws: int | str = option(
-        Automatic.AUTO, WholeNumber(1, choices=Automatic), "number of perturbed models S", kinds=_DRAWN
+        Automatic.AUTO,
+        WholeNumber(1, choices=Automatic),
+        "number of perturbed models S; auto: one group of draws in each block for autodiff, else 256",
+        kinds=_DRAWN,
     )
     blocks: int = option(
         8,

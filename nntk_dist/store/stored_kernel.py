@@ -366,10 +366,12 @@ class StoredKernel:
                 f"({reason}); run 'nntk verify' and repeat the run with --resume"
             ) from error
         if np.isnan(values).any():
-            raise StoreError(
-                f"'{path}' of the kernel at '{self.location}' holds NaN at {_spans(selection)}: the run has not "
-                "finished; complete it with 'nntk run … --resume'"
+            reason = (
+                "entries there are not resolved: more draws or a larger gamma would resolve them"
+                if self.complete and path.endswith("stderr")
+                else "the run has not finished; complete it with 'nntk run … --resume'"
             )
+            raise StoreError(f"'{path}' of the kernel at '{self.location}' holds NaN at {_spans(selection)}: {reason}")
         return values
 
     def _array_paths(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Random numbers and perturbations: the counter-based generator, the table of its streams, laws, designs, draws.
+"""Random numbers and perturbations: the counter-based generator, its table of streams, laws, designs, draws.
 
-Every number is a pure function of (seed, stream, group, draw, index). No model is met here.
+Every number is a pure function of (seed, stream, group, draw, index). No model is evaluated here.
 """

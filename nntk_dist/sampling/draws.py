@@ -1,11 +1,11 @@
-"""Which perturbation every draw is: its law, its group, its block, as a pure function of its number.
+"""The perturbations of a kernel: law, design, groups and blocks of draws, each a pure function of its number.
 
-z = D·u: u of the asked law, D one scale per tensor, or 1. Draws that depend on each other (±z of an antithetic pair,
-orthonormal directions) form a group, and a group never straddles two blocks: blocks are independent and identically
-distributed, on which every standard error rests. A draw's *direction* v is what its output difference is multiplied by,
-g = mean Δ_s v_s: v = P·D⁻¹u/|u|² for radial laws, v = D⁻¹·2u/γ² for the low-rank one. Nothing here evaluates a model.
+z = D·u, with u from the law and D = 1 or one scale per tensor. Draws that depend on each other (±z of an antithetic
+pair, orthonormal directions) form a group. A group lies in one block, so that blocks are independent and identically
+distributed; every standard error relies on this. The gradient is g = mean Δ_s v_s, with output differences Δ and
+*directions* v = P·D⁻¹u/|u|² for radial laws, v = D⁻¹·2u/γ² for the low-rank law. No model is evaluated here.
 
-Axes: s draws, r blocks, P parameters; m members, the vectors that draws are made of: one for both draws of a pair.
+Axes: s draws, r blocks, P parameters; m members: independent vectors before scaling, one for both draws of a pair.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from nntk_dist.sampling.orthogonal import inverse_factors, needs_whole_vectors, 
 from nntk_dist.sampling.philox import normal, uniform
 from nntk_dist.sampling.streams import LAW_DRAW, Stream
 
-_SLICE = 1 << 14  # parameters at a time wherever a sum over all of them belongs to a perturbation
+_SLICE = 1 << 14  # parameters at a time; fixed, because the order of summation affects the bits of a perturbation
 _SLICE_ELEMENTS = 1 << 24
 DRAW_ELEMENTS = 1 << 22
 
@@ -35,10 +35,26 @@ DRAW_ELEMENTS = 1 << 22
 class Drawing:
     """S perturbations in R blocks, a pure function of the seed; draw s lies in block s // (S/R).
 
-    `shapes` are those of the tensors that the vector is made of, in its order, which `lowrank` needs; `scales` the
-    diagonal of D, one number for each of these tensors, or () for 1.
-    Raises: NNTKError where S is not a multiple of R times the design's group size, or R < 4 where groups are not
-    complete.
+    Attributes:
+        distribution: the law of u.
+        num_draws: S.
+        num_blocks: R.
+        num_parameters: P.
+        design: how draws depend on each other.
+        seed: the seed of the kernel.
+        stream: the stream of random numbers.
+        shapes: the shapes of the tensors that form the parameter vector, in order; required for `LowRank` and for
+            `scales`.
+        scales: the diagonal of D, one number per tensor, or () for D = 1.
+
+    Raises:
+        ArgumentError: S is not a multiple of R times the group size, or R < 4 and groups are not complete.
+
+    Example:
+        >>> from nntk_dist.sampling.laws import Gaussian
+        >>> drawing = Drawing(Gaussian(gamma=0.1), num_draws=8, num_blocks=4, num_parameters=3)
+        >>> drawing.perturbations(range(2), dtype=torch.float64).shape
+        torch.Size([2, 3])
     """
 
     distribution: Law
@@ -61,18 +77,19 @@ class Drawing:
 
     @property
     def group_size(self) -> int:
-        """Draws in a group: the draws that depend on each other."""
+        """The number of draws in a group; draws of different groups are independent."""
         return group_size(self.design, self.draws_per_block, self.num_parameters)
 
     @property
     def draws_per_block(self) -> int:
-        """Draws in each of the independent blocks."""
+        """The number of draws in a block."""
         return self.num_draws // self.num_blocks
 
     def by_group(self, draws: range) -> Iterator[tuple[int, range]]:
-        """The groups that consecutive draws belong to, each with its draws among them; noise of a model is a group's.
+        """Yield the groups of consecutive draws, each with those of the given draws that belong to it.
 
-        An antithetic pair, an orthogonal group or a single draw: group g holds draws g·k to (g+1)·k, k its size.
+        A group is an antithetic pair, an orthogonal group or a single draw. Group g has draws g·k to (g+1)·k − 1, k
+        being the group size. The draws of a group share the noise of a noisy model.
         """
         size = self.group_size
         for group in range(draws.start // size, -(-draws.stop // size)):
@@ -87,10 +104,17 @@ class Drawing:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> Float[Tensor, "s P"]:
-        """Coordinates `start` to `stop` of the perturbations z of consecutive draws.
+        """Return coordinates `start` to `stop` of the perturbations z of consecutive draws.
 
-        The same call gives the same bits; slices agree to rounding. Cost O(s·(stop − start)), more by the passes over
-        all coordinates that a length or an orthonormal group takes; whole groups are made, so ask for whole groups.
+        Equal calls give equal bits; different slices agree to rounding. Cost: O(s·(stop − start)), plus passes over all
+        coordinates if the law needs |n| or the design is orthogonal. Partial groups cost as much as whole ones.
+
+        Args:
+            draws: consecutive draws.
+            start: the first coordinate.
+            stop: the end of the coordinates; None for P.
+            dtype: the dtype of the result.
+            device: the device of the result.
         """
         stop = self.num_parameters if stop is None else stop
         first, last = draws.start // self.group_size, -(-draws.stop // self.group_size)
@@ -113,7 +137,16 @@ class Drawing:
     def low_rank_factors(
         self, draws: range, *, dtype: torch.dtype, device: torch.device | str
     ) -> list[tuple[Float[Tensor, "s out r"], Float[Tensor, "s rest r"] | None]]:
-        """The tensors of low-rank perturbations as products A·Bᵀ, vectors as (s, size, 1) and None; whole groups."""
+        """Return low-rank perturbations tensor by tensor, as factors A, B with z = A·Bᵀ.
+
+        Args:
+            draws: consecutive draws that form whole groups.
+            dtype: the dtype of the result.
+            device: the device of the result.
+
+        Returns:
+            A and B for tensors of two or more axes; z of shape (s, size, 1) and None for vectors and numbers.
+        """
         assert isinstance(self.distribution, LowRank)
         members = self._members(draws, device)
         scales = self.scales or (1.0,) * len(self.shapes)
@@ -127,7 +160,7 @@ class Drawing:
         return result
 
     def directions(self, z: Float[Tensor, "s P"]) -> Float64[Tensor, "s P"]:
-        """v_s of whole perturbations z_s as they were used, rounding included."""
+        """Return the directions v_s of perturbations z_s, computed from the rounded values that moved the model."""
         u = z.to(torch.float64, copy=True)
         if not self.scales:
             return u.mul_(self._direction_factor(u.square().sum(1))[:, None])
@@ -136,26 +169,27 @@ class Drawing:
         return u.mul_(self._direction_factor(u.square().sum(1))[:, None]).div_(scale)
 
     def shrinkage(self, draws: range, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
-        """U^{1/P} of each draw, U ~ Uniform(0, 1): the radial factor of `autodiff` (DESIGN §1); a pair shares its U."""
+        """Return U^{1/P} of each draw, U ~ Uniform(0, 1): the radial factor of estimator `autodiff`; pairs share U."""
         numbers = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=device)
         groups = numbers // GROUP_SIZES[self.design]
         return uniform(self.seed, Stream.RADIUS, groups, 1)[:, 0] ** (1.0 / self.num_parameters)
 
     def shrunken(self, draws: range, *, device: torch.device | str = "cpu") -> Iterator[Float64[Tensor, " P"]]:
-        """U^{1/P} z of each draw, one after the other; memory of a group."""
+        """Yield U^{1/P} z of each draw, one by one. Memory: a part of at most 2^22 numbers, or one group."""
         for part in draw_chunks(draws, self.num_parameters, self.group_size):
             z = self.perturbations(part, dtype=torch.float64, device=device)
             yield from z.mul_(self.shrinkage(part, device=device)[:, None])
 
     def squared_norms(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
-        """|u_s|² of all draws of a radial law, a slice of parameters at a time; memory O(S + 2^24)."""
+        """Return |u_s|² of all draws of a radial law, summed over slices of parameters. Memory: O(S + 2^24)."""
         members = self._members(range(self.num_draws), device)
         squares = self._member_squares(members) * self._multipliers(members).square()
         return squares.repeat_interleave(2) if self.design == Design.ANTITHETIC else squares
 
     def direction_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
-        """⟨v_s, v_t⟩ of all draws, regenerated a slice of parameters at a time: memory O(S² + 2^24), 2·S²·P
-        operations.
+        """Return ⟨v_s, v_t⟩ for all draws s, t, from regenerated slices of the perturbations.
+
+        Cost: 2·S²·P operations; memory O(S² + 2^24).
         """
         if self.design == Design.ORTHOGONAL and needs_whole_vectors(self.group_size, self.num_parameters):
             z = self.perturbations(range(self.num_draws), dtype=torch.float64, device=device)
@@ -176,13 +210,13 @@ class Drawing:
             products.addmm_(part, part.T)
         if grams is not None:
             inverses = inverse_factors(triangular_factors(grams))
-            for _ in range(2):  # from both sides
+            for _ in range(2):  # L⁻¹ from the left, then from the right
                 rows = inverses @ products.unflatten(0, (-1, self.group_size))
                 products = rows.flatten(0, 1).T.contiguous()
         return self._finished(products, squares, members)
 
     def _finished(self, products: Tensor, squares: Tensor, members: Tensor) -> Float64[Tensor, "s s"]:
-        """From products of the members' carriers (n, or orthonormal q) to those of the draws' directions."""
+        """Inner products of directions, from inner products of the members' vectors (n, or orthonormal q)."""
         if isinstance(self.distribution, LowRank):
             products *= 2.0 / self.distribution.gamma**2
         else:
@@ -195,18 +229,18 @@ class Drawing:
         return torch.kron(products, signs)
 
     def _direction_factor(self, squares: Float64[Tensor, " s"]) -> Float64[Tensor, " s"]:
-        """What u is multiplied by to give D·v, from |u|²."""
+        """The factor of u in D·v, from |u|²."""
         if isinstance(self.distribution, LowRank):
             return torch.full_like(squares, 2.0 / self.distribution.gamma**2)
         return self.num_parameters / squares
 
     def _members(self, draws: range, device: torch.device | str) -> Tensor:
-        """The numbers of the members of whole groups of draws: a pair has one, every other draw its own."""
+        """The members of whole groups of draws: one for an antithetic pair, otherwise one for each draw."""
         sharing = GROUP_SIZES[self.design]
         return torch.arange(draws.start // sharing, draws.stop // sharing, dtype=torch.int64, device=device)
 
     def _normals(self, members: Tensor, start: int, stop: int) -> Float64[Tensor, "m k"]:
-        """A slice of the carriers before orthonormalisation, of unit variance."""
+        """A slice of the members' vectors n, of unit variance, before orthonormalisation."""
         if isinstance(self.distribution, LowRank):
             return self._low_rank(members, start, stop)
         return normal(self.seed, self.stream, members, start, stop)
@@ -214,13 +248,13 @@ class Drawing:
     def _low_rank(
         self, members: Tensor, start: int, stop: int, scale: float = 1.0, dtype: torch.dtype = torch.float64
     ) -> Float[Tensor, "m k"]:
-        """A slice of low-rank carriers, so many times."""
+        """A slice of the members' low-rank vectors, multiplied by `scale`."""
         assert isinstance(self.distribution, LowRank)
-        of = self.seed, self.stream, members, self.shapes, self.distribution.rank, start, stop
-        return low_rank_normals(*of, scale=scale, dtype=dtype)
+        numbers = self.seed, self.stream, members, self.shapes, self.distribution.rank, start, stop
+        return low_rank_normals(*numbers, scale=scale, dtype=dtype)
 
     def _multipliers(self, members: Tensor, squares: Tensor | None = None) -> Float64[Tensor, " m"]:
-        """u/n, which for some laws needs |n|²."""
+        """u/n; laws that prescribe the length |u| need |n|², in `squares` if it is known."""
         assert isinstance(self.distribution, RadialLaw)
         scale = self.distribution.scale(
             self.num_parameters, lambda: uniform(self.seed, self.stream, members, 1, draw=LAW_DRAW)[:, 0]
@@ -246,7 +280,7 @@ class Drawing:
             q = orthonormal_rows(rows.unflatten(0, (-1, size))).flatten(0, 1)
             return (q[:, start:stop] * lengths[:, None]).to(dtype)
         grams, everything = self._no_grams(members), (start, stop) == (0, self.num_parameters)
-        kept = deque[Tensor]()  # or made twice, where few of the parameters are asked for
+        kept = deque[Tensor]()  # for all parameters, keep the normals; for a slice, generate its normals twice
         for low, high in self._slices():
             rows = self._normals(members, low, high).unflatten(0, (-1, size))
             grams += rows @ rows.mT
@@ -277,16 +311,14 @@ class Drawing:
         return values.repeat_interleave(torch.tensor(overlaps, device=device))
 
     def _slices(self, num_rows: int | None = None) -> Iterator[tuple[int, int]]:
-        """Intervals that cover the parameters: narrower where many rows are held, and otherwise always the same."""
+        """Intervals that cover the parameters: of fixed width, or narrower the more rows are in memory."""
         width = _SLICE if num_rows is None else max(256, min(1 << 16, _SLICE_ELEMENTS // num_rows))
         for start in range(0, self.num_parameters, width):
             yield start, min(start + width, self.num_parameters)
 
 
 def draw_chunks(draws: range, num_parameters: int, group_size: int = 1) -> Iterator[range]:
-    """Consecutive parts of a range of draws: whole groups whose perturbations take at most 2^22 numbers, or one
-    group.
-    """
+    """Split a range of draws into parts of whole groups, with at most 2^22 numbers each, or one group."""
     step = max(1, DRAW_ELEMENTS // (num_parameters * group_size)) * group_size
     for start in range(draws.start, draws.stop, step):
         yield range(start, min(start + step, draws.stop))

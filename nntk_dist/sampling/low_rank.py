@@ -1,8 +1,8 @@
-"""Low-rank perturbations of weight matrices, any slice of the long vector at a time.
+"""Low-rank perturbations of weight matrices, for any slice of the parameter vector.
 
-A tensor of two axes or more is viewed as (out, rest) and moved by A·Bᵀ/√r with standard normal A, (out, r), and B,
-(rest, r): unit variance, uncorrelated entries, rank r. Vectors and numbers get plain normals. The normals have an index
-space of their own: tensor by tensor, A before B, rows first.
+A tensor of two or more axes is viewed as (out, rest) and perturbed by A·Bᵀ/√r with standard normal A, (out, r), and B,
+(rest, r): unit variance, uncorrelated entries, rank r. Vectors and numbers get plain normals. The index of a normal
+counts tensor by tensor, A before B, row by row.
 
 Axes: g perturbations, P parameters, r rank.
 """
@@ -32,10 +32,21 @@ def low_rank_normals(
     scale: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "g k"]:
-    """Coordinates `start` to `stop` of the vectors that tensors of these shapes make, `scale` times, made in float64
-    and rounded to `dtype`; equal slices to rounding.
+    """Return coordinates `start` to `stop` of low-rank perturbations, multiplied by `scale`.
 
-    Cost O(g·r·(stop − start)) for matrices that are not much longer than the slice.
+    Computed in float64 and rounded to `dtype`; different slices agree to rounding. Cost: O(g·r·(stop − start)) if the
+    matrices are not much longer than the slice.
+
+    Args:
+        seed: the seed of the kernel.
+        stream: the stream of random numbers.
+        groups: one counter for each perturbation.
+        shapes: the shapes of the tensors that form the parameter vector, in order.
+        rank: r.
+        start: the first coordinate.
+        stop: the end of the coordinates.
+        scale: a factor.
+        dtype: the dtype of the result.
     """
     result = torch.empty(len(groups), stop - start, dtype=dtype, device=groups.device)
     offset = first = 0  # of the tensor's coordinates, of its normals
@@ -61,19 +72,19 @@ def low_rank_normals(
 def _multiply_into_(
     result: Float[Tensor, "g k"], left: Float64[Tensor, "g o r"], right: Float64[Tensor, "g i r"], start: int
 ) -> None:
-    """Set to coordinates of A·Bᵀ from `start` on, some perturbations at a time: in memory that stays in the cache."""
+    """Write coordinates of A·Bᵀ from `start` on, a few perturbations at a time, so that products stay in the cache."""
     shape = left.shape[1], right.shape[1]
     step = max(1, _PRODUCT_ELEMENTS // math.prod(shape))
-    room = left.new_empty(min(step, len(left)), *shape)
+    buffer = left.new_empty(min(step, len(left)), *shape)
     for own, a, b in zip(result.split(step), left.split(step), right.split(step), strict=True):
-        product = torch.bmm(a, b.mT, out=room[: len(a)])
+        product = torch.bmm(a, b.mT, out=buffer[: len(a)])
         own.copy_(product.flatten(1)[:, start : start + result.shape[1]])
 
 
 def low_rank_factors(
     seed: int, stream: Stream, groups: Int64[Tensor, " g"], shapes: Sequence[tuple[int, ...]], rank: int
 ) -> Iterator[tuple[Float64[Tensor, "g out r"], Float64[Tensor, "g rest r"] | None]]:
-    """What the same vectors are made of, tensor by tensor: A/√r and B, or the normals of a vector as (g, size, 1)."""
+    """Yield the factors of the same perturbations, tensor by tensor: A/√r and B, or (g, size, 1) normals and None."""
     first = 0
     for shape in shapes:
         size = math.prod(shape)

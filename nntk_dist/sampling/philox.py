@@ -1,10 +1,10 @@
 """Random numbers as a pure function of (seed, stream, group, draw, index).
 
-The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): no state, no
-order, the same integers on every device. A normal is made from them in float64, so that devices agree to the rounding
-of `log` and `cos`. This module knows nothing of models or perturbations, and keeps no generator object anywhere.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): it has no state
+and gives the same integers in any order and on every device. Normals are computed from them in float64, so that
+devices agree up to the rounding of `log` and `cos`. Models and perturbations do not belong here.
 
-Axes: g groups (requested counters), i index within one group's vector.
+Axes: g groups (requested counters), i index within the vector of a group, p positions (counters of four numbers).
 """
 
 import math
@@ -25,10 +25,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
-# Counters handled at a time: 256 KiB for each word of theirs, few enough for the second or third cache, many enough to
-# spread a call's overhead (with an eighth of them a number takes about twice as long).
+# Counters per chunk: 256 KiB for each of the four words. Few enough for the L2 or L3 cache, enough to amortise the
+# overhead of a call (with an eighth of them, a number takes about twice as long).
 _COUNTERS_PER_CHUNK = 1 << 15
-_GPU_COUNTERS_PER_CHUNK = 1 << 21  # so many that a call's overhead is nothing there
+_GPU_COUNTERS_PER_CHUNK = 1 << 21  # enough to make the overhead of a call negligible on a GPU
 _INDEX_LIMIT = 1 << 50
 _UNIT = 2.0**-32  # from a word to the unit interval
 
@@ -36,9 +36,9 @@ _UNIT = 2.0**-32  # from a word to the unit interval
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of a counter of four 32-bit words held in int64 tensors that broadcast together.
+    """Return Philox4x32-10 of counters of four 32-bit words, in int64 tensors that broadcast together.
 
-    A product of two 32-bit words overflows int64, which wraps modulo 2^64; its two halves are still the right bits.
+    A product of two 32-bit words overflows int64 and wraps modulo 2^64; both halves still have the right bits.
     """
     word0, word1, word2, word3 = torch.broadcast_tensors(*counter)
     key0, key1 = key[0] & _MASK, key[1] & _MASK
@@ -82,7 +82,7 @@ def _centred_words(
 
 
 def _is_plain(groups: Tensor) -> bool:
-    """Whether NumPy can have it: on the CPU, and no tensor of vmap or grad."""
+    """Whether NumPy can use the tensor: it is on the CPU, and not wrapped by vmap or grad."""
     return groups.device.type == "cpu" and debug_unwrap(groups) is groups
 
 
@@ -100,9 +100,9 @@ def _centred(word: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
 def uniform(
     seed: int, stream: Stream, groups: Int64[Tensor, " g"], count: int, *, draw: int = 0, start: int = 0
 ) -> Float64[Tensor, "g {count}"]:
-    """Uniform(0, 1) numbers, `count` for each group from index `start` on, each an odd multiple of 2^-33.
+    """Return Uniform(0, 1) numbers, `count` for each group from index `start` on, each an odd multiple of 2^-33.
 
-    `start` is a multiple of four, the numbers of a counter.
+    `start` must be a multiple of four, because a counter gives four numbers.
     """
     if start % 4 or not 0 <= start <= start + count <= _INDEX_LIMIT:
         raise ValueError(f"index range {start}:{start + count} is outside 0:{_INDEX_LIMIT}, or begins within a counter")
@@ -121,12 +121,20 @@ def normal(
     dtype: torch.dtype = torch.float64,
     times: Float[Tensor, " g"] | None = None,
 ) -> Float[Tensor, "g i"]:
-    """Standard normals of index `start` to `stop` of every group's vector, by Box and Muller's transform.
+    """Return the standard normals with index `start` to `stop` of every group, by the Box–Muller transform.
 
-    `draw` is below 2^16, one for all groups or one for each. `times`: what each group's numbers, once they are of
-    `dtype`, are multiplied by, while they are in the cache. Any two calls agree on the indices that they share. Cost:
-    about 100 elementwise operations for four numbers.
-    Normals reach out to 6.8 standard deviations, beyond which 1 in 10^11 would lie.
+    Calls with overlapping ranges agree on the overlap. The largest magnitude is 6.8; 1 in 10^11 would exceed it.
+    Cost: about 100 elementwise operations for four numbers.
+
+    Args:
+        seed: the seed.
+        stream: the stream of random numbers.
+        groups: the groups.
+        start: the first index.
+        stop: the end of the indices.
+        draw: a number below 2^16, one for all groups or one for each.
+        dtype: the dtype of the result; the normals are computed in float64.
+        times: one factor for each group, applied after rounding to `dtype` and while the numbers are in the cache.
     """
     if not 0 <= start <= stop <= _INDEX_LIMIT:
         raise ValueError(f"index range {start}:{stop} is outside 0:{_INDEX_LIMIT}")
@@ -142,7 +150,7 @@ def normal(
         by_lane = whole.unflatten(1, (-1, 4))
         for lane, values in enumerate(_box_muller(_centred_words(seed, stream, groups, draw, begin, end))):
             by_lane[..., lane] = values
-        if whole is not own:  # begins or ends within a counter
+        if whole is not own:  # the range begins or ends inside a counter
             own.copy_(whole[:, low - 4 * begin : high - 4 * begin])
         if times is not None:
             own.mul_(times.to(dtype)[:, None])
@@ -150,7 +158,7 @@ def normal(
 
 
 def _box_muller(words: Sequence[Float64[Tensor, "*shape"]]) -> list[Float64[Tensor, "*shape"]]:
-    """Four standard normals from the four words of a counter, each plus a half, which are used up."""
+    """Four standard normals from the four words of a counter, each plus a half; the words are overwritten."""
     lanes = []
     for radial, angular in (words[:2], words[2:]):
         radius = radial.mul_(_UNIT).log_().mul_(-2.0).sqrt_()
@@ -162,12 +170,12 @@ def _box_muller(words: Sequence[Float64[Tensor, "*shape"]]) -> list[Float64[Tens
 def normals_at(
     seed: int, stream: Stream, group: int, counters: Int64[Tensor, "*shape"], *, draw: int = 0
 ) -> Float64[Tensor, "*shape 4"]:
-    """The standard normals of index 4c to 4c + 3 of one group's vector, for counters c scattered anywhere.
+    """Return the standard normals with index 4c to 4c + 3 of one group, for arbitrary counters c.
 
-    The numbers of `normal`, bit for bit. Counters are from 0 to 2^48 − 1, which is not checked: that would take a pass
-    over them. They may be batched by `torch.func.vmap`; nothing is written into what comes in.
+    These are the numbers of `normal`, bit for bit. Counters must be from 0 to 2^48 − 1; checking that would cost a pass
+    over them. `torch.func.vmap` may batch the counters; arguments are not modified.
     """
-    zero = torch.zeros_like(counters)  # all four words are batched where the counters are: philox works in place
+    zero = torch.zeros_like(counters)  # philox works in place, so all four words must be batched like the counters
     counter = (counters & _MASK, (counters >> 32) | (draw << 16), zero + group, zero + int(stream))
     key = (seed & _MASK, (seed >> 32) & _MASK)
     return torch.stack(_box_muller([_centred(word) for word in philox(counter, key)]), dim=-1)
@@ -183,10 +191,10 @@ def signs(
     start: int = 0,
     dtype: torch.dtype,
 ) -> Float[Tensor, "g {count}"]:
-    """Random signs ±1, `count` for each group from index `start` on: one bit each, 128 from a counter.
+    """Return random signs ±1, `count` for each group from index `start` on, one bit each.
 
-    `start` is a multiple of 128. Eight signs at a time are looked up by their byte: eightfold faster than shifting bits
-    out one by one.
+    `start` must be a multiple of 128, because a counter gives 128 signs. A table maps each byte to eight signs: eight
+    times as fast as shifting out single bits.
     """
     if start % 128:
         raise ValueError(f"index {start} lies within a counter")

@@ -1,8 +1,8 @@
 """Philox4x32-10 on a CPU: the integers of `nntk_dist.sampling.philox`, bit for bit, in less than a third of the time.
 
-Two 32-bit words lie in one 64-bit number, so that a product of two words, which is their next value but for two
-exclusive ors, is used as it comes: ten operations a round, in place, on arrays that stay in the second cache. NumPy has
-the unsigned 64-bit arithmetic that this takes; PyTorch has not. Nothing else is made here.
+One 64-bit number holds two 32-bit words. A round multiplies two words and applies exclusive ors to the product, so the
+64-bit product is used directly: ten in-place operations a round, on arrays that stay in the L2 cache. This needs
+unsigned 64-bit arithmetic, which NumPy has and PyTorch lacks.
 
 Axes: g groups, p positions (counters).
 """
@@ -15,7 +15,7 @@ _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)
 _MASK = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
-# 2^52 as the bits of a float64: with a word in its lower half, those of 2^52 + word.
+# The bits of the float64 number 2^52; a word in their lower half makes it 2^52 + word.
 _FLOAT_BITS, _FLOAT = np.uint64(0x4330000000000000), 2.0**52
 
 Words = NDArray[np.uint64]
@@ -24,9 +24,19 @@ Words = NDArray[np.uint64]
 def philox_words(
     positions: tuple[int, int], draw: int | NDArray[np.int64], groups: NDArray[np.int64], stream: int, seed: int
 ) -> Words:
-    """Words 0 and 1, and words 2 and 3, each pair as one number (the first in its upper half), of shape (2, g, p).
+    """Return words 0 and 1, and words 2 and 3, each pair as one number with the first word in its upper half.
 
-    The counter of position p is (p's lower half, p's upper half and the draw from bit 16 on, group, stream).
+    The counter at position p is: lower half of p; upper half of p, with the draw from bit 16 on; group; stream.
+
+    Args:
+        positions: the first position and the end.
+        draw: a number below 2^16, one for all groups or one for each.
+        groups: the groups.
+        stream: the stream of random numbers.
+        seed: the seed.
+
+    Returns:
+        An array of shape (2, g, p).
     """
     keys = _keys(seed)
     position = np.arange(*positions, dtype=np.uint64)
@@ -34,8 +44,8 @@ def philox_words(
     if len(upper) and upper[0] == upper[-1]:
         upper = upper[:1]
     word1 = upper | (np.asarray(draw, dtype=np.uint64) << np.uint64(16)).reshape(-1, 1)
-    # Positions and groups meet in the second round: until then there is one number for each of them, not for each pair
-    # (but where the positions' upper half changes).
+    # The second round is the first to combine positions and groups. Before it, one number per position and one per
+    # group are enough, unless the upper half of the positions changes.
     first = (groups.astype(np.uint64)[:, None] * _MULTIPLIERS[1]) ^ (word1 << _HALF) ^ keys[0, 0]
     second = ((position & _MASK) * _MULTIPLIERS[0]) ^ (np.uint64(stream) << _HALF) ^ keys[0, 1]
     state = np.empty((2, len(groups), len(position)), dtype=np.uint64)
@@ -58,12 +68,12 @@ def _keys(seed: int) -> Words:
 
 
 def split_words(pairs: Words) -> tuple[Words, Words]:
-    """The two words of every number, the upper first."""
+    """Return the two words of every number, the upper word first."""
     return pairs >> _HALF, pairs & _MASK
 
 
 def centred_words(pairs: Words) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The two words of every number, each plus a half, in float64, which is exact: faster than by conversion."""
+    """Return the two words of every number plus a half, exactly, in float64; faster than a conversion."""
     first, second = (np.bitwise_or(word, _FLOAT_BITS, out=word).view(np.float64) for word in split_words(pairs))
     first -= _FLOAT - 0.5
     second -= _FLOAT - 0.5

@@ -1,8 +1,8 @@
-"""The one table of random streams: what each random number is for, and which counters it may use.
+"""The table of random streams: the purpose of each stream, and the counters that each use of it takes.
 
 A random number is a pure function of (seed, stream, group, draw, index); see `nntk_dist.sampling.philox`. Two uses of
-one stream must differ in their group, draw or index, or in their seed. This module lists every use, so that a new one
-can be given free numbers. It makes no numbers.
+one stream must differ in group, draw, index or seed. This module lists every use, so that a new use can take free
+counters. It generates no numbers.
 
 | stream | group | draw | index | used by |
 |---|---|---|---|---|
@@ -23,7 +23,7 @@ from typing import Final
 
 
 class Stream(IntEnum):
-    """What a random number is for. Numbers of different streams never meet."""
+    """The purpose of a random number. Numbers of different streams are independent."""
 
     PARAMETER = 0
     RADIUS = 1
@@ -38,21 +38,21 @@ class Stream(IntEnum):
 # PARAMETER: draw numbers.
 LAW_DRAW: Final = 1  # the uniform number of a law; the normals of a perturbation are draw 0
 
-# MODEL: counters of one module. Tables lie below, the bridges between their entries above.
+# MODEL: counters of one module. Tables use smaller counters; the bridges between their entries use those from here on.
 BRIDGE_COUNTER: Final = 1 << 46
 
 # SAMPLE: groups.
-ROW_SAMPLE: Final = 0  # rows and columns of the entries that calibrate the standard errors
-COLUMN_SAMPLE: Final = 1
+ROW_SAMPLE: Final = 0  # rows of the entries that calibrate the standard errors
+COLUMN_SAMPLE: Final = 1  # and their columns
 VERIFIED_SAMPLE: Final = 2  # tiles that `verify` computes again
 KRYLOV_SAMPLE: Final = 1 << 24  # start of a block Krylov iteration, one group for each vector
 PIVOT_SAMPLE: Final = 1 << 25  # pivots of a Cholesky factor, one group for each stripe
-LEAVE_ONE_OUT_SAMPLE: Final = 1 << 26  # examples that are left out one by one
+LEAVE_ONE_OUT_SAMPLE: Final = 1 << 26  # examples for exact leave-one-out predictions
 
 # PROBE: groups.
-CHORD_GROUP: Final = 1 << 20  # long chords; the segments of the integrated gradient lie below
+CHORD_GROUP: Final = 1 << 20  # first group of long chords; segments of the integrated gradient use smaller ones
 
 # ATTENTION: draw numbers and groups.
 QUERY_DRAW: Final = 0
 KEY_DRAW: Final = 1
-REFERENCE_GROUP: Final = 1 << 20  # choice of the reference batch; the rows of Q and K lie below
+REFERENCE_GROUP: Final = 1 << 20  # choice of the reference batch; the rows of Q and K use smaller groups

@@ -1,4 +1,4 @@
 """Attention weights of draws: options, scores, softmax.
 
-Scores see parameters and outputs, never features or kernels.
+Scores depend on parameters and outputs. Features and kernels do not belong here.
 """

@@ -1,12 +1,12 @@
-"""From scores of draws to their weights: α = softmax of score/τ over the draws of a block.
+"""Weights of draws from their scores: α = softmax of score/τ over the draws of a block.
 
-A block's mean gradient g_r = Σ_s α_s Δ_s v_s is the mean over its B draws of (B·α_s) Δ_s v_s, so weights are *factors*
-B·α_s on the differences, 1 at τ = ∞, and metric, block sums and standard errors stay as they are: blocks remain
-independent and identically distributed. A ratio estimator: g_r tends to E[w Δ v]/E[w], w = exp(score/τ), as B grows;
-its bias falls like 1/B, and products of different blocks are free of any other.
+The mean gradient of a block of B draws, g_r = Σ_s α_s Δ_s v_s, is the mean of (B·α_s) Δ_s v_s. Weights therefore enter
+as *factors* B·α_s of the differences, which are 1 at τ = ∞. Metric, block sums and standard errors do not change,
+because blocks stay independent and identically distributed. This is a ratio estimator: as B grows, g_r tends to
+E[w Δ v]/E[w] with w = exp(score/τ). Its bias falls like 1/B; products of different blocks have no other bias.
 
-Shared scores are a function of the draws and the reference batch alone and are computed once. They depend neither on
-the rows whose features are computed nor on how these are batched.
+Shared scores depend only on the draws and the reference batch, and are computed once. The rows of the features and
+their batches do not affect them.
 
 Axes: s draws, n examples, m = n or 1 (scores shared by all), c outputs, P parameters.
 """
@@ -24,13 +24,21 @@ from nntk_dist.sampling.draws import Drawing, draw_chunks
 from nntk_dist.weighting.options import Reference, Weighting
 from nntk_dist.weighting.scores.base import Score, ScoreBasis
 
-# Reference examples of one forward pass: fixed, so that scores do not change with the batch of the rows.
+# Reference examples in one forward pass; fixed, so that scores do not depend on the batch of the rows.
 REFERENCE_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Scores and factors of the draws of a kernel; `inputs` is the reference batch, None if none is needed."""
+    """Scores and weights of the draws of a kernel.
+
+    Attributes:
+        evaluator: the model.
+        drawing: the perturbations.
+        weighting: the options.
+        score: the score.
+        inputs: the reference batch; None if the score needs none.
+    """
 
     evaluator: Evaluator
     drawing: Drawing
@@ -41,10 +49,19 @@ class Attention:
     def scores(
         self, draws: range, z: Float[Tensor, "s P"], base: Float[Tensor, "n c"], perturbed: Float[Tensor, "s n c"]
     ) -> Float64[Tensor, "s m"]:
-        """Return the scores of some draws for a batch of examples: of their own outputs, or shared ones, (s, 1).
+        """Return the scores of some draws for a batch of examples.
+
+        Args:
+            draws: the draws.
+            z: their perturbations.
+            base: the outputs of the examples at θ.
+            perturbed: their outputs at θ + z.
+
+        Returns:
+            One score per draw and example, (s, n), or shared scores, (s, 1).
 
         Raises:
-            NNTKError: an output that is compared is not finite.
+            NNTKError: an output that the score compares is not finite.
         """
         if self.weighting.per_example:
             check_finite(perturbed.transpose(0, 1), f"the model's output under draws {draws.start} to {draws.stop - 1}")
@@ -61,7 +78,7 @@ class Attention:
 
     @cached_property
     def _shared(self) -> Float64[Tensor, " S"]:
-        """Scores of all draws, a part of a block at a time; S passes over the reference batch if outputs count."""
+        """Scores of all draws, part by part; S passes over the reference batch if the score compares outputs."""
         size, parts = self.drawing.draws_per_block, []
         numbers = max(self.drawing.num_parameters, self._reference_outputs.numel())
         if self.inputs is not None:
@@ -92,7 +109,7 @@ class Attention:
         return reference_outputs(self.evaluator, self.inputs)
 
     def try_on(self, x: Tensor) -> None:
-        """Score one draw for one or two examples, so that a score that fails does so before the work begins.
+        """Score one draw for one or two examples, so that an invalid score fails before the work begins.
 
         Raises:
             NNTKError: the score or the model fails.
@@ -107,9 +124,12 @@ class Attention:
 
 
 class RunningSoftmax:
-    """Weights exp(score/τ) of one block, relative to its largest score so far, a part of its draws at a time.
+    """Softmax over the draws of a block in parts: weights exp(score/τ) relative to the largest score so far.
 
-    Divide what was summed by `mass`; before adding a part, multiply it by that part's `shrink`.
+    Multiply the running sum by `shrink` before you add a part; divide the final sum by `mass`.
+
+    Attributes:
+        mass: the sum of the weights so far; None before the first part.
     """
 
     def __init__(self, weighting: Weighting) -> None:
@@ -133,7 +153,7 @@ class RunningSoftmax:
 
 
 def _exponential(differences: Float64[Tensor, "..."], tau: float) -> Float64[Tensor, "..."]:
-    """exp(differences/τ), the largest difference being 0: taken before it is divided, nothing overflows for small τ."""
+    """exp(differences/τ) of differences ≤ 0; subtracting before the division avoids overflow for small τ."""
     return (differences / tau).exp()
 
 
@@ -142,7 +162,7 @@ def _check_scores(scores: Float64[Tensor, "s m"], weighting: Weighting) -> None:
     if bool(bad.any()):
         raise ArgumentError(
             f"the score {weighting.label} is NaN or infinite for {int(bad.any(1).sum())} of {len(scores)} draws; "
-            "allowed: finite numbers (a draw that is not to count takes a very small one)"
+            "allowed: finite numbers (to ignore a draw, return a large negative number)"
         )
 
 
@@ -164,7 +184,7 @@ def make_attention(
     Args:
         evaluator: the model.
         drawing: the perturbations.
-        weighting: which score, at which temperature.
+        weighting: the options: score, temperature.
         seed: the seed of the kernel.
         reference: the reference batch, used if scores compare outputs.
 

@@ -1,6 +1,6 @@
-"""`Weighting`: how the draws of a block count against each other, checked when it is made; and all scores by name.
+"""`Weighting`: the options for the weights of draws, checked when an object is made; and the table of scores.
 
-Scores are in `nntk_dist.weighting.scores`, weights in `nntk_dist.weighting.attention`. No model is called here.
+Scores are in `nntk_dist.weighting.scores`, weights in `nntk_dist.weighting.attention`. No model is evaluated here.
 
 Axes: n reference examples, C outputs, P parameters, s draws.
 """
@@ -43,7 +43,7 @@ _REFERENCE_COUNT = WholeNumber(1)
 
 @dataclass(frozen=True)
 class Reference:
-    """The examples that scores are compared on, (n, …), and their targets if there are any, (n,) or (n, C)."""
+    """The examples on which scores compare outputs, (n, …), and their targets, (n,) or (n, C), if there are any."""
 
     inputs: Tensor
     targets: Tensor | None = None
@@ -77,13 +77,13 @@ def _take_targets(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weights α_s = softmax over the draws of a block of score_s/τ, in ĝ(x) = P Σ_s α_s Δ_s z_s/|z_s|².
+    """Weights α_s in ĝ(x) = P Σ_s α_s Δ_s z_s/|z_s|²: the softmax of score_s/τ over the draws of a block.
 
-    `targets` belong to the examples of `reference`, or to all examples if `reference` is a number. Reference and
-    targets do not count when weightings are compared.
+    `targets` belong to the examples of `reference`, or to all examples if `reference` is a number. Comparisons of
+    weightings ignore both.
 
     Raises:
-        ArgumentError: an option is not allowed, alone or beside the others.
+        ArgumentError: an option is not allowed, alone or together with the others.
 
     Example:
         >>> Weighting("output", temperature=0.5).text
@@ -93,14 +93,14 @@ class Weighting:
     name: Any = option(
         FIXED,
         Converted(_take_name, "fixed, parameter, output, loss, or python:module:function"),
-        "the score: a name, a function of (θ, θ_s, f(X;θ), f(X;θ_s)), or a ScoreRule; fixed weights draws alike",
+        "the score: a name, a function of (θ, θ_s, f(X;θ), f(X;θ_s)), or a ScoreRule; fixed means equal weights",
     )
     temperature: float | None = option(
         1.0,
         Number(above=0, none=True, infinite=True, text="a number above 0, or {infinity} or {none} for equal weights"),
         "τ of the softmax",
     )
-    per_example: bool = option(False, Flag(), "whether each example has weights of its own")
+    per_example: bool = option(False, Flag(), "whether each example has its own weights")
     dimension: int = option(16, WholeNumber(1), "length d_k of the queries and keys of the score parameter")
     reference: int | Tensor = option(
         256,
@@ -125,7 +125,7 @@ class Weighting:
             object.__setattr__(self, "temperature", math.inf)
         if not self.per_example:
             return
-        why = "all draws count the same" if self.is_fixed else ""
+        why = "all draws have the same weight" if self.is_fixed else ""
         if not self.is_fixed and not _is_imported(self.name):
             why = self.rule.shared_because
         if why:
@@ -133,7 +133,7 @@ class Weighting:
 
     @property
     def label(self) -> str:
-        """The name of the score, or that of the function."""
+        """The name of the score or of the function."""
         if isinstance(self.name, str):
             return self.name
         own = getattr(self.name, "name", None) or getattr(self.name, "__name__", None)
@@ -141,7 +141,11 @@ class Weighting:
 
     @property
     def rule(self) -> ScoreRule:
-        """What makes the score; a name is imported. Raises: ArgumentError if it cannot be imported."""
+        """The rule that makes the score.
+
+        Raises:
+            ArgumentError: the score is given by name and cannot be imported.
+        """
         found = SCORES.get(self.name) if isinstance(self.name, str) else self.name
         if isinstance(found, type):
             found = found()
@@ -149,18 +153,18 @@ class Weighting:
 
     @property
     def tau(self) -> float:
-        """τ as a number."""
+        """The temperature τ, infinity for equal weights."""
         assert self.temperature is not None
         return self.temperature
 
     @property
     def is_fixed(self) -> bool:
-        """Whether all draws count the same, without any score."""
+        """Whether all draws have the same weight, without any score."""
         return self.name == FIXED
 
     @property
     def compares_outputs(self) -> bool:
-        """Whether scores compare outputs, which needs a reference batch."""
+        """Whether the score compares outputs, and so needs a reference batch."""
         return not self.is_fixed and (_is_imported(self.name) or self.rule.compares_outputs)
 
     @property
@@ -168,15 +172,15 @@ class Weighting:
         """The weighting in words."""
         if self.is_fixed:
             return FIXED
-        whose = "for each example its own" if self.per_example else "shared by all examples"
+        scope = "separate for each example" if self.per_example else "shared by all examples"
         dimension = f" (d_k {self.dimension})" if self.name == "parameter" else ""
-        return f"softmax of the score {self.label}{dimension} at temperature {self.tau:g}, {whose}"
+        return f"softmax of the score {self.label}{dimension} at temperature {self.tau:g}, {scope}"
 
     def reference_of(self, x: Tensor) -> Reference:
         """Return the reference batch: the given one, or the first of the examples x, on their device.
 
         Raises:
-            ArgumentError: its examples have another shape than x, or there is not one target for each.
+            ArgumentError: its examples have another shape than x, or the number of targets differs from theirs.
         """
         given = None if isinstance(self.reference, int) else self.reference
         inputs = x[: self.reference] if given is None else given
@@ -191,8 +195,8 @@ class Weighting:
         count = len(x) if given is None else len(given)
         if len(self.targets) != count:
             raise ArgumentError(
-                f"weighting.targets has {len(self.targets)} rows; allowed: {count}, one for each of the "
-                f"{'reference batch' if given is not None else 'inputs, of which the first are the reference batch'}"
+                f"weighting.targets has {len(self.targets)} rows; allowed: {count}, one for each example of the "
+                f"{'reference batch' if given is not None else 'inputs (the first ones are the reference batch)'}"
             )
         return Reference(inputs, self.targets[: len(inputs)].to(x.device))
 
@@ -201,7 +205,7 @@ def as_weighting(value: object) -> Weighting:
     """Convert the argument `weighting`: None, a name, a function, a ScoreRule, a mapping of options, or a Weighting.
 
     Raises:
-        ArgumentError: as `Weighting`, or a key does not exist.
+        ArgumentError: `Weighting` raises it, or a key does not exist.
     """
     if value is None:
         return Weighting()
@@ -217,10 +221,10 @@ def as_weighting(value: object) -> Weighting:
 
 
 def check_weighting(weighting: Weighting, *, kind: str, estimator: str) -> None:
-    """Check that a kernel is one of weighted differences.
+    """Check that a kernel can have weighted draws: kind nonlocal, from differences of outputs.
 
     Raises:
-        ArgumentError: it is not; the first word of the message is the argument to change.
+        ArgumentError: it cannot; the message begins with the argument to change.
     """
     if weighting.is_fixed:
         return
@@ -236,5 +240,5 @@ def check_weighting(weighting: Weighting, *, kind: str, estimator: str) -> None:
 
 
 def _is_imported(name: object) -> bool:
-    """Whether a name points into a module that need not be here: it is imported only when the score is made."""
+    """Whether a name refers to a module, which is imported only when the score is made."""
     return isinstance(name, str) and name.startswith(PYTHON)

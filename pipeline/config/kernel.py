@@ -71,7 +71,7 @@ _DistributionFields: Any = _section(
         "gamma": _field(_gamma.check, _DECLARED["gamma"].facts["in_configuration"]),
         "gamma_scale": _field(_DECLARED["gamma_scale"].check, _DECLARED["gamma_scale"].default),
         **dict(_law_fields()),
-        "options": (dict[str, Any], Field(default={}, description="a mapping of the options of a law of your own")),
+        "options": (dict[str, Any], Field(default={}, description="a mapping with the options of a user's law")),
     },
 )
 
@@ -108,8 +108,8 @@ _WeightingFields: Any = _section(
 class WeightingConfig(_WeightingFields):
     """How the draws of a block are weighted against each other: by the softmax of a score over the temperature.
 
-    `dimension` is that of queries and keys (parameter), `reference` the number of training examples that scores are
-    compared on (all other scores). Infinity weights all draws alike; it is kept as null, which JSON has.
+    `dimension` is the length of queries and keys (score `parameter`); `reference` is the number of training examples on
+    which the other scores compare outputs. Infinity gives equal weights; it is stored as null, because JSON lacks it.
     """
 
     @field_validator("temperature")

@@ -1,7 +1,7 @@
-"""The reference batch on which weights of draws are compared: a seeded choice of training examples, never of test ones.
+"""The reference batch for the scores of draws: a seeded choice of training examples, never of test examples.
 
-A function of the seed and of the number of training examples alone: driver and workers, first runs and resumed ones
-choose the same. Beside it stands what a store says of its weighting. No score is computed here.
+It depends only on the seed and the number of training examples, so driver and workers, first and resumed runs agree.
+The attributes of a store that describe the weighting are here too. No score is computed here.
 
 Axes: n reference examples.
 """
@@ -28,13 +28,13 @@ def num_reference(spec: KernelSpec, num_train: int) -> int:
 
 
 def reference_rows(spec: KernelSpec, num_train: int) -> np.ndarray:
-    """Return the numbers of these training rows, in ascending order."""
+    """Return the indices of these training rows, in ascending order."""
     keys = uniform(spec.seed, Stream.ATTENTION, torch.tensor([REFERENCE_GROUP]), num_train)[0]
     return np.sort(keys.argsort(stable=True)[: num_reference(spec, num_train)].numpy())
 
 
 def reference_batch(spec: KernelSpec, dataset: Dataset, dtype: torch.dtype, device: str) -> Reference | None:
-    """Return the batch with its targets, at the model's dtype and device; None if weights need none."""
+    """Return the batch with its targets, in the given dtype and on the given device; None if weights need none."""
     rows = reference_rows(spec, len(dataset.train.ids))
     if not len(rows):
         return None

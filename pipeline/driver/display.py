@@ -1,4 +1,4 @@
-"""What the command line prints: plans, results, status, findings, as short tables. It computes nothing."""
+"""Output of the command line: plans, results, status and findings as short tables. Nothing is computed here."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,14 +21,17 @@ _TABLES = MappingProxyType({"spectrum": "eigenvalues", "regression": "regression
 
 
 def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
-    """Before a run: a line on what is computed and why this way, and one for every caution of the probes.
+    """Print one line on what a run computes and with which estimator, then one line for each caution of the probes.
 
-    `searching` where the draws are still to be found.
+    Args:
+        out: the console.
+        plan: the plan.
+        searching: whether the number of draws is not known yet.
     """
     sizes, decision, spec = plan.job.sizes, plan.job.decision, plan.job.spec
     draws = f"{count(sizes.num_draws)} draws"
     if searching:
-        draws = f"{draws} or more (up to {count(spec.max_draws)}), as rtol {spec.rtol:g} takes"
+        draws = f"{draws} or more (up to {count(spec.max_draws)}), as rtol {spec.rtol:g} requires"
     out.print(
         f"{plan.job.spec.kind} kernel, estimator {decision.estimator}: {decision.explanation}; "
         f"{count(sizes.num_train)} train and {count(sizes.num_test)} test rows, "
@@ -45,7 +48,7 @@ def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
 
 
 def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
-    """The whole plan; while the draws are still to be found, that of the fewest."""
+    """Print the whole plan; while the number of draws is not known yet, the plan for the smallest number."""
     print_choice(out, plan, searching=searching)
     projection, layout = plan.projection, plan.job.layout
     table = Table("stage", "tasks", "operations", "time (estimate)", box=None, pad_edge=False)
@@ -57,12 +60,12 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
             table.add_row(name, count(projection.tasks[name]), f"{operations:.2g}", duration(seconds))
     out.print(table)
     out.print(
-        f"time: about {duration(sum(projection.seconds.values()))} from this machine's rate, within a factor of three"
+        f"time: about {duration(sum(projection.seconds.values()))} at this machine's speed, within a factor of three"
     )
     disk = ", ".join(f"{name} {size(amount)}" for name, amount in projection.disk_bytes.items())
     out.print(f"disk: {size(projection.total_disk_bytes)} before compression ({disk})", soft_wrap=True)
     out.print(
-        f"memory: {size(projection.worker_bytes)} at the peak of a worker, {size(plan.memory_per_worker)} allowed; "
+        f"memory: at most {size(projection.worker_bytes)} per worker, {size(plan.memory_per_worker)} allowed; "
         f"spectrum and regression {size(projection.solve_bytes)}",
         soft_wrap=True,
     )
@@ -70,8 +73,8 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         out.print(f"{name}: {solver.text}", soft_wrap=True, markup=False, highlight=False)
     if not layout.write_tiles:
         asked = plan.job.config.compute.write_tiles is False
-        reason = "as asked" if asked else "the disk has no room for them"
-        out.print(f"tiles: none are written, {reason}; later stages work from the factor", soft_wrap=True)
+        reason = "as requested" if asked else "they do not fit on the disk"
+        out.print(f"tiles: none are written, {reason}; later stages use the factor", soft_wrap=True)
     features = (
         "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
     )
@@ -89,13 +92,13 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
 
 
 def _sharing(job: Job) -> str:
-    """What is to be said of a GPU that several workers share; nothing where each has one, or none."""
+    """How many workers share a GPU, as text to append; empty if none do."""
     share = job.config.compute.workers_per_gpu
     return f", {share} workers on each GPU" if share > 1 else ""
 
 
 def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> None:
-    """The headline numbers and where the rest is."""
+    """Print the headline numbers, and the paths of kernel and report."""
     lines = []
     if results.get("test_accuracy") is not None:
         lines.append(
@@ -110,7 +113,9 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
         lines.append(results["rtol_verdict"])
     for stage in ("spectrum", "regression"):
         if results.get(f"{stage}_converged") is False:
-            lines.append(f"{stage} did not converge to its tolerance; tables/{_TABLES[stage]}.parquet says how far")
+            lines.append(
+                f"{stage} did not converge to its tolerance; tables/{_TABLES[stage]}.parquet has the residuals"
+            )
     if results.get("train_relative_bias") is not None:
         lines.append(f"estimated bias of plugin, ‖plugin − unbiased‖/‖unbiased‖: {results['train_relative_bias']:.3g}")
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")
@@ -119,7 +124,7 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
 
 
 def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, heartbeat: Heartbeat | None) -> None:
-    """One line a stage; `heartbeat` None means that no driver is alive."""
+    """Print the state of a run and one line for each stage; `heartbeat` is None if no driver is alive."""
     if manifest.completed is not None:
         state = "finished"
     elif heartbeat is not None:
@@ -138,7 +143,7 @@ def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, hea
 
 
 def print_finding(out: Console, finding: Finding) -> None:
-    """One check of `verify`."""
+    """Print one check of `nntk verify`."""
     mark, style = ("ok", "green") if finding.passed else ("FAILED", "bold red")
     out.print(f"{finding.check}:", f"[{style}]{mark}[/]", end=" ")
     out.print(finding.detail, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Search for the draws that an asked accuracy takes: look after look on a worker, before the stages.
+"""Search for the number of draws that a requested accuracy needs: look after look on a worker, before the stages.
 
-Each look is a task of the stage `pilot`, with the job that the run would have with that number of draws. Its result is
-in the ledger, so an interrupted search goes on from there and ends at the same number.
+A look estimates the error at one number of draws. It is a task of the stage `pilot`, with the job that the run would
+have with this number. Its result is in the ledger, so an interrupted search continues and ends at the same number.
 """
 
 from torch import nn
@@ -18,7 +18,7 @@ from pipeline.work.stages.pilot import Pilot, look_task
 
 
 def looks_of(ledger: Ledger) -> list[Look]:
-    """Return the looks so far, by their number of draws."""
+    """Return the looks so far, in ascending order of their number of draws."""
     looks = [Look.from_numbers(row.numbers) for row in ledger.rows(Pilot.name)]
     return sorted(looks, key=lambda look: look.draws)
 
@@ -35,16 +35,16 @@ def draws_to_look_at(job: Job, looks: list[Look]) -> int | None:
 def search_draws(
     config: Config, dataset: Dataset, model: nn.Module, plan: Plan, runner: StageRunner, earlier: StageRecord | None
 ) -> tuple[Plan, StageRecord]:
-    """Return the plan with as many draws as the accuracy takes, and the pilot's record.
+    """Return the plan with the number of draws that the accuracy needs, and the record of the pilot stage.
 
-    Nothing is decided again: with each number of draws only contraction, layout and projection change.
+    Nothing is decided again: with the number of draws, only contraction, layout and projection change.
 
     Args:
-        config: the configuration, with an asked accuracy.
+        config: the configuration, with a requested accuracy.
         dataset: its data.
         model: its model.
         plan: the plan of the first look.
-        runner: carries the looks out.
+        runner: executes the looks.
         earlier: the record of an interrupted search.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Progress of the stages, on standard error: bars on a terminal, plain lines elsewhere, silence in tests.
+"""Progress of the stages on standard error: bars on a terminal, plain lines elsewhere, nothing in tests.
 
-Shows how far each stage is and how long it will still take. It prints no results and never writes to standard output.
+It shows the progress of each stage and its remaining time. It prints no results and never writes to standard output.
 """
 
 import time
@@ -23,29 +23,29 @@ class StageProgress(Protocol):
     """The running stage's counter."""
 
     def advance(self, n: int = 1) -> None:
-        """`n` more tasks are done. May be called from any thread."""
+        """Count `n` more finished tasks. Any thread may call this."""
 
 
 class Progress(Protocol):
-    """How a run tells its user where it is."""
+    """Shows the progress of a run."""
 
     def stage(self, name: str, total: int, done: int = 0) -> AbstractContextManager[StageProgress]:
-        """Show a stage of `total` tasks while the context is open; `done` of them were finished by an earlier run."""
+        """Show a stage of `total` tasks while the context is open; an earlier run finished `done` of them."""
 
 
 def make_progress(console: Console | None = None) -> Progress:
-    """Bars where standard error is a terminal, lines where it is not."""
+    """Return a progress display for standard error: bars if it is a terminal, lines if it is not."""
     console = console or Console(stderr=True)
     return TerminalProgress(console) if console.is_terminal else LineProgress(console)
 
 
 def seconds_left(elapsed: float, initial: int, done: int, total: int) -> float | None:
-    """Time that the remaining tasks take at the mean pace of this session; None before its first task has ended.
+    """Return the time for the remaining tasks at the mean pace of this session; None before its first task has ended.
 
     Args:
         elapsed: seconds since the stage began in this session.
-        initial: tasks that were done before that; they say nothing of the pace.
-        done: tasks done now, those included.
+        initial: tasks finished before this session; they do not count for the pace.
+        done: all tasks finished so far, including `initial`.
         total: all tasks.
     """
     return elapsed * (total - done) / (done - initial) if done > initial else None
@@ -61,7 +61,7 @@ class SilentProgress:
 
 
 class TerminalProgress:
-    """One bar a stage with count, percent, elapsed time and time left."""
+    """One bar per stage with count, percentage, elapsed time and remaining time."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -82,7 +82,7 @@ class TerminalProgress:
 
 
 class LineProgress:
-    """A line at a stage's start and end, and in between after every tenth of its tasks or ten seconds."""
+    """A line at the start and the end of a stage, and after every tenth of its tasks or every ten seconds."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -136,14 +136,14 @@ class _LineStage:
         percent = 100 * self._done / self._total if self._total else 100.0
         times = _times(now - self._began, self._initial, self._done, self._total)
         text = f"{self._name}: {state}, {self._done}/{self._total} ({percent:.0f} %), {times}"
-        # As it is: no wrapping to an imagined width, no markup or colours in what may be a log file.
+        # Plain text: no wrapping, markup or colours, because the output may be a log file.
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
         self._said_at, self._said_done = now, self._done
 
 
 class _TimesColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        # rich's own estimate looks at the last 30 seconds only: nothing at all where a task takes longer.
+        # rich's own estimate uses the last 30 seconds only, so it fails for tasks that take longer.
         return Text(_times(task.elapsed or 0.0, task.fields["initial"], int(task.completed), int(task.total or 0)))
 
 

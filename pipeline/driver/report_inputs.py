@@ -1,7 +1,7 @@
-"""Collects what the report page shows, from store, tables, ledger and manifest, and writes `report/index.html`.
+"""Collects the content of the report page from store, tables, ledger and manifest, and writes `report/index.html`.
 
-Reads at most a 512 × 512 sample of the kernel, or makes it of features where no tiles are written. The page itself is
-made by `pipeline.report`.
+It reads at most a 512 × 512 sample of the kernel, or computes it from features if no tiles are written. The package
+`pipeline.report` makes the page.
 
 Axes: n train rows, k rows of the thumbnail.
 """
@@ -43,12 +43,12 @@ _THUMBNAIL_PIECES = 8
 
 
 def write_report(storage: RunStorage, manifest: Manifest) -> None:
-    """Make the page of a run whose stages are finished."""
+    """Write the report page of a run whose stages are finished."""
     storage.write_bytes(REPORT_PATH, render_report(collect_inputs(storage, manifest)).encode())
 
 
 def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
-    """Everything on the page, as plain values."""
+    """Return everything on the page as plain values."""
     config, results, decision = manifest.config, manifest.results, stored_decision(manifest)
     store = KernelArrays(storage)
     kernel, tiles = config["kernel"], manifest.layout["write_tiles"]
@@ -84,7 +84,7 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
 
 
 def plot_names(plots: bool | Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the plots of a page: the given ones, all that are registered for True, none for False.
+    """Return the names of the plots of a page: the given names, all registered plots for True, none for False.
 
     Raises:
         ArgumentError: a given plot does not exist.
@@ -128,7 +128,7 @@ def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
 
 
 def _distribution_text(distribution: Mapping[str, Any]) -> str:
-    """Name, options that were given, and range."""
+    """The name, the options that were given, and the range γ."""
     given = {**distribution, **distribution["options"]}
     fixed = ("name", "gamma", "gamma_scale", "options")
     parts = [
@@ -141,7 +141,7 @@ def _distribution_text(distribution: Mapping[str, Any]) -> str:
 
 
 def _weighting_text(section: Mapping[str, Any], num_train: int) -> str | None:
-    """The weighting in words, with the size of its reference batch; None where it is fixed."""
+    """The weighting in words, with the size of its reference batch; None if it is fixed."""
     weighting = Weighting(**section)
     if weighting.is_fixed:
         return None
@@ -160,17 +160,15 @@ def _provenance(manifest: Manifest) -> Provenance:
         versions={name: version for name, version in manifest.versions.items() if version is not None},
         config_yaml=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         commands=(
-            ("run it again, with the configuration above in config.yaml", "nntk run config.yaml --set run_dir=again"),
-            ("check this store", f"nntk verify {run_dir}"),
-            ("make this page again", f"nntk report {run_dir}"),
+            ("Save the configuration below as config.yaml and run it:", "nntk run config.yaml --set run_dir=again"),
+            ("Check this run:", f"nntk verify {run_dir}"),
+            ("Write this page again:", f"nntk report {run_dir}"),
         ),
     )
 
 
 def _thumbnail(store: KernelArrays, manifest: Manifest, *, full: bool) -> Thumbnail | None:
-    """At most 512 rows of the kernel, chosen evenly (without tiles: eight runs of rows, evenly), in the order of their
-    labels (or of a single target).
-    """
+    """At most 512 evenly spaced rows of the kernel (without tiles: eight runs of rows), sorted by label or target."""
     targets = store.read("train/targets")
     tiles = manifest.layout["write_tiles"]
     chosen = _evenly(len(targets), _THUMBNAIL_ROWS) if tiles else _runs(len(targets))
@@ -192,21 +190,21 @@ def _evenly(total: int, count: int) -> np.ndarray:
 
 
 def _runs(total: int) -> np.ndarray:
-    """Eight runs of 64 rows that begin at evenly chosen ones: rows of features are read a shard at a time."""
+    """Eight evenly spaced runs of 64 rows: features are read a shard at a time, so scattered rows would cost more."""
     length = _THUMBNAIL_ROWS // _THUMBNAIL_PIECES
     starts = _evenly(max(1, total - length + 1), _THUMBNAIL_PIECES)
     return np.unique(np.minimum(starts[:, None] + np.arange(length), total - 1))
 
 
 def _stored_entries(store: KernelArrays, chosen: np.ndarray, num_examples: int, *, full: bool) -> np.ndarray:
-    """Entries of the chosen examples with each other; of a full kernel, of the first output."""
+    """The entries of all pairs of chosen examples; for a kernel of all outputs, of the first output."""
     gram = store.array("train/gram")
     rows = chosen * (gram.shape[0] // num_examples if full else 1)
     return np.asarray(gram.oindex[rows, rows])
 
 
 def _made_entries(store: KernelArrays, manifest: Manifest, chosen: np.ndarray) -> np.ndarray:
-    """The same entries from the factor, of a run without tiles."""
+    """The same entries from the factor, for a run without tiles."""
     factor = stored_factor_form(stored_job(manifest))
     assert factor is not None
     read = factor_rows(store, factor, "train").read
@@ -219,7 +217,7 @@ def _made_entries(store: KernelArrays, manifest: Manifest, chosen: np.ndarray) -
 def _spectrum_numbers(
     eigenvalues: Mapping[str, np.ndarray], results: Mapping[str, Any]
 ) -> dict[str, Mapping[str, float]]:
-    """What the stage found of spectra that are not all in its table; JSON keeps infinity as null."""
+    """Derived numbers of spectra with only some eigenvalues in the table; JSON keeps infinity as null."""
     if "spectrum_method" not in results:
         return {}
     found: dict[str, Mapping[str, float]] = {}

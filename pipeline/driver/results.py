@@ -1,7 +1,6 @@
-"""The headline numbers of a run, added up from the ledger: small, named, in the manifest and on the report's first
-lines.
+"""The headline numbers of a run, collected from the ledger for the manifest and the top of the report.
 
-It reads rows and computes nothing that a task could have computed.
+It reads ledger rows and computes nothing that a task could have computed.
 """
 
 import math
@@ -16,7 +15,7 @@ from pipeline.work.stages import stages_of
 
 
 def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
-    """Results by name; a number that does not exist for this kind of kernel is absent."""
+    """Return the results by name, without the numbers that this kind of kernel does not have."""
     results: dict[str, Any] = {
         "estimator": job.decision.estimator,
         "draws": job.sizes.num_draws,
@@ -38,7 +37,7 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
             "rtol": rtol,
             "rtol_reached": last.reaches(rtol),
             "rtol_verdict": verdict(last, rtol=rtol, max_draws=job.spec.max_draws),
-            # what the pilot knows of the error, from more blocks than the kernel has
+            # the pilot's estimates use more blocks than the kernel has
             "train_relative_error": last.relative_error,
             "train_relative_error_bound": last.bound,
         }
@@ -62,7 +61,7 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
 
 
 def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
-    """The bias that Frobenius norms over all tiles of one array show, and its unresolved entries."""
+    """The relative bias, from sums of squares over all tiles of an array, and the number of unresolved entries."""
     results = {}
     if sums.get("squared_unbiased", 0.0) > 0:
         results[f"{split}_relative_bias"] = math.sqrt(sums["squared_difference"] / sums["squared_unbiased"])
@@ -72,7 +71,7 @@ def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
 
 
 def _solver_results(job: Job, stage: str, numbers: Mapping[str, float]) -> dict[str, Any]:
-    """How a stage was solved, unless by the dense solver; `converged` covers every iteration of the stage."""
+    """The numbers of a stage's solver, none for the dense one; `converged` is true if every iteration converged."""
     name = job.solvers[stage].name
     if name == "dense":
         return {}
@@ -84,5 +83,5 @@ def _solver_results(job: Job, stage: str, numbers: Mapping[str, float]) -> dict[
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity: an error that could not be resolved is None."""
+    """The value, or None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
-"""A run from start to end: plan, lock, stages in their order, report; and its continuation after any kind of stop.
+"""A run from start to end: plan, lock, stages in order, report; and its continuation after any kind of stop.
 
-The driver alone writes manifest and ledger. A task counts as done when its row is in the ledger; whatever was in
-flight or not yet flushed at a stop is done again, with the same bits.
+Only the driver writes manifest and ledger. A task is done when its row is in the ledger. Tasks that were running, or
+not yet flushed, at a stop are repeated and give the same bits.
 
 Units: seconds, bytes.
 """
@@ -51,7 +51,17 @@ from pipeline.work.worker import Worker
 
 @dataclass(frozen=True)
 class Prepared:
-    """A planned run and what its workers get; `stored` is the manifest of the run that it continues."""
+    """A planned run.
+
+    Attributes:
+        config: the configuration.
+        plan: the plan.
+        dataset: the data, for the workers.
+        model: the model, for the workers.
+        storage: the run directory.
+        stored: the manifest of the run that it continues; None for a new run.
+        rerun: the names of the finished stages that must run again.
+    """
 
     config: Config
     plan: Plan
@@ -63,7 +73,7 @@ class Prepared:
 
     @property
     def searching(self) -> bool:
-        """Whether the draws that an asked accuracy takes are still to be found."""
+        """Whether an accuracy is requested and the search for the number of draws has not finished."""
         found = self.stored is not None and self.stored.finished(PILOT) is not None
         return self.config.kernel.rtol is not None and not found
 
@@ -74,8 +84,13 @@ class Prepared:
 
 
 def prepare(config: Config, *, resume: bool) -> Prepared:
-    """Load data and model, compare with what the run directory holds, and plan. Nothing is written."""
-    plot_names(config.report.plots)  # refused now rather than after the work
+    """Load data and model, compare them with the run directory, and plan. Nothing is written.
+
+    Raises:
+        NNTKError: data, model or options are not allowed, the run directory holds another run, or nothing fits into
+            memory or on disk.
+    """
+    plot_names(config.report.plots)  # an unknown plot should fail now, not after the work
     storage = RunStorage(config.run_dir)
     stored = read_manifest(storage)
     dataset = build_dataset(config)
@@ -89,7 +104,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
         rerun = tuple(with_readers(rerun, stages_of(config.stages)))
     elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
         raise StoreError(
-            f"{config.run_dir} holds results, but no manifest.json that says of what; restore it, or choose another "
+            f"{config.run_dir} holds results, but no manifest.json that describes them; restore it, or choose another "
             "run_dir"
         )
     storage.check_writable()
@@ -98,13 +113,20 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
 
 
 def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> dict[str, Any]:
-    """Carry out what is left of a prepared run and write the report; returns the results by name."""
+    """Carry out the remaining stages of a prepared run, write the report, and return the results by name.
+
+    Args:
+        prepared: the run.
+        address: the Ray cluster; None starts Ray on this machine.
+        progress: the display.
+
+    Raises:
+        NNTKError: another driver holds the run, a task fails, or storage is out of reach.
+    """
     storage = prepared.storage
     with RunLock(storage) as lock, ExitStack() as resources:
         if read_manifest(storage) != prepared.stored:
-            raise StoreError(
-                f"{prepared.config.run_dir} was written by another driver just now; give the command again"
-            )
+            raise StoreError(f"{prepared.config.run_dir} was written by another driver just now; run the command again")
         storage.remove_partial_files()
         ledger = Ledger(storage)
         prepared = _with_fitting_batch(prepared, ledger)
@@ -115,7 +137,7 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
         executor = _make_executor(prepared, address) if left else None
         if executor is not None:
             resources.callback(executor.close)
-        resources.callback(ledger.flush)  # the first to be called: whoever stops a run may not wait for Ray to end
+        resources.callback(ledger.flush)  # called first: a user who stops a run may not wait until Ray ends
         for name in prepared.rerun:
             ledger.forget(name)
         manifest = _manifest(prepared)
@@ -138,7 +160,7 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
 
 
 def _with_fitting_batch(prepared: Prepared, ledger: Ledger) -> Prepared:
-    """The run with the smallest batch that its finished tasks came to, where memory ran out before."""
+    """The run with the smallest batch of its finished tasks, which halve it when memory runs out."""
     if prepared.stored is None:
         return prepared
     job = prepared.plan.job
@@ -155,7 +177,7 @@ def _with_enough_draws(
     lock: RunLock,
     resources: ExitStack,
 ) -> tuple[Prepared, StageRecord | None]:
-    """The run with the draws that an asked accuracy takes, and the pilot's record; unchanged if none is asked for."""
+    """The run with the draws that its accuracy needs, and the pilot's record; unchanged if no accuracy is requested."""
     if not prepared.searching:
         return prepared, None
     executor = _make_executor(prepared, address)
@@ -176,7 +198,7 @@ def _with_enough_draws(
 
 
 def _make_executor(prepared: Prepared, address: str | None) -> Executor:
-    """The executor that the configuration asks for."""
+    """The executor that the configuration names."""
     job, state = prepared.plan.job, state_of(prepared.model)
     if prepared.config.compute.executor == "serial":
         return SerialExecutor(job, prepared.dataset, state)
@@ -198,7 +220,7 @@ def _make_executor(prepared: Prepared, address: str | None) -> Executor:
 
 
 def _manifest(prepared: Prepared) -> Manifest:
-    """The manifest of a new run; of a continued one, with the stages that stand and its first versions."""
+    """The manifest; a continued run keeps its valid stages, its date and the versions that it began with."""
     config, plan = prepared.config, prepared.plan
     stored = prepared.stored
     stages = {} if stored is None else {k: v for k, v in stored.stages.items() if k not in prepared.rerun}
@@ -221,7 +243,7 @@ def _manifest(prepared: Prepared) -> Manifest:
 
 
 def _attributes(plan: Plan) -> dict[str, Any]:
-    """What `kernel.zarr` says of itself."""
+    """The attributes of `kernel.zarr`."""
     spec, job = plan.job.spec, plan.job
     return {
         "schema": "nntk-kernel",
@@ -245,5 +267,5 @@ def _attributes(plan: Plan) -> dict[str, Any]:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, as workers get them."""
+    """Return the model's parameters and buffers on the CPU, as workers receive them."""
     return {name: value.detach().cpu() for name, value in model.state_dict().items()}

@@ -1,6 +1,6 @@
-"""A stage carried out: its tasks to an executor, their outcomes to the ledger, a record of it for the manifest.
+"""Runs a stage: gives its tasks to an executor, writes their outcomes to the ledger, and makes the manifest's record.
 
-The driver's side of every stage. What is in the ledger is not done again; which stages there are is not known here.
+This is the driver's side of every stage. Tasks that are in the ledger are not repeated. No stage is named here.
 
 Units: seconds, bytes.
 """
@@ -23,7 +23,7 @@ from pipeline.work.stage import Stage
 
 @dataclass(frozen=True)
 class StageRunner:
-    """Carries stages out; outcomes go to the ledger, and to the progress display and the lock's heartbeat."""
+    """Runs stages; reports their outcomes to the ledger, the progress display and the lock's heartbeat."""
 
     ledger: Ledger
     executor: Executor
@@ -31,11 +31,11 @@ class StageRunner:
     lock: RunLock
 
     def run(self, stage: Stage, job: Job, earlier: StageRecord | None) -> StageRecord:
-        """Carry out a stage's remaining tasks; the record of it, `earlier` attempts included."""
+        """Carry out the remaining tasks of a stage and return its record, which includes `earlier` attempts."""
         done = self.ledger.done(stage.name)
         counts = Counter(task.tile in done for task in stage.tasks(job))
         tasks = _tasks_left(stage, job, self.ledger)
-        if stage.uses_all_threads:  # by one worker: the memory of the others is planned for it too
+        if stage.uses_all_threads:  # in one worker, whose plan includes the memory of the others
             self.executor.stop_workers(keep=1)
         return self.carry_out(stage.name, tasks, counts.total(), counts[True], earlier)
 
@@ -49,7 +49,16 @@ class StageRunner:
         *,
         title: str | None = None,
     ) -> StageRecord:
-        """Carry out tasks of the stage called `name`, `done` of `total` being finished; `title` is what is shown."""
+        """Carry out tasks of a stage and return its record.
+
+        Args:
+            name: the name of the stage.
+            tasks: the remaining tasks.
+            total: the number of all tasks of the stage.
+            done: how many of them are finished.
+            earlier: the record of an interrupted attempt.
+            title: the name to display, if not `name`.
+        """
         started, clock = datetime.now(UTC), time.perf_counter()
         with self.progress.stage(title or name, total, done) as bar:
             for outcomes in self.executor.run(tasks):
@@ -70,13 +79,13 @@ class StageRunner:
 
 
 def is_finished(stage: Stage, job: Job, ledger: Ledger) -> bool:
-    """Whether all tasks of a stage are in the ledger."""
+    """Return whether all tasks of a stage are in the ledger."""
     done = ledger.done(stage.name)
     return all(task.tile in done for task in stage.tasks(job))
 
 
 def _tasks_left(stage: Stage, job: Job, ledger: Ledger) -> Iterator[Task]:
-    """The tasks that are not in the ledger, with the calibration that theirs need."""
+    """The tasks that are not in the ledger, with the calibration that they need."""
     levels = {row.tile: row.numbers["level"] for row in ledger.rows("calibration")}
     done = ledger.done(stage.name)
     for task in stage.tasks(job):
@@ -86,7 +95,7 @@ def _tasks_left(stage: Stage, job: Job, ledger: Ledger) -> Iterator[Task]:
 
 
 def _row(outcome: Outcome) -> LedgerRow:
-    """A task's outcome as the ledger keeps it."""
+    """The ledger row of a task's outcome."""
     return LedgerRow(
         stage=outcome.stage,
         tile=outcome.tile,

@@ -1,7 +1,6 @@
-"""`nntk verify`: what is in the store is what the ledger says was written, whole, symmetric, finite, and can be made
-again.
+"""`nntk verify`: checks that the store agrees with the ledger, is symmetric and finite, and can be computed again.
 
-Reads the whole kernel once, a stripe of tiles at a time. It repairs nothing; `forget` lets a resumed run do so.
+It reads the whole kernel once, a stripe of tiles at a time. It repairs nothing; `forget` lets a resumed run do so.
 
 Axes: i, j tiles; k recomputed tiles.
 """
@@ -38,7 +37,13 @@ _ROUNDING = 1e4  # in units of the dtype's rounding: another machine's summation
 
 @dataclass(frozen=True)
 class Damage:
-    """A task with a damaged piece; `readable` if later stages may have read the piece without noticing."""
+    """A task that wrote a damaged piece.
+
+    Attributes:
+        stage: the name of the stage.
+        tile: the name of the task.
+        readable: whether later stages may have read the piece without an error.
+    """
 
     stage: str
     tile: str
@@ -47,7 +52,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its name, whether it passed, what was seen, and the tasks whose pieces are damaged."""
+    """The result of one check: its name, whether it passed, a detail, and the tasks with damaged pieces."""
 
     check: str
     passed: bool
@@ -56,12 +61,17 @@ class Finding:
 
 
 def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterator[Finding]:
-    """The checks one by one, as they finish.
+    """Yield the checks one by one, as they finish.
+
+    Args:
+        storage: the run directory.
+        manifest: its manifest.
+        recompute: how many tiles to compute again.
 
     Raises:
-        NNTKError: data or model of the configuration have changed since, or the manifest is not whole.
+        NNTKError: data or model of the configuration have changed since, or the manifest is incomplete.
     """
-    # This store, which may have been moved since, or be read from another folder.
+    # The store may have been moved, so its present location replaces the stored one.
     config = config_from_dict(manifest.config).model_copy(update={"run_dir": storage.url})
     job = stored_job(manifest, config)
     dataset = build_dataset(config)
@@ -81,14 +91,15 @@ def verify(storage: RunStorage, manifest: Manifest, *, recompute: int) -> Iterat
         try:
             with full_precision():
                 finding = check()
-        except NNTKError as error:  # a piece that cannot be read fails every check that needs it, and ends none
+        except NNTKError as error:  # an unreadable piece fails the checks that need it; the other checks go on
             finding = Finding(name, False, f"cannot be checked: {error}")
         yield finding
 
 
 def forget(storage: RunStorage, damaged: Iterable[Damage]) -> None:
-    """Take damaged tasks out of the ledger, so that a resumed run does them again, with the same bits; and the whole
-    of the stages that may have read damaged pieces as good ones.
+    """Remove damaged tasks from the ledger, so that a resumed run repeats them with the same bits.
+
+    Stages that may have read a damaged piece without an error are removed as a whole.
     """
     with RunLock(storage):
         ledger = Ledger(storage)
@@ -125,7 +136,7 @@ def _completeness(job: Job, ledger: Ledger) -> Finding:
 
 
 def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(array path, start, checksum) of everything that a task wrote to the kernel store."""
+    """(array path, start, checksum) of every piece that a task wrote to the kernel store."""
     for key, value in row.numbers.items():
         kind, _, piece = key.partition(":")
         if kind == "crc32c":
@@ -134,7 +145,7 @@ def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
 
 
 def _checksums(context: Context, ledger: Ledger) -> Finding:
-    """Every piece read back; a flipped byte fails in the codec or here."""
+    """Read every piece back; a flipped byte fails in the codec or here."""
     count, wrong, damaged = 0, [], []
     for row in ledger.rows():
         for path, start, expected in _pieces(row):
@@ -144,15 +155,15 @@ def _checksums(context: Context, ledger: Ledger) -> Finding:
                 wrong.append(f"{path} at {start}{reason}")
                 damaged.append(Damage(row.stage, row.tile, readable=not reason))
     detail = f"{count - len(wrong)} of {count} pieces hold what was written"
-    detail += f"; the first that does not: {wrong[0]}" if wrong else ""
+    detail += f"; the first damaged piece: {wrong[0]}" if wrong else ""
     return Finding("checksums", not wrong, detail, tuple(dict.fromkeys(damaged)))
 
 
 def _fault(context: Context, path: str, start: tuple[int, ...], expected: int) -> str | None:
-    """Why a piece is damaged: empty if only its values differ; None if it is not damaged.
+    """Why a piece is damaged: empty if only its values differ, None if it is not damaged.
 
     Raises:
-        StorageRefusal: the storage does not allow reading, which is no damage.
+        StorageRefusal: the storage does not allow reading, which is not damage.
     """
     try:
         values = context.store.read_shard(path, start)
@@ -169,7 +180,7 @@ def _stripes(job: Job) -> list[tuple[int, int]]:
 
 
 def _symmetry(context: Context) -> Finding:
-    """Every train array equals its transpose, bit for bit."""
+    """Check that every train array equals its transpose, bit for bit."""
     wrong = []
     for array in kernel_arrays(context.job):
         if not array.path.startswith("train/"):
@@ -193,7 +204,7 @@ def _symmetric_text(job: Job) -> str:
 
 
 def _finiteness(context: Context) -> Finding:
-    """No NaN or infinity; NaN in a standard error marks an unresolved entry and is counted apart."""
+    """Check for NaN and infinity; NaN in a standard error marks an unresolved entry and counts separately."""
     bad, unresolved = 0, 0
     for array in _kernel_or_factor(context):
         for start, stop in intervals(array.shape[0], array.shards[0]):
@@ -209,14 +220,15 @@ def _finiteness(context: Context) -> Finding:
 
 
 def _kernel_or_factor(context: Context) -> list[StoredArray]:
-    """The arrays that hold the kernel: tiles, or the features that stand for them."""
+    """The arrays that hold the kernel: tiles, or features if no tiles are written."""
     tiles = context.job.layout.write_tiles
     return kernel_arrays(context.job) + ([] if tiles else feature_arrays(context.job))
 
 
 def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
-    """Some tiles, chosen by a fixed seed, computed again from the features and compared: same bits, or rounding
-    elsewhere. Where there are no tiles, features are computed again from the model.
+    """Compute some tiles again from the features and compare them; without tiles, features from the model.
+
+    A fixed seed chooses the tiles. On the same machine the bits agree; on another one, up to rounding.
     """
     stages = ("gram", "test") if context.job.layout.write_tiles else ("features", "metric", "test")
     num_rows = sum(len(ledger.done(stage)) for stage in stages)
@@ -245,7 +257,7 @@ def _recomputed(context: Context, ledger: Ledger, count: int) -> Finding:
 
 @dataclass
 class _Comparison:
-    """A sink that compares with the store what a task would write; `distance` is relative to the largest entry."""
+    """A sink that compares a task's results with the store; `distance` is relative to the largest entry."""
 
     context: Context
     distance: float = 0.0
@@ -258,7 +270,7 @@ class _Comparison:
 
 
 def _distance(stored: np.ndarray, values: np.ndarray) -> float:
-    """Largest difference over the largest of `values`; infinite if only one of them is finite somewhere."""
+    """The largest difference over the largest of `values`; infinite if an entry is finite in only one of them."""
     finite = np.isfinite(values)
     scale = float(np.abs(values[finite]).max(initial=0.0))
     if scale == 0.0 or not np.array_equal(finite, np.isfinite(stored)):

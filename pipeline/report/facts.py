@@ -1,6 +1,6 @@
-"""What the report says: every number with its unit and a sentence that says what it means, and what could be misread.
+"""The text of the report page: every number with its unit and meaning, and warnings about what is easy to misread.
 
-Words only: from `ReportInputs` to labels, values and meanings as text. No HTML, no figures.
+It turns `ReportInputs` into labels, values and meanings as text. It makes no HTML and no figures.
 
 Axes: n eigenvalues. Kernel values, eigenvalues and standard errors are in the kernel's own unit.
 """
@@ -19,23 +19,23 @@ from pipeline.report.inputs import KernelFacts, RegressionFacts, ReportInputs, S
 
 _KINDS = MappingProxyType(
     {
-        "nonlocal": "Inner products of the outputs' nonlocal gradients, averages of differences over a neighbourhood.",
-        "covariance": "Covariance of output differences: the NTK in the limit γ → 0, but not the nonlocal NTK.",
+        "nonlocal": "Inner products of the outputs' nonlocal gradients: differences averaged over a neighbourhood.",
+        "covariance": "Covariance of output differences: tends to the NTK as γ → 0, but is not the nonlocal NTK.",
         "averaged": "The ordinary NTK, averaged over perturbed parameters.",
         "local": "The ordinary empirical NTK: inner products of the outputs' gradients.",
     }
 )
 _STATISTICS = MappingProxyType(
     {
-        "both": "gram holds plugin, positive semidefinite, for solves; gram_unbiased, right on average, for entries.",
-        "plugin": "Inner products of mean gradients: positive semidefinite, inflated by noise.",
-        "unbiased": "Inner products across blocks: right on average, but not positive semidefinite.",
+        "both": "gram, the plugin kernel, is positive semidefinite: use it for solves. gram_unbiased is for entries.",
+        "plugin": "Inner products of mean gradients: positive semidefinite, but biased upwards by noise.",
+        "unbiased": "Inner products across blocks of draws: unbiased, but not positive semidefinite.",
     }
 )
 _WEIGHTING = (
-    "Weights of the draws of a block against each other. A ratio estimator: consistent, not unbiased; what both "
-    "statistics are right about on average nears its limit like one over the draws of a block, which no standard error "
-    "and no bias on this page counts."
+    "The draws of a block are weighted against each other. This is a ratio estimator: consistent, but not unbiased. "
+    "Both statistics have a bias that falls like one over the number of draws in a block; no number on this page "
+    "includes it."
 )
 _NOTABLE_BIAS = 0.05
 _NOTABLE_ERROR = 0.2
@@ -44,7 +44,7 @@ _NOTABLE_NEGATIVE_MASS = 0.05
 
 @dataclass(frozen=True)
 class Fact:
-    """A number on the page: what it is, its value with unit, and what it means."""
+    """A number on the page: its label, its value with unit, and its meaning."""
 
     label: str
     value: str
@@ -53,7 +53,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class SpectrumFact:
-    """A number of every spectrum on the page, one value for each statistic."""
+    """A number that describes a spectrum, with one value for each statistic."""
 
     label: str
     values: Sequence[str]
@@ -61,12 +61,12 @@ class SpectrumFact:
 
 
 def headline(inputs: ReportInputs) -> list[Fact]:
-    """The few numbers that a reader wants first: what the regression reached, and how far to trust the kernel."""
+    """Return the numbers that a reader wants first: the regression's result, and how far to trust the kernel."""
     return [*_regression_headline(inputs), *_trust_headline(inputs.kernel)]
 
 
 def cautions(inputs: ReportInputs) -> list[str]:
-    """What a reader of this run could get wrong, one sentence or two each; empty where nothing stands out."""
+    """Return warnings about results that are easy to misread, one or two sentences each; empty if there are none."""
     return [
         *_kernel_cautions(inputs),
         *_solver_cautions(inputs),
@@ -75,17 +75,17 @@ def cautions(inputs: ReportInputs) -> list[str]:
 
 
 def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
-    """How the kernel was made."""
+    """Yield the facts on how the kernel was computed."""
     kernel, errors, reason = inputs.kernel, inputs.standard_errors, inputs.kernel.estimator_reason
     yield Fact("Kernel", f"{kernel.kind}, outputs {kernel.outputs}", _KINDS[kernel.kind])
     if kernel.distribution is not None:
-        yield Fact("Perturbations", kernel.distribution, "Distribution of the displacements; γ is their range.")
+        yield Fact("Perturbations", kernel.distribution, "Distribution of the perturbations; γ is their range.")
     yield Fact(
         "Examples n",
         f"{count(kernel.num_train)} train, {count(kernel.num_test)} test",
         f"From {inputs.data}. The Gram matrix is train by train, the test kernel test by train.",
     )
-    yield Fact("Parameters P", count(kernel.num_parameters), "Selected parameters, shared ones counted once.")
+    yield Fact("Parameters P", count(kernel.num_parameters), "Perturbed parameters; shared ones count once.")
     if kernel.num_draws is not None:
         blocks = f" in {kernel.num_blocks} blocks" if kernel.num_blocks is not None else ""
         yield Fact("Draws S", f"{count(kernel.num_draws)}{blocks}", "Perturbed models evaluated for each example.")
@@ -95,34 +95,37 @@ def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
     if kernel.kind == "nonlocal":
         yield Fact("Statistic", kernel.statistic, _STATISTICS[kernel.statistic])
     if errors is not None:
-        bias = " It says nothing of the plugin kernel's bias." if kernel.kind == "nonlocal" else ""
+        bias = " It does not include the plugin kernel's bias." if kernel.kind == "nonlocal" else ""
         yield Fact(
             "Standard error of an entry",
             number(errors.median),
-            f"Median over the resolved train entries{errors.where}, in the kernel's unit, where the mean diagonal is "
-            f"{number(errors.mean_diagonal)}; 90 % are below {number(errors.percentile_90)}, the largest is "
-            f"{number(errors.largest)}.{bias}",
+            f"Median over the resolved train entries{errors.rows_text}, in the kernel's unit; 90 % are below "
+            f"{number(errors.percentile_90)}, the largest is {number(errors.largest)}. For comparison, the mean "
+            f"diagonal is {number(errors.mean_diagonal)}.{bias}",
         )
 
 
 def spectrum_facts(
     eigenvalues: Mapping[str, Float[np.ndarray, " n"]], known: Mapping[str, Mapping[str, float]]
 ) -> list[SpectrumFact]:
-    """The derived numbers of each spectrum (see `nntk_dist.analysis.Spectrum`), from `known` where it has
-    them.
+    """Return the derived numbers of each spectrum, as `nntk_dist.analysis.Spectrum` defines them.
+
+    Args:
+        eigenvalues: the eigenvalues of each statistic, in descending order.
+        known: the numbers of spectra that were computed already; the others are computed from their eigenvalues.
     """
     spectra = [known.get(name) or _spectrum(values).numbers() for name, values in eigenvalues.items()]
     sizes = ", ".join(sorted({count(len(values)) for values in eigenvalues.values()}))
 
     def shown(key: str, text: Callable[[float], str] = number) -> list[str]:
-        return [text(each[key]) if key in each else "needs them all" for each in spectra]
+        return [text(each[key]) if key in each else "needs all eigenvalues" for each in spectra]
 
     return [
         SpectrumFact("Trace", shown("trace"), "Sum of the eigenvalues, in the kernel's unit."),
         SpectrumFact(
             "Participation ratio",
             shown("participation_ratio"),
-            "(Σλ)² / Σλ²: how many equal eigenvalues would spread the trace as widely.",
+            "(Σλ)² / Σλ²: the number of equal eigenvalues with the same trace and the same sum of squares.",
         ),
         SpectrumFact(
             "Effective rank",
@@ -132,28 +135,28 @@ def spectrum_facts(
         SpectrumFact(
             "Condition number",
             shown("condition_number"),
-            "Largest over smallest eigenvalue magnitude; a ridge makes the solve stable.",
+            "Largest eigenvalue magnitude over the smallest; if it is large, a ridge keeps the solve stable.",
         ),
         SpectrumFact(
             "Negative mass",
             shown("negative_mass", percent),
-            "Share of Σ|λ| that is negative: rounding for a positive semidefinite kernel, noise otherwise.",
+            "Share of Σ|λ| from negative eigenvalues: rounding if the kernel is positive semidefinite, else noise.",
         ),
     ]
 
 
 def solver_note(what: str, solver: SolverFacts | None) -> str:
-    """A sentence on how something was solved, empty where by one dense decomposition of the kernel."""
+    """Return a sentence on how a stage was solved; empty if by one dense decomposition of the kernel."""
     if solver is None:
         return ""
     if solver.method == "factored":
-        columns = "" if solver.columns is None else f" of {count(solver.columns)} columns"
+        columns = "" if solver.columns is None else f" with {count(solver.columns)} columns"
         return f"{what}: exact, from the kernel's factor{columns}; eigenvalues beyond its rank are zero."
     if solver.passes is None:
-        return f"{what}: by the solver {solver.method}."
+        return f"{what}: solved by {solver.method}."
     passes = f" in {count(solver.passes)} passes over the stored kernel"
-    short = " It did not reach its tolerance: see the residuals in its table." if solver.converged is False else ""
-    return f"{what}: by iteration{passes}, to the residuals that its table states.{short}"
+    short = " The iteration did not reach its tolerance." if solver.converged is False else ""
+    return f"{what}: solved iteratively{passes}; its table has the residuals.{short}"
 
 
 def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
@@ -166,7 +169,7 @@ def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
         yield Fact(
             "Test accuracy",
             percent(row.test_accuracy),
-            f"Share of {count(num_test)} test examples classified rightly; binomial standard error "
+            f"Share of {count(num_test)} test examples classified correctly; binomial standard error "
             f"{number(100 * spread, 2)} points.{guess}",
         )
     else:
@@ -179,9 +182,9 @@ def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
     yield Fact(
         "Selected ridge",
         number(row.ridge),
-        f"Relative to the kernel's mean diagonal; {number(row.absolute_ridge)} in the kernel's unit. Chosen by the "
-        f"least {'leave-one-out error' if row.loo_stderr is None else 'estimated leave-one-out error'} on the training "
-        "examples; the test examples had no say.",
+        f"Relative to the kernel's mean diagonal; {number(row.absolute_ridge)} in the kernel's unit. Chosen for the "
+        f"smallest {'leave-one-out error' if row.loo_stderr is None else 'estimated leave-one-out error'} on the "
+        "training examples; test examples are not used for it.",
     )
 
 
@@ -197,19 +200,19 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
         )
     if kernel.accuracy is not None:
         reached = "reached" if kernel.accuracy_reached else "not reached"
-        yield Fact("Asked accuracy", reached, f"By a 95 % bound on a sample of rows: {kernel.accuracy}.")
+        yield Fact("Requested accuracy", reached, f"By a 95 % bound on a sample of rows: {kernel.accuracy}.")
     if kernel.relative_bias is not None:
         yield Fact(
             "Plugin bias",
             percent(kernel.relative_bias),
-            "‖plugin − unbiased‖ / ‖unbiased‖: how far noise inflates the kernel that the regression uses.",
+            "‖plugin − unbiased‖ / ‖unbiased‖: how much noise inflates the kernel that the regression uses.",
         )
     if kernel.kind == "local":
         yield Fact("Kernel error", "none", "The local kernel comes from automatic differentiation, without sampling.")
 
 
 def _bound_text(bound: float | None) -> str:
-    return "" if bound is None else f" In 95 % of all cases the error made is below {percent(bound)}."
+    return "" if bound is None else f" With 95 % confidence the actual error is below {percent(bound)}."
 
 
 def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
@@ -218,20 +221,20 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
         yield f"{caution[:1].upper()}{caution[1:]}."
     if kernel.relative_bias is not None and kernel.relative_bias > _NOTABLE_BIAS:
         yield (
-            f"Plugin is inflated by noise: bias {percent(kernel.relative_bias)}. Solve with gram, which is positive "
-            "semidefinite; take entries and comparisons from gram_unbiased. More draws reduce the bias."
+            f"Noise inflates the plugin kernel: its bias is {percent(kernel.relative_bias)}. Solve with gram, which is "
+            "positive semidefinite, but read and compare entries in gram_unbiased. More draws reduce the bias."
         )
     if kernel.matmul_precision != "highest":
         yield (
-            f"The products of the tiles were made at matmul_precision {kernel.matmul_precision}, coarser than float32 "
-            "where the hardware has it: the standard errors do not count that rounding."
+            f"Tiles were multiplied at matmul_precision {kernel.matmul_precision}, which is coarser than float32 on "
+            "hardware that supports it. The standard errors do not include this rounding."
         )
     if kernel.accuracy_reached is False:
-        yield f"The kernel is less accurate than was asked for: {kernel.accuracy}."
+        yield f"The kernel did not reach the requested accuracy: {kernel.accuracy}."
     if kernel.relative_error is not None and kernel.relative_error > _NOTABLE_ERROR:
         yield (
-            f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Doubling "
-            "the draws divides it by 1.4 or more."
+            f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Twice as "
+            "many draws divide it by 1.4 or more."
         )
     if errors is not None and errors.unresolved_share > 0:
         yield (
@@ -241,8 +244,8 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
     unbiased = inputs.eigenvalues.get("unbiased")
     if unbiased is not None and (mass := _spectrum(unbiased).negative_mass) > _NOTABLE_NEGATIVE_MASS:
         yield (
-            f"{percent(mass)} of the unbiased spectrum's mass is negative, which is noise: eigenvalues no larger in "
-            f"magnitude than the most negative one, {number(unbiased[-1])}, say little."
+            f"{percent(mass)} of the unbiased spectrum's mass is negative, which is noise. Do not rely on eigenvalues "
+            f"that are no larger in magnitude than the most negative one, {number(unbiased[-1])}."
         )
 
 
@@ -250,8 +253,8 @@ def _solver_cautions(inputs: ReportInputs) -> Iterator[str]:
     for what, solver in (("spectrum", inputs.spectrum_solver), ("regression", inputs.regression_solver)):
         if solver is not None and solver.converged is False:
             yield (
-                f"The iteration for the {what} ended short of its tolerance: its table states the residuals. A larger "
-                "ridge, or fewer eigenvalues, would converge sooner."
+                f"The iteration for the {what} stopped before it reached its tolerance; its table has the residuals. A "
+                "larger ridge, or fewer eigenvalues, would converge sooner."
             )
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: a few significant digits, a unit, true minus signs. Text only; no HTML."""
+"""Numbers as text: a few significant digits, units, proper minus signs. No HTML."""
 
 import math
 
@@ -7,12 +7,22 @@ _BYTE_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def power_of_ten(exponent: int) -> str:
-    """`10⁻³`."""
+    """Return a power of ten as text.
+
+    Example:
+        >>> power_of_ten(-3)
+        '10⁻³'
+    """
     return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number to `digits` significant digits, as a power of ten where it is very large or very small."""
+    """Return a number with `digits` significant digits, as a power of ten if it is very large or very small.
+
+    Example:
+        >>> number(0.00001234)
+        '1.23 × 10⁻⁵'
+    """
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "∞" if value > 0 else "−∞"
     magnitude = abs(value)
@@ -26,17 +36,17 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def count(value: int) -> str:
-    """A whole number with its thousands apart."""
+    """Return a whole number with thousands separators."""
     return f"{value:,}"
 
 
 def percent(share: float, digits: int = 3) -> str:
-    """A share of one, as per cent."""
+    """Return a fraction as a percentage: 0.5 becomes `50 %`."""
     return f"{number(100 * share, digits)} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or minutes and hours where there are many."""
+    """Return a time in seconds as text, in minutes and hours from two minutes on."""
     if seconds < 120:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -45,7 +55,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the binary unit that fits."""
+    """Return a number of bytes as text, in the largest binary unit below it."""
     index = min(len(_BYTE_UNITS) - 1, int(math.log(num_bytes, 1024))) if num_bytes >= 1 else 0
     scaled = num_bytes / 1024**index
     return f"{scaled:.0f} bytes" if index == 0 else f"{scaled:.{0 if scaled >= 100 else 1}f} {_BYTE_UNITS[index]}"

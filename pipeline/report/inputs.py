@@ -1,6 +1,6 @@
-"""What a report is made of: plain frozen values, collected by the caller from store, tables, ledger and manifest.
+"""The content of a report page as plain frozen values; the caller collects them from store, tables, ledger, manifest.
 
-Nothing here reads, computes or formats. None marks what a run does not have (error bars of a local kernel, a commit).
+Nothing here reads, computes or formats. None stands for what a run lacks, such as error bars of a local kernel.
 
 Axes: n train examples, k rows of the thumbnail. Units: `_bytes`, `_seconds`; kernel values in the kernel's own unit.
 """
@@ -19,12 +19,12 @@ from pipeline.report.plots import PLOTS
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """How the kernel was made and how far it can be trusted."""
+    """How the kernel was computed, and how far to trust it."""
 
     kind: str  # nonlocal, covariance, averaged or local
     estimator: str
     estimator_reason: str
-    statistic: str  # plugin, unbiased or both; of kind nonlocal only
+    statistic: str  # plugin, unbiased or both; for kind nonlocal only
     outputs: str
     num_train: int
     num_test: int
@@ -32,29 +32,36 @@ class KernelFacts:
     num_draws: int | None = None
     num_blocks: int | None = None
     distribution: str | None = None  # such as "gaussian, γ = 0.05"
-    weighting: str | None = None  # in words; None where all draws count the same
+    weighting: str | None = None  # in words; None if all draws have the same weight
     relative_error: float | None = None  # √(Σ variance / Σ entry²) of the unbiased kernel
-    relative_error_bound: float | None = None  # what the error made stays below in 95 % of all cases
-    accuracy: str | None = None  # how the search for an asked accuracy ended, in words
+    relative_error_bound: float | None = None  # upper bound on the actual error, with 95 % confidence
+    accuracy: str | None = None  # how the search for a requested accuracy ended, in words
     accuracy_reached: bool | None = None
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
-    matmul_precision: str = "highest"  # of the products that tiles are made of
+    matmul_precision: str = "highest"  # precision of the products that form tiles
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """The Gram matrix, already subsampled to at most 512 rows and put in order."""
+    """The Gram matrix, subsampled to at most 512 rows and sorted."""
 
     values: Float[np.ndarray, "k k"]
     ordering: str  # such as "ordered by class"
-    boundaries: Sequence[int] = ()  # first row of each class but the first
-    labels: Sequence[str] = ()  # one for each class
+    boundaries: Sequence[int] = ()  # first row of each class except the first class
+    labels: Sequence[str] = ()  # one per class
 
 
 @dataclass(frozen=True)
 class StandardErrors:
-    """Summary of the entries' standard errors, over the resolved entries of the train kernel: of its first `num_rows`
-    rows, all that stands here but the unresolved share; None for all rows.
+    """Summary of the standard errors of the resolved entries of the train kernel.
+
+    Attributes:
+        median: their median.
+        percentile_90: 90 % of them are below it.
+        largest: their maximum.
+        mean_diagonal: the mean of the kernel's diagonal.
+        unresolved_share: the share of entries of the whole kernel that are unresolved.
+        num_rows: how many of the first rows all other numbers cover; None for all rows.
     """
 
     median: float
@@ -65,14 +72,14 @@ class StandardErrors:
     num_rows: int | None = None
 
     @property
-    def where(self) -> str:
-        """Which rows, as words to follow on what is summarised."""
+    def rows_text(self) -> str:
+        """The rows that are covered, as text to append; empty for all rows."""
         return "" if self.num_rows is None else f" of the first {self.num_rows} rows"
 
 
 @dataclass(frozen=True)
 class RegressionFacts:
-    """Kernel ridge regression: one row per ridge, as the regression table keeps them."""
+    """Kernel ridge regression: one row per ridge, as in the regression table."""
 
     task: Literal["classification", "regression"]
     rows: Sequence[RidgeRow]
@@ -86,7 +93,7 @@ class RegressionFacts:
 
 @dataclass(frozen=True)
 class SolverFacts:
-    """How the spectrum or the regression was solved, where not by one dense decomposition."""
+    """How the spectrum or the regression was solved, if not by one dense decomposition."""
 
     method: str
     columns: int | None = None  # of the factor
@@ -96,7 +103,7 @@ class SolverFacts:
 
 @dataclass(frozen=True)
 class StageTiming:
-    """One stage, from manifest and ledger: wall-clock time, and the sum over its tasks."""
+    """Time and resources of one stage, from manifest and ledger: wall-clock time, and sums over its tasks."""
 
     stage: str
     tasks: int
@@ -108,7 +115,7 @@ class StageTiming:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the run came from, and how to get it again."""
+    """The origin of the run, and the commands that repeat it."""
 
     created: str
     git_commit: str | None
@@ -121,8 +128,11 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything on the page. `eigenvalues` goes by statistic ("plugin", "unbiased", "local", …), each descending, and
-    so does `spectrum_numbers`: what is known of spectra whose eigenvalues are not all listed.
+    """Everything on the page.
+
+    Attributes:
+        eigenvalues: the eigenvalues of each statistic ("plugin", "unbiased", "local", …), in descending order.
+        spectrum_numbers: derived numbers of each statistic, for spectra with only some eigenvalues listed.
     """
 
     title: str

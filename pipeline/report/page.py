@@ -1,7 +1,7 @@
-"""The page itself: words from `facts`, figures from `plots`, laid out by `template.html.j2` and `style.css`.
+"""The HTML page: text from `facts`, figures from `plots`, layout from `template.html.j2` and `style.css`.
 
-One HTML file that needs nothing else: no scripts, no fonts or pictures from elsewhere. Nothing is read from disk but
-the template and the style sheet beside this file; writing the page is the caller's business.
+The page is one self-contained HTML file without scripts, external fonts or external pictures. This module reads only
+the template and the style sheet next to it; the caller writes the page.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ _TABLE_EIGENVALUES = 10
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its SVG and the sentence below it."""
+    """One figure: its SVG and its caption."""
 
     svg: Markup
     caption: str
 
 
 def render_report(inputs: ReportInputs) -> str:
-    """Return the whole `index.html` as a string: the same for the same inputs.
+    """Return the whole `index.html` as a string; equal inputs give equal strings.
 
-    Plots that `inputs.plots` does not name, or whose numbers a run does not have, are left out; all numbers stay.
+    The page leaves out plots that `inputs.plots` does not name or that show numbers the run lacks; it keeps all text.
     Cost: about a second for the figures, for any size of kernel.
     """
     environment = jinja2.Environment(
@@ -66,7 +66,7 @@ def render_report(inputs: ReportInputs) -> str:
 
 
 def _figures(inputs: ReportInputs) -> dict[PageSection, list[Figure]]:
-    """The plots of the page by section; plots that a run lacks are left out."""
+    """The plots of the page by section, without those that the run lacks."""
     figures: dict[PageSection, list[Figure]] = {section: [] for section in PageSection}
     for name in inputs.plots:
         plot = PLOTS.get(name)(inputs)

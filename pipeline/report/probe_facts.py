@@ -1,6 +1,6 @@
-"""The probes of a model in words: what was tried, what was found, what follows from it. For the page and for a plan.
+"""The probes of a model in words: test, result, conclusion. The report page and `nntk plan` show them.
 
-Words only: no number is computed here and nothing is formatted as HTML.
+No number is computed here, and nothing is formatted as HTML.
 
 Axes: none.
 """
@@ -17,7 +17,7 @@ _NOT_PROBED = "not probed"
 
 @dataclass(frozen=True)
 class ProbeFact:
-    """One probe: its name, what was found, the verdict in a few words, and what the probe means."""
+    """One probe: its name, its result, the verdict in a few words, and its meaning."""
 
     label: str
     value: str
@@ -26,7 +26,7 @@ class ProbeFact:
 
 
 def probe_facts(probes: ModelProbes) -> list[ProbeFact]:
-    """Every probe, those that were not made too."""
+    """Return all probes, including those that were not made."""
     return [*_call_facts(probes), _jump_fact(probes), _noise_fact(probes), _mode_fact(probes)]
 
 
@@ -36,14 +36,14 @@ def _call_facts(probes: ModelProbes) -> Iterator[ProbeFact]:
         "Same again",
         f"change {number(repeat)}",
         "deterministic" if repeat == 0 else "repeats to rounding, not to the bit",
-        "Largest change of an output between two equal calls; a model that draws random numbers is refused.",
+        "Largest change of an output between two identical calls; models that draw random numbers are rejected.",
     )
     alone = batch is None
     yield ProbeFact(
         "Other batch",
         _NOT_PROBED if batch is None else f"change {number(batch)}",
         "a single example has no other batch" if alone else "independent of its batch, to rounding",
-        "Largest change of an output when the rest of its batch changes; a model that depends on it is refused.",
+        "Largest change of an output when the rest of its batch changes; models that depend on it are rejected.",
     )
 
 
@@ -61,8 +61,8 @@ def _jump_fact(probes: ModelProbes) -> ProbeFact:
         "Jumps in θ",
         value,
         verdict,
-        "Share of the change of f along random segments that the integrated gradient misses, and jumps met on long "
-        "chords; where f jumps, gradients are wrong.",
+        "Share of the change of f along random segments that the integrated gradient misses, and jumps found along "
+        "long chords. If f jumps, gradients are wrong.",
     )
 
 
@@ -71,20 +71,20 @@ def _noise_fact(probes: ModelProbes) -> ProbeFact:
     if noise is None:
         value, verdict = _NOT_PROBED, "no perturbations, not finite, or the model does not run in float64"
     elif math.isnan(noise):
-        value, verdict = "no change of f", "nothing to measure: no perturbation tried changed an output"
+        value, verdict = "no change of f", "nothing to measure: none of the perturbations changed an output"
     else:
         value = "nothing but noise" if math.isinf(noise) else percent(noise)
         value += "" if probes.noise_measured else " (estimated)"
         if noise <= NOTABLE_NOISE:
             verdict = "differences stand above rounding"
         else:
-            verdict = "too much for differences" if probes.cautions else "too much for differences; none are used"
+            verdict = "too high for differences" if probes.cautions else "too high for differences; none are used"
     return ProbeFact(
         "Noise floor",
         value,
         verdict,
-        "Rounding noise in the differences f(x; θ+z) − f(x; θ) over their size, against float64 at the same "
-        "perturbations; it falls like 1/γ.",
+        "Rounding error of the differences f(x; θ+z) − f(x; θ), relative to their size; the reference is float64 at "
+        "the same perturbations. It falls like 1/γ.",
     )
 
 
@@ -92,8 +92,8 @@ def _mode_fact(probes: ModelProbes) -> ProbeFact:
     held = ", ".join(probes.training_modules)
     return ProbeFact(
         "Training mode",
-        held or "no module known to differ",
+        held or "no module that is known to differ",
         "evaluated in eval mode" if held else "eval mode, the same as training mode",
-        "Modules that do something else while training (dropout, batch normalisation); the kernel is that of eval "
-        "mode: no dropout, running statistics.",
+        "Modules that behave differently in training (dropout, batch normalisation). The kernel belongs to eval mode: "
+        "no dropout, running statistics.",
     )

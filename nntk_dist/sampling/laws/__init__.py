@@ -1,8 +1,8 @@
-"""The laws ρ of a perturbation, one file a law, each scaled so that E|z|² = P·γ²/2: one meaning of γ for all.
+"""The laws ρ of a perturbation, one per file. All are scaled to E|z|² = P·γ²/2, so that γ means the same for each.
 
 A law is a frozen object with its range and options, such as `Student(gamma=0.1, nu=5)`. To add one, write a class with
 the members of `RadialLaw` and name it in the table `LAWS` of `nntk_dist.sampling.laws.registry`, in the entry-point
-group `nntk_dist.laws` of your own package, or as `python:module:Name`. No number is drawn here, and no model is known.
+group `nntk_dist.laws` of your own package, or as `python:module:Name`. No number is drawn here.
 """
 
 from nntk_dist.sampling.laws.ball import Ball

@@ -1,4 +1,4 @@
-"""What a law offers (`Law`, `RadialLaw`), and the range that all laws of this project declare (`Ranged`).
+"""The interface of laws (`Law`, `RadialLaw`), and the base class with the range γ (`Ranged`).
 
 Axes: P parameters, g perturbations.
 """
@@ -17,7 +17,11 @@ Uniforms: TypeAlias = Callable[[], Float64[Tensor, " g"]]
 
 @runtime_checkable
 class Law(Protocol):
-    """A probability law of perturbations, hashable and comparable by value."""
+    """A probability law of perturbations, hashable and comparable by value.
+
+    Attributes:
+        name: the name in messages and in a store.
+    """
 
     name: ClassVar[str]
 
@@ -29,7 +33,11 @@ class Law(Protocol):
 
 @runtime_checkable
 class RadialLaw(Law, Protocol):
-    """A radial probability density on R^P: z = scale · n, or scale · n/|n| if `normalised`; n is standard normal."""
+    """A radial law on R^P: z = scale · n, or scale · n/|n| if `normalised`; n is standard normal.
+
+    Attributes:
+        normalised: whether `scale` multiplies n/|n| instead of n.
+    """
 
     normalised: ClassVar[bool]
 
@@ -38,7 +46,7 @@ class RadialLaw(Law, Protocol):
 
         Args:
             num_parameters: P.
-            uniforms: makes one Uniform(0, 1) number for each perturbation, independent of n; call it at most once.
+            uniforms: returns one Uniform(0, 1) number for each perturbation, independent of n; call it at most once.
 
         Returns:
             One number, or one for each perturbation.
@@ -48,7 +56,7 @@ class RadialLaw(Law, Protocol):
 
 @dataclass(frozen=True)
 class Ranged:
-    """The fields that all laws share: the range γ, checked with the law's own options when it is made."""
+    """Base class of this project's laws: the range γ; all options are checked when a law is made."""
 
     gamma: float = option(REQUIRED, Number(above=0), "range of the perturbations: E|z|² = P·γ²/2")
 

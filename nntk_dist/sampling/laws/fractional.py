@@ -13,9 +13,12 @@ from nntk_dist.sampling.laws.base import Ranged, Uniforms
 
 @dataclass(frozen=True)
 class Fractional(Ranged):
-    """The Riesz fractional gradient's weight of order α, truncated: |z| = R·u^{1/(1−α)}, u ~ Uniform(0, 1).
+    """The truncated weight of the Riesz fractional gradient of order α: |z| = R·u^{1/(1−α)}, u ~ Uniform(0, 1).
 
-    R = γ√(P(3−α)/(2(1−α))), 0 ≤ α < 1. Raises: ArgumentError if α is out of range.
+    R = γ√(P(3−α)/(2(1−α))), 0 ≤ α < 1.
+
+    Raises:
+        ArgumentError: γ or α is out of range.
     """
 
     alpha: float = option(0.5, Number(at_least=0, below=1), "order of the fractional gradient")

@@ -1,4 +1,4 @@
-"""The Gaussian law, the paper's."""
+"""The Gaussian law, which the paper uses."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The law of low-rank perturbations of weight matrices; `nntk_dist.sampling.low_rank` makes them."""
+"""The law of low-rank perturbations of weight matrices; `nntk_dist.sampling.low_rank` generates them."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,10 +9,13 @@ from nntk_dist.sampling.laws.base import Ranged
 
 @dataclass(frozen=True)
 class LowRank(Ranged):
-    """z = (γ/√2)·A·Bᵀ/√r for each tensor of two axes or more, viewed as (out, rest); (γ/√2)·n for vectors.
+    """z = (γ/√2)·A·Bᵀ/√r for tensors of two or more axes, viewed as (out, rest); (γ/√2)·n for vectors.
 
-    Not radial: the gradient of a draw is 2Δz/γ². It tends to ∇f as γ → 0, but at finite γ it gives another kernel.
-    Raises: ArgumentError if the rank is below 1.
+    The law is not radial: the gradient of a draw is 2Δz/γ². It tends to ∇f as γ → 0, but at finite γ the kernel
+    differs from that of the Gaussian law.
+
+    Raises:
+        ArgumentError: γ or the rank is out of range.
     """
 
     rank: int = option(1, WholeNumber(1), "rank r of the perturbation of a matrix")

@@ -1,4 +1,4 @@
-"""Laws by name: the table of all laws, and the conversion of names, mappings and objects to laws."""
+"""The table of laws by name, and the conversion of names, mappings and objects to laws."""
 
 import inspect
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ def as_law(value: object, gamma: float | None = None) -> Law:
     """Convert the argument `distribution` to a law.
 
     Args:
-        value: a law; the name of one; or a mapping of `name`, `gamma` and the law's options, directly or as `options`.
-        gamma: the range, if `value` has none.
+        value: a law, its name, or a mapping of `name`, `gamma` and the law's options (directly or under `options`).
+        gamma: the range, if `value` does not contain it.
 
     Raises:
         ArgumentError: there is no such law, an option is not allowed, or the range is missing or given twice.
@@ -54,7 +54,7 @@ def as_law(value: object, gamma: float | None = None) -> Law:
 
 
 def has_gamma(value: object) -> bool:
-    """Return whether the argument `distribution` has a range of its own: a law, or a mapping with `gamma`."""
+    """Return whether the argument `distribution` contains the range: a law, or a mapping with `gamma`."""
     if isinstance(value, Mapping):
         return value.get("gamma") is not None
     return not isinstance(value, str)
@@ -66,7 +66,7 @@ def make_law(name: str, gamma: float, **options: Any) -> Law:
     Args:
         name: a name in `LAWS`, or `python:module:Name`.
         gamma: the range.
-        options: the law's own options; those that are None keep their defaults.
+        options: the options of this law; None keeps the default.
 
     Raises:
         ArgumentError: there is no such law, or γ or an option is not allowed.
@@ -93,12 +93,12 @@ def make_law(name: str, gamma: float, **options: Any) -> Law:
 
 
 def law_options(law: Law) -> dict[str, Any]:
-    """Return the options that a law declares beside γ, with their values."""
+    """Return the options of a law without γ, with their values."""
     return {name: getattr(law, name) for name in _declared(law) if name != "gamma"}
 
 
 def option_owners() -> dict[str, str]:
-    """Return the option names of this project's laws, each with the name of its law."""
+    """Return the option names of this project's laws, mapped to the names of the laws."""
     return {option: name for name in LAWS.locations for option in _declared(LAWS.get(name)) if option != "gamma"}
 
 
@@ -114,7 +114,7 @@ def _declared(law: Any) -> list[str]:
 def _given(gamma: float | None) -> float:
     if gamma is None:
         raise ArgumentError(
-            "gamma is missing; give the range of the perturbations, such as gamma=0.1, or a distribution that has one, "
+            "gamma is missing; give the range of the perturbations, such as gamma=0.1, or a distribution with a range, "
             "such as Gaussian(gamma=0.1)"
         )
     return gamma

@@ -14,10 +14,12 @@ from nntk_dist.sampling.laws.base import Ranged, Uniforms
 
 @dataclass(frozen=True)
 class Student(Ranged):
-    """Multivariate Student: z = γ√((ν−2)/(2ν))·n/√(χ²_ν/ν), ν > 2; moments below ν exist.
+    """Multivariate Student: z = γ√((ν−2)/(2ν))·n/√(χ²_ν/ν), ν > 2; moments of order below ν exist.
 
     χ²_ν is the quantile of a uniform number, computed on the CPU in float64: the same numbers on every device.
-    Raises: ArgumentError if ν is out of range.
+
+    Raises:
+        ArgumentError: γ or ν is out of range.
 
     Example:
         >>> Student(gamma=0.1, nu=5)

@@ -1,6 +1,6 @@
-"""What a score is (`Score`), what makes one (`ScoreRule`), and what it is made from (`ScoreBasis`).
+"""The interfaces of scores: a score (`Score`), a rule that makes one (`ScoreRule`), and its input (`ScoreBasis`).
 
-The paper's scores are known from its abstract only: `output` and `loss` are this project's definitions.
+The paper defines its scores in the abstract only; `output` and `loss` are this project's definitions.
 
 Axes: s draws, n examples (of the reference batch, or of the current batch if each example has its own score), C
 outputs, P parameters.
@@ -20,11 +20,11 @@ ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ScoreBasis:
-    """What is known before the first draw.
+    """The data for a score that is known before the first draw.
 
     Attributes:
         theta: the selected parameters, in the model's dtype.
-        outputs: f(X; θ) on the reference batch, without examples if the score compares no outputs.
+        outputs: f(X; θ) on the reference batch; without examples if the score compares no outputs.
         targets: the targets of the reference batch, if there are any.
         per_example: whether each example has its own scores.
         dimension: d_k, the length of queries and keys.
@@ -40,7 +40,7 @@ class ScoreBasis:
 
 
 class Score(Protocol):
-    """A function of one draw (and of one example, if each has its own score): the larger, the larger the weight."""
+    """A function of a draw, or of a draw and an example; a larger score gives a larger weight."""
 
     def of(
         self, z: Float64[Tensor, "s P"], base: Float64[Tensor, "n C"], perturbed: Float64[Tensor, "s n C"]
@@ -58,9 +58,9 @@ class ScoreRule(Protocol):
     """Makes the score of a kernel once its model and reference batch are known.
 
     Attributes:
-        name: what the score is called.
-        compares_outputs: whether the score uses outputs, so that it needs a reference batch.
-        shared_because: why all examples share the scores; empty if each may have its own.
+        name: the name of the score.
+        compares_outputs: whether the score uses outputs, and so needs a reference batch.
+        shared_because: the reason why all examples share the scores; empty if each may have its own.
     """
 
     name: ClassVar[str]

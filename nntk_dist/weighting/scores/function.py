@@ -17,7 +17,12 @@ from nntk_dist.weighting.scores.base import ScoreBasis, ScoreFunction
 
 @dataclass(frozen=True)
 class FunctionRule:
-    """Makes a `FunctionScore`; `label` is the function's name in messages."""
+    """Makes a `FunctionScore`.
+
+    Attributes:
+        function: the user's function.
+        label: its name in messages.
+    """
 
     function: ScoreFunction
     label: str
@@ -32,7 +37,7 @@ class FunctionRule:
 
 @dataclass(frozen=True)
 class FunctionScore:
-    """The function's values. That the score of a draw depends on no other draw is not checked."""
+    """The values of a user's function. The score of a draw must not depend on other draws; this is not checked."""
 
     function: ScoreFunction
     name: str
@@ -49,7 +54,7 @@ class FunctionScore:
             result = self.function(self.theta, self.theta + z, base, perturbed)
         except NNTKError:
             raise
-        except Exception as error:  # a user's function may raise anything; its exception stays visible as the cause
+        except Exception as error:  # a user's function may raise anything; the exception is chained
             if is_out_of_memory(error):
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -62,7 +67,7 @@ class FunctionScore:
             came = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             axes = "draw and example" if self.per_example else "draw"
             raise ArgumentError(
-                f"the score {self.name} returned {came}, {len(z)} draws and {len(base)} examples were given; allowed: "
-                f"a tensor of real numbers of shape {expected}, one for each {axes}"
+                f"the score {self.name} returned {came} for {len(z)} draws and {len(base)} examples; allowed: a tensor "
+                f"of real numbers of shape {expected}, one for each {axes}"
             )
         return result.detach().to(base.device, torch.float64)

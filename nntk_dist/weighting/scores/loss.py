@@ -1,4 +1,4 @@
-"""The score `loss`: minus the loss on the reference batch, cross-entropy for labels and squared error for numbers.
+"""The score `loss`: the negative loss on the reference batch, cross-entropy for labels, squared error for numbers.
 
 Axes: s draws, n examples of the reference batch, C outputs.
 """
@@ -17,12 +17,12 @@ from nntk_dist.weighting.scores.base import Score, ScoreBasis
 
 @dataclass(frozen=True)
 class LossRule:
-    """Makes a `CrossEntropyScore` of whole numbers, a `SquaredErrorScore` of floating-point targets."""
+    """Makes a `CrossEntropyScore` if targets are whole numbers, a `SquaredErrorScore` if they are floating point."""
 
     name: ClassVar[str] = "loss"
     compares_outputs: ClassVar[bool] = True
     shared_because: ClassVar[str] = (
-        "the loss of an example would need its target, which a test example must not give away"
+        "the loss of an example would need its target, which must not be used for test examples"
     )
 
     def prepare(self, basis: ScoreBasis) -> Score:
@@ -30,7 +30,7 @@ class LossRule:
         targets, (count, outputs) = basis.targets, basis.outputs.shape
         if targets is None:
             raise ArgumentError(
-                "weighting is 'loss', which needs targets of the reference batch; give targets beside reference, one "
+                "weighting is 'loss', which needs targets of the reference batch; give targets with reference, one "
                 "for each example"
             )
         came = f"weighting.targets are {targets.dtype} of shape {tuple(targets.shape)}"
@@ -49,14 +49,14 @@ class LossRule:
         if low < 0 or high >= outputs:
             raise ArgumentError(
                 f"weighting.targets are labels from {low} to {high}, and the model has {outputs} outputs; allowed: 0 "
-                f"to {outputs - 1} (as floating point numbers they are targets of a squared error)"
+                f"to {outputs - 1} (floating-point targets give a squared error instead)"
             )
         return CrossEntropyScore(targets.long())
 
 
 @dataclass(frozen=True)
 class CrossEntropyScore:
-    """Minus the mean cross-entropy of the softmax of the outputs with the labels of the reference batch."""
+    """The negative mean cross-entropy of the softmax of the outputs and the labels of the reference batch."""
 
     labels: Int64[Tensor, " n"]
 
@@ -68,7 +68,7 @@ class CrossEntropyScore:
 
 @dataclass(frozen=True)
 class SquaredErrorScore:
-    """Minus the squared error, mean over the reference batch and the outputs."""
+    """The negative mean squared error over the reference batch and the outputs."""
 
     targets: Float64[Tensor, "n C"]
 

@@ -1,4 +1,4 @@
-"""The score `output`: how little the outputs move.
+"""The score `output`: the negative squared change of the outputs.
 
 Axes: s draws, n examples, C outputs.
 """
@@ -26,18 +26,18 @@ class OutputRule:
         mean_square = float(basis.outputs.square().sum(1).mean())
         if mean_square == 0.0:
             raise ArgumentError(
-                "weighting is 'output', but all outputs are 0 on the reference batch, to which their changes are "
-                "compared; give another reference, or a score of your own"
+                "weighting is 'output', which compares changes with the outputs on the reference batch, but these are "
+                "all 0; give another reference, or your own score"
             )
         return OutputScore(mean_square, basis.per_example)
 
 
 @dataclass(frozen=True)
 class OutputScore:
-    """−mean_i |f(x_i;θ_s) − f(x_i;θ)|² / m over the reference batch, m = mean_i |f(x_i;θ)|² there.
+    """−mean_i |f(x_i;θ_s) − f(x_i;θ)|² / m over the reference batch, with m = mean_i |f(x_i;θ)|².
 
-    With `per_example`, −|f(x;θ_s) − f(x;θ)|² / m for each example x. The score is 0 for outputs that do not move and −1
-    for those that move by their own size.
+    With `per_example`, −|f(x;θ_s) − f(x;θ)|² / m for each example x. The score is 0 if outputs do not change, and −1 if
+    they change by their own size.
     """
 
     mean_square: float

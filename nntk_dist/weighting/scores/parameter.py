@@ -1,6 +1,6 @@
-"""The score `parameter`: attention of the parameters to the perturbed ones, ⟨Qθ, Kθ_s⟩/√d_k.
+"""The score `parameter`: attention of the parameters θ to the perturbed parameters θ_s, ⟨Qθ, Kθ_s⟩/√d_k.
 
-Axes: s draws, P parameters, k = d_k numbers of a query or key.
+Axes: s draws, P parameters, k = d_k entries of a query or key.
 """
 
 import math
@@ -25,7 +25,7 @@ class ParameterRule:
 
     name: ClassVar[str] = "parameter"
     compares_outputs: ClassVar[bool] = False
-    shared_because: ClassVar[str] = "a score of parameters knows no example"
+    shared_because: ClassVar[str] = "a score of parameters depends on no example"
 
     def prepare(self, basis: ScoreBasis) -> "ParameterScore":
         """Return the score. Cost: 2·d_k·P random numbers."""
@@ -35,9 +35,9 @@ class ParameterRule:
 
 @dataclass(frozen=True)
 class ParameterScore:
-    """⟨Qθ, Kθ_s⟩/√d_k = ⟨w, θ_s⟩/√d_k with w = KᵀQθ: one vector of length P, and P multiply-adds a draw.
+    """⟨Qθ, Kθ_s⟩/√d_k = ⟨w, θ_s⟩/√d_k with w = KᵀQθ. Memory: one vector of length P. Cost: P multiply-adds per draw.
 
-    Scores differ by about rms(θ)·γ/√2 from draw to draw; a temperature of that size is where they matter.
+    Scores vary by about rms(θ)·γ/√2 between draws; they matter if the temperature is about as small.
     """
 
     theta: Float64[Tensor, " P"]
@@ -50,7 +50,7 @@ class ParameterScore:
 
 
 def key_of_query(theta: Tensor, dimension: int, seed: int) -> Float64[Tensor, " P"]:
-    """Return w = KᵀQθ; Q and K are (d_k, P) with entries N(0, 1/P), made a slice of parameters at a time."""
+    """Return w = KᵀQθ; Q and K are (d_k, P) with entries N(0, 1/P), generated a slice of parameters at a time."""
     parameters = theta.double()
     count, rows = len(parameters), torch.arange(dimension, dtype=torch.int64, device=theta.device)
     query = torch.zeros(dimension, dtype=torch.float64, device=theta.device)

@@ -1,7 +1,7 @@
 """The plots of the report page, one a file; the table names them in the order of the page.
 
-A plot is a function of `ReportInputs` that returns a `Plot`, or None if the run lacks what it shows. To add one, write
-such a function and add one line here; from another package, name it `python:module:function` in `report.plots`.
+A plot is a function of `ReportInputs` that returns a `Plot`, or None if the run lacks its numbers. To add one, write
+the function and add one line here; from another package, name it `python:module:function` in `report.plots`.
 """
 
 from collections.abc import Callable

@@ -19,12 +19,12 @@ def accuracy_plot(inputs: ReportInputs) -> Plot | None:
     """Plot the accuracies of a classification."""
     if inputs.regression is None or inputs.regression.task == "regression":
         return None
-    caption = "Accuracy on the test examples, and on each training example left out."
+    caption = "Accuracy for every ridge: on the test examples, and leave-one-out on the training examples."
     return Plot(PageSection.REGRESSION, accuracy_figure(inputs.regression.rows), caption)
 
 
 def accuracy_figure(rows: Sequence[RidgeRow]) -> str:
-    """Test and leave-one-out accuracy against the ridge."""
+    """Draw test and leave-one-out accuracy against the ridge."""
     series = {"test": [row.test_accuracy for row in rows], "leave-one-out": [row.loo_accuracy for row in rows]}
 
     def draw(figure: Figure) -> None:

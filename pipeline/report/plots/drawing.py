@@ -1,8 +1,8 @@
-"""Drawing inline SVG that takes its colours from the page, and so follows its light or dark scheme.
+"""Inline SVG that takes its colours from the page, and so follows its light or dark scheme.
 
-Drawn with matplotlib's object interface; no figure registry, no lasting change of settings. Colours are drawn as marker
-values and replaced by CSS variables in the text of the SVG: the page decides what "series-1" looks like. The variables
-hold colours of Okabe & Ito (2008) that all common kinds of colour vision tell apart; markers differ in shape as well.
+Figures use matplotlib's object interface: no figure registry, no lasting change of settings. They are drawn in
+placeholder colours, which CSS variables replace in the text of the SVG; the style sheet defines the variables. Its
+colours are from Okabe & Ito (2008) and distinct for all common kinds of colour vision; markers differ in shape as well.
 
 Axes: none.
 """
@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from pipeline.report.formatting import power_of_ten
 
-# Stand-ins for the page's CSS variables: any colours that occur nowhere else would do.
+# Placeholders for the page's CSS variables; any colours that occur nowhere else would do.
 INK, FAINT = "#010203", "#040506"
 SERIES = ("#070809", "#0a0b0c", "#0d0e0f")
 _VARIABLES = (

@@ -20,12 +20,12 @@ def error_plot(inputs: ReportInputs) -> Plot | None:
     """Plot the mean squared errors of a regression."""
     if inputs.regression is None:
         return None
-    caption = "Mean squared error for every ridge. The least leave-one-out error selects the ridge (vertical line)."
+    caption = "Mean squared error for every ridge. The smallest leave-one-out error selects the ridge (vertical line)."
     return Plot(PageSection.REGRESSION, error_figure(inputs.regression.rows), caption)
 
 
 def error_figure(rows: Sequence[RidgeRow]) -> str:
-    """Test, leave-one-out and training error against the ridge; logarithmic where they span more than a decade."""
+    """Draw test, leave-one-out and training error against the ridge; logarithmic if they span more than a decade."""
     series = {
         "test": [row.test_error for row in rows],
         "leave-one-out": [row.loo_error for row in rows],
@@ -35,7 +35,7 @@ def error_figure(rows: Sequence[RidgeRow]) -> str:
     def draw(figure: Figure) -> None:
         axes = ridge_axes(figure, rows, series, "mean squared error (target unit²)")
         errors = np.array([(row.test_error, row.loo_error, row.train_error) for row in rows])
-        # A small ridge interpolates: its training error, many decades down, would flatten the curves that matter.
+        # A small ridge interpolates: its training error, decades below the others, would flatten the other curves.
         lowest, highest = max(errors.min(), errors[:, :2].min() / 100), errors.max()
         if lowest > 0 and highest > 10 * lowest:
             axes.set_yscale("log")

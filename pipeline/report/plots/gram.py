@@ -21,12 +21,12 @@ def gram_plot(inputs: ReportInputs) -> Plot | None:
         return None
     shown, total = len(inputs.gram.values), inputs.kernel.num_train
     part = f"{count(shown)} of {count(total)} training examples" if shown < total else f"all {count(total)} examples"
-    caption = f"The kernel of {part}, {inputs.gram.ordering}. Colours span its 1st to 99th percentile."
+    caption = f"The kernel on {part}, {inputs.gram.ordering}. Colours span the 1st to the 99th percentile."
     return Plot(PageSection.KERNEL, gram_figure(inputs.gram), caption)
 
 
 def gram_figure(thumbnail: Thumbnail) -> str:
-    """Heat map of the kernel, colours from its 1st to its 99th percentile, classes divided by lines."""
+    """Draw the kernel as a heat map, with colours from its 1st to its 99th percentile and lines between classes."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""What a plot is: an SVG drawing, its caption, and the section of the page that shows it.
+"""`Plot`: an SVG drawing, its caption, and the section of the page that shows it.
 
 Axes: none.
 """
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class PageSection(StrEnum):
-    """The section of the page in which a plot stands."""
+    """The section of the page that shows a plot."""
 
     KERNEL = "kernel"
     SPECTRUM = "spectrum"
@@ -21,8 +21,8 @@ class Plot:
     """A plot on the page.
 
     Attributes:
-        section: where it stands.
-        svg: an `<svg>` element; it is inserted as it is.
+        section: the section of the page that shows it.
+        svg: an `<svg>` element; the page includes it unchanged.
         caption: a sentence below it.
 
     Example:

@@ -23,12 +23,12 @@ def spectrum_plot(inputs: ReportInputs) -> Plot | None:
     leading = inputs.spectrum_solver is not None and inputs.spectrum_solver.method == "iterative"
     caption = "The leading eigenvalues." if leading else "Eigenvalues by magnitude."
     if any((values < 0).any() for values in inputs.eigenvalues.values()):
-        caption += " Crosses are negative ones, by magnitude: where they begin, noise or rounding takes over."
+        caption += " Crosses mark negative ones; from the first cross on, noise or rounding dominates."
     return Plot(PageSection.SPECTRUM, spectrum_figure(inputs.eigenvalues), caption)
 
 
 def spectrum_figure(eigenvalues: Mapping[str, Float[np.ndarray, " n"]]) -> str:
-    """Magnitudes of eigenvalues against their rank by magnitude, log-log; negative ones as crosses."""
+    """Draw magnitudes of eigenvalues against their rank by magnitude, log-log; negative ones as crosses."""
 
     def draw(figure: Figure) -> None:
         axes = log_log_axes(figure, "rank by magnitude", "eigenvalue magnitude (kernel unit)")
@@ -46,7 +46,7 @@ def spectrum_figure(eigenvalues: Mapping[str, Float[np.ndarray, " n"]]) -> str:
 
 
 def log_spaced(total: int) -> np.ndarray:
-    """Return at most a few hundred indices out of `total`, evenly spread in the logarithm, first and last included."""
+    """Return at most 300 of `total` indices, evenly spaced in the logarithm, with the first and the last."""
     if total <= _MOST_POINTS:
         return np.arange(total)
     return np.unique(np.geomspace(1, total, _MOST_POINTS).round().astype(int)) - 1

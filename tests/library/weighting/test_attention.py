@@ -327,7 +327,7 @@ def test_queries_and_keys_are_made_in_slices(monkeypatch):
 def test_the_reason_names_the_weighting_and_that_it_is_a_ratio():
     one = problem()
     estimate = nonlocal_kernel(one.model, one.x1, gamma=0.6, weighting=one.weighting("output, own", 0.5))
-    assert "softmax of the score output at temperature 0.5, for each example its own" in estimate.reason
+    assert "softmax of the score output at temperature 0.5, separate for each example" in estimate.reason
     assert "consistent but not unbiased" in estimate.reason
     named = nonlocal_kernel(one.model, one.x1, gamma=0.6, weighting=mean_nearness)
     assert "score mean_nearness at temperature 1, shared by all examples" in named.reason

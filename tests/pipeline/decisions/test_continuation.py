@@ -165,7 +165,7 @@ def test_results_without_a_manifest_are_not_taken_over(own_run):
     for change in ("name=same", "kernel.seed=1"):
         result = run(own_run, change, resume=True)
         assert result.code == 2
-        assert "no manifest.json that says of what" in result.err
+        assert "no manifest.json that describes them" in result.err
     assert snapshot(own_run) == before
 
 

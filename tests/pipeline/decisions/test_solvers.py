@@ -104,7 +104,7 @@ def test_passes_over_tiles_give_the_numbers_of_the_dense_form(dense_run, tmp_pat
     assert reached["spectrum_passes"] >= 1
     page = (iterative / "report/index.html").read_text()
     assert "as an estimate with its standard error, exact for a sample of them" in page
-    assert "needs them all" in page
+    assert "needs all eigenvalues" in page
     assert "by iteration in" in page
 
 
@@ -248,7 +248,7 @@ def test_auto_leaves_out_tiles_for_which_the_disk_has_no_room(tmp_path, monkeypa
     planned = nntk(*arguments("plan", tmp_path / "run", *KERNELS["weight"]))
     assert planned.code == 0, planned.err
     text = " ".join(planned.out.split())
-    assert "tiles: none are written, the disk has no room for them; later stages work from the factor" in text
+    assert "tiles: none are written, they do not fit on the disk; later stages use the factor" in text
     assert "spectrum: factored, since no tiles are written" in text
     assert "regression: factored, since no tiles are written" in text
     refused = nntk(*arguments("plan", tmp_path / "run", "kernel.draws=8"))

@@ -163,7 +163,7 @@ def test_an_accuracy_that_is_not_reached_ends_with_3(tmp_path):
 
 def test_plan_says_what_is_open(undisturbed, tmp_path):
     open_plan = nntk(*arguments("plan", tmp_path / "run", *SETS))
-    assert "8 draws or more (up to 65,536), as rtol 0.1 takes" in open_plan.out
+    assert "8 draws or more (up to 65,536), as rtol 0.1 requires" in open_plan.out
     found = nntk(*arguments("plan", undisturbed, *SETS))
     assert f" {max(looks(undisturbed))} draws, " in found.out
 

@@ -96,7 +96,7 @@ def test_damage_outside_of_the_train_kernel(path, own_run):
     result = nntk("verify", own_run)
     assert result.code == 1, result.err
     assert not verdicts(result)["checksums"]
-    assert f"the first that does not: {path} at " in result.out
+    assert f"the first damaged piece: {path} at " in result.out
 
 
 def test_a_wrong_kernel_that_the_ledger_vouches_for(own_run, tmp_path):
@@ -152,7 +152,7 @@ def test_a_plan_says_what_a_run_will_take(tmp_path):
     assert "estimator autodiff: the model is locally Lipschitz" in text
     rows = {line.split()[0]: line.split()[1] for line in result.out.splitlines() if line.split()}
     assert (rows["gram"], rows["test"], rows["spectrum"]) == ("6", "4", "1")
-    for part in ("disk: ", "gram 111 KiB", "memory: ", "at the peak of a worker", "tile 64", "time: about"):
+    for part in ("disk: ", "gram 111 KiB", "memory: ", " per worker, ", "tile 64", "time: about"):
         assert part in text
     assert not (tmp_path / "run").exists()
     finished(tmp_path / "run")

@@ -144,7 +144,7 @@ def test_figures_take_their_colours_from_the_page(digits):
 def test_headline_numbers_carry_units_and_meanings(digits):
     text = Page(render_report(digits)).text
     assert (
-        "Test accuracy 97.5 % Share of 360 test examples classified rightly; binomial standard error 0.82 points"
+        "Test accuracy 97.5 % Share of 360 test examples classified correctly; binomial standard error 0.82 points"
         in text
     )
     assert "Guessing among 10 classes gives 10 %" in text
@@ -164,24 +164,29 @@ def test_errors_of_some_rows_say_so(digits):
 
 def test_cautions_say_what_could_be_misread(digits):
     text = Page(render_report(digits)).text
-    assert "Plugin is inflated by noise: bias 8.1 %. Solve with gram" in text
-    assert "of the unbiased spectrum's mass is negative, which is noise: eigenvalues no larger in" in text
+    assert "Noise inflates the plugin kernel: its bias is 8.1 %. Solve with gram" in text
+    assert (
+        "of the unbiased spectrum's mass is negative, which is noise. Do not rely on eigenvalues that are no larger in"
+        in text
+    )
     assert "selected ridge" not in text.split("Kernel ridge regression")[0].split("gram_unbiased. More draws")[1]
     assert "unresolved:" not in text
     assert "Single entries are uncertain" not in text
 
 
-def test_an_asked_accuracy_is_told_and_warned_of_where_it_was_not_reached(digits):
+def test_a_requested_accuracy_is_shown_with_a_caution_if_it_was_not_reached(digits):
     reached = replace(digits.kernel, accuracy="rtol 0.1 is reached: bound 0.08", accuracy_reached=True)
     page = Page(render_report(replace(digits, kernel=replace(reached, relative_error_bound=0.0812))))
-    assert "Asked accuracy reached By a 95 % bound on a sample of rows: rtol 0.1 is reached: bound 0.08." in page.text
-    assert "In 95 % of all cases the error made is below 8.12 %." in page.text
-    assert "less accurate than was asked for" not in page.text
+    assert (
+        "Requested accuracy reached By a 95 % bound on a sample of rows: rtol 0.1 is reached: bound 0.08." in page.text
+    )
+    assert "With 95 % confidence the actual error is below 8.12 %." in page.text
+    assert "did not reach the requested accuracy" not in page.text
     missed = replace(digits.kernel, accuracy="rtol 0.1 is not reached: bound 0.2", accuracy_reached=False)
     page = Page(render_report(replace(digits, kernel=missed)))
-    assert "Asked accuracy not reached" in page.text
-    assert "The kernel is less accurate than was asked for: rtol 0.1 is not reached: bound 0.2." in page.text
-    assert "Asked accuracy" not in Page(render_report(digits)).text
+    assert "Requested accuracy not reached" in page.text
+    assert "The kernel did not reach the requested accuracy: rtol 0.1 is not reached: bound 0.2." in page.text
+    assert "Requested accuracy" not in Page(render_report(digits)).text
 
 
 def test_cautions_of_a_worse_run(digits):
@@ -195,14 +200,14 @@ def test_cautions_of_a_worse_run(digits):
     assert "Single entries are uncertain: the kernel's estimated error is 60 %" in text
     assert "12.5 % of the entries are unresolved: no draw changed the model's output there" in text
     assert "The selected ridge, 1, is the largest of those tried; the best one may be larger" in text
-    assert "Plugin is inflated by noise" not in text
+    assert "Noise inflates the plugin kernel" not in text
 
 
 def test_spectrum_numbers_are_those_of_the_eigenvalues(digits):
     page = Page(render_report(replace(digits, eigenvalues={"plugin": np.array([3.0, 1.0, 0.0])})))
     assert "Trace Sum of the eigenvalues, in the kernel's unit. 4 Participation ratio" in page.text
-    assert "would spread the trace as widely. 1.6 Effective rank" in page.text
-    assert "a ridge makes the solve stable. ∞ Negative mass" in page.text
+    assert "with the same trace and the same sum of squares. 1.6 Effective rank" in page.text
+    assert "a ridge keeps the solve stable. ∞ Negative mass" in page.text
 
 
 def test_an_exact_spectrum_from_a_factor_shows_the_numbers_that_were_found(digits):
@@ -215,10 +220,10 @@ def test_an_exact_spectrum_from_a_factor_shows_the_numbers_that_were_found(digit
         regression_solver=SolverFacts("factored", columns=2048),
     )
     text = Page(render_report(exact)).text
-    assert "Spectrum: exact, from the kernel's factor of 2,048 columns; eigenvalues beyond its rank are zero." in text
-    assert "Regression: exact, from the kernel's factor of 2,048 columns" in text
-    assert "a ridge makes the solve stable. ∞ Negative mass" in text
-    assert "from all others, exactly, and alone selects the ridge" in text
+    assert "Spectrum: exact, from the kernel's factor with 2,048 columns; eigenvalues beyond its rank are zero." in text
+    assert "Regression: exact, from the kernel's factor with 2,048 columns" in text
+    assert "a ridge keeps the solve stable. ∞ Negative mass" in text
+    assert "from all others, exactly. It alone selects the ridge" in text
 
 
 def test_leading_eigenvalues_and_estimates_say_what_they_are(digits):
@@ -232,16 +237,18 @@ def test_leading_eigenvalues_and_estimates_say_what_they_are(digits):
         regression_solver=SolverFacts("iterative", passes=43, converged=False),
     )
     text = Page(render_report(leading)).text
-    assert "Spectrum: by iteration in 17 passes over the stored kernel, to the residuals that its table states." in text
+    assert "Spectrum: solved iteratively in 17 passes over the stored kernel; its table has the residuals." in text
     assert "in the kernel's unit. 9 Participation ratio" in text
-    assert "out of 2. needs them all Condition number" in text
+    assert "out of 2. needs all eigenvalues Condition number" in text
     assert "The leading eigenvalues." in text
-    assert "as an estimate with its standard error, exact for a sample of them, and alone selects the ridge" in text
+    assert "exactly for a sample of them, which gives an estimate with its standard error. It alone selects" in text
     assert "0.03 ± 0.0012" in text
-    assert "Chosen by the least estimated leave-one-out error on the training examples" in text
-    assert "The iteration for the regression ended short of its tolerance: its table states the residuals." in text
+    assert "Chosen for the smallest estimated leave-one-out error on the training examples" in text
+    assert (
+        "The iteration for the regression stopped before it reached its tolerance; its table has the residuals." in text
+    )
     assert "The iteration for the spectrum" not in text
-    assert "the spectrum ended short" not in Page(render_report(digits)).text
+    assert "the spectrum stopped before" not in Page(render_report(digits)).text
 
 
 def test_timings_carry_units_and_a_total(digits):
@@ -344,13 +351,13 @@ def test_probes_have_a_table_of_their_own(digits):
         ({"jump_size": 0.25}, "0.31 % missed; up to 24 gradients a segment; a jump of 25 % of the range jumps"),
         ({"jump_residual": None}, "no change of f; up to 24 gradients a segment no gradient to trust"),
         (dict.fromkeys(("jump_residual", "jump_gradients", "jump_size")), "not probed the choice of estimator does"),
-        ({"noise_size": 0.01}, "2 % too much for differences; none are used"),
-        ({"noise_size": 0.01, "cautions": ("rounding is 0.02 of it",)}, "2 % too much for differences Training mode"),
-        ({"change_size": 0.0}, "nothing but noise too much for differences"),
+        ({"noise_size": 0.01}, "2 % too high for differences; none are used"),
+        ({"noise_size": 0.01, "cautions": ("rounding is 0.02 of it",)}, "2 % too high for differences Training mode"),
+        ({"change_size": 0.0}, "nothing but noise too high for differences"),
         ({"noise_size": 1e-9, "noise_measured": False}, "2 × 10⁻⁷ % (estimated) differences stand above rounding"),
         ({"change_size": 0.0, "noise_size": 0.0}, "no change of f nothing to measure"),
         (dict.fromkeys(("change_size", "noise_size", "noise_measured")), "not probed no perturbations, not finite"),
-        ({"training_modules": ()}, "no module known to differ eval mode, the same as training mode"),
+        ({"training_modules": ()}, "no module that is known to differ eval mode, the same as training mode"),
     ],
 )
 def test_every_verdict_of_a_probe(changes, expected, digits):

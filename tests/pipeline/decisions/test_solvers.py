@@ -103,7 +103,7 @@ def test_passes_over_tiles_give_the_numbers_of_the_dense_form(dense_run, tmp_pat
     assert reached["regression_converged"]
     assert reached["spectrum_passes"] >= 1
     page = (iterative / "report/index.html").read_text()
-    assert "as an estimate with its standard error, exact for a sample of them" in page
+    assert "exactly for a sample of them, which gives an estimate with its standard error" in page
     assert "needs all eigenvalues" in page
     assert "by iteration in" in page
 

@@ -166,8 +166,8 @@ def one_of_many_is_nan(theta: Tensor, moved: Tensor, base: Tensor, outputs: Tens
     [
         (Failing(), False, r"the score Failing failed on 1 draws, parameters of shape \(51,\) .* \(4, 3\): KeyError:"),
         (lambda *given: 1.0, False, r"the score <lambda> returned float for 1 draws and 4 examples; .* \(1,\)"),
-        (lambda *given: torch.zeros(4), False, r"returned a tensor of shape \(4,\) for .* shape \(1,\), one for each d"),
-        (lambda *given: torch.zeros(1), True, r"returned a tensor of shape \(1,\) for .* \(1, 2\), one for each draw a"),
+        (lambda *given: torch.zeros(4), False, r"returned a tensor of shape \(4,\) for .* shape \(1,\), one for each "),
+        (lambda *given: torch.zeros(1), True, r"returned a tensor of shape \(1,\) for .* \(1, 2\), one for each draw"),
         (lambda *given: torch.zeros(1, dtype=torch.complex64), False, r"allowed: a tensor of real numbers of shape \("),
         (lambda *given: torch.full((1,), torch.nan), False, r"the score <lambda> is NaN or infinite for 1 of 1 draws;"),
         (lambda *given: torch.full((1, 2), torch.inf), True, r"the score <lambda> is NaN or infinite for 1 of 1 draws"),

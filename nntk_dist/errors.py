@@ -33,7 +33,7 @@ class Unavailable(NNTKError):
 
 
 class NNTKWarning(UserWarning):
-    """The numbers are less accurate than asked for, or cannot be trusted; the message says which, and what helps."""
+    """The numbers are less accurate than requested, or cannot be trusted; the message says why, and what helps."""
 
 
 def nearest_name(name: str, allowed: Iterable[str]) -> str:

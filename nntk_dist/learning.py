@@ -210,7 +210,7 @@ class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
     `model` is a module, or a function (n_features, n_outputs) that makes one under `seed`; it is neither trained nor
     changed. X is (n, features), or (n, …) in the shape that the model takes, real numbers. Of several ridges, the one
     with the least exact leave-one-out error is used (`ridge_`). `center_outputs` fits y − f(x;θ), which needs as many
-    outputs as targets. The other arguments are those of `prepare_kernel`; `weighting="loss"` takes its targets from y.
+    outputs as targets. `prepare_kernel` explains the other arguments; `weighting="loss"` takes its targets from y.
     Which estimator was used and why: `kernel_.decision`.
 
     Cost: the features of n examples in `fit` and of m in `predict`, and n³ operations. Under `estimator="activation"`
@@ -272,5 +272,5 @@ def _ridges(ridge: Any) -> tuple[float, ...]:
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise ArgumentError(
-            f"ridge is {ridge!r}; allowed: a positive number, or several, of which leave-one-out takes one"
+            f"ridge is {ridge!r}; allowed: a positive number, or several, from which leave-one-out takes the best"
         ) from None

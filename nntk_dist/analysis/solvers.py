@@ -1,8 +1,8 @@
 """What a solver is: it says what it reads and what it costs, and solves. Also the tables of all solvers by name.
 
 A solver is a small frozen object such as `BlockKrylov(tolerance=1e-8)`. To add one, write a class with the methods of
-`SpectrumSolver` or `RegressionSolver` in a file of its own and add one line to a table below; from another package,
-name it `python:module:Name` or register an entry point. No solver is here.
+`SpectrumSolver` or `RegressionSolver` in a new file and add one line to a table below; from another package, name it
+`python:module:Name` or register an entry point. No solver is here.
 
 Units: bytes; operations are floating-point ones (a multiply-add is two).
 """

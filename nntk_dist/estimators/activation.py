@@ -1,4 +1,4 @@
-"""The estimator `activation`: gradients by Stein's identity, each example with pre-activation noise of its own.
+"""The estimator `activation`: gradients by Stein's identity, with separate pre-activation noise for each example.
 
 Valid for Gaussian ρ and any activation, jumps included, if most parameters lie in Linear layers or convolutions that
 are called once; unbiased. Its error hardly depends on P. Cost: a forward pass a draw. Its features are
@@ -61,7 +61,7 @@ class Activation:
 
         Raises:
             Unavailable: another distribution or design, too many draws, a layer whose noise would not be right, or,
-                unless it is asked for, noise that reaches less than half of the parameters.
+                unless this estimator is requested, noise that reaches less than half of the parameters.
         """
         spec, space, drawing = trial.spec, trial.evaluator.space, trial.drawing
         try:

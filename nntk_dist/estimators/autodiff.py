@@ -1,7 +1,7 @@
 """The estimator `autodiff`: gradients ∇f(x; θ + U^{1/P} z) at random parameters, U ~ Uniform(0, 1).
 
 Valid for f locally Lipschitz in θ and any radial ρ; unbiased. Its error hardly depends on P. Cost: a forward and a
-backward pass a draw. The kinds `averaged` and `local` are made of gradients too. Its features are
+backward pass a draw. The kinds `averaged` and `local` use gradients too. Its features are
 `nntk_dist.estimators.gradients`.
 """
 

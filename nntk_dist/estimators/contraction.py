@@ -7,7 +7,7 @@
 `sketch`   block-mean gradients in k numbers (`nntk_dist.layers.sketch`): all sketched layers, and all outputs that are
            summed, share the same k numbers: (R + 1)·k.
 
-Multiplying and adding up the two products of a pair of draws has a cost of its own. The first two ways are exact.
+Multiplying and adding up the two products of a pair of draws has a separate cost. The first two ways are exact.
 `auto` takes the cheaper of them, and a sketch only if exactness is too expensive. Nothing is computed here.
 
 Axes: S draws, R blocks, P_l parameters of a layer, i/o widths of h̃/δ, k numbers of the sketch.
@@ -103,7 +103,7 @@ class Contraction:
 def contraction_of(
     plan: SitePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> Contraction:
-    """Choose the contraction of a kernel made of gradients; `num_outputs` counts the outputs that it is made of."""
+    """Choose the contraction of a kernel of gradients with `num_outputs` model outputs."""
     blocks = 1 if spec.kind == "local" else spec.blocks
     setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == "full")
     num_columns = columns_of_sketch(spec.sketch) if spec.pair_blocks else 0
@@ -120,7 +120,7 @@ def choose_contraction(
     Args:
         plan: how each parameter's gradient is made.
         space: the selected parameters.
-        contraction: what is asked for: `auto`, `layered`, `means` or `sketch`.
+        contraction: the requested one: `auto`, `layered`, `means` or `sketch`.
         num_columns: k, or 0 if no sketch is allowed.
         setting: the kernel's sizes.
     """
@@ -145,7 +145,7 @@ def choose_contraction(
 def _exact(
     plan: SitePlan, space: ParameterSpace, contraction: str, setting: Setting
 ) -> tuple[SitePlan, dict[tuple[str, ...], Cost]]:
-    """The exact plan that is asked for, or the cheapest, and its cost for each group of parameters."""
+    """The requested exact plan, or the cheapest one, and its cost for each group of parameters."""
     sizes = dict(zip(space.names, space.sizes, strict=True))
     formed, costs = set[str](), dict[tuple[str, ...], Cost]()
     for site in plan.outer:

@@ -27,7 +27,7 @@ class DrawnFeatures:
     Attributes:
         evaluator: Calls the model with given parameters.
         drawing: The draws.
-        columns: The model outputs that the kernel is made of.
+        columns: The indices of the model outputs in the kernel.
     """
 
     evaluator: Evaluator

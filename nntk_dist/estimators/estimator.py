@@ -1,8 +1,8 @@
 """What an estimator answers: whether it is available for a model, how it contracts, and the features that it computes.
 
 An estimator is a stateless object, registered by one line in `nntk_dist.registration.estimators` or by an entry point
-of the group `nntk_dist.estimators`. Its plan is a frozen value of plain numbers, words and further such values, so that
-it can be kept in a manifest. Which estimator computes a kernel is decided in `nntk_dist.planning.decision`.
+of the group `nntk_dist.estimators`. Its plan is a frozen value of numbers, words and other frozen values, so that a
+manifest can hold it. Which estimator computes a kernel is decided in `nntk_dist.planning.decision`.
 
 Axes: n examples, c outputs.
 """
@@ -41,15 +41,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class FeatureSetting:
-    """What features are made of, beside the estimator's plan.
+    """The inputs of a feature map besides the estimator's plan.
 
     Attributes:
         evaluator: the model, its selected parameters, and whether perturbed models are stacked.
         spec: the kernel, with the number of draws that was decided.
         drawing: the draws; None for the kind `local`.
-        columns: the outputs of the model that the kernel is made of.
+        columns: the indices of the model outputs in the kernel.
         metric: M of output differences, if it has been computed before.
-        attention: the weights of the draws; None if all count alike.
+        attention: the weights of the draws; None if all are equal.
     """
 
     evaluator: Evaluator
@@ -85,7 +85,7 @@ class EstimatorPlan:
 
 
 class Estimator(Protocol):
-    """One way to estimate g(x), or the gradients that a kernel is made of."""
+    """A way to estimate g(x), or the gradients of another kind of kernel."""
 
     @property
     def plan_type(self) -> type[EstimatorPlan]:

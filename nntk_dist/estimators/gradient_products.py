@@ -50,7 +50,7 @@ class GradientProducts:
         evaluator: Calls the model with given parameters.
         plan: The layers whose gradients are exact.
         drawing: The draws; None means the one gradient at θ itself.
-        columns: The model outputs that the kernel is made of.
+        columns: The indices of the model outputs in the kernel.
         pair_blocks: Whether products pair all blocks, or each draw only with itself.
         shows_unresolved: Whether blocks that all agree mean that no draw changed the output.
         sketch: The sketch; None without one. Only paired blocks have one.
@@ -185,7 +185,7 @@ class GradientProducts:
                 total += 2.0 * formed * blocks * inputs * copies
                 continue
             pairs = both = float(draws**2 if self.pair_blocks else draws)
-            if index in self.shared:  # one product of h̃, and those of mean δ
+            if index in self.shared:  # one product of h̃, and the products of mean δ
                 pairs, both = 1.0, formed * blocks
             total += 2.0 * inputs * pairs
             total += 2.0 * (units * (1 if self._is_penultimate(index) else outputs)) * copies * both

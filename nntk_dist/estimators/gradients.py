@@ -110,7 +110,7 @@ class GradientFeatures(GradientProducts):
     def _add_pass_(
         self, rows: dict[str, Tensor], place: int, x: Tensor, columns: Sequence[int], projector: Projector | None
     ) -> None:
-        """Add one pass over a batch under draw number `place`; rows beyond those of the arrays are padding."""
+        """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding."""
         model, slot = self.evaluator.model, place // self.draws_per_slot
         recording = Recording(model, self._sites, x)
         passed = self._passed(x, recording, columns)

@@ -129,7 +129,7 @@ class DifferenceMeans(DrawnFeatures):
 def _resolved(rows: Float[Tensor, "n1 r c"], columns: Float[Tensor, "n2 r c"], meeting: Meeting) -> Tensor:
     """Return which entries have two examples whose outputs changed in two different blocks.
 
-    In all other entries products of different blocks are 0, and their sums, made of products that cancel, are rounding.
+    In all other entries products of different blocks are 0, but products that cancel leave rounding in their sums.
     """
     total, own = meeting.outputs(rows.sum(1)[..., None], columns.sum(1)[..., None]), None
     for r in range(rows.shape[1]):

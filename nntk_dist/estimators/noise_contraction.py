@@ -1,7 +1,7 @@
 """Choose how products of the estimator `activation` are contracted, in the terms of
 `nntk_dist.estimators.contraction`.
 
-`layered`  D η ⊗ q in factors: two Gram matrices for S² pairs of draws, whatever the number of outputs;
+`layered`  D η ⊗ q in factors: two Gram matrices for S² pairs of draws, for any number of outputs;
 `means`    block-mean gradients, formed: 3R·P_l multiply-adds an entry for every output;
 `sketch`   block-mean gradients of all sketched layers in the same k numbers.
 Parameters in weight space need only D and ⟨n_s, n_t⟩, or formed means if there are more draws than parameters. The
@@ -46,7 +46,7 @@ class NoiseContraction:
 def noise_contraction(
     plan: NoisePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> NoiseContraction:
-    """Choose the contraction that is asked for, or the cheapest exact one, or a sketch if that is too expensive."""
+    """Choose the requested contraction, or the cheapest exact one, or a sketch if that is too expensive."""
     setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == "full")
     formed, costs = set[str](), dict[str, Cost]()
     for each in plan.noisy:

@@ -141,7 +141,7 @@ class DifferenceFeatures(DrawnFeatures):
     def _check_fits(self, largest: float) -> None:
         """Raise an ArgumentError if a product of block directions of this size does not fit into the model's dtype."""
         dtype = next(self.evaluator.model.parameters()).dtype
-        most = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float64).max))  # errors are made of squares
+        most = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float64).max))  # errors sum squares
         if not largest <= most:
             name = str(dtype).removeprefix("torch.")
             gradients = ", or estimator autodiff, if the model has no jumps" if self.pair_blocks else ""

@@ -32,7 +32,7 @@ class KernelEstimate(Generic[Array]):
     """A kernel with its standard error. Estimates are compared by identity.
 
     Attributes:
-        kernel: the statistic that was asked for ("both" gives plugin), (n1, n2), or (n1·C, n2·C) for `full`.
+        kernel: the requested statistic ("both" gives plugin), (n1, n2), or (n1·C, n2·C) for `full`.
         stderr: the standard error of `unbiased` (of the kernel itself for the other kinds); NaN if no draw changed
             the output; None if fewer than four blocks give no error bars, or the kernel is exact.
         plugin: all pairs of blocks, PSD and inflated by noise; None unless the kernel is nonlocal.
@@ -44,8 +44,8 @@ class KernelEstimate(Generic[Array]):
         num_parameters: P.
         relative_error: estimate of ‖U − Θ‖/‖Θ‖; NaN without error bars.
         relative_bias: ‖plugin − unbiased‖/‖unbiased‖.
-        relative_error_bound: lies above ‖U − Θ‖/‖Θ‖ in 95 % of all cases.
-        reached: whether the bound is below `rtol`; None if no accuracy was asked for.
+        relative_error_bound: an upper bound on ‖U − Θ‖/‖Θ‖ with 95 % confidence.
+        reached: whether the bound is below `rtol`; None if no accuracy was requested.
         probes: what the probes of the model found. Numbers that cannot be trusted are also warned of.
     """
 
@@ -83,7 +83,7 @@ class KernelEstimate(Generic[Array]):
         """
         if self.stderr is None:
             raise ArgumentError(
-                "this kernel has no standard error: it is exact (kind local), or made of fewer than "
+                "this kernel has no standard error: it is exact (kind local), or has fewer than "
                 f"{MINIMUM_BLOCKS} blocks"
             )
         centre: Any = self.kernel if self.unbiased is None else self.unbiased

@@ -61,9 +61,9 @@ def nonlocal_kernel(
 
     Cost: `weight` S forward passes and O(S·C) multiply-adds an entry; `autodiff` S·(1 + 2C) pass equivalents and S²
     products of the layers' widths an entry; `activation` S forward passes with noise and the same products, for all
-    outputs at once. A sketch adds an error of √(2/k) to √(6/k) of a diagonal entry, which stderr includes. With a
-    weighting, the kernel is that of the ratio E[w Δ v]/E[w], w = exp(score/τ): consistent in the draws of a block, with
-    a bias of order blocks/draws. With `rtol`, draws are added until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound.
+    outputs together. A sketch adds an error of √(2/k) to √(6/k) of a diagonal entry, which stderr includes. With a
+    weighting, g is the ratio E[w Δ v]/E[w], w = exp(score/τ): consistent in the draws of a block, with a bias of order
+    blocks/draws. With `rtol`, draws are added until ‖U − Θ‖/‖Θ‖ is below it by a 95 % bound.
     Reference: arXiv 2509.12467; estimators and error bars are this library's.
 
     Args:
@@ -200,12 +200,12 @@ def prepare_kernel(
 ) -> PreparedKernel:
     """Decide once how the kernel of a model is computed, and return a function of (x1, x2) that keeps the decision.
 
-    A call of that function plans and probes nothing. It gives the numbers of the function of its kind whenever that
-    decides alike. The model is copied: later changes of its parameters have no effect.
+    A call of that function plans and probes nothing. It gives the same numbers as the function of its kind if that
+    makes the same decision. The model is copied: later changes of its parameters have no effect.
 
     Args:
         model: the model f.
-        x: examples to decide on, like those of the calls.
+        x: examples for the decision, similar to the examples of later calls.
         device: where to compute; by default the model's device.
         dtype: in which precision; by default the model's.
         batch: rows in one forward pass, at most 256 by default.

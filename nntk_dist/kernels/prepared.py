@@ -42,7 +42,7 @@ class Placement:
     def of(
         cls, model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None, batch: int | None
     ) -> "Placement":
-        """Return the placement; device and dtype are by default those of the model's first parameter.
+        """Return the placement; device and dtype default to those of the model's first parameter.
 
         Raises:
             ArgumentError: the model is no module.

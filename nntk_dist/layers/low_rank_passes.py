@@ -107,7 +107,7 @@ def _agrees(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> bool:
     except Exception as error:  # a model's code may raise anything
         if is_out_of_memory(error):
             raise
-        return False  # shapes that do not go with several draws at once
+        return False  # shapes that do not allow several draws in one pass
     return bool(difference <= _AGREEMENT * torch.finfo(torch.float64).eps * expected.abs().max())
 
 

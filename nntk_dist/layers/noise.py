@@ -27,7 +27,7 @@ Shift = Callable[[Tensor, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class NoiseSite:
-    """A layer with noise of its own for every example: `rank` vectors q_k of `width` numbers, `units` normals each."""
+    """A layer with separate noise for every example: `rank` vectors q_k of `width` numbers, `units` normals each."""
 
     site: Site
     rank: int
@@ -70,7 +70,7 @@ def as_output(module: nn.Module, values: Float[Tensor, "n t u"], out: Tensor) ->
 def span_basis(vectors: Float[Tensor, "n t i"]) -> tuple[Float[Tensor, "n k i"], Float[Tensor, "n t k"]]:
     """Return Q and L with H̃ = L Q; rows of Q are orthonormal, or 0 if no vector has a part along them (as for h̃ = 0).
 
-    Computed by a QR decomposition, so the span of Q holds the span of H̃ whatever its rank; only rounding is cut off.
+    Computed by a QR decomposition, so the span of Q contains the span of H̃ for any rank; only rounding is cut off.
     """
     if vectors.shape[1] == 1:
         norms = torch.linalg.vector_norm(vectors, dim=2, keepdim=True)

@@ -3,7 +3,7 @@
 Every selected parameter goes one of three ways: `noisy` (a Linear or Conv2d called once, whose vectors are fewer than
 their length), `readout` (a Linear whose output is the model's output: its gradient is h̃, without noise), or
 `weight_space` (everything else: scales, embeddings, shared and repeatedly called layers). The checks compare replaced
-weights with shifted pre-activations in float64, which works for networks with jumps as well, where gradients vanish.
+weights with shifted pre-activations in float64, which also works for networks with jumps, whose gradients vanish.
 
 Axes: n examples, t positions, i inputs of a layer, u units, c outputs.
 """
@@ -87,7 +87,7 @@ def _calls(model: nn.Module, paths: tuple[str, ...], x: Tensor) -> dict[str, lis
 
 
 def _candidates(model: nn.Module, space: ParameterSpace, x: Tensor) -> tuple[NoiseSite, ...]:
-    """Plain Linear and Conv2d modules with parameters of their own, called once, with few enough vectors an example."""
+    """Plain Linear and Conv2d modules with unshared parameters, called once, with few enough vectors an example."""
     groups = aliases(model)
     sites = []
     for path, module in model.named_modules():
@@ -135,9 +135,7 @@ def _normals(trial: int, shape: torch.Size | tuple[int, ...], device: torch.devi
 
 
 def _is_readout(model: nn.Module, candidate: NoiseSite, x: Tensor) -> bool:
-    """Whether whatever is added to the layer's output is added to the model's, however large: then f_c moves with it
-    alone.
-    """
+    """Whether a change of the layer's output, large or small, changes the model's output by the same amount."""
     module, path = model.get_submodule(candidate.module), candidate.module
     with torch.no_grad():
         base = outputs(model, x)

@@ -2,8 +2,8 @@
 
 This holds if the model's output is a Linear W of φ(a), φ a function of each unit by itself. Then Σ_c ⟨δ_c, δ'_c⟩ is
 one product of the layer's width, not C of them: under two draws, Σ_j φ'_s(a)_j w_st,j φ'_t(a')_j. Whether the model is
-like that is read from the autograd graph, node by node, in every pass: nothing is guessed from numbers, and what is not
-on the list of functions does not count. Nothing is differentiated here.
+of this form is read from the autograd graph, node by node, in every pass: nothing is guessed from numbers, and only
+listed functions count. Nothing is differentiated here.
 
 Axes: n examples, s/t draws, c outputs, o units.
 """

@@ -14,7 +14,7 @@ real vectors, which is why they are complex (Wacker, Ohana, Filippone, "Complex-
 AISTATS 2023). Projections of both sides to b×b blocks would cost less for a column, but 4(b + 1)/k at the same k.
 
 The probes are a function of (seed, parameter, side, coordinate, column): the same for all rows, draws and processes.
-Columns form Q independent groups, from whose scatter `nntk_dist.statistics.estimates` tells the sketch's own error. No
+Columns form Q independent groups; their scatter gives the error of the sketch (`nntk_dist.statistics.estimates`). No
 models, no draws and no kernels here.
 
 Axes: n examples, c outputs, e sketches (1 if joint, else c), t positions, o/i units out/in, r rows of a parameter's
@@ -173,7 +173,7 @@ class Projector:
     ) -> None:
         """Add Σ_t δ_t ⊗ h_t, projecting both sides apart or the formed sum, whichever takes fewer operations.
 
-        A `bias` that goes with the layer is one more input, always 1, with a probe of its own.
+        A `bias` of the layer is one more input, always 1, with its own probe.
         """
         o, (n, t, i) = delta.shape[3], h.shape
         if self.sketch.joint:
@@ -218,7 +218,9 @@ class Projector:
         rows = vectors.flatten(1)[:, None] if self.sketch.joint else vectors
         for columns in self.chunks(rows.shape[0] * rows.shape[1]):
             product = rows @ self.probes(name, _OUT, vectors.shape[2], rows, columns)
-            total[..., _pairs(columns)].add_(_complex(product), alpha=math.sqrt(2.0))  # v is 1, where others have √2 v
+            total[..., _pairs(columns)].add_(
+                _complex(product), alpha=math.sqrt(2.0)
+            )  # v is 1 here, and other layers have √2 v
 
     def add_tokens_(
         self,

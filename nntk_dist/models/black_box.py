@@ -25,7 +25,7 @@ class BlackBox(nn.Module):
 
     Assumes that row i of the result depends on `params` and row i of x alone; a batch is padded with copies of its last
     row, so n is the size of the batch. Both arguments are fresh arrays, and fn may change them. `params` are float64
-    and stay so in a float32 run, where a perturbation of 1e-8 would be lost; x is float64 too, or int64 if the
+    also in a float32 run, because float32 would lose a perturbation of 1e-8; x is float64 too, or int64 if the
     inputs are integers. Results may be real, whole or true/false, and are returned as float64.
 
     Raises:
@@ -86,7 +86,7 @@ def holds_black_box(model: nn.Module) -> bool:
 
 
 def _real_array(values: Any, what: str, error: type[NNTKError]) -> Float[np.ndarray, "..."]:
-    """`values` as an array of real numbers, of whatever shape."""
+    """`values` as an array of real numbers of any shape."""
     try:
         array = np.asarray(values)
     except Exception as cause:

@@ -32,7 +32,7 @@ _GPU_EVALUATIONS_AT_ONCE = 1 << 20
 
 
 class BrownianActivation(StochasticModule):
-    """relu(u) + σ·B(u) elementwise, B a Brownian path of its own for every number of an example, B(0) = 0.
+    """relu(u) + σ·B(u) elementwise, with a separate Brownian path B for every number of an example, B(0) = 0.
 
     Over ω: E B(u) = 0, E B(u)B(v) = min(|u|, |v|) if u and v have the same sign, else 0, so the mean of the
     activation is relu, and E (B(u) − B(v))² = |u − v|. Exact in law at the multiples of h = reach·2^-20 (3e-5 at the
@@ -110,7 +110,7 @@ def _values(
     first = line * (_CELLS + 1) + cell
     left, right = ends[first], ends[first + 1]
     tree = (line * _CELLS + cell) * _TREE + BRIDGE_COUNTER
-    # Which nodes the way down takes depends on the place alone, so all their normals are made at once.
+    # The nodes on the way down depend only on the place, so all their normals are generated together.
     nodes = [(4**pair - 1) // 3 + (within * 4**pair).to(torch.int64) for pair in range(_PAIRS)]
     counters = tree + torch.stack(nodes)
     middle, lower, upper, _ = normals_at(noise.seed, Stream.MODEL, noise.group, counters, draw=noise.module).unbind(-1)

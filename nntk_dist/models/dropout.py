@@ -26,7 +26,7 @@ class Dropout(StochasticModule):
     """m ∘ u / (1 − p), the entries of m independent, 0 with probability p and otherwise 1; the same for all examples.
 
     A unit is a number of an example's u, or with `channelwise` a channel (the first axis behind the examples), as in
-    `nn.Dropout2d`. Each call in a pass has a mask of its own. E over masks is u.
+    `nn.Dropout2d`. Each call in a pass has its own mask. E over masks is u.
 
     Raises:
         ArgumentError: p is not a number from 0 to below 1.

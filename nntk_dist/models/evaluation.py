@@ -44,7 +44,7 @@ def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device 
 
 @contextmanager
 def trying(error: type[NNTKError], message: str) -> Iterator[None]:
-    """Turn whatever a model raises inside the block into one of the library's errors, with its cause chained.
+    """Convert an exception that a model raises inside the block to one of the library's errors, with its cause.
 
     Errors of the library pass, and so does memory that runs out, to which a smaller batch is the answer.
 
@@ -249,8 +249,8 @@ def draws_at_once(numbers: int, x: Tensor) -> int:
 def moved_in_place(model: nn.Module, space: ParameterSpace) -> Iterator[Callable[[Float[Tensor, " P"]], None]]:
     """Yield a function that moves the selected parameters to θ + z for all later passes; θ is restored at the end.
 
-    The parameters get other memory meanwhile, the same for every z: nothing is allocated for a draw, and θ is restored
-    bit for bit. The model is to be a private copy, as `prepare_model` makes.
+    Inside the block the parameters have other memory, the same for every z: nothing is allocated for a draw, and θ is
+    restored bit for bit. The model must be a private copy, as `prepare_model` makes.
     """
     named = dict(model.named_parameters())
     parameters = [named[name] for name in space.names]

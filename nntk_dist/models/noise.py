@@ -1,8 +1,8 @@
 """Modules with noise: a random function f(·; θ, ω), whose ω is a pure function of (seed, group, module, number).
 
 A kernel's nonlocal gradient is then g(x) = E_{z,ω}[P (f(x; θ+z, ω) − f(x; θ, ω)) z/|z|²], an expectation over ω. Each
-group of draws has an ω of its own, shared by the two evaluations of a draw, by the dependent draws of a group and by
-all examples: one group is one random function, so no example depends on its batch. Here a model's modules get the ω of
+group of draws has its own ω, shared by the two evaluations of a draw, by the dependent draws of a group and by all
+examples: one group is one random function, so no example depends on its batch. Here a model's modules get the ω of
 the present pass and take numbers of it; estimators choose which. Noise of an example's own is not allowed: f(x) would
 be a function of more than x.
 
@@ -27,7 +27,7 @@ _REQUEST_NUMBERS = 1 << 32
 _MOST_REQUESTS = 1 << 18
 _MOST_MODULES = 1 << 16
 _ROUGH_AGREEMENT = 1e-3
-# The random functions whose mean stands for the expectation of a model's output: far from draws, which count from 0.
+# The mean over these random functions estimates the expected output of a model. Draws count from 0, so they differ.
 MEAN_FUNCTIONS = range(1 << 31, (1 << 31) + 64)
 
 
@@ -48,7 +48,7 @@ class StochasticModule(nn.Module):
                 return u + 0.1 * self.normals(u.shape[1:], like=u)
 
     In eval mode they are numbers of the present ω (`nntk_dist.models.noise`): every request of a pass, in its order,
-    gets numbers of its own, so a module that is called twice has fresh noise in each call. Shapes leave out the
+    gets its own numbers, so a module that is called twice has fresh noise in each call. Shapes leave out the
     examples' axis: all examples share them. (A request with that axis would tie an example to its place in the batch,
     which is refused when a kernel is planned.) Set `differentiable` to False in a subclass that is not Lipschitz in its
     input: then no gradient of it is taken.
@@ -84,7 +84,7 @@ class StochasticModule(nn.Module):
 
     @property
     def noise(self) -> Noise:
-        """The present ω, for a module that makes numbers of its own counters in `Stream.MODEL`, with no request.
+        """The current ω, for a module that generates its numbers from its own counters in `Stream.MODEL`.
 
         In training mode it is a function that torch's generator chooses anew each time.
         """
@@ -165,8 +165,8 @@ def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
     """Say why no gradients of a random model can be taken; None if they can.
 
     Raises:
-        ModelError: the kernel is made of gradients and of nothing else.
-        Unavailable: the estimator `autodiff` is asked for.
+        ModelError: this kind of kernel needs gradients.
+        Unavailable: the estimator `autodiff` is requested.
     """
     modules = noise_modules(model)
     if modules and kind == "local":
@@ -180,9 +180,7 @@ def check_gradients(model: nn.Module, kind: str, estimator: str) -> str | None:
         return None
     reason = f"the noise of module '{rough}' makes the model nowhere differentiable"
     if kind == "averaged":
-        raise ModelError(
-            f"kind is 'averaged', which is made of gradients, but {reason}; use kind: nonlocal, covariance"
-        )
+        raise ModelError(f"kind is 'averaged', which uses gradients, but {reason}; use kind: nonlocal, covariance")
     if estimator == "autodiff":
         raise Unavailable(f"estimator is 'autodiff', but {reason}; use estimator: weight, activation or auto")
     return reason

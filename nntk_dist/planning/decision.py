@@ -88,7 +88,7 @@ class Decision:
         return "; ".join(filter(None, (self.reason, self.contraction)))
 
     def columns(self, outputs: str | int) -> tuple[int, ...]:
-        """Return the model's outputs that a kernel with these `outputs` is made of."""
+        """Return the indices of the model outputs in a kernel with these `outputs`."""
         return (outputs,) if isinstance(outputs, int) else tuple(range(self.num_outputs))
 
     def to_plain(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Rest:
-    """The fields of a decision but for the plan, whose type the estimator knows."""
+    """The fields of a decision except the plan, whose type the estimator knows."""
 
     estimator: str
     reason: str
@@ -136,7 +136,7 @@ def decide(
 
     Args:
         model: a prepared model (`nntk_dist.models.evaluation.prepare_model`).
-        x: examples, of which up to 32 are used.
+        x: examples; at most 32 are used.
         spec: the kernel.
         batch: how many examples a forward pass will hold.
         threads: how many threads each pass will have; None for as many as now.
@@ -145,7 +145,7 @@ def decide(
     Raises:
         ArgumentError: an option does not fit the model.
         ModelError: the model fails, is not finite, or is no function of one example and its parameters.
-        Unavailable: the estimator that was asked for is not valid for the model.
+        Unavailable: the requested estimator is not valid for the model.
 
     Example:
         >>> import torch
@@ -219,7 +219,7 @@ def plan_for(
 
     Raises:
         Unavailable: the estimator does not work for this model or kernel.
-        ArgumentError: a contraction is asked for, and the estimator forms no gradients.
+        ArgumentError: a contraction is requested, but the estimator forms no gradients.
     """
     chosen = _estimator(estimator)
     space = select_parameters(model, spec.parameters)
@@ -271,7 +271,7 @@ def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec, why: str 
 
 
 def _check_function(evaluator: Evaluator, x: Tensor, values: Tensor) -> tuple[float, float | None]:
-    """Refuse a model whose output is not a function of one example and the parameters; else, how far it changed."""
+    """Reject a model whose output depends on more than one example and the parameters; return the changes measured."""
     repeat_change, batch_change = call_changes(evaluator, x, values)
     tolerance = agreement(evaluator.model, _ROUNDING * torch.finfo(values.dtype).eps)
     if repeat_change > tolerance:
@@ -292,11 +292,11 @@ def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], st
     if holds_black_box(model):
         return ("weight",), _black_box_reason(spec)
     if spec.kind == "local":
-        return ("autodiff",), "the ordinary NTK is made of gradients at θ"
+        return ("autodiff",), "the ordinary NTK uses gradients at θ"
     if spec.kind == "averaged":
-        return ("autodiff",), "the averaged NTK is made of gradients at random parameters"
+        return ("autodiff",), "the averaged NTK uses gradients at random parameters"
     if spec.kind == "covariance":
-        return ("weight",), "the covariance kernel is made of output differences"
+        return ("weight",), "the covariance kernel uses output differences"
     if not spec.weighting.is_fixed:
         return ("weight",), "only differences of outputs belong to one draw each, to be weighted"
     if isinstance(spec.distribution, LowRank):
@@ -311,7 +311,7 @@ def _black_box_reason(spec: KernelSpec) -> str:
     """Why `weight` computes this kernel of a black box, or the refusal of a kernel that differences cannot give."""
     if spec.kind not in ("nonlocal", "covariance"):
         raise ModelError(
-            f"kind is '{spec.kind}', which is made of gradients, but the model holds a black box, which has none; "
+            f"kind is '{spec.kind}', which uses gradients, but the model holds a black box, which has none; "
             "allowed: nonlocal, covariance"
         )
     if spec.estimator not in ("auto", "weight"):
@@ -345,10 +345,10 @@ def _try_gradients(
         return probe, None
     if spec.estimator != "auto":
         return probe, Unavailable(
-            f"estimator is '{spec.estimator}', but the model jumps in its parameters ({_evidence(probe)}), where it is "
-            "silently wrong; use estimator: weight or auto"
+            f"estimator is '{spec.estimator}', but the model jumps in its parameters ({_evidence(probe)}), and its "
+            "gradients miss the jumps; use estimator: weight or auto"
         )
-    return probe, Unavailable(f"the model jumps in its parameters, where gradients miss the jumps: {_evidence(probe)}")
+    return probe, Unavailable(f"the model jumps in its parameters, and gradients miss the jumps: {_evidence(probe)}")
 
 
 def _statement(decision: Decision, spec: KernelSpec, jumps: JumpProbe | None) -> str:

@@ -1,8 +1,8 @@
 """Find out whether f jumps in its parameters, so that `autodiff` would be silently wrong.
 
 On a segment from θ to θ + z a locally Lipschitz f satisfies f(θ+z) − f(θ) = ∫₀¹ ∇f(θ+tz)·z dt; a jump (sign, round,
-argmax, also behind a straight-through gradient) breaks the equality whatever the number of points. A model that passes
-is tried on long chords too, on which rare jumps are met (`nntk_dist.planning.chords`). Everything runs in float64.
+argmax, also behind a straight-through gradient) breaks the equality for any number of points. A model that passes is
+tried on long chords too, which find rare jumps (`nntk_dist.planning.chords`). Everything runs in float64.
 
 Axes: n examples, c outputs, P parameters.
 """

@@ -22,7 +22,7 @@ from nntk_dist.spec import KernelSpec
 
 # Noise of 1 % in differences adds 1e-4 of itself to the variance of `weight`, and to a covariance kernel's diagonal.
 NOTABLE_NOISE = 0.01
-# Estimators that are made of differences of outputs; gradients have no such cancellation.
+# Estimators from differences of outputs; gradients have no such cancellation.
 _DIFFERENCES = ("weight", "activation")
 
 
@@ -32,8 +32,8 @@ class ModelProbes:
 
     repeat_change: largest change of an output between two equal calls; 0 for a deterministic model.
     batch_change: largest change of an output when its batch changes; None for a single example.
-    jump_residual: share of the change of f along segments that the integrated gradient misses; None also where f
-        did not change on them, as `jump_gradients`, the gradients taken, tells.
+    jump_residual: share of the change of f along segments that the integrated gradient misses; None if not probed, and
+        also if f did not change on them (then `jump_gradients`, the number of gradients taken, is not None).
     jump_size: of a jump met on long chords, relative to the output's range there; 0 if none was met.
     change_size, noise_size: root mean squares of the differences f(x; θ+z) − f(x; θ) and of their rounding noise.
     noise_measured: whether against float64; otherwise the noise is estimated from the rounding unit.
@@ -156,7 +156,7 @@ def _noise_caution(
     if floor.measured:  # otherwise it is float64 already
         remedies.append("dtype float64")
         if spec.kind == "nonlocal" and jumps is None:
-            remedies.append("estimator autodiff, where the model has no jumps")
+            remedies.append("estimator autodiff, if the model has no jumps")
     size = "all" if math.isinf(floor.ratio) else f"{floor.ratio:.2g}"
     return (
         f"rounding in {dtype} on {x.device.type} is {size} of the differences f(x; θ+z) − f(x; θ) at gamma "

@@ -55,9 +55,9 @@ def probe_noise(
     ‖Δ_dtype − Δ_64‖ against ‖Δ_64‖: outputs that no draw changes add nothing to either, and a large difference, such
     as the one sign that flips, counts as much as in a kernel; if lengths differ much (`fractional`), the
     shortest draws do, which are the first to be lost. A sign that rounding alone flips is noise.
-    Parameters named in `still` stay where they are. A model whose parameters are float64 throughout, such as black
-    boxes always are, has nothing finer to be compared with: its noise is estimated as one rounding unit of each of the
-    two outputs, which rounding inside f can exceed several times.
+    Parameters named in `still` are not moved. A model with float64 parameters only, such as a black box, has no finer
+    reference: its noise is estimated as one rounding unit of each of the two outputs, which rounding inside f can
+    exceed several times.
     None if f is not finite, or the model does not run in float64.
     Cost: nine forward passes at the run's dtype and nine in float64; memory of one perturbation or 2^22 numbers.
     """

@@ -38,7 +38,7 @@ def from_plain(kind: type[Value], plain: Any, *, where: str = "") -> Value:
 
     Args:
         kind: its class.
-        plain: what `to_plain` made of it, also after a round trip through JSON.
+        plain: the result of `to_plain`, also after a round trip through JSON.
         where: the key at which it stands, for messages.
 
     Raises:

@@ -3,7 +3,7 @@
 Stacking spares small models the overhead of a call; in large ones that overhead is nothing, and stacked weights cost
 arithmetic (a convolution with its own weights for every draw is a grouped one, several times slower). Where the border
 lies depends on model, batch, device and threads. The answer changes rounding: it is remembered for the life of the
-process, whatever the number of draws, so that the same kernel has the same bits, and a run keeps it in its manifest.
+process and for any number of draws, so that the same kernel has the same bits, and a run keeps it in its manifest.
 Nothing else is measured here.
 
 Units: seconds, for one draw on one batch.
@@ -77,10 +77,11 @@ def try_stacking(
 
 
 def _timed(drawing: Drawing) -> Drawing:
-    """The draws that are timed for a run's: the same whatever their number, seed and groups, since `rtol` is searched
-    with fewer draws than the kernel has in the end, and whoever asks for these at once is to get the same bits.
+    """The draws to time in place of a run's draws; they do not depend on its number of draws, seed or groups.
 
-    Orthonormal groups grow with the number of draws, and are made alike both ways: independent draws stand for them.
+    The search for `rtol` begins with fewer draws than the final kernel has, and must give the same bits as a run that
+    begins with the final number. Orthonormal groups grow with the number of draws and cost the same both ways, so
+    independent draws replace them.
     """
     design = "iid" if drawing.design == "orthogonal" else drawing.design
     return replace(drawing, design=design, num_draws=_DRAWS, num_blocks=_BLOCKS, seed=0)
@@ -88,7 +89,7 @@ def _timed(drawing: Drawing) -> Drawing:
 
 @lru_cache(maxsize=256)
 def _remembered(_signature: str) -> list[StackingTrial]:
-    """A place for the answer to a question that was asked in these words before."""
+    """The list that holds the remembered trial of this signature, if there is one."""
     return []
 
 

@@ -1,4 +1,4 @@
-"""Sums of block products over a tile: all that the statistics of a kernel need, whatever the features.
+"""Sums of block products over a tile: everything that the statistics of a kernel need, for all kinds of features.
 
 A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. This module defines the sums and
 how two row sets meet. The modules `formed`, `metric`, `layered` and `noise_pairs` make sums of features;
@@ -84,7 +84,7 @@ class Meeting:
         return (num_rows * width, num_columns * width)
 
     def both(self, a: Bool[Tensor, "n1 *c"], b: Bool[Tensor, "n2 *c"]) -> Bool[Tensor, "*tile"]:
-        """Return where a property of the rows and one of the columns are both true; with `full`, output by output."""
+        """Return a mask of the entries with `a` true for the row and `b` for the column; with `full`, by output."""
         if self.paired:
             return a[:, :, None] & b[:, None, :] if self.full else a & b
         return a.flatten()[:, None] & b.flatten()[None, :]

@@ -63,7 +63,7 @@ class FeatureStorage:
         return self.metric is not None
 
     def path(self, split: str, spec: ArraySpec) -> str:
-        """Return where a store keeps an array: `SPLIT/features`, or a member of that group if there are several."""
+        """Return the path of an array in a store: `SPLIT/features`, or a member of that group if there are several."""
         return f"{split}/features" if self.is_single else f"{split}/features/{spec.name}"
 
     def factor_form(self, *, full: bool) -> FactorForm | None:
@@ -82,7 +82,7 @@ class FeatureCosts:
         pass_copies: How often the activations of one batch are held at once.
         metric_operations: Operations of `make_metric`; 0 if it is free or there is none.
         held_bytes: Memory that a worker holds for good, beside the model.
-        prepared_share: Bytes of a prepared row set over those of a computed one.
+        prepared_share: Bytes of a prepared row set, as a share of the bytes of a computed one.
         copies_sample: Whether calibration copies a row set to float64 as a whole.
         pair_numbers: Numbers, in the features' dtype, that products of pairs of draws hold at once if they bypass
             `nntk_dist.products.weighted_products`; 0 if they do not.

@@ -43,7 +43,7 @@ class FeatureMap(Protocol):
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The model outputs that the kernel is made of."""
+        """The indices of the model outputs in the kernel."""
         ...
 
     @property

@@ -1,8 +1,8 @@
 """Block products of gradients D_c η ⊗ q over all pairs of draws, without forming a gradient.
 
 ⟨g_s(x), g_t(x')⟩ = D_s·D'_t Σ_layers Σ_kl ⟨q_k, q'_l⟩⟨η_k, η'_l⟩. The outputs enter through one number a draw, so a
-pair of draws costs two Gram matrices a layer whatever the number of outputs. Many pairs share a matrix product. No
-models, no randomness.
+pair of draws costs two Gram matrices a layer for any number of outputs. Many pairs share a matrix product. No models,
+no randomness.
 
 Axes: n/m rows and columns, s/t their draws, r/q their blocks, k/l basis vectors, c/d outputs, i numbers of a vector.
 """

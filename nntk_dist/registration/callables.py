@@ -77,7 +77,8 @@ def call_checked(
         arguments: that the user gives.
         what: names the function in messages.
         offered: further arguments, passed if the signature accepts them and `arguments` lack them.
-        failure: the error for any exception of the function's own, which is its cause; an NNTKError passes as it is.
+        failure: the error to raise if the function raises an exception, which becomes its cause; an NNTKError passes
+            unchanged.
 
     Returns:
         What the function returns.

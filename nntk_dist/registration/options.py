@@ -250,7 +250,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Converted:
-    """A value that a function converts; the function raises an ArgumentError of its own if it is not allowed."""
+    """A value that a function converts; the function raises an ArgumentError if the value is not allowed."""
 
     convert: Callable[[Any], Any]
     text: str

@@ -21,7 +21,7 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class Registry(Generic[Entry]):
-    """Everything of one kind that can be asked for by name.
+    """All objects of one kind, by name.
 
     Args:
         kind: what the entries are, for messages, such as "distribution".
@@ -44,7 +44,7 @@ class Registry(Generic[Entry]):
         object.__setattr__(self, "locations", MappingProxyType(dict(self.locations)))
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over all names: the project's own first, then those of installed packages."""
+        """Iterate over all names: the project's own first, then the names of installed packages."""
         yield from self.locations
         yield from (point.name for point in entry_points(group=self.group) if point.name not in self.locations)
 

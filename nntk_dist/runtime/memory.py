@@ -1,4 +1,4 @@
-"""Recognising errors of memory that ran out, whose messages must reach here as they are.
+"""Recognition of out-of-memory errors by their messages, which must arrive here unchanged.
 
 Axes: none.
 """

@@ -24,7 +24,7 @@ def read_ahead(items: Iterable[Item], read: Callable[[Item], Value]) -> Iterator
         read: called in threads; it must not depend on the order of its calls.
 
     Raises:
-        Exception: whatever `read` raises, when its item's turn comes.
+        Exception: `read` raised it; it is raised here when the turn of its item comes.
 
     Example:
         >>> list(read_ahead([1, 2], lambda number: number**2))

@@ -19,8 +19,8 @@ from torch import Tensor
 class ReusedMemory:
     """Tensors in memory that earlier ones have given back.
 
-    It holds no more than was in use at once: if nothing is large enough, everything that is free is let go. One thread
-    may call `empty` while another calls `give_back`.
+    It holds at most the peak of the memory in use: if no free block is large enough, all free blocks are released. One
+    thread may call `empty` while another calls `give_back`.
 
     Example:
         >>> memory = ReusedMemory()

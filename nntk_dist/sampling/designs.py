@@ -1,7 +1,7 @@
 """Designs: how draws depend on each other, in which groups, and how many draws fill the blocks.
 
-Draws of design `iid` are independent; those of `antithetic` come in pairs ±z; those of `orthogonal` in groups with
-orthonormal directions. This module counts only; `nntk_dist.sampling.draws` makes the numbers.
+Draws are independent (`iid`), come in pairs ±z (`antithetic`), or in groups with orthonormal directions (`orthogonal`).
+This module counts only; `nntk_dist.sampling.draws` generates the numbers.
 
 Axes: P parameters; S draws in R blocks.
 """
@@ -80,8 +80,8 @@ def blocks_message(blocks: int) -> str:
 def automatic_draws(estimator: str, blocks: int, design: str, num_parameters: int) -> int:
     """Return the number of draws that `draws: auto` means.
 
-    One group in each block if gradients are drawn, otherwise 256 rounded up to whole groups in every block. The
-    smallest orthogonal group counted here is a pair; fewer than four blocks need complete groups.
+    One group in each block for the estimator `autodiff`, otherwise 256 rounded up to whole groups in every block.
+    Orthogonal groups have at least two draws here; fewer than four blocks need complete groups.
     """
     if design != Design.ORTHOGONAL:
         unit = blocks * GROUP_SIZES[design]

@@ -13,7 +13,7 @@ class Kind(StrEnum):
 
 
 class EstimatorChoice(StrEnum):
-    """The estimator that is asked for; `auto` takes the best one that is valid for the model."""
+    """The requested estimator; `auto` takes the best one that is valid for the model."""
 
     AUTO = "auto"
     WEIGHT = "weight"

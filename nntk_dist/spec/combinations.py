@@ -44,7 +44,7 @@ def _check_contraction(spec: "KernelSpec") -> None:
     ):
         what = "kind covariance" if spec.kind == Kind.COVARIANCE else "estimator weight"
         raise ArgumentError(
-            f"contraction is '{spec.contraction}'; allowed for {what}, made of differences of outputs: auto"
+            f"contraction is '{spec.contraction}'; allowed for {what}, which uses differences of outputs: auto"
         )
     if spec.contraction == ContractionChoice.SKETCH and not spec.pair_blocks:
         raise ArgumentError(
@@ -104,12 +104,12 @@ def _check_law(spec: "KernelSpec") -> None:
 def _check_activation(spec: "KernelSpec") -> None:
     if not isinstance(spec.distribution, Gaussian):
         raise ArgumentError(
-            "estimator is 'activation', whose noise by layer is Gaussian; allowed for distribution "
+            "estimator is 'activation', which adds Gaussian noise to layers; allowed for distribution "
             f"{spec.distribution.name}: auto, weight, autodiff"
         )
     if spec.design == Design.ORTHOGONAL:
         raise ArgumentError(
-            "design is 'orthogonal'; allowed for estimator activation, whose examples have noise of their own: iid, "
+            "design is 'orthogonal'; allowed for estimator activation, which draws noise for each example: iid, "
             "antithetic"
         )
 
@@ -117,10 +117,10 @@ def _check_activation(spec: "KernelSpec") -> None:
 def _check_estimator(spec: "KernelSpec") -> None:
     if spec.kind == Kind.COVARIANCE and spec.estimator not in _DIFFERENCES:
         raise ArgumentError(
-            f"estimator is '{spec.estimator}'; allowed for kind covariance, which is made of differences of outputs: "
+            f"estimator is '{spec.estimator}'; allowed for kind covariance, which uses differences of outputs: "
             "auto, weight"
         )
     if spec.kind in (Kind.AVERAGED, Kind.LOCAL) and spec.estimator not in _GRADIENTS:
         raise ArgumentError(
-            f"estimator is '{spec.estimator}'; allowed for kind {spec.kind}, which is made of gradients: auto, autodiff"
+            f"estimator is '{spec.estimator}'; allowed for kind {spec.kind}, which uses gradients: auto, autodiff"
         )

@@ -47,8 +47,8 @@ class KernelSpec:
 
     The fields are the options of the public functions and of the section `kernel` of a configuration. Names and
     mappings are converted to objects: `distribution="student"` to `Student(...)`, text to enums. A declaration says
-    which kinds have the option (`kinds`), the default of the public functions if it differs (`in_call`), that of the
-    configuration if it differs (`in_configuration`), the section of its key, and the type of the argument.
+    which kinds have the option (`kinds`), a different default of the public functions (`in_call`), a different default
+    of the configuration (`in_configuration`), the section of its key, and the type of the argument.
 
     Raises:
         ArgumentError: an option is not allowed, alone or beside the others.

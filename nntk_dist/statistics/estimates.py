@@ -77,7 +77,7 @@ def _squared_deviations(values: Float64[Tensor, "r *tile"]) -> Float64[Tensor, "
     """Return Σ_r (v_r − v̄)², from differences to the first value: exactly 0 if all values are the same.
 
     It takes one block at a time. This is many times faster than `var` over the leading axis, whose strides are a tile
-    long, and on two threads faster than all differences at once.
+    long, and on two threads faster than computing all differences together.
     """
     total = torch.zeros_like(values[0])
     squares, difference = torch.zeros_like(total), torch.empty_like(total)

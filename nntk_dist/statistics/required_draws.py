@@ -6,8 +6,8 @@ noise that fall like 1/S and like 1/S² determine the next look. The search is a
 else, so a search that was stopped continues as if it had not been. No models, no features here.
 
 A search ends when a bound happens to be low. So the bound holds a little less often than in 95 % of all cases, and U
-has a small bias; docs/estimators.md has how often it held. Rows outside the sample are assumed to err alike. The error
-of a sketch does not fall with draws, and may end the search.
+has a small bias; docs/estimators.md reports how often it held. Rows outside the sample are assumed to have the same
+error. The error of a sketch does not fall with more draws, and may end the search.
 
 Axes: S draws.
 """
@@ -136,5 +136,5 @@ def check_accuracy(rtol: float | None, max_draws: int, *, kind: str, blocks: int
         )
     if isinstance(draws, int) and draws > max_draws:
         raise ArgumentError(
-            f"draws is {draws}, where the search for rtol begins; allowed: auto, or up to max_draws, {max_draws}"
+            f"draws is {draws}, the start of the search for rtol; allowed: auto, or up to max_draws, {max_draws}"
         )

@@ -1,7 +1,7 @@
 """One tile of a kernel from the features of its rows and columns: the step that memory and a cluster share.
 
 A tile is computed in windows of rows and columns that stay in a core's cache, with sums in float64; only results are as
-large as the tile. The caller decides where rows come from and where tiles go.
+large as the tile. The caller reads rows and writes tiles.
 
 Axes: n1, n2 rows and columns; `nntk_dist.products.block_sums.Meeting` defines the shape of a tile.
 """
@@ -81,7 +81,7 @@ def tile_estimates(
     Args:
         features: The feature map.
         parts: Features of rows and columns, computed or prepared (with standard errors if there is a calibration): all
-            outputs at once or, for `trace`, a few outputs at a time. Several parts keep the sums of the whole tile, and
+            outputs or, for `trace`, a few outputs at a time. Several parts keep the sums of the whole tile, and
             each part is released before the next one is made. If rows and columns are the same object, the tile is
             bitwise symmetric, and only its upper triangle is computed.
         meeting: Which pairs of examples meet, and whether outputs are summed.

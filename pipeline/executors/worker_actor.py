@@ -1,6 +1,6 @@
 """The Ray actor around a worker: it finds out how many threads it may use, and carries out calls.
 
-It imports neither torch nor the stages: what a worker is made of comes with its class.
+It imports neither torch nor the stages; the worker's class brings them.
 """
 
 from collections.abc import Callable, Sequence

@@ -222,7 +222,9 @@ def write_block(array: zarr.Array, selection: Selection, values: npt.ArrayLike) 
     """
     bounds = _bounds(array, selection)
     if not _of_whole_shards(array, bounds):
-        raise ValueError(f"{array.path}: {_text(bounds)} is not made of whole shards of {array.shards or array.chunks}")
+        raise ValueError(
+            f"{array.path}: {_text(bounds)} does not consist of whole shards of {array.shards or array.chunks}"
+        )
     block = np.asarray(values, dtype=array.dtype.newbyteorder("<"))
     if block.shape != tuple(stop - start for start, stop in bounds):
         raise ValueError(f"{array.path}: values of shape {block.shape} for {_text(bounds)}")

@@ -38,7 +38,7 @@ _LEAST_RANK, _MOST_RANK = 1024, 4096  # the most takes n · 32 KiB
 _UNIT_TOLERANCE = 1e-2  # of the solves for leave-one-out: their energies err by its square
 _ENOUGH = 0.1  # of the least ridge: with this little trace left, the approximation is as good as the kernel
 _TYPICAL_PASSES = 45  # if eigenvalues decay
-_TILES_HELD = 6  # three that are read ahead, and what is made of them
+_TILES_HELD = 6  # three that are read ahead, and their products
 
 
 def default_rank(num_rows: int) -> int:

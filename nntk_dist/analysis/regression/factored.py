@@ -26,7 +26,7 @@ from nntk_dist.analysis.spectra.dense import DENSE_COPIES, EIGH_OPERATIONS
 from nntk_dist.analysis.streamed_kernel import StreamedKernel, StreamedRectangle
 from nntk_dist.errors import ArgumentError
 
-_BLOCKS_HELD = 6  # three that are read ahead, and what is made of them
+_BLOCKS_HELD = 6  # three that are read ahead, and their products
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _left_out(
     inverse: Float64[Tensor, "L F"],
     size: int,
 ) -> Float64[Tensor, "L n t"]:
-    """Residuals with the example itself left out, from rows in the basis V, of which each example has `size`."""
+    """Leave-one-out residuals, from rows in the basis V; each example has `size` rows."""
     if size == 1:
         leverage = turned.square() @ inverse.T
         return residuals / (1.0 - leverage.T[:, :, None])

@@ -106,7 +106,7 @@ def estimate_leave_one_out(
 def _estimates(
     gained: np.ndarray, left: np.ndarray, seen: np.ndarray, sampled: np.ndarray, everywhere: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """κ and the mean square over all examples, from sums over one sample, or over several samples at once."""
+    """κ and the mean square over all examples, from sums over one sample or over several samples together."""
     share = np.maximum(gained, 0.0) / np.where(left > 0, left, 1.0)
     powers = np.stack([np.ones_like(share), share, np.square(share)])
     guessed, mean = (sampled * powers).sum(axis=0), (everywhere * powers).sum(axis=0)

@@ -136,7 +136,7 @@ def _drawn(weights: Float[np.ndarray, " s"], chance: float) -> int:
 
 
 def _pivots(left: Float[np.ndarray, "h h"], most: int, spent: float, seed: int, index: int) -> Int[np.ndarray, " b"]:
-    """At most `most` rows of a stripe by random pivoting on what is left of its own tile, which is overwritten."""
+    """At most `most` rows of a stripe, by random pivoting on the remainder of its diagonal tile (overwritten)."""
     chances = uniform(seed, Stream.SAMPLE, torch.tensor([PIVOT_SAMPLE + 1 + index]), most)[0].numpy()
     chosen: list[int] = []
     diagonal = np.diagonal(left).copy()

@@ -51,7 +51,7 @@ def solve_shifted_systems(
 
     The caller decides what to do with residuals above their tolerance. The iteration starts from `x = 0`: only then is
     the solution orthogonal to its error, so that the energy `b_jᵀ x_j` errs by the square of the residual.
-    Memory: 9·n·j float64 values, including those of a pass.
+    Memory: 9·n·j float64 values, including the values of a pass.
 
     Args:
         product: multiplies vectors by K.

@@ -34,7 +34,7 @@ _DEPENDENT = 1e-10  # of a new vector's length: if less is left beside the basis
 _LEAST_SHARE = 1e-6
 _TYPICAL_PASSES = 15  # if eigenvalues decay
 _BLOCKS_HELD = 2 * _BASIS_BLOCKS + 8  # vectors and products, and temporaries of a step and a pass
-_TILES_HELD = 6  # three that are read ahead, and what is made of them
+_TILES_HELD = 6  # three that are read ahead, and their products
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from nntk_dist.analysis.spectra.dense import DENSE_COPIES, EIGH_OPERATIONS, kern
 from nntk_dist.analysis.spectra.results import Spectrum, with_positive_peaks
 from nntk_dist.analysis.streamed_kernel import StreamedKernel
 
-_BLOCKS_HELD = 6  # three that are read ahead, and what is made of them
+_BLOCKS_HELD = 6  # three that are read ahead, and their products
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def factored_spectrum(rows: FactorRows, *, top_k: int = 50) -> Spectrum:
 def indefinite_spectrum(columns: FactorRows, metric: Float[np.ndarray, "s s"]) -> Spectrum:
     """Compute the eigenvalues of `Φ (M ⊗ I) Φᵀ` for any symmetric M from rows of Φ; no vectors.
 
-    With `ΦᵀΦ = RᵀR` they are those of `R (M ⊗ I) Rᵀ`, and zeros.
+    With `ΦᵀΦ = RᵀR` they are the eigenvalues of `R (M ⊗ I) Rᵀ`, and zeros.
 
     Args:
         columns: rows of Φ, whose columns are grouped by output, with draws inside.

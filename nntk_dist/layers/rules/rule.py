@@ -6,7 +6,7 @@ gradient δ. It knows nothing of other layers, of draws or of kernels.
 Three ways to bring a rule:
 
 * in this project: a file in `nntk_dist.layers.rules` and a line in `RULES`;
-* for a module class of one's own: a class attribute `nntk_rule = LayerRule(...)`;
+* for your own module class: a class attribute `nntk_rule = LayerRule(...)`;
 * for a module class of another package: an entry point of the group `nntk_dist.layer_rules` that names a `LayerRule`.
 
 No rule is trusted: `nntk_dist.layers.site_trial` compares each with automatic differentiation before it is used, and

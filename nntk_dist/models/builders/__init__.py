@@ -40,15 +40,15 @@ def build_model(
 ) -> nn.Module:
     """Build a model by name: float32, on the CPU, in eval mode, its initial parameters a function of `seed` alone.
 
-    Torch's global random state stays as it is.
+    Torch's global random state does not change.
 
     Args:
         builder: a name in `BUILDERS`, or `python:module:function` for a function that returns a module.
         args: the builder's own arguments. `input_shape` and `num_outputs` are added if its signature takes them.
         input_shape: shape of one example.
         num_outputs: number of outputs that the data ask for.
-        seed: of the initial parameters, not negative. (A function that draws from another generator than torch's must
-            take a seed of its own in `args`.)
+        seed: of the initial parameters, not negative. (A function that uses another generator than torch's must take
+            its own seed in `args`.)
 
     Raises:
         ArgumentError: an unknown builder or argument, or a value that a built-in builder refuses.

@@ -1,6 +1,6 @@
 """Activation functions by name, with and without jumps.
 
-None of them works in place. Those with jumps have no straight-through gradient: their derivative is zero, as it is in
+None of them works in place. Activations with jumps have no straight-through gradient: their derivative is zero, as in
 mathematics, so that a gradient estimator that cannot see a jump is caught rather than fooled.
 
 Axes: all activations are elementwise.

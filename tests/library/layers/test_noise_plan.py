@@ -200,7 +200,7 @@ def test_auto_takes_noise_in_pre_activations_where_gradients_miss_jumps():
     chosen = choice("deep_sign_mlp")
     assert (chosen.estimator, chosen.num_draws, chosen.stacked) == ("activation", 256, False)
     assert chosen.reason.startswith(
-        "autodiff is unavailable: the model jumps in its parameters, where gradients miss the jumps: along random"
+        "autodiff is unavailable: the model jumps in its parameters, and gradients miss the jumps: along random"
     )
     assert chosen.reason.endswith(
         "of 86 parameters 72 are reached by noise in the pre-activations of 2 layers, 14 lie in the readout, whose "

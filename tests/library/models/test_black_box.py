@@ -204,8 +204,8 @@ def test_a_black_box_may_be_a_part_of_a_network():
     [
         (nonlocal_kernel, {"gamma": 1.0, "estimator": "autodiff"},
          r"estimator is 'autodiff', but the model holds a black box, which can only be evaluated; allowed: auto, w"),
-        (averaged_kernel, {"gamma": 1.0}, r"kind is 'averaged', which is made of gradients, but .* black box"),
-        (local_kernel, {}, r"kind is 'local', which is made of gradients, .*; allowed: nonlocal, covariance"),
+        (averaged_kernel, {"gamma": 1.0}, r"kind is 'averaged', which uses gradients, but .* black box"),
+        (local_kernel, {}, r"kind is 'local', which uses gradients, .*; allowed: nonlocal, covariance"),
     ],
 )  # fmt: skip
 def test_gradients_of_black_boxes_are_refused(kernel, options, message):

@@ -21,7 +21,7 @@ from tests.oracles.cases import CASES, Activate, case, mlp
 JUMPS = ("sign", "step", "quantize")
 REFUSED = (
     r"estimator is 'autodiff', but the model jumps in its parameters \(along random segments the integrated gradient "
-    r"misses [\d.e+-]+ of the change of f, at up to \d+ points\), where it is silently wrong; "
+    r"misses [\d.e+-]+ of the change of f, at up to \d+ points\), and its gradients miss the jumps; "
     r"use estimator: weight or auto"
 )
 
@@ -221,7 +221,7 @@ def test_auto_takes_differences_where_it_must_and_says_why():
     assert estimate.estimator == "weight"
     assert estimate.draws == 256
     assert estimate.reason.startswith(
-        "autodiff is unavailable: the model jumps in its parameters, where gradients miss the jumps: along random"
+        "autodiff is unavailable: the model jumps in its parameters, and gradients miss the jumps: along random"
     )
 
 
@@ -233,9 +233,9 @@ def test_other_choices_are_explained_too():
         reasons[kind] = (decision.estimator, decision.reason)
     assert reasons == {
         "nonlocal": ("weight", "asked for: valid for anything that can be evaluated"),
-        "covariance": ("weight", "the covariance kernel is made of output differences"),
-        "averaged": ("autodiff", "the averaged NTK is made of gradients at random parameters"),
-        "local": ("autodiff", "the ordinary NTK is made of gradients at θ"),
+        "covariance": ("weight", "the covariance kernel uses output differences"),
+        "averaged": ("autodiff", "the averaged NTK uses gradients at random parameters"),
+        "local": ("autodiff", "the ordinary NTK uses gradients at θ"),
     }
 
 

@@ -213,7 +213,7 @@ def test_differences_below_rounding_are_warned_of_and_the_remedies_work():
     assert caught[0].filename == __file__
     assert estimate.probes.noise > 0.01
     assert str(caught[0].message) == estimate.probes.cautions[0]
-    with pytest.warns(NNTKWarning, match=WARNING + " or estimator autodiff, where the model has no jumps$"):
+    with pytest.warns(NNTKWarning, match=WARNING + " or estimator autodiff, if the model has no jumps$"):
         nonlocal_kernel(model, x, gamma=1e-6, estimator="weight", draws=16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

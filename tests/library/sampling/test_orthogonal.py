@@ -188,7 +188,7 @@ def test_linear_models_are_exact(name, gamma_scale, groups):
     for one in (plugin, unbiased):
         assert one.stderr is None
         assert math.isnan(one.relative_error)
-        with pytest.raises(NNTKError, match=r"no standard error: it is exact .* or made of fewer than 4 blocks"):
+        with pytest.raises(NNTKError, match=r"no standard error: it is exact .* or has fewer than 4 blocks"):
             one.interval()
         torch.testing.assert_close(one.kernel, exact, rtol=0, atol=1e-12 * float(exact.max()))
     assert plugin.unbiased is None

@@ -116,7 +116,7 @@ def test_looks_survive_the_ledger():
             {"rtol": 0.1, "blocks": 2, "design": "orthogonal"},
             r"rtol is 0\.1; allowed for blocks 2, which give no error bars: none \(or take 4 blocks or more\)",
         ),
-        ({"rtol": 0.1, "draws": 512, "max_draws": 256}, r"draws is 512, where the search for rtol begins; .* 256"),
+        ({"rtol": 0.1, "draws": 512, "max_draws": 256}, r"draws is 512, the start of the search for rtol; .* 256"),
         ({"max_draws": 0}, r"max_draws is 0; allowed: a whole number, 1 or more"),
         ({"max_draws": 2.5}, r"max_draws is 2\.5; allowed: a whole number"),
     ],

@@ -322,8 +322,8 @@ def test_value_out_of_range_is_refused_with_what_is_allowed(minimal: Path, overr
             ["kernel.kind=covariance", "kernel.estimator=autodiff"],
             "of differences of outputs: auto, weight$",
         ),
-        (["kernel.kind=averaged", "kernel.estimator=weight"], "made of gradients: auto, autodiff$"),
-        (["kernel.kind=local", "kernel.estimator=weight"], "made of gradients: auto, autodiff$"),
+        (["kernel.kind=averaged", "kernel.estimator=weight"], "uses gradients: auto, autodiff$"),
+        (["kernel.kind=local", "kernel.estimator=weight"], "uses gradients: auto, autodiff$"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(minimal: Path, overrides: list[str], message: str) -> None:

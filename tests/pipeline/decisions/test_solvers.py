@@ -105,7 +105,7 @@ def test_passes_over_tiles_give_the_numbers_of_the_dense_form(dense_run, tmp_pat
     page = (iterative / "report/index.html").read_text()
     assert "exactly for a sample of them, which gives an estimate with its standard error" in page
     assert "needs all eigenvalues" in page
-    assert "by iteration in" in page
+    assert "solved iteratively in" in page
 
 
 @pytest.mark.process

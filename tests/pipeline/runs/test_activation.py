@@ -99,4 +99,4 @@ def test_a_plan_says_how_the_parameters_are_treated(tmp_path):
 def test_other_kernels_refuse_it(tmp_path):
     result = run(tmp_path / "run", "kernel.estimator=activation", "kernel.kind=covariance")
     assert result.code == 2
-    assert "kernel.estimator is 'activation'; allowed for kind covariance, which is made of differences of outputs" in result.err
+    assert "kernel.estimator is 'activation'; allowed for kind covariance, which uses differences of outputs" in result.err

@@ -153,7 +153,7 @@ def test_a_ragged_last_shard_costs_no_padding_on_disk(storage):
 )
 def test_part_of_a_shard_is_not_written(storage, matrix, selection):
     array = make_gram(storage)
-    with pytest.raises(ValueError, match=r"train/gram: \[.*\] is not made of whole shards of \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"train/gram: \[.*\] does not consist of whole shards of \(64, 64\)"):
         write_block(array, selection, matrix[selection])
     assert storage.list("kernel.zarr/train/gram/c") == []
 

@@ -320,7 +320,7 @@ def test_value_out_of_range_is_refused_with_what_is_allowed(minimal: Path, overr
         ),
         (
             ["kernel.kind=covariance", "kernel.estimator=autodiff"],
-            "of differences of outputs: auto, weight$",
+            "uses differences of outputs: auto, weight$",
         ),
         (["kernel.kind=averaged", "kernel.estimator=weight"], "uses gradients: auto, autodiff$"),
         (["kernel.kind=local", "kernel.estimator=weight"], "uses gradients: auto, autodiff$"),

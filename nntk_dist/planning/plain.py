@@ -1,4 +1,4 @@
-"""Frozen values as plain JSON values, and back: dataclasses, tuples, frozen sets, numbers, words and None.
+"""Frozen values as plain JSON values, and back: dataclasses, enums, tuples, frozen sets, numbers, words, None.
 
 `from_plain(type(value), to_plain(value)) == value` also after JSON. The types of the fields say what is restored; a
 union may hold None and one other type. No references, no versions.
@@ -7,6 +7,7 @@ union may hold None and one other type. No references, no versions.
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Value = TypeVar("Value")
@@ -26,6 +27,8 @@ def to_plain(value: Any) -> Any:
         return sorted(map(to_plain, value))
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
@@ -62,6 +65,8 @@ def _restored(kind: Any, plain: Any, where: str) -> Any:
         return _collection(origin, arguments, plain, where)
     if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
         return float(plain)
+    if isinstance(kind, type) and issubclass(kind, Enum) and plain in {choice.value for choice in kind}:
+        return kind(plain)
     if type(plain) is not kind:
         raise ValueError(f"{where or 'the value'} is {plain!r:.60}; expected {kind.__name__}")
     return plain

@@ -3,12 +3,13 @@
 Checks what can be checked without data, model or store, and turns each mistake into one line (`ArgumentError`: file,
 dotted key, what came, what is allowed, the nearest valid name). Builds no data set, model or kernel.
 
-Legend: each field's description is the text that an error message gives as allowed; a field of type `Literal` needs
-none, its values are the text. Units stand in the names (`_bytes`); `auto` leaves the choice to the plan, which says
-what it took and why.
+Legend: each field's description is the text that an error message gives as allowed; a field of an enum or a `Literal`
+needs none, because its values are the text. Units stand in the names (`_bytes`). `auto` leaves the choice to the plan,
+which reports its choice and the reason.
 """
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -19,6 +20,7 @@ from pydantic_core import ErrorDetails
 from nntk_dist.analysis.regression.conjugate_gradients import ConjugateGradients
 from nntk_dist.analysis.solvers import REGRESSION_SOLVERS, SPECTRUM_SOLVERS
 from nntk_dist.errors import ArgumentError, nearest_name
+from pipeline.config.choices import ExecutorChoice, StandardErrorChoice
 from pipeline.config.kernel import KernelConfig
 from pipeline.config.overrides import Override, apply_overrides, read_document, read_overrides, show, unknown_key
 from pipeline.config.types import (
@@ -72,7 +74,7 @@ class ModelConfig(Section):
 class ComputeConfig(Section):
     """How the work is carried out; beyond `dtype`, nothing here changes what is computed, only its rounding."""
 
-    executor: Literal["ray", "serial"] = "ray"
+    executor: Annotated[ExecutorChoice, Strict(False)] = ExecutorChoice.RAY
     workers: CountOrAuto = "auto"
     threads: CountOrAuto = "auto"
     workers_per_gpu: Count = 1
@@ -87,7 +89,7 @@ class ComputeConfig(Section):
         Literal["auto"] | Annotated[bool, Strict()],
         Field(description="auto, true, or false (of kernels with a factor, from which the later stages work then)"),
     ] = "auto"
-    stderr: Literal["entry", "sample", "none"] = "entry"
+    stderr: Annotated[StandardErrorChoice, Strict(False)] = StandardErrorChoice.ENTRY
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
 
@@ -184,7 +186,7 @@ def _validated(document: Mapping[str, Any], where: str, overrides: Sequence[Over
         return Config.model_validate(document)
     except ValidationError as error:
         details = error.errors(include_url=False)
-    # A mistyped key is the likely cause of whatever else is missing, so it is what to speak of first.
+    # A mistyped key is the likely cause of other missing keys, so the message names it first.
     first = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     key, message = _explain(first)
     blamed = [override.source for override in overrides if f"{key}.".startswith(f"{override.key}.")]
@@ -195,7 +197,7 @@ def _validated(document: Mapping[str, Any], where: str, overrides: Sequence[Over
 
 
 def _explain(detail: ErrorDetails) -> tuple[str, str]:
-    """The dotted key that a validation error is about, and what to say of it."""
+    """The dotted key of a validation error, and the message."""
     keys: list[str] = []
     section: type[BaseModel] | None = Config
     field: FieldInfo | None = None
@@ -219,9 +221,7 @@ def _explain(detail: ErrorDetails) -> tuple[str, str]:
         return key, f"{key} is missing; allowed: {_allowed(field)}"
     value = detail["input"]
     annotation = field.annotation if field is not None else None
-    unavailable = (
-        ", not available in this version" if get_origin(annotation) is Literal and isinstance(value, str) else ""
-    )
+    unavailable = ", not available in this version" if _is_choice(annotation) and isinstance(value, str) else ""
     choices = detail.get("ctx", {}).get("words") or _choices(annotation)
     hint = nearest_name(value, choices) if isinstance(value, str) else ""
     return key, f"{key} is {show(value)}{unavailable}; allowed: {_allowed(field)}{hint}"
@@ -236,8 +236,18 @@ def _allowed(field: FieldInfo | None) -> str:
     return field.description or ", ".join(_choices(field.annotation))
 
 
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Enum)
+
+
+def _is_choice(annotation: Any) -> bool:
+    return _is_enum(annotation) or get_origin(annotation) is Literal
+
+
 def _choices(annotation: Any) -> list[str]:
-    """The texts that the `Literal` types within `annotation` allow."""
+    """The texts that enums and `Literal` types within `annotation` allow."""
+    if _is_enum(annotation):
+        return [str(choice.value) for choice in annotation]
     inner = get_args(annotation)
     if get_origin(annotation) is Literal:
         return [choice for choice in inner if isinstance(choice, str)]
@@ -250,7 +260,7 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _defaults(section: type[BaseModel]) -> dict[str, Any]:
-    """Every key below `section` with its default as YAML would hold it; null where there is none."""
+    """Every key below `section` with its default as YAML would hold it; null if there is none."""
 
     def default(field: FieldInfo) -> Any:
         inner = _section_of(field)

@@ -17,7 +17,8 @@ from nntk_dist.layers.hooks import hooked
 from nntk_dist.models.evaluation import outputs
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import KernelSpec, Outputs
+from pipeline.config.choices import StandardErrorChoice
 from pipeline.config.schema import ComputeConfig, Config
 from pipeline.job.job import Job, Layout, Sizes
 from pipeline.storage.run_storage import RunStorage
@@ -122,17 +123,17 @@ def make_layout(
     wanted = max(1, min(_CHUNK_DRAWS // draws_per_block, _CHUNK_BYTES // block_bytes))
     blocks = max(d for d in range(1, sizes.num_blocks + 1) if sizes.num_blocks % d == 0 and d <= wanted)
     item = 8 if compute.dtype == "float64" else 4
-    width = sizes.num_kernel_outputs if spec.outputs == "full" else 1
+    width = sizes.num_kernel_outputs if spec.outputs == Outputs.FULL else 1
     kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
     total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
     tiles = compute.write_tiles is not False
     stored = not tiles or features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
-    # Only arrays that carry outputs grow smaller by taking fewer at once.
+    # Fewer outputs at a time make only arrays with an output axis smaller.
     carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
     tile_rows = min(compute.tile, sizes.num_train)
     tile_bytes = carrying * tile_rows
     at_once = sizes.num_kernel_outputs
-    if not stored and spec.outputs != "full":
+    if not stored and spec.outputs != Outputs.FULL:
         at_once = max(1, min(at_once, at_once * _OUTPUT_BYTES // max(1, tile_bytes)))
     return Layout(
         tile=compute.tile,
@@ -142,7 +143,7 @@ def make_layout(
         threads=threads_of(compute),
         device=device,
         dtype=compute.dtype,
-        stderr="none" if sizes.num_blocks < MINIMUM_BLOCKS else compute.stderr,
+        stderr=StandardErrorChoice.NONE if sizes.num_blocks < MINIMUM_BLOCKS else compute.stderr,
         store_features=stored,
         outputs_at_once=at_once,
         write_tiles=tiles,

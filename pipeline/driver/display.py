@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nntk_dist.runtime.precision import FULL
 from pipeline.driver.verify import Finding
 from pipeline.job.job import Job
 from pipeline.planning.plan import Plan
@@ -79,7 +80,7 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         "stored" if layout.store_features else f"recomputed for every tile, {layout.outputs_at_once} outputs at a time"
     )
     precision = layout.matmul_precision
-    rounded = "" if precision == "highest" else f", products of tiles at matmul_precision {precision}"
+    rounded = "" if precision == FULL else f", products of tiles at matmul_precision {precision}"
     out.print(
         f"layout: tile {layout.tile}, batch {layout.batch}, features {features}, {layout.threads} thread(s) a worker, "
         f"{layout.dtype} on {layout.device}{_sharing(plan.job)}{rounded}",

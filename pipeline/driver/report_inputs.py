@@ -16,7 +16,9 @@ import yaml
 
 from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.planning.decision import Decision
+from nntk_dist.spec import GammaScale, Kind, Outputs, Statistic
 from nntk_dist.weighting.options import Weighting
+from pipeline.config.choices import StandardErrorChoice
 from pipeline.decisions.continuation import stored_decision, stored_job
 from pipeline.records.manifest import Manifest
 from pipeline.report import (
@@ -59,10 +61,12 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
         model=_model_text(config["model"]),
         kernel=_kernel_facts(manifest, decision),
         provenance=_provenance(manifest),
-        gram=_thumbnail(store, manifest, full=kernel["outputs"] == "full"),
+        gram=_thumbnail(store, manifest, full=kernel["outputs"] == Outputs.FULL),
         eigenvalues=eigenvalues,
         regression=_regression(storage, manifest),
-        standard_errors=_standard_errors(store, results) if tiles and manifest.layout["stderr"] == "entry" else None,
+        standard_errors=_standard_errors(store, results)
+        if tiles and manifest.layout["stderr"] == StandardErrorChoice.ENTRY
+        else None,
         stages=[
             StageTiming(
                 stage=name,
@@ -103,13 +107,14 @@ def _model_text(model: dict[str, Any]) -> str:
 
 def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
     kernel, sizes, results = manifest.config["kernel"], manifest.sizes, manifest.results
-    local = kernel["kind"] == "local"
+    kind = Kind(kernel["kind"])
+    local = kind == Kind.LOCAL
     distribution = kernel["distribution"]
     return KernelFacts(
-        kind=kernel["kind"],
+        kind=kind,
         estimator=decision.estimator,
         estimator_reason="; ".join(filter(None, (decision.explanation, decision.stacking))),
-        statistic=kernel["statistic"],
+        statistic=Statistic(kernel["statistic"]),
         outputs=str(kernel["outputs"]),
         num_train=sizes["num_train"],
         num_test=sizes["num_test"],
@@ -136,7 +141,7 @@ def _distribution_text(distribution: Mapping[str, Any]) -> str:
         for option, value in given.items()
         if option not in fixed and value is not None
     ]
-    unit = " (relative per tensor)" if distribution.get("gamma_scale") == "relative" else ""
+    unit = " (relative per tensor)" if distribution.get("gamma_scale") == GammaScale.RELATIVE else ""
     return ", ".join([distribution["name"], *parts, f"γ = {distribution['gamma']:g}{unit}"])
 
 
@@ -244,8 +249,10 @@ def _solver(stage: Literal["spectrum", "regression"], results: Mapping[str, Any]
 def _eigenvalues(storage: RunStorage, manifest: Manifest) -> dict[str, np.ndarray]:
     table = read_table(storage, "eigenvalues") or {}
     kernel = manifest.config["kernel"]
-    first = {"both": "plugin"}.get(kernel["statistic"], kernel["statistic"])
-    names = {"eigenvalue": first if kernel["kind"] == "nonlocal" else kernel["kind"], "eigenvalue_unbiased": "unbiased"}
+    first = kernel["kind"]
+    if first == Kind.NONLOCAL:
+        first = Statistic.PLUGIN if kernel["statistic"] == Statistic.BOTH else kernel["statistic"]
+    names = {"eigenvalue": str(first), "eigenvalue_unbiased": str(Statistic.UNBIASED)}
     found = {names[column]: np.asarray(values) for column, values in table.items() if column in names}
     return {name: values[np.isfinite(values)] for name, values in found.items()}  # shorter ones end in NaN
 
@@ -256,7 +263,7 @@ def _regression(storage: RunStorage, manifest: Manifest) -> RegressionFacts | No
         return None
     rows = [RidgeRow(**dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
     num_classes = manifest.sizes["num_classes"]
-    return RegressionFacts("regression" if num_classes is None else "classification", rows, num_classes)
+    return RegressionFacts(rows, num_classes)
 
 
 def _standard_errors(store: KernelArrays, results: dict[str, Any]) -> StandardErrors | None:

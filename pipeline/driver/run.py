@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nntk_dist.errors import StoreError
 from nntk_dist.planning.plain import to_plain
 from nntk_dist.sampling.laws import law_options
+from pipeline.config.choices import ExecutorChoice
 from pipeline.config.schema import Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import build_dataset, build_model, identity
@@ -200,7 +201,7 @@ def _with_enough_draws(
 def _make_executor(prepared: Prepared, address: str | None) -> Executor:
     """The executor that the configuration names."""
     job, state = prepared.plan.job, state_of(prepared.model)
-    if prepared.config.compute.executor == "serial":
+    if prepared.config.compute.executor == ExecutorChoice.SERIAL:
         return SerialExecutor(job, prepared.dataset, state)
     from pipeline.executors.on_ray import RayExecutor  # seconds of imports that a serial run does without
 

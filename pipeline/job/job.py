@@ -1,4 +1,4 @@
-"""The values that a run is made of: layout, sizes, job. All frozen, picklable and written into the manifest.
+"""The values that define a run: layout, sizes, job. All are frozen, picklable and written into the manifest.
 
 A task is a pure, idempotent function of (job, stage, tile): whoever runs it, however often, writes the same bits to
 the same place. Nothing here computes.
@@ -14,6 +14,7 @@ from nntk_dist.planning.decision import Decision
 from nntk_dist.products.feature_description import FeatureStorage
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
+from pipeline.config.choices import StandardErrorChoice
 from pipeline.config.schema import Config
 from pipeline.job.task import Outcome, Task
 
@@ -33,10 +34,10 @@ class Layout:
         chunk_draws: draws of one task of the stage `features`.
         threads: threads of a worker.
         device: the device of the workers.
-        dtype: in which they compute and store.
-        stderr: for what standard errors are made: `entry`, `sample` or `none`.
+        dtype: the dtype of their results.
+        stderr: which entries get a standard error.
         store_features: whether features are stored; otherwise each tile recomputes its rows.
-        outputs_at_once: outputs whose features are held at a time, if they are recomputed.
+        outputs_at_once: outputs whose features are in memory at the same time, if features are recomputed.
         write_tiles: whether the kernel's tiles are stored.
         matmul_precision: of float32 matrix products on a GPU.
         tile_group: columns of tiles whose features a worker keeps.
@@ -49,7 +50,7 @@ class Layout:
     threads: int
     device: str
     dtype: str
-    stderr: str
+    stderr: StandardErrorChoice
     store_features: bool
     outputs_at_once: int
     write_tiles: bool
@@ -104,7 +105,7 @@ class Job:
     @property
     def wanted(self) -> Wanted:
         """Whether products are made with standard errors for every entry."""
-        return Wanted(stderr=self.layout.stderr == "entry")
+        return Wanted(stderr=self.layout.stderr == StandardErrorChoice.ENTRY)
 
 
 def intervals(total: int, step: int) -> list[tuple[int, int]]:

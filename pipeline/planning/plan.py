@@ -21,8 +21,9 @@ from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.runtime.precision import full_precision
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import KernelSpec, Outputs
 from nntk_dist.weighting.options import Reference
+from pipeline.config.choices import ExecutorChoice, StandardErrorChoice
 from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
@@ -158,7 +159,7 @@ def _check_sizes(config: Config, dataset: Dataset, sizes: Sizes) -> None:
     if sizes.num_test == 0:
         raise DataError("data.train leaves no test examples; make it smaller, or give data.test at least 1")
     expected = dataset.num_outputs
-    needs_match = config.regression.center_outputs or config.kernel.outputs == "full"
+    needs_match = config.regression.center_outputs or config.kernel.outputs == Outputs.FULL
     if needs_match and sizes.num_outputs != expected:
         raise ArgumentError(
             f"the model has {sizes.num_outputs} outputs and the data {expected} targets; regression with "
@@ -262,7 +263,7 @@ def check_gpu_memory(wanted: int, layout: Layout, workers_per_gpu: int) -> None:
 def _smaller_tiles(layout: Layout) -> str:
     """What makes a worker's tiles smaller, as the first items of a list; empty if nothing does."""
     smaller = f"make compute.tile smaller than {layout.tile}, " if layout.tile > 1 else ""
-    return smaller + ("set compute.stderr to sample, " if layout.stderr == "entry" else "")
+    return smaller + ("set compute.stderr to sample, " if layout.stderr == StandardErrorChoice.ENTRY else "")
 
 
 def _other_contraction(costs: FeatureCosts) -> str:
@@ -274,7 +275,7 @@ def _other_contraction(costs: FeatureCosts) -> str:
 
 def wanted_workers(config: Config, layout: Layout) -> int:
     """As many as this machine has places for, unless the configuration says."""
-    if config.compute.executor == "serial":
+    if config.compute.executor == ExecutorChoice.SERIAL:
         return 1
     if config.compute.workers != "auto":
         return config.compute.workers
@@ -338,7 +339,7 @@ def check_device(device: str, compute: ComputeConfig, *, continued: bool = False
     if number >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
         raise ArgumentError(f"compute.device is '{device}', but torch sees cuda:0 to cuda:{last} here")
-    if number > 0 and compute.executor == "ray":
+    if number > 0 and compute.executor == ExecutorChoice.RAY:
         raise ArgumentError(
             f"compute.device is '{device}', but Ray gives every worker GPUs of its own, and it sees its first as "
             "cuda:0; set compute.device=cuda, or compute.executor=serial"

@@ -19,10 +19,11 @@ from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.products.weighted_products import product_window_bytes
 from nntk_dist.runtime.threads import torch_threads
-from nntk_dist.sampling.designs import group_size
+from nntk_dist.sampling.designs import Design, group_size
 from nntk_dist.sampling.draws import DRAW_ELEMENTS
 from nntk_dist.statistics.estimates import SAMPLE_ENTRIES
 from nntk_dist.statistics.tile_estimates import tile_window_edges
+from pipeline.config.choices import StandardErrorChoice
 from pipeline.decisions.build import DTYPES, state_bytes
 from pipeline.decisions.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
 from pipeline.decisions.solvers import solver_cost
@@ -180,7 +181,7 @@ def _operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.M
     return {
         "features": rows * (one_row if job.layout.store_features else one_pass),
         "metric": costs.metric_operations,
-        "calibration": 0.0 if job.layout.stderr == "none" else 192.0 * one_row + 8192.0 * per_entry,
+        "calibration": 0.0 if job.layout.stderr == StandardErrorChoice.NONE else 192.0 * one_row + 8192.0 * per_entry,
         "gram": tiles
         * (per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows),
         "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows if tiles else diagonal,
@@ -189,7 +190,7 @@ def _operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.M
 
 def group_bytes(job: Job) -> int:
     """Return the bytes of an orthogonal group while it is made: normals, directions and a copy, in float64."""
-    if job.spec.design != "orthogonal":
+    if job.spec.design != Design.ORTHOGONAL:
         return 0
     sizes = job.sizes
     group = group_size("orthogonal", sizes.num_draws // sizes.num_blocks, sizes.num_parameters)
@@ -211,7 +212,7 @@ def _worker_bytes(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn
     tile_task = _tile_bytes(job, features, costs, int(row_bytes * share))
     sample = most_sampled_rows(job) * row_bytes * share * (1 + (8 / item if costs.copies_sample else 0))
     products = SAMPLE_ENTRIES * 8 * 4 * (sizes.num_blocks**2 if job.spec.pair_blocks else sizes.num_blocks)
-    calibration_task = 0 if layout.stderr == "none" else sample + products
+    calibration_task = 0 if layout.stderr == StandardErrorChoice.NONE else sample + products
     return int(held + max(feature_task, calibration_task) + tile_task)
 
 

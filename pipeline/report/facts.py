@@ -14,22 +14,25 @@ import numpy as np
 from jaxtyping import Float
 
 from nntk_dist.analysis.spectra.results import Spectrum
+from nntk_dist.runtime.precision import FULL
+from nntk_dist.spec import Kind, Statistic
 from pipeline.report.formatting import count, number, percent
 from pipeline.report.inputs import KernelFacts, RegressionFacts, ReportInputs, SolverFacts
 
 _KINDS = MappingProxyType(
     {
-        "nonlocal": "Inner products of the outputs' nonlocal gradients: differences averaged over a neighbourhood.",
-        "covariance": "Covariance of output differences: tends to the NTK as γ → 0, but is not the nonlocal NTK.",
-        "averaged": "The ordinary NTK, averaged over perturbed parameters.",
-        "local": "The ordinary empirical NTK: inner products of the outputs' gradients.",
+        Kind.NONLOCAL: "Inner products of the outputs' nonlocal gradients: differences averaged over a neighbourhood.",
+        Kind.COVARIANCE: "Covariance of output differences: tends to the NTK as γ → 0, but is not the nonlocal NTK.",
+        Kind.AVERAGED: "The ordinary NTK, averaged over perturbed parameters.",
+        Kind.LOCAL: "The ordinary empirical NTK: inner products of the outputs' gradients.",
     }
 )
 _STATISTICS = MappingProxyType(
     {
-        "both": "gram, the plugin kernel, is positive semidefinite: use it for solves. gram_unbiased is for entries.",
-        "plugin": "Inner products of mean gradients: positive semidefinite, but biased upwards by noise.",
-        "unbiased": "Inner products across blocks of draws: unbiased, but not positive semidefinite.",
+        Statistic.BOTH: "gram, the plugin kernel, is positive semidefinite: use it for solves. gram_unbiased is for "
+        "entries.",
+        Statistic.PLUGIN: "Inner products of mean gradients: positive semidefinite, but biased upwards by noise.",
+        Statistic.UNBIASED: "Inner products across blocks of draws: unbiased, but not positive semidefinite.",
     }
 )
 _WEIGHTING = (
@@ -92,10 +95,10 @@ def kernel_facts(inputs: ReportInputs) -> Iterator[Fact]:
     if kernel.weighting is not None:
         yield Fact("Weighting", kernel.weighting, _WEIGHTING)
     yield Fact("Estimator", kernel.estimator, reason[:1].upper() + reason[1:])
-    if kernel.kind == "nonlocal":
+    if kernel.kind == Kind.NONLOCAL:
         yield Fact("Statistic", kernel.statistic, _STATISTICS[kernel.statistic])
     if errors is not None:
-        bias = " It does not include the plugin kernel's bias." if kernel.kind == "nonlocal" else ""
+        bias = " The error does not include the plugin kernel's bias." if kernel.kind == Kind.NONLOCAL else ""
         yield Fact(
             "Standard error of an entry",
             number(errors.median),
@@ -190,7 +193,7 @@ def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
 
 def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
     if kernel.relative_error is not None:
-        subject = "unbiased kernel" if kernel.kind == "nonlocal" else "kernel"
+        subject = "unbiased kernel" if kernel.kind == Kind.NONLOCAL else "kernel"
         yield Fact(
             "Kernel error",
             percent(kernel.relative_error),
@@ -207,7 +210,7 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
             percent(kernel.relative_bias),
             "‖plugin − unbiased‖ / ‖unbiased‖: how much noise inflates the kernel that the regression uses.",
         )
-    if kernel.kind == "local":
+    if kernel.kind == Kind.LOCAL:
         yield Fact("Kernel error", "none", "The local kernel comes from automatic differentiation, without sampling.")
 
 
@@ -224,7 +227,7 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
             f"Noise inflates the plugin kernel: its bias is {percent(kernel.relative_bias)}. Solve with gram, which is "
             "positive semidefinite, but read and compare entries in gram_unbiased. More draws reduce the bias."
         )
-    if kernel.matmul_precision != "highest":
+    if kernel.matmul_precision != FULL:
         yield (
             f"Tiles were multiplied at matmul_precision {kernel.matmul_precision}, which is coarser than float32 on "
             "hardware that supports it. The standard errors do not include this rounding."

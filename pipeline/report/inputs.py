@@ -7,13 +7,14 @@ Axes: n train examples, k rows of the thumbnail. Units: `_bytes`, `_seconds`; ke
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.planning.model_probes import ModelProbes
+from nntk_dist.runtime.precision import FULL
+from nntk_dist.spec import Kind, Statistic
 from pipeline.report.plots import PLOTS
 
 
@@ -21,10 +22,10 @@ from pipeline.report.plots import PLOTS
 class KernelFacts:
     """How the kernel was computed, and how far to trust it."""
 
-    kind: str  # nonlocal, covariance, averaged or local
+    kind: Kind
     estimator: str
     estimator_reason: str
-    statistic: str  # plugin, unbiased or both; for kind nonlocal only
+    statistic: Statistic  # for kind nonlocal only
     outputs: str
     num_train: int
     num_test: int
@@ -38,7 +39,7 @@ class KernelFacts:
     accuracy: str | None = None  # how the search for a requested accuracy ended, in words
     accuracy_reached: bool | None = None
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
-    matmul_precision: str = "highest"  # precision of the products that form tiles
+    matmul_precision: str = FULL  # precision of the products that form tiles
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ class StandardErrors:
 class RegressionFacts:
     """Kernel ridge regression: one row per ridge, as in the regression table."""
 
-    task: Literal["classification", "regression"]
     rows: Sequence[RidgeRow]
-    num_classes: int | None = None
+    num_classes: int | None = None  # None for targets that are no classes
 
     @property
     def selected(self) -> RidgeRow:

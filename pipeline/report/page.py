@@ -44,7 +44,7 @@ def render_report(inputs: ReportInputs) -> str:
     )
     environment.filters.update(count=count, duration=duration, number=number, percent=percent, size=size)
     figures = _figures(inputs)
-    is_regression = inputs.regression is not None and inputs.regression.task == "regression"
+    is_regression = inputs.regression is not None and inputs.regression.num_classes is None
     return environment.get_template(_TEMPLATE).render(
         inputs=inputs,
         headline=facts.headline(inputs),

@@ -14,6 +14,7 @@ import numpy as np
 
 from nntk_dist.products.factor_form import FactorForm
 from nntk_dist.products.feature_description import ArraySpec
+from nntk_dist.spec import Statistic
 from pipeline.job.job import SPLITS, Job
 
 
@@ -45,7 +46,7 @@ def statistics_of(job: Job) -> dict[str, str]:
     """Return array suffix -> statistic: `gram` has the requested one (plugin for `both`), `gram_unbiased` the other."""
     if not job.spec.pair_blocks:
         names = {"": "plugin"}
-    elif job.spec.statistic == "both":
+    elif job.spec.statistic == Statistic.BOTH:
         names = {"": "plugin", "_unbiased": "unbiased"}
     else:
         names = {"": job.spec.statistic}
@@ -62,7 +63,7 @@ def stored_factor_form(job: Job) -> FactorForm | None:
 
     There is none if features are not stored, if they are no factor, or if `gram` holds `unbiased`.
     """
-    is_plugin = statistics_of(job)[""] == "plugin"
+    is_plugin = statistics_of(job)[""] == Statistic.PLUGIN
     stored = job.layout.store_features and is_plugin
     return job.features.factor_form(full=job.spec.meeting.full) if stored else None
 

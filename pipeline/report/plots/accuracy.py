@@ -17,7 +17,7 @@ from pipeline.report.plots.plot import PageSection, Plot
 
 def accuracy_plot(inputs: ReportInputs) -> Plot | None:
     """Plot the accuracies of a classification."""
-    if inputs.regression is None or inputs.regression.task == "regression":
+    if inputs.regression is None or inputs.regression.num_classes is None:
         return None
     caption = "Accuracy for every ridge: on the test examples, and leave-one-out on the training examples."
     return Plot(PageSection.REGRESSION, accuracy_figure(inputs.regression.rows), caption)

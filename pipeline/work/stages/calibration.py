@@ -7,6 +7,8 @@ Axes: none.
 
 from collections.abc import Iterator
 
+from nntk_dist.spec import Statistic
+from pipeline.config.choices import StandardErrorChoice
 from pipeline.job.job import Job, Task
 from pipeline.work.context import Context, Written
 from pipeline.work.sampled_calibration import CALIBRATED, calibrate_array
@@ -21,7 +23,7 @@ class Calibration(Stage):
 
     def tasks(self, job: Job) -> Iterator[Task]:
         """Yield three tasks if standard errors or a relative error are wanted."""
-        if job.layout.stderr != "none":
+        if job.layout.stderr != StandardErrorChoice.NONE:
             for tile in CALIBRATED:
                 yield Task(self.name, tile)
 
@@ -34,6 +36,6 @@ class Calibration(Stage):
             "bound": result.bound,
             "num_entries": float(result.num_entries),
         }
-        if not context.job.layout.write_tiles and context.job.spec.statistic == "both":
+        if not context.job.layout.write_tiles and context.job.spec.statistic == Statistic.BOTH:
             numbers["bias"] = result.bias  # if there are tiles, it is taken from all of their entries
         return Written(numbers=numbers)

@@ -20,6 +20,7 @@ from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import Decision, decide, plan_for, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.planning.plain import from_plain, to_plain
+from nntk_dist.sampling.designs import Design
 from nntk_dist.sampling.laws import LowRank
 from nntk_dist.spec import KernelSpec
 from tests.harness.tools import all_rows, prepared_features
@@ -101,11 +102,16 @@ def test_plain_values_keep_their_types():
     class Part:
         size: float
         names: frozenset[str] = frozenset()
+        design: Design = Design.IID
 
-    part = Part(2.0, frozenset({"b", "a"}))
+    part = Part(2.0, frozenset({"b", "a"}), Design.ORTHOGONAL)
+    assert type(to_plain(part)["design"]) is str
     plain = json.loads(json.dumps(to_plain(part)))
-    assert plain == {"size": 2.0, "names": ["a", "b"]}
+    assert plain == {"size": 2.0, "names": ["a", "b"], "design": "orthogonal"}
     assert from_plain(Part, plain) == part
+    assert from_plain(Part, plain).design is Design.ORTHOGONAL
+    with pytest.raises(ValueError, match="design is 'sorted'; expected Design"):
+        from_plain(Part, plain | {"design": "sorted"})
     with pytest.raises(TypeError, match="a Tensor has no plain form"):
         to_plain(torch.ones(1))
 

@@ -1,6 +1,7 @@
 """The configuration: what is accepted from files and overrides, and one clear line for each thing that is not."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from nntk_dist.errors import NNTKError
+from pipeline.config.choices import ExecutorChoice, StandardErrorChoice
 from pipeline.config.schema import Config, config_from_dict, load_config
+from pipeline.records.manifest import fingerprint
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
@@ -373,8 +376,19 @@ def test_every_field_says_what_is_allowed() -> None:
             if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
                 count += check(field.annotation, f"{prefix}{name}.")
             else:
-                assert field.description or "Literal" in repr(field.annotation), prefix + name
+                assert field.description or re.search("Literal|enum", repr(field.annotation)), prefix + name
                 count += 1
         return count
 
     assert check(Config, "") > 40
+
+
+def test_choices_are_enums_that_serialise_and_count_as_their_text(minimal: Path) -> None:
+    config = load_config(minimal, ["compute.executor=serial", "compute.stderr=sample"])
+    assert config.compute.executor is ExecutorChoice.SERIAL
+    assert config.compute.stderr is StandardErrorChoice.SAMPLE
+    plain = config.model_dump(mode="json")["compute"]
+    assert type(plain["executor"]) is type(plain["stderr"]) is str
+    assert yaml.safe_load(yaml.safe_dump(plain)) == json.loads(json.dumps(plain)) == plain
+    assert pickle.loads(pickle.dumps(config)) == config == config_from_dict(config.model_dump(mode="json"))
+    assert fingerprint({"stderr": StandardErrorChoice.SAMPLE}) == fingerprint({"stderr": "sample"})

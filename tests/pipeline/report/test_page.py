@@ -105,7 +105,7 @@ def digits():
         ),
         gram=Thumbnail(values, "ordered by class", boundaries=(10, 20), labels=("0", "1", "2")),
         eigenvalues={"plugin": np.geomspace(900, 1, 1437), "unbiased": np.linspace(800, -300, 1437)},
-        regression=RegressionFacts("classification", ridge_rows(selected=1e-2), num_classes=10),
+        regression=RegressionFacts(ridge_rows(selected=1e-2), num_classes=10),
         standard_errors=StandardErrors(0.31, 0.62, 2.2, 126.0, 0.0),
         stages=(
             StageTiming("gram", 3, 14.2, 26.5, 33 << 20, 820 << 20),
@@ -194,7 +194,7 @@ def test_cautions_of_a_worse_run(digits):
         digits,
         kernel=replace(digits.kernel, relative_error=0.6, relative_bias=0.01),
         standard_errors=replace(digits.standard_errors, unresolved_share=0.125),
-        regression=RegressionFacts("classification", ridge_rows(selected=1.0), 10),
+        regression=RegressionFacts(ridge_rows(selected=1.0), 10),
     )
     text = Page(render_report(worse)).text
     assert "Single entries are uncertain: the kernel's estimated error is 60 %" in text
@@ -230,7 +230,7 @@ def test_leading_eigenvalues_and_estimates_say_what_they_are(digits):
     rows = [replace(row, loo_stderr=0.0012, solve_residual=3e-4) for row in ridge_rows(selected=1e-2)]
     leading = replace(
         digits,
-        regression=RegressionFacts("classification", rows, 10),
+        regression=RegressionFacts(rows, 10),
         eigenvalues={"plugin": np.array([3.0, 1.0])},
         spectrum_numbers={"plugin": {"trace": 9.0, "participation_ratio": 2.5}},
         spectrum_solver=SolverFacts("iterative", passes=17, converged=True),
@@ -288,7 +288,7 @@ def test_without_plots_the_numbers_stay(digits):
 
 def test_a_regression_task_shows_errors_and_no_accuracy(digits):
     rows = ridge_rows(selected=1e-2, accuracy=False)
-    html = render_report(replace(digits, regression=RegressionFacts("regression", rows)))
+    html = render_report(replace(digits, regression=RegressionFacts(rows)))
     text = Page(html).text
     assert (
         "Test error 0.0625 Mean squared error over 360 test examples, in squared target units; its root is 0.25" in text

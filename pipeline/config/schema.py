@@ -137,7 +137,7 @@ class ReportConfig(Section):
 
 
 class Config(Section):
-    """A whole run. `model_dump(mode="json")` gives plain JSON values, from which `config_from_dict` gives it back."""
+    """A whole run."""
 
     name: Annotated[Text, Field(description="a name for the run, on one line")]
     run_dir: Annotated[Text, Field(description="where the run is written: a local path or s3://bucket/prefix")]
@@ -171,7 +171,10 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 
 def config_from_dict(document: Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
-    """Make a configuration of plain values, such as a manifest's. Takes overrides and raises as `load_config` does."""
+    """Make a configuration of plain values, such as those of `model_dump(mode="json")` in a manifest.
+
+    Takes overrides and raises as `load_config` does.
+    """
     return _merged(document, "configuration", overrides)
 
 

@@ -1,6 +1,6 @@
 """The runnable system: from a configuration to a plan, stages, a stored kernel and a report; and the command line.
 
-Runs go serially or on Ray. The mathematics is in `nntk_dist`; this package says what is computed where, and keeps it.
+Runs go serially or on Ray. The mathematics is in `nntk_dist`; this package distributes the work and keeps the results.
 From Python, `run` and `plan` do what the command line does; they are imported when they are first used.
 """
 

@@ -38,7 +38,7 @@ def run(
         progress: whether to show progress on standard error.
 
     Returns:
-        The stored kernel. If an accuracy was asked for, `manifest["results"]["rtol_reached"]` says whether it was
+        The stored kernel. If an accuracy was requested, `manifest["results"]["rtol_reached"]` says whether it was
         reached.
 
     Raises:

@@ -23,7 +23,7 @@ class ConfigLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2 and with repeated keys refused.
 
     YAML 1.1, PyYAML's default, reads `1e-4` as text, `no` and `off` as false, `1:30` as 90 and `2024-01-01` as a date;
-    none of that is what someone who writes a configuration means.
+    a configuration never means any of these.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

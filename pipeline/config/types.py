@@ -1,6 +1,6 @@
-"""What sections of the configuration are made of: the base class, and numbers and texts with what is allowed of them.
+"""The types of configuration fields: the base class of sections, and numbers and texts with their allowed values.
 
-Each description is the text that an error message gives as allowed (see `pipeline.config.schema`).
+Each description is the text after `allowed:` in an error message (see `pipeline.config.schema`).
 """
 
 from typing import Annotated, Any, Literal
@@ -21,12 +21,12 @@ MemoryOrAuto = Annotated[
     Literal["auto"] | Annotated[ByteSize, Field(gt=0)],
     Field(description="auto, or bytes as a whole number or with a unit, such as 4GiB"),
 ]
-# Lists are held as tuples, so that no part of a section can change; strictness would refuse to make one of a list.
+# Lists become tuples, so that no part of a section can change; strict mode would not convert a list.
 Names = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, description="a list of one or more names")]
 
 
 def names_in(registry: Registry[Any], *others: str) -> str:
-    """Return what is allowed of a name in a registry, as text."""
+    """Return the allowed names of a registry, as text."""
     return ", ".join((*others, *registry.locations, f"{PYTHON}module:Name"))
 
 

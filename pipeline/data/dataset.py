@@ -26,7 +26,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test set, normalised alike.
+    """A training and a test set, with the same normalisation.
 
     Attributes:
         train: at least one example.

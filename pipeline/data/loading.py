@@ -53,7 +53,7 @@ def load_dataset(
         train: number of training examples, or None for all.
         test: number of test examples, 0 for none, or None for all.
         normalize: subtract one mean and divide by one deviation for each channel, of the selected training examples.
-        seed: of the selection. An example keeps its id whatever the sizes and the seed.
+        seed: of the selection. The id of an example depends on neither sizes nor seed.
         input_columns: columns that hold the inputs, for a source with columns.
         target_column: column that holds the targets, for a source with columns.
         args: further options of the source.

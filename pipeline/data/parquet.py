@@ -1,7 +1,7 @@
 """Parquet files: a column of encoded images, or columns of numbers, and a column of targets.
 
 Images become (channels, height, width) in [0, 1]; columns of numbers become vectors, in the order of `input_columns`.
-The targets of all rows are read at once; inputs are read and decoded for the selected rows only.
+The targets of all rows are read together; inputs are read and decoded for the selected rows only.
 
 Axes: n examples, features, channels, height, width.
 """

@@ -28,7 +28,7 @@ def select_rows(
         Indices of the training rows and of the test rows.
 
     Raises:
-        ArgumentError: a number or the seed is too small, or more examples are asked for than there are.
+        ArgumentError: a number or the seed is too small, or more examples are requested than exist.
         DataError: a set has no rows.
     """
     if seed < 0:

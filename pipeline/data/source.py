@@ -1,6 +1,6 @@
-"""The interface between the families of sources and the loader: targets at once, inputs by rows on demand.
+"""The interface between the families of sources and the loader: all targets together, inputs row by row on demand.
 
-A family knows where rows are and how to read them; the loader selects, labels, checks and normalises.
+A family locates and reads rows; the loader selects, labels, checks and normalises.
 
 Axes: n examples, rows of a source.
 """

@@ -63,7 +63,7 @@ def build_spec(kernel: KernelConfig) -> KernelSpec:
 
 
 def resolve_device(config: Config) -> str:
-    """The device that `auto` means on this machine: the GPU where torch sees one."""
+    """Return the device; `auto` means the GPU if torch sees one on this machine, otherwise the CPU."""
     if config.compute.device != "auto":
         return config.compute.device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def identity(config: Config, dataset: Dataset, model: nn.Module) -> dict[str, ob
 
 
 def _score_content(kernel: KernelConfig) -> dict[str, str]:
-    """The source of a score of one's own, without what it calls: under its name another function may stand later."""
+    """The source code of a user's score, without the functions that it calls: the name may later mean another one."""
     name = kernel.weighting.name
     if not name.startswith(PYTHON):
         return {}

@@ -75,7 +75,7 @@ def _restored(restore: Callable[[], Section], key: str) -> Section:
 
 
 def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> None:
-    """Check that the stored kernel is the one that is asked for.
+    """Check that the stored kernel is the configured one.
 
     Raises:
         StoreError: it is another one, or is laid out in another way; the message names the first difference.
@@ -107,8 +107,8 @@ def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], r
     }
     for key, value in asked.items():
         kept = manifest.layout[key]
-        too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # there are none, whatever is asked
-        # The batch may have been halved since, where memory ran out: what was asked then is as good as what came of it.
+        too_few = key == "stderr" and manifest.sizes["num_blocks"] < MINIMUM_BLOCKS  # then there are none in any case
+        # If memory ran out, the batch was halved; the first configured batch is still allowed.
         asked_then = key == "batch" and value == manifest.config.get("compute", {}).get(key)
         if not (value in ("auto", kept) or too_few or asked_then):
             raise StoreError(

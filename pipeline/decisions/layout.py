@@ -68,9 +68,10 @@ def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: in
 
 
 def automatic_batch(model: nn.Module, x: torch.Tensor, num_rows: int, dtype: str) -> int:
-    """The largest power of two whose activations stay within 32 MiB, or within 256 MiB up to 32 examples, from 8 to
-    1024, and no larger than it takes to hold all rows (batches are padded, so more would be computed for nothing). On a
-    GPU within a 64th of its memory, up to 8192.
+    """Return the largest power of two from 8 to 1024 with activations of at most 32 MiB (up to 32 examples, 256 MiB).
+
+    It is no larger than necessary to hold all rows, because batches are padded and padding costs time. On a GPU, the
+    limits are a 64th of its memory and 8192 examples.
     """
     each = (8 if dtype == "float64" else 4) * activation_elements(model, x)
     low, high = _BATCH_RANGE
@@ -90,7 +91,7 @@ def overlaps_writing(job: Job) -> bool:
 
 
 def writing_threads(job: Job) -> int:
-    """Return the number of threads that write at once: the worker's own, and one more if they wait for a network."""
+    """Return the number of writing threads: the worker's threads, and one more if they wait for a network."""
     return job.layout.threads + (1 if RunStorage(job.run_dir).local_path is None else 0)
 
 

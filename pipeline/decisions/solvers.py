@@ -49,8 +49,8 @@ def choose_solver(job: Job, stage: str, factor: FactorForm | None) -> SolverChoi
     needs = (choice.spectrum_solver() if stage == "spectrum" else choice.regression_solver()).needs
     if needs is Needs.FACTOR and factor is None:
         raise ArgumentError(
-            f"{stage}.method is '{asked}', and this run stores no factor; {WITH_FACTOR}, unless 'statistic: unbiased' "
-            f"is asked for alone; set {stage}.method=auto"
+            f"{stage}.method is '{asked}', but this run stores no factor; {WITH_FACTOR}, unless statistic is unbiased; "
+            f"set {stage}.method=auto"
         )
     if needs is Needs.TILES and not job.layout.write_tiles:
         raise ArgumentError(
@@ -75,7 +75,7 @@ def _automatic(job: Job, columns: int | None) -> tuple[str, str]:
 
 
 def _arguments(job: Job, stage: str, name: str) -> dict[str, object]:
-    """The solver's arguments: those of the section, and `regression.tolerance` if the solver takes one."""
+    """The solver's arguments: `args` of the section, and `regression.tolerance` if the solver takes one."""
     section = getattr(job.config, stage)
     if stage == "regression" and takes_argument(REGRESSION_SOLVERS, name, "tolerance"):
         return {"tolerance": section.tolerance, **section.args}

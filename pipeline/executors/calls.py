@@ -1,7 +1,7 @@
-"""How many tasks go to a worker in one call, and how a worker carries out a call. Knows nothing of Ray.
+"""Calls of workers: how many tasks a call holds, and how a worker carries it out. Ray does not belong here.
 
-A call costs driver and worker about a millisecond, whatever it contains. So short tasks share a call, as many as take a
-fraction of a second; a longer task has one of its own. A lost worker or a killed driver then costs little: a call that
+A call costs driver and worker about a millisecond, for any number of tasks. So short tasks share a call, for a fraction
+of a second in total; a longer task is a call by itself. A lost worker or a killed driver then costs little: a call that
 takes longer than expected is cut short, and its other tasks are handed out again.
 
 Units: seconds.
@@ -63,7 +63,7 @@ def carry_out(execute: Callable[[Task], Outcome], tasks: Sequence[Task], limit_s
         The outcomes, in order.
 
     Raises:
-        Exception: whatever the first task raises.
+        Exception: the first task raises it.
     """
     outcomes: list[Outcome] = []
     for task in tasks:

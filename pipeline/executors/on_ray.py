@@ -195,7 +195,7 @@ class RayExecutor:
         address: of the cluster; None starts Ray here.
 
     Raises:
-        ArgumentError: Ray cannot be reached, or fewer workers fit than are asked for.
+        ArgumentError: Ray cannot be reached, or not all requested workers fit.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class RayExecutor:
         if places < (1 if grow else num_workers):
             raise ArgumentError(
                 f"{places} worker(s) of {num_cpus} CPU(s) and {self._options['num_gpus']:g} GPU(s) fit on the nodes of "
-                f"Ray, {num_workers} are asked for; set compute.workers=auto, or give the cluster more nodes"
+                f"Ray, but {num_workers} are requested; set compute.workers=auto, or give the cluster more nodes"
             )
         self._workers = [_Worker() for _ in range(places if grow and address else num_workers)]
 

@@ -22,7 +22,7 @@ class Executes(Protocol):
 
 
 class WorkerActor:
-    """One worker in a process of its own, made by `start`, so that an exception there arrives as any other does.
+    """One worker in its own process. `start` makes it, so that an exception there arrives like any other.
 
     The worker's own threads are the CPUs that Ray has given to the actor. A task that runs while all other workers are
     idle may use all CPUs of the node.

@@ -171,13 +171,13 @@ def _with_or_without_tiles(job: Job, dataset: Dataset) -> tuple[Job, tuple[Store
     """The job and its arrays, without tiles if they do not fit on the disk and a factor says the same.
 
     Raises:
-        ArgumentError: no tiles are asked for and there is no factor.
+        ArgumentError: tiles are not to be written, but there is no factor.
     """
     asked, factor, arrays = job.config.compute.write_tiles, stored_factor_form(job), describe_arrays(job, dataset)
     if asked is False and factor is None:
         raise ArgumentError(
-            f"compute.write_tiles is false, and this kernel has no factor to work from instead; {WITH_FACTOR}, unless "
-            "'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true"
+            f"compute.write_tiles is false, but this kernel has no factor to use instead; {WITH_FACTOR}, unless "
+            "statistic is unbiased; set compute.write_tiles to auto or true"
         )
     free = free_disk(RunStorage(job.run_dir))
     wanted = sum(array.num_bytes for array in arrays)
@@ -268,9 +268,7 @@ def _smaller_tiles(layout: Layout) -> str:
 
 def _other_contraction(costs: FeatureCosts) -> str:
     """What else would make features smaller, if a sketch would."""
-    return (
-        "; or set kernel.contraction to sketch, which takes less for an error of its own" if costs.allows_sketch else ""
-    )
+    return "; or set kernel.contraction to sketch, which is smaller but adds an error" if costs.allows_sketch else ""
 
 
 def wanted_workers(config: Config, layout: Layout) -> int:
@@ -328,8 +326,8 @@ def check_device(device: str, compute: ComputeConfig, *, continued: bool = False
     if not torch.cuda.is_available():
         if continued:
             raise ArgumentError(
-                f"the run was laid out on '{device}', and torch sees no GPU here; continue and verify it where there "
-                "is one"
+                f"the run was laid out on '{device}', but torch sees no GPU here; continue or verify it on a "
+                "machine with a GPU"
             )
         raise ArgumentError(
             f"compute.device is '{device}', but torch sees no GPU here; allowed: auto, cpu (the driver tries the "
@@ -341,8 +339,8 @@ def check_device(device: str, compute: ComputeConfig, *, continued: bool = False
         raise ArgumentError(f"compute.device is '{device}', but torch sees cuda:0 to cuda:{last} here")
     if number > 0 and compute.executor == ExecutorChoice.RAY:
         raise ArgumentError(
-            f"compute.device is '{device}', but Ray gives every worker GPUs of its own, and it sees its first as "
-            "cuda:0; set compute.device=cuda, or compute.executor=serial"
+            f"compute.device is '{device}', but with Ray every worker has its own GPUs and sees the first as cuda:0; "
+            "set compute.device=cuda, or compute.executor=serial"
         )
 
 

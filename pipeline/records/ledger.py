@@ -28,7 +28,7 @@ from pipeline.storage.run_storage import RunStorage
 __all__ = ["FOLDER", "Ledger", "LedgerRow", "StageTotals"]
 
 PARTS_BEFORE_MERGING = 64  # small files that are quickly read back, also from an object store
-MOST_WAITING = FULL_ROWS  # rows that are flushed whatever the clock says: about 5 MB as Python objects
+MOST_WAITING = FULL_ROWS  # rows that cause a flush at any time: about 5 MB as Python objects
 READ_ATTEMPTS = 5
 
 
@@ -119,7 +119,7 @@ class Ledger:
         self.tick()
 
     def tick(self) -> None:
-        """Flush if rows wait and the last flush is `flush_seconds` ago; a row that follows a long task goes at once.
+        """Flush if rows wait and the last flush is `flush_seconds` ago; so the row of a long task is not delayed.
 
         The driver calls this at least once a second, except while a serial task runs.
         """

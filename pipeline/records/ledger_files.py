@@ -116,7 +116,7 @@ class LedgerFiles:
             raise self._damaged(path, error) from error
 
     def write_flush(self, table: pa.Table) -> Part:
-        """Write a new file, which counts at once."""
+        """Write a new file, which counts as soon as it exists."""
         return self._write(table, "")
 
     def write_merged(self, portions: Iterable[pa.RecordBatch]) -> list[Part]:

@@ -167,10 +167,10 @@ def git_commit(source: Path = Path(__file__), *, but_for: str | None = None) -> 
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """Hex sha256 of the canonical JSON of `parts`.
+    """Return the hex sha256 of the canonical JSON of `parts`.
 
-    Keys are sorted, floats written by `repr` (so 1 and 1.0 differ), tuples are lists. A numpy array counts by its
-    dtype, shape and little-endian bytes in C order, whatever its layout in memory; a numpy scalar as the Python number.
+    Keys are sorted, floats written by `repr` (so 1 and 1.0 differ), tuples are lists. A NumPy array enters with its
+    dtype, shape and little-endian bytes in C order, for any layout in memory; a NumPy scalar as the Python number.
 
     Raises:
         TypeError: a value that has no canonical form (also arrays of objects, whose bytes are addresses).

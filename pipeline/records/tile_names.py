@@ -2,7 +2,7 @@
 
 Names that end in one or two numbers ("diagonal/7", "train/3/5") are bits of pages: 32 rows by 32 columns of pairs, or
 1,024 single numbers. So the tiles of a Gram matrix take half a byte each, tiles in a single column about ten. Any other
-name is kept as it is. No two names share a bit.
+name is kept as text. No two names share a bit.
 
 Axes: i row and j column numbers of a name.
 """

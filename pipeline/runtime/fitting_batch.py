@@ -45,7 +45,7 @@ class FittingBatch:
 
         Raises:
             Unavailable: a single example does not fit.
-            Exception: whatever else the action raises.
+            Exception: the action raises it.
         """
         while True:
             try:

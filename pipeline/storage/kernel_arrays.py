@@ -122,7 +122,7 @@ class KernelArrays:
             self.array(path)  # opened here: the table of open arrays is not for several threads
         if len(pieces) == 1:
             return [self.write(*piece) for piece in pieces]
-        if self._writers is None:  # the same threads for all tiles: each new one would keep memory of its own
+        if self._writers is None:  # the same threads for all tiles, because each new thread would keep its own memory
             self._writers = ThreadPoolExecutor(threads)
         writing = [self._writers.submit(self.write, *piece) for piece in pieces]
         wait(writing)

@@ -29,7 +29,7 @@ from nntk_dist.store.backends import BACKENDS
 KERNEL_STORE = "kernel.zarr"
 
 STORAGE_ERRORS = (BaseError, OSError)  # raised by object stores and disks
-ACCESS_ERRORS = (BaseError, PermissionError)  # after which nothing is known of what the storage holds
+ACCESS_ERRORS = (BaseError, PermissionError)  # they do not show what the storage holds
 # Files that a hard kill can leave: of shards and zarr (`0.<uuid>.partial`), and of obstore (`manifest.json#1`).
 _PARTIAL_FILE = re.compile(r"\.partial$|#\d+$")
 _ERROR_CODE = re.compile(r"<Code>(\w+)</Code>")
@@ -38,7 +38,7 @@ _OWN_FOLDERS = (KERNEL_STORE, "ledger", "tables", "report")
 
 
 class StorageRefusal(StoreError):
-    """A disk or an object store does not answer or denies access: nothing is known of what it holds."""
+    """A disk or an object store does not answer or denies access; this does not show what it holds."""
 
 
 class RunStorage:

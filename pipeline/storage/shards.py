@@ -121,9 +121,9 @@ def decode(array: zarr.Array, size: int, read: Callable[[int, int], bytes], out:
     Args:
         array: one with the codecs of this module.
         size: of the file in bytes.
-        read: returns the bytes of the file from a position on, as many as are asked for.
+        read: returns a given number of bytes of the file from a given position on.
         out: as large as the wanted part of the shard, within the array.
-        first: where in the shard `out` begins.
+        first: the position of the first entry of `out` in the shard.
 
     Raises:
         ValueError, RuntimeError: the content is not what `encode` makes of any values.

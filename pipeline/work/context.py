@@ -211,7 +211,7 @@ class Context:
     def _free_memory(self) -> None:
         """Forget row sets until one more, as large as the largest, fits.
 
-        This happens before the new one is made; three would be held at once otherwise. The last one used stays, since a
+        This happens before the new one is made; otherwise three would be in memory. The last one used stays, because a
         tile needs two.
         """
         sizes = [feature_bytes(rows) for rows, _ in self._cache.values()]
@@ -247,7 +247,7 @@ class Context:
 
 @dataclass(frozen=True)
 class FeatureParts:
-    """Features of two row intervals, one portion of the outputs after the other, made when they are asked for.
+    """Features of two row intervals, computed on demand, one portion of the outputs after the other.
 
     Attributes:
         context: The worker's context.

@@ -40,8 +40,8 @@ def compute_tile(
 def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:
     """Yield the tiles (i, j) of a matrix in an order that needs few features at a time.
 
-    Columns go in groups. A worker can keep the features of one group beside those of two rows, since the oldest row set
-    is dropped only after all columns were used. Within a group the order is row by row, so a row set is needed once for
+    Columns form groups. A worker can keep the features of one group and of two rows, since the oldest row set is
+    dropped only after all columns were used. Within a group the order is row by row, so a row set is needed once for
     each group, and a column set once in all.
 
     Args:

@@ -38,7 +38,7 @@ def calibrate_array(context: Context, features: FeatureMap, name: str, *, entrie
 
 
 def most_sampled_rows(job: Job) -> int:
-    """Return the most rows and columns whose features are held at once; on the diagonal they are the same."""
+    """Return the largest number of rows and columns with features in memory; on the diagonal they are the same."""
     crossings = [sum(map(len, _sample(job, name, SAMPLE_ENTRIES))) for name in ("train", "test")]
     return max(*crossings, len(_sample(job, "diagonal", SAMPLE_ENTRIES)[0]))
 

@@ -1,7 +1,7 @@
-"""What a stage is: a name, what it reads, its tasks, and how one task is carried out.
+"""The interface of stages: a name, the stages it reads, its tasks, and the execution of a task.
 
-To add a stage, subclass `Stage` in a file of its own: in this project with one line in `pipeline.work.stages`, from
-another package as `stages: ["python:module:Name"]` in a configuration.
+To add a stage, subclass `Stage` in a new file: in this project with one line in `pipeline.work.stages`, from another
+package as `stages: ["python:module:Name"]` in a configuration.
 
 Axes: none.
 """

@@ -1,7 +1,7 @@
 """A worker: one process that carries out tasks and measures them.
 
 The same class runs in the driver (serial) and inside a Ray actor. It returns small numbers; results go to the store.
-Asked for two tasks at once, from two threads, it computes the one while it writes what the other has computed.
+Two threads may give it one task each: it computes one of them while it writes the results of the other.
 
 Units: seconds, bytes.
 """
@@ -54,7 +54,7 @@ class Worker:
 
         Raises:
             ArgumentError: memory runs out.
-            Exception: whatever else the stage raises.
+            Exception: the stage raises it.
         """
         stage = stage_named(task.stage, self.job)
         with _memory_told(task), self._turn:
@@ -82,7 +82,7 @@ class Worker:
 
     @contextmanager
     def _limited(self, stage: str, num_threads: int) -> Iterator[None]:
-        """So many threads for torch, BLAS and OpenMP, and what there were before when it is over."""
+        """Limit torch, BLAS and OpenMP to `num_threads` inside the block; restore their numbers at its end."""
         if self._pools is None or self._pools[0] != stage:
             # Looking for loaded libraries takes milliseconds: once for a stage, since one may load another.
             self._pools = stage, ThreadpoolController()

@@ -63,7 +63,7 @@ def stage_named(name: str, job: Job) -> Stage:
 
 
 def with_readers(names: Iterable[str], stages: Sequence[Stage]) -> set[str]:
-    """Return the names with those of all stages that read them, directly or through others."""
+    """Return the names, and the names of all stages that read their results, directly or through others."""
     found = set(names)
     for stage in stages:  # stages come after what they read
         if found.intersection(stage.reads):

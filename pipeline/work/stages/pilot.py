@@ -1,6 +1,6 @@
-"""Stage `pilot`: one look at a sample of the train kernel with some number of draws, if an accuracy is asked for.
+"""Stage `pilot`: one look at a sample of the train kernel with some number of draws, if an accuracy is requested.
 
-Tile: the number of draws. Looks follow from each other, so they are no list known beforehand: the driver asks for one
+Tile: the number of draws. Each look depends on the last, so there is no fixed list of tasks: the driver asks for one
 after the other (`pipeline.driver.draw_search`), each with the job that it would be. Nothing is written but numbers.
 
 Axes: none.

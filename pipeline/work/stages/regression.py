@@ -1,4 +1,4 @@
-"""Stage `regression`: kernel ridge regression on the stored kernel, all ridges at once; tables regression, predictions.
+"""Stage `regression`: kernel ridge regression on the stored kernel for all ridges; tables regression, predictions.
 
 The solver that the plan chose does the work. Classification regresses on one-hot targets. One task without checkpoints:
 after a stop it starts again.

@@ -209,16 +209,16 @@ def test_another_method_reruns_its_stage_alone(tmp_path):
     [
         pytest.param(
             ("compute.write_tiles=false",),
-            "compute.write_tiles is false, and this kernel has no factor to work from",
+            "compute.write_tiles is false, but this kernel has no factor to use instead",
             marks=pytest.mark.process,
         ),
         (
             (*KERNELS["weight"], "kernel.statistic=unbiased", "compute.write_tiles=false"),
-            "unless 'statistic: unbiased' is asked for alone; set compute.write_tiles to auto or true",
+            "unless statistic is unbiased; set compute.write_tiles to auto or true",
         ),
         pytest.param(
             ("spectrum.method=factored",),
-            "spectrum.method is 'factored', and this run stores no factor",
+            "spectrum.method is 'factored', but this run stores no factor",
             marks=pytest.mark.process,
         ),
         (

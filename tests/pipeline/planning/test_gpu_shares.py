@@ -37,7 +37,7 @@ def test_as_many_workers_as_the_gpus_have_places_for(compute, expected, monkeypa
     ("compute", "message"),
     [
         ({"device": "cuda:3"}, "compute.device is 'cuda:3', but torch sees cuda:0 to cuda:2 here"),
-        ({"device": "cuda:1", "executor": "ray"}, "Ray gives every worker GPUs of its own.* set compute.device=cuda"),
+        ({"device": "cuda:1", "executor": "ray"}, "with Ray every worker has its own GPUs.* set compute.device=cuda"),
         ({"device": "cuda:0", "executor": "ray"}, None),
         ({"device": "cuda:2", "executor": "serial"}, None),
         ({"device": "cpu", "workers_per_gpu": 2}, "workers_per_gpu is 2, but the run is on cpu"),

@@ -92,7 +92,7 @@ def test_where_there_is_no_gpu_the_refusal_says_who_wanted_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NNTKError, match=r"compute.device is 'cuda', but torch sees no GPU here; .*entrypoint-num-gpus"):
         check_device("cuda", config(device="cuda").compute)
-    with pytest.raises(NNTKError, match="the run was laid out on 'cuda', and torch sees no GPU here"):
+    with pytest.raises(NNTKError, match="the run was laid out on 'cuda', but torch sees no GPU here"):
         check_device("cuda", config().compute, continued=True)
 
 

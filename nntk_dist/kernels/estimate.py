@@ -17,7 +17,7 @@ from nntk_dist.errors import ArgumentError, StoreError
 from nntk_dist.planning.model_probes import ModelProbes
 from nntk_dist.planning.plain import from_plain, to_plain
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
-from nntk_dist.statistics.estimates import t_quantile
+from nntk_dist.statistics.standard_errors import t_quantile
 
 if TYPE_CHECKING:
     import xarray

@@ -23,8 +23,8 @@ from nntk_dist.runtime.arrays import as_examples
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.warning import warn_caller
 from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec
-from nntk_dist.statistics.estimates import Calibration, Estimates, relative_distance
 from nntk_dist.statistics.required_draws import Look, verdict
+from nntk_dist.statistics.standard_errors import Calibration, Estimates, relative_distance
 
 Examples = Tensor | np.ndarray
 BATCH = 256

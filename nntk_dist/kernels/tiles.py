@@ -9,7 +9,7 @@ from nntk_dist.products.features import FeatureMap, Rows, slice_rows
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from nntk_dist.spec import KernelSpec, Kind
-from nntk_dist.statistics.estimates import Calibration, Estimates, sample_entries, sample_limit
+from nntk_dist.statistics.standard_errors import Calibration, Estimates, sample_entries, sample_limit
 from nntk_dist.statistics.tile_estimates import calibrate_sample, tile_estimates
 
 _TILE_ROWS = 1024

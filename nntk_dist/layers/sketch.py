@@ -14,8 +14,8 @@ real vectors, which is why they are complex (Wacker, Ohana, Filippone, "Complex-
 AISTATS 2023). Projections of both sides to b×b blocks would cost less for a column, but 4(b + 1)/k at the same k.
 
 The probes are a function of (seed, parameter, side, coordinate, column): the same for all rows, draws and processes.
-Columns form Q independent groups; their scatter gives the error of the sketch (`nntk_dist.statistics.estimates`). No
-models, no draws and no kernels here.
+Columns form Q independent groups; their scatter gives the error of the sketch
+(`nntk_dist.statistics.standard_errors`). No models, no draws and no kernels here.
 
 Axes: n examples, c outputs, e sketches (1 if joint, else c), t positions, o/i units out/in, r rows of a parameter's
 gradient ((output, unit) if joint, else unit), k columns, m = k/2 complex columns.

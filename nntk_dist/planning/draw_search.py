@@ -17,8 +17,8 @@ from nntk_dist.planning.decision import Decision, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import PILOT_ENTRIES, Calibration, sample_entries, sample_limit
 from nntk_dist.statistics.required_draws import Look, blocks_to_look_at, next_draws
+from nntk_dist.statistics.standard_errors import PILOT_ENTRIES, Calibration, sample_entries, sample_limit
 from nntk_dist.statistics.tile_estimates import calibrate_sample
 
 

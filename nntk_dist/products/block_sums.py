@@ -2,7 +2,7 @@
 
 A block product is H_rr'(x, x') = ⟨g_r(x), g_r'(x')⟩, g_r the mean gradient of block r. This module defines the sums and
 how two row sets meet. The modules `formed`, `metric`, `layered` and `noise_pairs` make sums of features;
-`nntk_dist.statistics.estimates` makes statistics of sums. No models, no randomness.
+`nntk_dist.statistics.standard_errors` makes statistics of sums. No models, no randomness.
 
 Axes: n rows, r/R blocks, c outputs, k feature columns of one output, w slots of features (blocks, draws, or
 combinations of blocks), q/Q groups of sketch columns.

@@ -1,9 +1,9 @@
 """The number of draws that a requested accuracy takes: a few rows are computed with more and more draws.
 
 A *look* computes part of the sample of entries that calibrates a kernel's standard errors
-(`nntk_dist.statistics.estimates`) with S draws, and takes from it the 95 % bound of ‖U − Θ‖/‖Θ‖. The shares of the
-noise that fall like 1/S and like 1/S² determine the next look. The search is a function of the looks so far and nothing
-else, so a search that was stopped continues as if it had not been. No models, no features here.
+(`nntk_dist.statistics.standard_errors`) with S draws, and takes from it the 95 % bound of ‖U − Θ‖/‖Θ‖. The shares of
+the noise that fall like 1/S and like 1/S² determine the next look. The search is a function of the looks so far and
+nothing else, so a search that was stopped continues as if it had not been. No models, no features here.
 
 A search ends when a bound happens to be low. So the bound holds a little less often than in 95 % of all cases, and U
 has a small bias; docs/estimators.md reports how often it held. Rows outside the sample are assumed to have the same
@@ -19,7 +19,7 @@ from typing import Self
 
 from nntk_dist.errors import ArgumentError
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 
 # Looks cost little beside the rows that follow, but not nothing. A prediction over more than a factor of 4 is a
 # guess. A step goes only part of the predicted way, since superfluous draws cost more than another look.

@@ -19,7 +19,7 @@ from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.products.features import FeatureMap, Rows, num_rows, slice_rows
 from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import ProductSums, WeightedProduct, can_multiply_into, multiply_into_
-from nntk_dist.statistics.estimates import Calibration, calibrate, estimate, shares_of_sums
+from nntk_dist.statistics.standard_errors import Calibration, calibrate, estimate, shares_of_sums
 
 # Kernel rows and columns of a window: large enough for the full rate of a matrix product on two threads, small enough
 # for its sums (2 MiB each in float64) to stay in a cache. A GPU needs windows that keep all of it busy.

@@ -111,7 +111,7 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: nntk status runs/digits")
 def status(run_dir: RunDir) -> None:
     """Show how far a run is, and whether its driver is alive."""
-    from pipeline.decisions.continuation import stored_job
+    from pipeline.decisions.stored_run import stored_job
     from pipeline.driver import display
     from pipeline.records.ledger import Ledger
     from pipeline.records.lock import driver_alive, read_heartbeat

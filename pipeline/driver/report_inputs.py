@@ -19,7 +19,7 @@ from nntk_dist.planning.decision import Decision
 from nntk_dist.spec import GammaScale, Kind, Outputs, Statistic
 from nntk_dist.weighting.options import Weighting
 from pipeline.config.choices import StandardErrorChoice
-from pipeline.decisions.continuation import stored_decision, stored_job
+from pipeline.decisions.stored_run import stored_decision, stored_job
 from pipeline.records.manifest import Manifest
 from pipeline.report import (
     KernelFacts,

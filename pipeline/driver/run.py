@@ -22,8 +22,8 @@ from pipeline.config.choices import ExecutorChoice
 from pipeline.config.schema import Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import build_dataset, build_model, identity
-from pipeline.decisions.continuation import check_kernel, stages_to_rerun, stored_job
 from pipeline.decisions.layout import overlaps_writing
+from pipeline.decisions.stored_run import check_kernel, stages_to_rerun, stored_job
 from pipeline.decisions.weighting_reference import weighting_attributes
 from pipeline.driver.draw_search import search_draws
 from pipeline.driver.progress import Progress

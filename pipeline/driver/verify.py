@@ -19,7 +19,7 @@ from nntk_dist.sampling.philox import uniform
 from nntk_dist.sampling.streams import VERIFIED_SAMPLE, Stream
 from pipeline.config.schema import config_from_dict
 from pipeline.decisions.build import build_dataset, build_model, identity
-from pipeline.decisions.continuation import check_kernel, stored_job
+from pipeline.decisions.stored_run import check_kernel, stored_job
 from pipeline.driver.run import state_of
 from pipeline.job.job import Job, Task, intervals
 from pipeline.planning.plan import check_device

@@ -28,7 +28,7 @@ from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
 from pipeline.decisions.layout import choose_batch, make_layout, threads_of
-from pipeline.decisions.solvers import choose_solvers
+from pipeline.decisions.solver_choice import choose_solvers
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job, Layout, Sizes
 from pipeline.planning.projection import BASE_BYTES, Projection, feature_costs, project

@@ -21,12 +21,12 @@ from nntk_dist.products.weighted_products import product_window_bytes
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.sampling.designs import Design, group_size
 from nntk_dist.sampling.draws import DRAW_ELEMENTS
-from nntk_dist.statistics.estimates import SAMPLE_ENTRIES
+from nntk_dist.statistics.standard_errors import SAMPLE_ENTRIES
 from nntk_dist.statistics.tile_estimates import tile_window_edges
 from pipeline.config.choices import StandardErrorChoice
 from pipeline.decisions.build import DTYPES, state_bytes
 from pipeline.decisions.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
-from pipeline.decisions.solvers import solver_cost
+from pipeline.decisions.solver_choice import solver_cost
 from pipeline.decisions.weighting_reference import num_reference
 from pipeline.job.job import Job, intervals
 from pipeline.storage.array_table import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.runtime.precision import multiplying
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.job.job import Task
 from pipeline.storage.array_table import kernel_width, statistics_of

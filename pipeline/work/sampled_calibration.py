@@ -12,7 +12,7 @@ import torch
 
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import FeatureMap, Rows
-from nntk_dist.statistics.estimates import SAMPLE_ENTRIES, Calibration, sample_entries, sample_limit
+from nntk_dist.statistics.standard_errors import SAMPLE_ENTRIES, Calibration, sample_entries, sample_limit
 from nntk_dist.statistics.tile_estimates import calibrate_sample
 from pipeline.job.job import Job
 from pipeline.storage.array_table import kernel_width

@@ -29,7 +29,7 @@ from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell

@@ -24,8 +24,8 @@ from nntk_dist.runtime.read_ahead import read_ahead
 from nntk_dist.runtime.threads import torch_threads
 from pipeline.storage.array_table import StoredArray
 from pipeline.storage.kernel_arrays import KernelArrays
-from pipeline.storage.kernel_forms import streamed_kernel
 from pipeline.storage.run_storage import RunStorage
+from pipeline.storage.solver_inputs import streamed_kernel
 from scripts.benchmarks.figures import Figure, answer, best_seconds
 from scripts.studies.cells import Answer, Cell
 

@@ -33,7 +33,7 @@ from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.reused_memory import ReusedMemory
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.storage.array_table import StoredArray
 from pipeline.storage.kernel_arrays import KernelArrays

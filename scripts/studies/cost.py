@@ -33,7 +33,7 @@ from nntk_dist.planning.decision import decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.sampling.designs import GROUP_SIZES
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import relative_distance
+from nntk_dist.statistics.standard_errors import relative_distance
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from scripts.studies.cells import Answer, Cell
 from tests.harness.tools import all_rows

@@ -19,7 +19,7 @@ from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows, slice_rows
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration, sample_entries
+from nntk_dist.statistics.standard_errors import Calibration, sample_entries
 from nntk_dist.statistics.tile_estimates import calibrate_sample, tile_estimates
 from tests.oracles import brute_force
 from tests.oracles.cases import case

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from nntk_dist.planning.decision import with_draws
 from nntk_dist.planning.draw_search import spec_to_look_at
-from nntk_dist.statistics.estimates import PILOT_ENTRIES
 from nntk_dist.statistics.required_draws import Look
+from nntk_dist.statistics.standard_errors import PILOT_ENTRIES
 from pipeline.job.job import Job, Task
 from pipeline.work.context import Context, Written
 from pipeline.work.sampled_calibration import calibrate_array

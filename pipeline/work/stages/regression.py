@@ -10,7 +10,7 @@ import numpy as np
 
 from nntk_dist.analysis.regression.ridge_problem import RidgeProblem, RidgeRegression, ridge_problem
 from pipeline.job.job import Task
-from pipeline.storage.kernel_forms import test_forms, train_forms
+from pipeline.storage.solver_inputs import test_forms, train_forms
 from pipeline.storage.tables import write_table
 from pipeline.work.context import Context, Written
 from pipeline.work.stage import Stage

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.job.job import Task
 from pipeline.storage.array_table import statistics_of
-from pipeline.storage.kernel_forms import train_forms
+from pipeline.storage.solver_inputs import train_forms
 from pipeline.storage.tables import write_table
 from pipeline.work.context import Context, Written
 from pipeline.work.stage import Stage

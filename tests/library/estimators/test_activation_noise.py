@@ -21,7 +21,7 @@ from nntk_dist.products.block_sums import Meeting
 from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from tests.harness.tools import all_rows, assert_equal, estimates_of, prepared_features
 from tests.oracles import brute_force

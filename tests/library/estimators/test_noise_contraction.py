@@ -19,7 +19,7 @@ from nntk_dist.layers.sites import Site
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import sketch_variance
+from nntk_dist.statistics.standard_errors import sketch_variance
 from tests.harness.many_seeds import check
 from tests.harness.projecting import sketch_of_formed
 from tests.harness.tools import all_rows, assert_equal, estimates_of

@@ -27,7 +27,7 @@ from nntk_dist.models.parameters import select_parameters
 from nntk_dist.products.features import slice_rows
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from tests.harness.tools import all_rows, assert_equal, by_definition, estimates_of, prepared_features
 from tests.oracles import brute_force

@@ -29,7 +29,7 @@ from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import add_products_
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
-from nntk_dist.statistics.estimates import Calibration, estimate, jackknife_variance
+from nntk_dist.statistics.standard_errors import Calibration, estimate, jackknife_variance
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from tests.harness.tools import all_rows, assert_equal
 from tests.oracles.cases import case

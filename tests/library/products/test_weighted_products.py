@@ -28,7 +28,7 @@ from nntk_dist.products.weighted_products import (
 )
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics import tile_estimates as tiles
-from nntk_dist.statistics.estimates import Calibration, Estimates, estimate, shares_of_sums
+from nntk_dist.statistics.standard_errors import Calibration, Estimates, estimate, shares_of_sums
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from tests.harness.grids import pairwise
 from tests.harness.tools import all_rows, assert_equal

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from nntk_dist.statistics.error_bounds import NoiseSource, bound_factor, noise_source
-from nntk_dist.statistics.estimates import calibrate
+from nntk_dist.statistics.standard_errors import calibrate
 
 SPECTRA = {
     "all entries err together": [1.0] + 39 * [0.0],

@@ -10,8 +10,8 @@ import pytest
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration
 from nntk_dist.statistics.required_draws import Look, blocks_to_look_at, draws_for, next_draws, verdict
+from nntk_dist.statistics.standard_errors import Calibration
 
 
 def look(draws: int, bound: float, pair_share: float = 0.0, sketch_share: float = 0.0) -> Look:

@@ -23,7 +23,7 @@ from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.block_sums import BlockSums, Meeting
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import calibrate, estimate
+from nntk_dist.statistics.standard_errors import calibrate, estimate
 from tests.harness.many_seeds import Problem, check
 from tests.harness.tools import all_rows, assert_equal, draws_by_definition
 from tests.oracles import brute_force, closed_forms

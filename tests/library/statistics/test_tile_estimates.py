@@ -15,7 +15,7 @@ from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.features import FeatureMap, slice_rows
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import mirror_, tile_estimates
 from tests.harness.tools import KINDS, all_rows, assert_equal, estimates_of, prepared_features, small, two_row_sets
 from tests.oracles.cases import case

@@ -10,7 +10,7 @@ from nntk_dist import open_kernel
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.planning.decision import decide
-from nntk_dist.statistics.estimates import Calibration
+from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.decisions.build import build_dataset, build_model, build_spec
 from pipeline.config.schema import load_config

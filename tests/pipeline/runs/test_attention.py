@@ -19,7 +19,7 @@ from nntk_dist import nonlocal_kernel
 from nntk_dist.models.evaluation import prepare_model
 from pipeline.decisions.build import build_dataset, build_model, build_spec
 from pipeline.config.schema import config_from_dict, load_config
-from pipeline.decisions.continuation import stored_job
+from pipeline.decisions.stored_run import stored_job
 from pipeline.records.manifest import read_manifest
 from pipeline.decisions.weighting_reference import reference_batch, reference_rows
 from pipeline.storage.run_storage import RunStorage

@@ -15,7 +15,7 @@ from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.spec import KernelSpec
 from pipeline.decisions.build import build_dataset, build_model
 from pipeline.config.schema import config_from_dict
-from pipeline.decisions.continuation import stored_job
+from pipeline.decisions.stored_run import stored_job
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
 from tests.harness.grids import all_but

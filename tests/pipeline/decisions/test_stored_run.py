@@ -12,7 +12,7 @@ import pipeline.driver.run
 import pipeline.work.stages
 from pipeline.config.schema import config_from_dict
 from pipeline.decisions.build import build_dataset, build_model
-from pipeline.decisions.continuation import stored_job
+from pipeline.decisions.stored_run import stored_job
 from pipeline.planning.plan import make_plan
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from nntk_dist.products.block_sums import BlockSums
-from nntk_dist.statistics.estimates import (
+from nntk_dist.statistics.standard_errors import (
     Calibration,
     calibrate,
     estimate,

@@ -15,8 +15,8 @@ from nntk_dist.analysis import BlockKrylov, ConjugateGradients
 from nntk_dist.analysis.regression.leave_one_out import sampled_examples, unit_vectors
 from nntk_dist.errors import NNTKError
 from nntk_dist.products.factor_form import FactorForm
-from pipeline.decisions.continuation import stored_job
-from pipeline.decisions.solvers import choose_solver
+from pipeline.decisions.solver_choice import choose_solver
+from pipeline.decisions.stored_run import stored_job
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
 from tests.harness.grids import all_but

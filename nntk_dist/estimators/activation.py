@@ -16,7 +16,7 @@ from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.layers.sketch import Sketch, groups_of_columns
 from nntk_dist.models.evaluation import trying
 from nntk_dist.models.parameters import ParameterSpace
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import EstimatorChoice, KernelSpec
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Activation:
                 raise Unavailable(f"{name} is {number}; allowed for estimator activation: up to {most} ({spec.design})")
         with trying(Unavailable, "its layers cannot be given noise ({reason}); use estimator: weight"):
             noise = plan_noise(trial.evaluator.model, space, trial.x)
-        if spec.estimator == "auto" and 2 * noise.num_parameters(space)[2] > space.num_parameters:
+        if spec.estimator == EstimatorChoice.AUTO and 2 * noise.num_parameters(space)[2] > space.num_parameters:
             raise Unavailable("noise in pre-activations would reach less than half of the parameters")
         num_outputs = 1 if isinstance(spec.outputs, int) else trial.num_outputs
         chosen = noise_contraction(noise, space, spec, num_draws=drawing.num_draws, num_outputs=num_outputs)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import ContractionChoice, KernelSpec, Kind, Outputs
 
 # `auto` sketches only if exact features of a row exceed this many bytes (in float32, one output at a time: a thousand
 # rows would take 8 GiB), and exact products take this many times the operations of a sketch of k numbers per output. (A
@@ -104,8 +104,8 @@ def contraction_of(
     plan: SitePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> Contraction:
     """Choose the contraction of a kernel of gradients with `num_outputs` model outputs."""
-    blocks = 1 if spec.kind == "local" else spec.blocks
-    setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == "full")
+    blocks = 1 if spec.kind == Kind.LOCAL else spec.blocks
+    setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == Outputs.FULL)
     num_columns = columns_of_sketch(spec.sketch) if spec.pair_blocks else 0
     return choose_contraction(plan, space, spec.contraction, num_columns, setting)
 
@@ -128,9 +128,9 @@ def choose_contraction(
         plan = replace(plan, readout=None)
     cheapest, costs = _exact(plan, space, contraction, setting)
     names = frozenset[str]()
-    if contraction == "sketch":
+    if contraction == ContractionChoice.SKETCH:
         names = plan.names()
-    elif contraction == "auto" and num_columns and unaffordable(costs.values(), num_columns, setting):
+    elif contraction == ContractionChoice.AUTO and num_columns and unaffordable(costs.values(), num_columns, setting):
         worth = setting.products * setting.copies * num_columns
         names = frozenset(name for group, cost in costs.items() for name in group if cost.operations > worth)
     if not names:
@@ -152,7 +152,9 @@ def _exact(
         names = tuple(name for _, name in site.parameters)
         means = _means_cost(sum(sizes[name] for name in names), setting)
         layered = _layered_cost(space, plan, site, setting)
-        if contraction == "means" or (contraction != "layered" and means.operations < layered.operations):
+        if contraction == ContractionChoice.MEANS or (
+            contraction != ContractionChoice.LAYERED and means.operations < layered.operations
+        ):
             formed.add(site.module)
         costs[names] = means if site.module in formed else layered
     for name in plan.dense_names():

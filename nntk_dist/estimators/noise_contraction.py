@@ -18,7 +18,7 @@ from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.products.factor_form import METRIC_DRAWS
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import ContractionChoice, KernelSpec, Outputs
 
 # Formed gradients may take up to this many times the memory of the factors that they replace.
 _MOST_MEMORY = 4
@@ -47,22 +47,24 @@ def noise_contraction(
     plan: NoisePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> NoiseContraction:
     """Choose the requested contraction, or the cheapest exact one, or a sketch if that is too expensive."""
-    setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == "full")
+    setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == Outputs.FULL)
     formed, costs = set[str](), dict[str, Cost]()
     for each in plan.noisy:
         layered, means = _noise_layered_cost(each, setting), _noise_means_cost(each, setting)
         cheaper = means.operations < layered.operations and means.numbers <= _MOST_MEMORY * layered.numbers
-        if spec.contraction == "means" or (spec.contraction != "layered" and cheaper):
+        if spec.contraction == ContractionChoice.MEANS or (spec.contraction != ContractionChoice.LAYERED and cheaper):
             formed.add(each.module)
         costs[each.module] = means if each.module in formed else layered
     num_columns, sketched = columns_of_sketch(spec.sketch), frozenset[str]()
-    if spec.contraction == "sketch":
+    if spec.contraction == ContractionChoice.SKETCH:
         sketched = frozenset(costs)
-    elif spec.contraction == "auto" and unaffordable(costs.values(), num_columns, setting):
+    elif spec.contraction == ContractionChoice.AUTO and unaffordable(costs.values(), num_columns, setting):
         worth = setting.products * setting.copies * num_columns
         sketched = frozenset(module for module, cost in costs.items() if cost.operations > worth)
     few = setting.products * plan.num_parameters(space)[2] < num_draws
-    forms_weight_space = bool(plan.weight_space) and (few or num_draws > METRIC_DRAWS or spec.contraction == "means")
+    forms_weight_space = bool(plan.weight_space) and (
+        few or num_draws > METRIC_DRAWS or spec.contraction == ContractionChoice.MEANS
+    )
     return NoiseContraction(frozenset(formed) - sketched, sketched, num_columns if sketched else 0, forms_weight_space)
 
 

@@ -28,7 +28,7 @@ from nntk_dist.planning.plain import from_plain, to_plain
 from nntk_dist.planning.stacking import try_stacking
 from nntk_dist.registration.estimators import AUTO_ORDER, ESTIMATORS
 from nntk_dist.sampling.laws import LowRank
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import ContractionChoice, EstimatorChoice, KernelSpec, Kind
 from nntk_dist.weighting.attention import make_attention
 from nntk_dist.weighting.options import Reference
 
@@ -187,7 +187,7 @@ def decide(
         _try_weighting(decision, model, x, spec, reference)
         reason += f"; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
     moved = Evaluator(model, space, decision.stacked)
-    drawing = None if spec.kind == "local" else spec.drawing(decision.estimator, space, model)
+    drawing = None if spec.kind == Kind.LOCAL else spec.drawing(decision.estimator, space, model)
     probes = probe_model(
         moved, spec, x[:_EXAMPLES], decision.estimator, drawing, unmoved=decision.plan.unmoved, calls=calls, jumps=jumps
     )
@@ -223,7 +223,7 @@ def plan_for(
     """
     chosen = _estimator(estimator)
     space = select_parameters(model, spec.parameters)
-    drawing = None if spec.kind == "local" else spec.drawing(estimator, space, model)
+    drawing = None if spec.kind == Kind.LOCAL else spec.drawing(estimator, space, model)
     stacking = ""
     if batch is not None and drawing is not None and chosen.moves_parameters:
         found = try_stacking(model, space, _filled(x, batch), drawing, threads=threads)
@@ -262,7 +262,7 @@ def _filled(x: Tensor, batch: int) -> Tensor:
 
 def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec, why: str = "") -> None:
     """Refuse a contraction of gradients for an estimator that forms none; `why` says why it was chosen."""
-    if spec.contraction != "auto" and not chosen.forms_gradients:
+    if spec.contraction != ContractionChoice.AUTO and not chosen.forms_gradients:
         reason = f" ({why})" if why else ""
         raise ArgumentError(
             f"contraction is '{spec.contraction}', but the estimator is {name}{reason}, which forms no gradients; use "
@@ -291,11 +291,11 @@ def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], st
     """The estimators to try, in their order; if model and kernel leave a single one, also why."""
     if holds_black_box(model):
         return ("weight",), _black_box_reason(spec)
-    if spec.kind == "local":
+    if spec.kind == Kind.LOCAL:
         return ("autodiff",), "the ordinary NTK uses gradients at θ"
-    if spec.kind == "averaged":
+    if spec.kind == Kind.AVERAGED:
         return ("autodiff",), "the averaged NTK uses gradients at random parameters"
-    if spec.kind == "covariance":
+    if spec.kind == Kind.COVARIANCE:
         return ("weight",), "the covariance kernel uses output differences"
     if not spec.weighting.is_fixed:
         return ("weight",), "only differences of outputs belong to one draw each, to be weighted"
@@ -304,17 +304,17 @@ def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], st
             "only output differences do without radial perturbations; at finite gamma, low-rank ones give another "
             "kernel than any radial distribution"
         )
-    return (AUTO_ORDER, "") if spec.estimator == "auto" else ((str(spec.estimator),), "")
+    return (AUTO_ORDER, "") if spec.estimator == EstimatorChoice.AUTO else ((str(spec.estimator),), "")
 
 
 def _black_box_reason(spec: KernelSpec) -> str:
     """Why `weight` computes this kernel of a black box, or the refusal of a kernel that differences cannot give."""
-    if spec.kind not in ("nonlocal", "covariance"):
+    if spec.kind not in (Kind.NONLOCAL, Kind.COVARIANCE):
         raise ModelError(
             f"kind is '{spec.kind}', which uses gradients, but the model holds a black box, which has none; "
             "allowed: nonlocal, covariance"
         )
-    if spec.estimator not in ("auto", "weight"):
+    if spec.estimator not in (EstimatorChoice.AUTO, EstimatorChoice.WEIGHT):
         raise Unavailable(
             f"estimator is '{spec.estimator}', but the model holds a black box, which can only be evaluated; allowed: "
             "auto, weight"
@@ -343,7 +343,7 @@ def _try_gradients(
         return None, error
     if probe.differentiable:
         return probe, None
-    if spec.estimator != "auto":
+    if spec.estimator != EstimatorChoice.AUTO:
         return probe, Unavailable(
             f"estimator is '{spec.estimator}', but the model jumps in its parameters ({_evidence(probe)}), and its "
             "gradients miss the jumps; use estimator: weight or auto"
@@ -357,7 +357,7 @@ def _statement(decision: Decision, spec: KernelSpec, jumps: JumpProbe | None) ->
     if chosen.uses_gradients and jumps is not None:
         return f"the model is locally Lipschitz in its parameters: {_evidence(jumps)}"
     statement = chosen.statement(decision.plan, decision.space)
-    return statement if spec.estimator == "auto" else f"asked for: {statement}"
+    return statement if spec.estimator == EstimatorChoice.AUTO else f"asked for: {statement}"
 
 
 def _evidence(probe: JumpProbe) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nntk_dist.planning.decision import Decision, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap
+from nntk_dist.sampling.designs import Design
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.required_draws import Look, blocks_to_look_at, next_draws
 from nntk_dist.statistics.standard_errors import PILOT_ENTRIES, Calibration, sample_entries, sample_limit
@@ -63,7 +64,7 @@ def spec_to_look_at(spec: KernelSpec, num_draws: int, num_parameters: int) -> Ke
     It is not with weights of draws, which are normalised within a block, nor with orthogonal groups, whose size depends
     on the block.
     """
-    if spec.design == "orthogonal" or not spec.weighting.is_fixed:
+    if spec.design == Design.ORTHOGONAL or not spec.weighting.is_fixed:
         return spec
     group = spec.draw_unit(num_draws, num_parameters) // spec.blocks
     return replace(spec, blocks=blocks_to_look_at(num_draws, spec.blocks, group), draws=num_draws)

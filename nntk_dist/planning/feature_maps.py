@@ -12,7 +12,7 @@ from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.planning.decision import Decision
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.registration.estimators import ESTIMATORS
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import KernelSpec, Kind
 from nntk_dist.weighting.attention import make_attention
 from nntk_dist.weighting.options import Reference
 
@@ -36,10 +36,10 @@ def make_feature_map(
         metric: M of output differences, if it has been computed before.
         reference: the examples on which weights of draws are compared, if not the weighting's own or the first of x.
     """
-    if spec.kind != "local":
+    if spec.kind != Kind.LOCAL:
         spec = replace(spec, draws=decision.num_draws)
     evaluator = Evaluator(model, decision.space, decision.stacked)
-    drawing = None if spec.kind == "local" else spec.drawing(decision.estimator, decision.space, model)
+    drawing = None if spec.kind == Kind.LOCAL else spec.drawing(decision.estimator, decision.space, model)
     attention = None
     if not spec.weighting.is_fixed:
         assert drawing is not None

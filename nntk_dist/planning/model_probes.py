@@ -18,7 +18,7 @@ from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.planning.jumps import JumpProbe
 from nntk_dist.planning.noise_floor import NoiseFloor, probe_noise
 from nntk_dist.sampling.draws import Drawing
-from nntk_dist.spec import KernelSpec
+from nntk_dist.spec import KernelSpec, Kind
 
 # Noise of 1 % in differences adds 1e-4 of itself to the variance of `weight`, and to a covariance kernel's diagonal.
 NOTABLE_NOISE = 0.01
@@ -155,7 +155,7 @@ def _noise_caution(
     remedies = ["a larger gamma"]
     if floor.measured:  # otherwise it is float64 already
         remedies.append("dtype float64")
-        if spec.kind == "nonlocal" and jumps is None:
+        if spec.kind == Kind.NONLOCAL and jumps is None:
             remedies.append("estimator autodiff, if the model has no jumps")
     size = "all" if math.isinf(floor.ratio) else f"{floor.ratio:.2g}"
     return (

@@ -25,6 +25,7 @@ from nntk_dist.models.noise import is_random
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.runtime.threads import torch_threads
+from nntk_dist.sampling.designs import Design
 from nntk_dist.sampling.draws import Drawing
 
 _LONG_SECONDS = 5e-3  # a pass to which the overhead of a call, about 0.1 ms, is nothing
@@ -83,7 +84,7 @@ def _timed(drawing: Drawing) -> Drawing:
     begins with the final number. Orthonormal groups grow with the number of draws and cost the same both ways, so
     independent draws replace them.
     """
-    design = "iid" if drawing.design == "orthogonal" else drawing.design
+    design = Design.IID if drawing.design == Design.ORTHOGONAL else drawing.design
     return replace(drawing, design=design, num_draws=_DRAWS, num_blocks=_BLOCKS, seed=0)
 
 

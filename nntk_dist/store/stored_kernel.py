@@ -21,6 +21,7 @@ from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.streamed_kernel import StreamedKernel
 from nntk_dist.errors import ArgumentError, StoreError, Unavailable, nearest_name
 from nntk_dist.products.factor_form import SKETCHES, WITH_FACTOR, FactorForm
+from nntk_dist.spec import Kind, Outputs, Statistic
 from nntk_dist.store.tables import read_table, table_names
 
 if TYPE_CHECKING:  # in the extra `analysis`
@@ -77,7 +78,7 @@ class StoredKernel:
     def shape(self) -> tuple[int, int]:
         """Return the shape of `gram`, also if no tiles are stored: (n, n), or (n·C, n·C) in form `full`."""
         examples, outputs = self.outputs.shape
-        rows = examples * (outputs if self.group.attrs.get("outputs") == "full" else 1)
+        rows = examples * (outputs if self.group.attrs.get("outputs") == Outputs.FULL else 1)
         return rows, rows
 
     @property
@@ -310,7 +311,7 @@ class StoredKernel:
         values = self._read("train/features", features, ...)
         metric = self._read("metric", self.array("metric"), ...)
         num_rows, num_draws, num_outputs = values.shape
-        if self.group.attrs.get("outputs") == "full":
+        if self.group.attrs.get("outputs") == Outputs.FULL:
             return values.transpose(0, 2, 1).reshape(num_rows * num_outputs, num_draws), metric
         return values.reshape(num_rows, num_draws * num_outputs), np.kron(metric, np.eye(num_outputs))
 
@@ -323,7 +324,7 @@ class StoredKernel:
                 "instead"
             )
         attributes = self.group.attrs
-        if attributes.get("kind") == "nonlocal" and attributes.get("statistic") == "unbiased":
+        if attributes.get("kind") == Kind.NONLOCAL and attributes.get("statistic") == Statistic.UNBIASED:
             raise StoreError(
                 f"the kernel at '{self.location}' was stored with 'statistic: unbiased' alone, which the factor "
                 "does not give; run it with 'statistic: both' or 'plugin'"
@@ -333,7 +334,7 @@ class StoredKernel:
     def _factor_rows(self) -> FactorRows:
         """The train rows of W, `gram = W Wᵀ`, one row of shards at a time."""
         features = self._features()
-        form = FactorForm(_axes(features)[1:], features.shape[1:], self.group.attrs.get("outputs") == "full")
+        form = FactorForm(_axes(features)[1:], features.shape[1:], self.group.attrs.get("outputs") == Outputs.FULL)
         root = form.root(self._read("metric", self.array("metric"), ...))
         shard, num_rows = _unit(features)[0], features.shape[0]
 
@@ -350,7 +351,7 @@ class StoredKernel:
             self._read("train/features", features, (slice(None), slice(r, r + 1)))[:, 0] for r in range(num_blocks)
         )
         metric = self._read("metric", self.array("metric"), (slice(0, 1), slice(0, 1)))[0, 0]
-        full = self.group.attrs.get("outputs") == "full"
+        full = self.group.attrs.get("outputs") == Outputs.FULL
         columns = np.reshape(total, (-1, num_columns) if full else (num_rows, -1))
         return columns, metric * np.eye(columns.shape[1])
 

@@ -1,8 +1,15 @@
-"""What holds for every test: the random numbers that it asks torch for do not depend on the tests before it."""
+"""What holds for every test: the random numbers that it asks torch for do not depend on the tests before it, and models
+that were probed for jumps are not probed again.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+import nntk_dist.planning.decision
+from tests.harness.probes import shared
 
 # The same examples in every run, whatever ran before, and no limit of time on a busy machine.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -12,3 +19,10 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_probes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nntk_dist.planning.decision, "probe_jumps", shared(nntk_dist.planning.decision.probe_jumps))
+        yield

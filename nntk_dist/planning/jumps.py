@@ -106,14 +106,17 @@ class _Segment:
         defects = {(a, b): self._defect(a, b, values) for a, b in pairwise(edges)}
         change = float(torch.linalg.vector_norm(values[1.0] - values[0.0]))
         count = _FIRST_INTERVALS
+        sizes = {interval: float(torch.linalg.vector_norm(defect)) for interval, defect in defects.items()}
         total = torch.stack(list(defects.values())).sum(0)
         while float(torch.linalg.vector_norm(total)) > 0.9 * _TOLERANCE * change and count < _MOST_GRADIENTS:
-            a, b = max(defects, key=lambda interval: float(torch.linalg.vector_norm(defects[interval])))
+            a, b = max(sizes, key=sizes.__getitem__)
+            del sizes[a, b]
             middle = 0.5 * (a + b)
             values[middle] = self._value(middle)
             total = total - defects.pop((a, b))
             for half in ((a, middle), (middle, b)):
                 defects[half] = self._defect(*half, values)
+                sizes[half] = float(torch.linalg.vector_norm(defects[half]))
                 total = total + defects[half]
             count += 2
         return float(torch.linalg.vector_norm(total)), change, count

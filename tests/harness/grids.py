@@ -34,3 +34,11 @@ def all_but(
         pytest.param(*(value if unpack else (value,)), id=name, marks=() if name in fast else mark)
         for name, value in cases.items()
     ]
+
+
+def few_and_many(few: int, many: int) -> list[Any]:
+    """Parameters of a test that loops over seeds: the first few for the fast tests, the others marked `statistical`."""
+    return [
+        pytest.param(range(few), id="few"),
+        pytest.param(range(few, many), id="many", marks=pytest.mark.statistical),
+    ]

@@ -35,12 +35,17 @@ def data(n: int = 20, seed: int = 0) -> tuple[Array, Array]:
     return X, np.stack([np.sin(X[:, 0]), X[:, 1] * X[:, 2]], axis=1)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"estimator": "weight", "draws": 64}, pytest.param({}, marks=pytest.mark.statistical)],
+    ids=["weight", "auto"],
+)
 @pytest.mark.parametrize("kind", [NNTKRegressor, NNTKClassifier])
-def test_scikit_learns_own_checks(kind):
+def test_scikit_learns_own_checks(kind, settings):
     """All that apply; inputs of other array libraries are checked by scikit-learn only where SCIPY_ARRAY_API is set."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one check is left out, and warnings that the checks provoke
-        results = check_estimator(kind(build, gamma=0.1), on_fail=None)
+        results = check_estimator(kind(build, gamma=0.1, **settings), on_fail=None)
     assert len(results) > 45
     assert {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"} == {}
     assert {r["check_name"] for r in results if r["status"] != "passed"} <= {"check_array_api_input"}

@@ -13,6 +13,8 @@ from tests.oracles import closed_forms, quadrature, statistics
 from tests.oracles.cases import unit_problem
 
 Array = np.ndarray
+# Quadratures of seconds; the fast tests compare these units in fewer dimensions and with Monte Carlo.
+COSTLY = (("relu", 2), ("sign", 3), ("relu", 3))
 
 
 def problem(num_parameters: int, n: int = 3, seed: int = 0) -> tuple[Array, Array]:
@@ -44,10 +46,13 @@ def test_tail_moments_satisfy_their_recurrence_by_parts(power: int):
 
 @pytest.mark.parametrize(
     # The closed forms are good to 1e-12; what limits the comparison is the quadrature's price in three dimensions.
-    ("num_parameters", "quadrature_tolerance", "relative"),
-    [(1, 1e-10, 1e-10), (2, 1e-9, 1e-8), (3, 1e-3, 5e-4)],
+    ("unit", "num_parameters", "quadrature_tolerance", "relative"),
+    [
+        pytest.param(unit, *accuracy, marks=pytest.mark.statistical if (unit, accuracy[0]) in COSTLY else ())
+        for unit in closed_forms.UNITS
+        for accuracy in ((1, 1e-10, 1e-10), (2, 1e-9, 1e-8), (3, 1e-3, 5e-4))
+    ],
 )
-@pytest.mark.parametrize("unit", closed_forms.UNITS)
 def test_closed_forms_against_quadrature(unit: str, num_parameters: int, quadrature_tolerance: float, relative: float):
     theta, x = problem(num_parameters)
     options = {"gamma": 0.9, "vectorized": True, "tolerance": quadrature_tolerance}
@@ -171,7 +176,7 @@ def test_what_closed_forms_refuse():
 def test_quadrature_of_a_product_that_closed_forms_do_not_know():
     # f = θ₁θ₂θ₃: P·E[Δ z/|z|²] = E[∇f(θ + U^(1/3) z)], and coordinates stay uncorrelated: the local gradient again.
     theta = np.array([0.4, -1.1, 0.7])
-    gradient = quadrature.nonlocal_gradient(lambda point: point.prod(), theta, 0.8)
+    gradient = quadrature.nonlocal_gradient(lambda points: points.prod(1), theta, 0.8, vectorized=True)
     np.testing.assert_allclose(gradient[0], theta.prod() / theta, rtol=1e-9)
 
 

@@ -1,16 +1,39 @@
 """Runs that several tests look at: made once a process, copied where a test changes them."""
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
+import pipeline.planning.projection
 from tests.pipeline.tools import finished
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _short_measurement() -> Iterator[None]:
+    """The speed of the machine is measured by small products: no test depends on how well it is known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.planning.projection, "_RATE_EDGE", 64)
+        yield
 
 
 @pytest.fixture(scope="session")
 def good_run(tmp_path_factory):
     """A finished run of the small configuration, for looking at only."""
     return finished(tmp_path_factory.mktemp("good") / "run")
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory):
+    """A function that returns a finished run of the small configuration with changes, for looking at only."""
+    made = {}
+
+    def run_of(*sets: str):
+        if sets not in made:
+            made[sets] = finished(tmp_path_factory.mktemp("shared") / "run", *sets)
+        return made[sets]
+
+    return run_of
 
 
 @pytest.fixture

@@ -56,10 +56,10 @@ def small(kind: str, *, outputs: str = "trace", dtype: torch.dtype = torch.float
     """A kernel's spec, its features, and two row sets."""
     spec = KernelSpec(outputs=outputs, gamma=0.6, draws=16, blocks=4, **ALL_KINDS[kind])
     model = prepare_model(case("tanh_mlp").build(), dtype=dtype, device="cpu")
-    x = case("tanh_mlp").inputs(24).to(dtype)
+    x = case("tanh_mlp").inputs(13).to(dtype)
     decision = plan_for(ALL_KINDS[kind]["estimator"], model, x, spec, stacked=True)
     features = make_feature_map(model, x, spec, decision)
-    return spec, features, all_rows(features, x[:13]), all_rows(features, x[13:])
+    return spec, features, all_rows(features, x[:7]), all_rows(features, x[7:])
 
 
 def by_sums(features, rows, others, meeting: Meeting, calibration) -> Estimates:

@@ -84,7 +84,7 @@ def test_shrinkage_is_independent_of_the_perturbation():
 
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 def test_direction_products_are_those_of_the_directions(design):
-    some = drawing(design, draws=256, parameters=70_000)  # more than one slice of coordinates
+    some = drawing(design, draws=64, parameters=70_000)  # more than one slice of coordinates
     z = everything(some)
     v = 70_000 * z / z.square().sum(1, keepdim=True)
     torch.testing.assert_close(some.directions(z), v, rtol=1e-13, atol=0)

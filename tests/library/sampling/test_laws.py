@@ -7,6 +7,7 @@ Axes: s draws, P parameters.
 
 import pickle
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ LAWS = [(name, {}) for name in radial_names()] + [
     ("fractional", {"alpha": 0.8}),
     ("student", {"nu": 4.5}),
 ]
+# Every law and every design; `test_draws` has both designs for one law.
+IN_TURN = list(zip(radial_names(), cycle(["iid", "antithetic"]), strict=False))
 
 
 def drawing(name: str, *, draws: int = 16, parameters: int = 7, design: str = "iid", **options) -> Drawing:
@@ -61,8 +64,7 @@ def test_directions_are_uniform_and_independent_of_the_radius(name, options):
         assert stats.spearmanr(np.abs(heights), radii.numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("design", ["iid", "antithetic"])
-@pytest.mark.parametrize("name", radial_names())
+@pytest.mark.parametrize(("name", "design"), IN_TURN)
 def test_slices_are_part_of_the_whole(name, design):
     some = drawing(name, design=design, parameters=40_000)  # more than one slice
     whole = everything(some)
@@ -74,10 +76,9 @@ def test_slices_are_part_of_the_whole(name, design):
     torch.testing.assert_close(single.double(), whole, rtol=4 * 2.0**-24, atol=0)
 
 
-@pytest.mark.parametrize("design", ["iid", "antithetic"])
-@pytest.mark.parametrize("name", radial_names())
+@pytest.mark.parametrize(("name", "design"), IN_TURN)
 def test_direction_products_and_norms(name, design):
-    some = drawing(name, design=design, draws=64, parameters=70_000)
+    some = drawing(name, design=design, draws=16, parameters=70_000)
     z = everything(some)
     v = 70_000 * z / z.square().sum(1, keepdim=True)
     torch.testing.assert_close(some.directions(z), v, rtol=1e-13, atol=0)

@@ -1,6 +1,7 @@
 """Spectrum and regression by every method, with tiles and without: the same numbers, resumed and verified; refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -196,8 +197,8 @@ def test_a_solve_that_was_stopped_is_done_again(stage, method, place, tmp_path, 
         np.testing.assert_equal(table(tmp_path / "stopped", name), table(whole, name))
 
 
-def test_another_method_reruns_its_stage_alone(tmp_path):
-    run_dir = finished(tmp_path / "run", *KERNELS["weight"])
+def test_another_method_reruns_its_stage_alone(tmp_path, shared_run):
+    run_dir = shutil.copytree(shared_run(*KERNELS["weight"]), tmp_path / "run")
     before = ledger(run_dir)
     finished(run_dir, *KERNELS["weight"], "regression.method=factored", resume=True)
     after = ledger(run_dir)
@@ -235,8 +236,8 @@ def test_refusals(sets, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_tiles_are_part_of_the_layout(tmp_path):
-    run_dir = finished(tmp_path / "run", *KERNELS["weight"])
+def test_tiles_are_part_of_the_layout(tmp_path, shared_run):
+    run_dir = shutil.copytree(shared_run(*KERNELS["weight"]), tmp_path / "run")
     result = run(run_dir, *KERNELS["weight"], "compute.write_tiles=false", resume=True)
     assert result.code == 2
     assert "was laid out with compute.write_tiles True, the configuration says False" in result.err
@@ -257,9 +258,9 @@ def test_auto_leaves_out_tiles_for_which_the_disk_has_no_room(tmp_path, monkeypa
 
 
 @pytest.mark.process
-def test_the_choice_of_a_method(tmp_path):
+def test_the_choice_of_a_method(tmp_path, shared_run):
     """By rows and by the factor's width, whatever the machine."""
-    job = stored_job(read_manifest(RunStorage(finished(tmp_path / "run", *KERNELS["weight"]))))
+    job = stored_job(read_manifest(RunStorage(shared_run(*KERNELS["weight"]))))
 
     def chosen(rows, width):
         factor = None if width is None else FactorForm(("draw", "output"), (width, 1), False)

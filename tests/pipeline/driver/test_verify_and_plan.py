@@ -99,9 +99,9 @@ def test_damage_outside_of_the_train_kernel(path, own_run):
     assert f"the first damaged piece: {path} at " in result.out
 
 
-def test_a_wrong_kernel_that_the_ledger_vouches_for(own_run, tmp_path):
+def test_a_wrong_kernel_that_the_ledger_vouches_for(own_run, shared_run):
     """Another run's kernel and ledger under this run's manifest: only recomputing finds it."""
-    other = finished(tmp_path / "other" / "run", "kernel.seed=1")
+    other = shared_run("kernel.seed=1")
     for part in ("train/gram", "test/gram"):
         shutil.rmtree(own_run / "kernel.zarr" / part)
         shutil.copytree(other / "kernel.zarr" / part, own_run / "kernel.zarr" / part)
@@ -145,7 +145,7 @@ def test_status_and_report_of_a_finished_run(own_run):
     assert "<html" in page.read_text()
 
 
-def test_a_plan_says_what_a_run_will_take(tmp_path):
+def test_a_plan_says_what_a_run_will_take(good_run, tmp_path):
     result = nntk(*arguments("plan", tmp_path / "run"))
     assert result.code == 0
     text = " ".join(result.out.split())
@@ -155,7 +155,7 @@ def test_a_plan_says_what_a_run_will_take(tmp_path):
     for part in ("disk: ", "gram 111 KiB", "memory: ", " per worker, ", "tile 64", "time: about"):
         assert part in text
     assert not (tmp_path / "run").exists()
-    finished(tmp_path / "run")
+    shutil.copytree(good_run, tmp_path / "run")
     assert nntk(*arguments("plan", tmp_path / "run")).out.splitlines()[0] == result.out.splitlines()[0]
 
 

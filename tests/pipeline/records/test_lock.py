@@ -64,6 +64,7 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+@pytest.mark.process
 def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path, driver):
     storage = RunStorage(tmp_path / "run")
     message = (
@@ -95,6 +96,8 @@ def test_the_heartbeat_goes_on_and_ends_with_the_driver(tmp_path):
         assert (first.pid, first.host, first.stage) == (os.getpid(), socket.gethostname(), None)
         lock.update("features", 1, 4)
         wait_for(lambda: read_heartbeat(storage).stage == "features")
+        with pytest.raises(StoreError, match=rf"run_dir '{storage.url}' is in use by process {os.getpid()} on"):
+            RunLock(storage).__enter__()
         seen = read_heartbeat(storage).time
         wait_for(lambda: read_heartbeat(storage).time > seen > first.time)
         assert driver_alive(storage)

@@ -61,10 +61,10 @@ def assert_equal(first, second, *, features=True):
 
 
 @pytest.mark.parametrize("sets", all_but(["weight"], ESTIMATORS, pytest.mark.process))
-def test_tiles_change_rounding_at_most(sets, tmp_path):
+def test_tiles_change_rounding_at_most(sets, tmp_path, shared_run):
     small = finished(tmp_path / "small", *sets, "compute.tile=17")
-    for tile in (64, 512):
-        assert_equal(small, finished(tmp_path / f"tile{tile}", *sets, f"compute.tile={tile}"))
+    for other in (shared_run(*sets), finished(tmp_path / "wide", *sets, "compute.tile=512")):
+        assert_equal(small, other)
 
 
 @pytest.mark.process
@@ -133,9 +133,10 @@ FUNCTIONS = {
 @pytest.mark.parametrize(
     ("sets", "function", "options"), all_but(["weight", "covariance"], FUNCTIONS, pytest.mark.process, unpack=True)
 )
-def test_the_pipeline_computes_the_librarys_kernels(sets, function, options, tmp_path):
-    stored = arrays(finished(tmp_path / "run", *sets))
-    for split, estimate in zip(("train", "test"), in_memory(tmp_path / "run", function, **options), strict=True):
+def test_the_pipeline_computes_the_librarys_kernels(sets, function, options, shared_run):
+    place = shared_run(*sets)
+    stored = arrays(place)
+    for split, estimate in zip(("train", "test"), in_memory(place, function, **options), strict=True):
         plugin = estimate.kernel if estimate.plugin is None else estimate.plugin
         expected = {"gram": plugin, "gram_unbiased": estimate.unbiased, "gram_stderr": estimate.stderr}
         largest = float(plugin.abs().max())

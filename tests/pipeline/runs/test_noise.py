@@ -1,6 +1,7 @@
 """Models with noise from configuration to store: the library's numbers, the same bits however a run is carried out."""
 
 import json
+import shutil
 
 import pytest
 import ray
@@ -38,9 +39,9 @@ def two_cpus():
 
 
 @pytest.mark.parametrize(("sets", "estimator"), all_but(["weight"], RUNS, pytest.mark.process, unpack=True))
-def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path):
+def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path, shared_run):
     """Tiles, verification, resume."""
-    first = finished(tmp_path / "first", *SMALL, *sets, "compute.tile=16")
+    first = shutil.copytree(shared_run(*SMALL, *sets, "compute.tile=16"), tmp_path / "first")
     decision = json.loads((first / "manifest.json").read_text())["decision"]
     assert decision["estimator"] == estimator
     assert "is part of the expectation" in decision["reason"]
@@ -59,9 +60,9 @@ def test_ray_gives_the_bits_of_a_serial_run(name, tmp_path, two_cpus):
 
 
 @pytest.mark.parametrize("name", ["weight", pytest.param("covariance", marks=pytest.mark.process)])
-def test_numbers_are_the_library_s_and_outputs_are_mean_outputs(name, tmp_path):
-    place = tmp_path / "run"
-    stored = arrays(finished(place, *SMALL, *RUNS[name][0]))
+def test_numbers_are_the_library_s_and_outputs_are_mean_outputs(name, shared_run):
+    place = shared_run(*SMALL, *RUNS[name][0])
+    stored = arrays(place)
     config = config_from_dict(read_manifest(RunStorage(str(place))).config)
     dataset = build_dataset(config)
     model = prepare_model(build_model(config, dataset), dtype=torch.float64, device="cpu")
@@ -92,7 +93,7 @@ def test_recomputed_features_have_the_same_noise(tmp_path, monkeypatch):
     assert_equal(first, finished(tmp_path / "again", *sets), features=False)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, shared_run, monkeypatch):
     """Stopped after the first chunk of draws."""
     sets = (*SMALL, *RUNS["weight"][0], "compute.tile=16")
     stage_class = pipeline.work.stages.STAGES.get("features")
@@ -110,7 +111,7 @@ def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, monkeypatch):
     done = set(ledger(tmp_path / "stopped"))
     assert ("features", "train/0/0") in done
     assert ("features", "train/0/1") not in done
-    assert_same_bits(finished(tmp_path / "whole", *sets), finished(tmp_path / "stopped", *sets, resume=True))
+    assert_same_bits(shared_run(*sets), finished(tmp_path / "stopped", *sets, resume=True))
 
 
 @pytest.mark.process

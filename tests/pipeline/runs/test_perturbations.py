@@ -4,6 +4,7 @@ manifest, planned, resumed and refused.
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -51,9 +52,9 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("sets", "options"), all_but(["student", "lowrank"], RUNS, pytest.mark.process, unpack=True))
-def test_runs_give_the_librarys_numbers_and_keep_their_words(sets, options, tmp_path):
-    place = tmp_path / "run"
-    stored = arrays(finished(place, *SMALL, *sets))
+def test_runs_give_the_librarys_numbers_and_keep_their_words(sets, options, tmp_path, shared_run):
+    place = shutil.copytree(shared_run(*SMALL, *sets), tmp_path / "run")
+    stored = arrays(place)
     manifest = read_manifest(RunStorage(str(place)))
     config = config_from_dict(manifest.config)
     dataset = build_dataset(config)
@@ -122,8 +123,8 @@ def test_the_plan_counts_the_groups_that_are_held(tmp_path):
     assert peaks[1] - peaks[0] == 3 * 8 * 310**2
 
 
-def test_the_report_names_the_law(tmp_path):
-    place = finished(tmp_path / "run", *SMALL, *RUNS["student"][0])
+def test_the_report_names_the_law(shared_run):
+    place = shared_run(*SMALL, *RUNS["student"][0])
     page = (place / "report" / "index.html").read_text()
     assert "student, nu = 4, γ = 0.05 (relative per tensor)" in page
     attributes = json.loads((place / "kernel.zarr" / "zarr.json").read_text())["attributes"]

@@ -146,6 +146,17 @@ def test_a_bucket_that_does_not_exist(monkeypatch):
         server.shutdown()
 
 
+def test_files_that_a_killed_write_leaves_are_removed_and_no_others(tmp_path):
+    storage = RunStorage(tmp_path)
+    kept = ("manifest.json", "kernel.zarr/a/c/0", "notes.partial", "ledger/7.parquet")
+    for name in (*kept, "manifest.json#1", "kernel.zarr/a/c/0.5eb6.partial", "ledger/7.parquet#2"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert storage.remove_partial_files() == 3
+    assert all((tmp_path / name).exists() for name in kept)
+    assert storage.remove_partial_files() == 0
+
+
 WRITE_AND_DIE = """
 import resource, signal, sys
 from pipeline.storage.run_storage import RunStorage
@@ -161,6 +172,7 @@ else:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("write", "pattern"), [("small file", "*#*"), ("shard", "*.partial")])
 def test_a_write_that_is_killed_leaves_the_old_content_and_a_file_that_is_removed(tmp_path, write, pattern):
     storage = RunStorage(tmp_path / "run")

@@ -98,7 +98,8 @@ def test_features_that_a_tile_recomputes_are_made_at_full_precision(tmp_path, mo
     monkeypatch.setattr("pipeline.decisions.layout._STORED_FEATURE_BYTES", 0)
     monkeypatch.setattr(nn.Linear, "forward", noted_forward)
     monkeypatch.setattr(Meeting, "matrix", noted_matrix)
-    place = finished(tmp_path / "run", "compute.matmul_precision=medium", "kernel.contraction=means")
+    sets = ("data.train=23", "data.test=7", "compute.tile=16", "kernel.contraction=means")
+    place = finished(tmp_path / "run", *sets, "compute.matmul_precision=medium")
     manifest = read_manifest(RunStorage(str(place)))
     assert manifest is not None
     assert not manifest.layout["store_features"]

@@ -31,7 +31,9 @@ class _Pickler(pickle.Pickler):
         if not isinstance(value, Tensor):
             return NotImplemented
         numbers = value.detach().cpu().numpy()
-        return tuple, ((type(value).__name__, value.requires_grad, str(numbers.dtype), numbers.shape, numbers.tobytes()),)
+        return tuple, (
+            (type(value).__name__, value.requires_grad, str(numbers.dtype), numbers.shape, numbers.tobytes()),
+        )
 
 
 def _contents(values: tuple[Any, ...]) -> bytes:

@@ -5,7 +5,7 @@
 Figures of speed are ratios within one run; whole runs, dispatching and memory are measured as they are. Each is kept in
 a JSON file beside the page as soon as it is known, and measured again when its settings change, or with `--again`.
 Without `--data` and without a GPU, what needs them is left out.
-`--quick` takes small sizes, enough to see that everything works, and writes to build/ unless told otherwise.
+`--quick` takes small sizes, enough to see that everything works, and writes to build/ by default.
 """
 
 import sys
@@ -49,7 +49,7 @@ def main(
                     answers.sections.pop(name, None)
                 options = {"data": data} if name in NEEDS_DATA else {}
                 answer_all(answers, name, SECTIONS[name](quick=quick, **options), make_progress(console), threads=None)
-        finally:  # what is known by now, also where something could not be measured
+        finally:  # write what was measured, also if a measurement fails
             text = page(answers)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -61,7 +61,7 @@ def main(
 
 
 def _checked(name: str) -> str:
-    """A section that was asked for, if it exists and can be measured here."""
+    """The requested section, if it exists and can be measured here."""
     check_choice("--only", name, SECTIONS)
     if name in NEEDS_GPU and not torch.cuda.is_available():
         raise NNTKError(f"--only is {name}, which needs a GPU, and torch sees none here")

@@ -4,7 +4,7 @@
 
 Every figure comes from seeds fixed in `scripts/studies`, is kept in a JSON file beside the page as soon as it is known,
 and is not computed again while its settings stay the same: a run that is stopped continues. `--quick` takes
-small samples, enough to see that everything works, and writes to build/ unless told otherwise.
+small samples, enough to see that everything works, and writes to build/ by default.
 """
 
 import sys

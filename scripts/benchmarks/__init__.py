@@ -1,15 +1,15 @@
 """Benchmarks of the engine: what `scripts/bench.py` measures, keeps and writes down; one module for each section.
 
-    figures     what a benchmark answers: ratios within one run, each with what was asked of it
+    figures     the results of a benchmark: ratios within one run, each with its target
     perturb     perturbed passes against plain inference
     tile        Gram tiles against plain matrix products
     local       the ordinary tangent kernel, and what kernels of many gradients cost beside it
-    solvers     spectra and regressions against the products that they are made of
+    solvers     spectra and regressions against the matrix products that they need
     end_to_end  whole runs of MNIST, from configuration to report
     scaling     two workers against one, scheduling, a simulated cluster
     memory      measured peaks against projected ones
-    peers       the ordinary tangent kernel against neural-tangents, in an environment of its own
-    runs        runs in a process of their own, watched from outside
+    peers       the ordinary tangent kernel against neural-tangents, in a separate environment
+    runs        runs in a separate process, observed from outside
     page        the page, from the JSON file alone
 
 Cells and answers come from `scripts.studies`.

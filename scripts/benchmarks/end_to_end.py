@@ -1,7 +1,7 @@
 """Section `end-to-end`: all of MNIST from configuration to report, with tiles and without, as a user starts it.
 
-Absolute times, since what was asked is one; they are of two cores that other programs may use too. Beside them, how far
-the kernel of a configuration lies from the local one, on a few rows, with enough draws to tell.
+Absolute times, because the target is one; they are for two cores that other programs may use too. The distance of each
+configuration's kernel from the local kernel is measured as well, on a few rows and with enough draws.
 
 Units: minutes, GiB.
 """
@@ -28,7 +28,7 @@ _MOST_GIB = 8.0
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and what was asked of its run."""
+    """A configuration and the target for its run."""
 
     config: str
     most_minutes: float

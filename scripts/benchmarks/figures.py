@@ -22,9 +22,9 @@ from scripts.studies.cells import Answer
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured ratio; `least` or `most` is what was asked of it, None where nothing was.
+    """A measured ratio; `least` or `most` is its target, None without one.
 
-    `details` are the numbers that it is made of, seconds and sizes, by name.
+    `details` are the measured numbers behind it, seconds and sizes, by name.
     """
 
     what: str
@@ -40,7 +40,7 @@ def answer(*figures: Figure) -> Answer:
 
 
 def as_a_worker(measure: Callable[..., Answer], *arguments: object) -> Answer:
-    """What a function answers in a process of its own with the allocator of a worker."""
+    """Call a function in a new process with the allocator of a worker, and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=keep_freed_memory) as process:
         return process.submit(measure, *arguments).result()
 

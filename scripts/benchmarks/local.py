@@ -37,7 +37,7 @@ from scripts.studies.cells import Answer, Cell
 BLOCKS = 8
 LOCAL = KernelSpec(kind="local", statistic="plugin")
 NONLOCAL = KernelSpec(gamma=0.05, draws=BLOCKS, blocks=BLOCKS, statistic="plugin")
-_JACOBIANS_AT_ONCE = 3  # one Jacobian, what it is made of, and the copy that the product takes
+_JACOBIANS_AT_ONCE = 3  # one Jacobian, its parts, and the copy for the product
 _SHARE_OF_MEMORY = 0.5
 
 

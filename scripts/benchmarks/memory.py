@@ -1,7 +1,7 @@
 """Section `memory`: the peak of a worker as measured, over the peak that the plan projected before launch.
 
-Every case is a whole run with one worker on Ray, on random data; peaks are those of the worker's process in the stages
-that the projection speaks of.
+Every case is a whole run with one worker on Ray, on random data; peaks are measured in the worker's process, in the
+stages that the projection covers.
 
 Units: bytes.
 """

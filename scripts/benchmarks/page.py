@@ -1,6 +1,6 @@
 """The page on performance: Markdown from the answers alone, so that no number on it was typed by hand.
 
-It formats, and judges nothing but whether a figure lies within what was asked. Nothing is measured here.
+It formats, and only decides whether a figure meets its target. Nothing is measured here.
 
 Axes: none.
 """
@@ -76,7 +76,7 @@ def _figure(figure: Answer) -> dict[str, str]:
 
 
 def number(value: Any) -> str:
-    """Three digits of a number, or any other value as it is."""
+    """Three digits of a number; other values unchanged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

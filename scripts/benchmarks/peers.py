@@ -1,8 +1,8 @@
 """The local kernel against neural-tangents, in turns, on the same network, inputs and threads.
 
-Peers live in an environment of their own, build/peers, which is made when a measurement first asks for it: their
-versions of jax and numpy don't go with ours. They run in a process of their own, which answers one line for each
-kernel that it computed. Compiling is over before anything is measured. A quick run has no peers.
+Peers have a separate environment, build/peers, because their versions of jax and numpy conflict with ours; the first
+measurement creates it. They run in a separate process, which prints one line for each kernel. They compile before
+anything is measured. A quick run has no peers.
 
 Axes: n examples.
 """
@@ -101,8 +101,10 @@ def compare(effort: Effort, n: int, threads: int, command: Sequence[str]) -> Ans
 
 @contextmanager
 def on_processors(count: int) -> Iterator[None]:
-    """This thread, and processes that it starts, on so many processors: the peer is bound to as many as it has threads,
-    and would otherwise be the only one that cannot flee from its neighbours.
+    """Bind this thread, and the processes that it starts, to `count` processors.
+
+    The peer is bound to as many processors as it has threads; without the same limit, only the peer could not move away
+    from busy processors.
     """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:count])

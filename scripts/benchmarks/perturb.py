@@ -1,7 +1,7 @@
 """Section `perturb`: features of shards of 8,192 rows under perturbed parameters, against plain inference on them.
 
-The rate of a perturbed pass is that of the public feature map, drawing and storing included, in batches as the pipeline
-chooses them; plain inference is the model under `no_grad` at the fastest of several batch sizes. One thread, as workers
+The rate of a perturbed pass is the rate of the public feature map, including drawing and storing, with the pipeline's
+batches; plain inference is the model under `no_grad` at the fastest of several batch sizes. One thread, as workers
 have, or a GPU.
 
 Units: seconds.
@@ -42,7 +42,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A built-in model, the shape of its examples, and how many draws are timed: fewer where passes are long."""
+    """A built-in model, the shape of its examples, and the number of draws to time: fewer if passes are long."""
 
     name: str
     builder: str

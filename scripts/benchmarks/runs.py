@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them, in a process of their own, watched from outside.
+"""Whole runs as a user starts them, in a separate process, observed from outside.
 
 Memory is the proportional set size summed over the process and all its descendants, Ray's among them: what the run
 takes from the machine, shared pages counted once.

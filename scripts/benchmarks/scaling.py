@@ -72,7 +72,7 @@ _WORK = {"train": 16384, "tile": 1024, "draws": 512, "rounds": 3}
 
 
 def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
-    """The rate of two workers over twice that of one, in turns."""
+    """The rate of two workers over twice the rate of one, measured alternately."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, _ray_here(num_cpus=3):
         config = config_from_dict(
@@ -118,9 +118,7 @@ def _two_workers(*, train: int, tile: int, draws: int, rounds: int) -> Answer:
 
 
 def _plain_processes(seconds: float = 2.0) -> float:
-    """What this machine gives at the moment: the rate of two processes of one thread, multiplying matrices and without
-    Ray, over twice that of one.
-    """
+    """The scaling of this machine without Ray: the rate of two single-threaded processes over twice the rate of one."""
     program = f"""
 import time, torch
 torch.set_num_threads(1)
@@ -212,7 +210,7 @@ def _tasks(count: int, edge: int | None = None) -> Iterator[Task]:
 def _light_worker() -> Callable[..., Any]:
     """A worker that keeps a core busy for some seconds and says as much as a Gram tile with standard errors would.
 
-    Made in here so that it travels by value: where it is carried out, nothing else of this module is imported.
+    Defined inside this function so that it is pickled by value: the worker imports nothing else of this module.
     """
 
     class LightWorker:

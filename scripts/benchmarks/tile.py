@@ -48,8 +48,8 @@ _ARRAYS = {"plugin": "train/gram", "unbiased": "train/gram_unbiased"}  # what is
 
 @dataclass(frozen=True)
 class Setting:
-    """One tile: what its features are, how large it is, and what is asked of it; `least` is the ratio wanted, `width`
-    that of the network's two hidden layers, where features are layers.
+    """One tile: its features, its size and its target; `least` is the target ratio, `width` the width of the two hidden
+    layers if features are layers.
     """
 
     features: str
@@ -94,7 +94,7 @@ def _key(setting: Setting) -> str:
 
 
 def _measure(setting: Setting, device: str) -> Answer:
-    """The rate of a tile over that of a plain product, in turns."""
+    """The rate of a tile over the rate of a plain product, measured alternately."""
     n, length = setting.size, setting.length
     features = _features(setting, device)
     calibration = Calibration(1.0, 0.1, 1) if setting.stderr == "entry" else None
@@ -163,10 +163,10 @@ def _random_rows(features: FeatureMap, count: int, generator: torch.Generator, d
 
 
 def _length_of_products(features: FeatureMap, setting: Setting) -> float:
-    """Multiply-adds of an entry in the plain products that `sample` needs: what every tile is measured by.
+    """Multiply-adds of an entry in the plain products that `sample` needs: the reference for every tile.
 
-    Layers: ⟨h̃,h̃'⟩ and ⟨δ,δ'⟩ for every pair of draws, or mean output gradients where h̃ is the same for all, or mean h̃
-    of the readout.
+    Layers: ⟨h̃,h̃'⟩ and ⟨δ,δ'⟩ for every pair of draws, or mean output gradients if h̃ is the same for all draws, or mean
+    h̃ of the readout.
     """
     if setting.features == "weight":
         return 2.0 * setting.length  # of all pairs of blocks, and of different ones

@@ -21,7 +21,7 @@ _KINDS = {
 
 
 class RuntimeSignatures(Extension):
-    """Replace signature and docstring of the functions in `MODULE` by those of the imported functions."""
+    """Take signature and docstring of the functions in `MODULE` from the imported functions."""
 
     def on_function(self, *, func: Function, loader: GriffeLoader, **kwargs: Any) -> None:
         """Do so for one function."""

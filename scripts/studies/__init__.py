@@ -1,6 +1,6 @@
 """Studies of the estimators: what `scripts/estimators.py` measures, keeps and writes down; one module a question.
 
-    cells       what a study is made of: cells, computed one by one and kept in a JSON file
+    cells       the parts of a study, computed one by one and kept in a JSON file
     agreement   estimators, designs and distributions against closed forms, quadrature and brute force
     coverage    how often intervals hold the truth
     cost        error against forward passes and seconds, on networks of 100,000 parameters

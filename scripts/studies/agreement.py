@@ -1,7 +1,7 @@
 """Agreement: every estimator, design and distribution against closed forms, quadrature or brute force.
 
 A cell is one model under one law; it holds every estimator and design that is valid there, one estimate of many draws
-each, with the library's own standard errors. The reference is exact where theory goes (units, two-layer networks under
+each, with the library's own standard errors. The reference is exact if theory has it (units, two-layer networks under
 radial laws, the quantised network under the Gaussian) and otherwise `tests.oracles.sampling`: the definition, drawn
 very often by NumPy, with a standard error that is added to the estimate's. Agreement is asked of all entries at a
 corrected 0.1 %, and the comparison must have been able to fail: every standard error at most 2 % of the mean diagonal,
@@ -137,7 +137,7 @@ def valid(name: str, law: str) -> list[tuple[str, str]]:
 
 
 def draws_of(name: str, law: str, estimator: str) -> int:
-    """Draws for the power; the fractional law is dense where a sign rarely flips, and reaches far as well."""
+    """The draws that give enough power; most fractional draws are short and rarely flip a sign."""
     if name in NETWORKS:
         return NETWORKS[name].draws[estimator] * (_MORE_GRADIENTS.get((name, law), 1) if estimator == "autodiff" else 1)
     if estimator == "autodiff":
@@ -150,7 +150,7 @@ def draws_of(name: str, law: str, estimator: str) -> int:
 
 @dataclass(frozen=True)
 class Reference:
-    """A kernel, its standard error (0 where it is exact), where it comes from, and the local kernel, if another one."""
+    """A kernel, its standard error (0 if it is exact), its source, and the local kernel if it differs."""
 
     kernel: Array
     stderr: Array

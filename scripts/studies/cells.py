@@ -1,4 +1,4 @@
-"""What a study is made of: cells, computed one by one and kept, so that a run that is cut off loses one cell at most.
+"""Cells, the parts of a study: computed one by one and kept, so that an interrupted run loses at most one cell.
 
 A cell is a question with all its settings, seeds included, and a function that answers it in plain numbers. An answer
 is kept under the cell's key together with the settings that it belongs to, and is computed again only when these
@@ -37,9 +37,9 @@ class Cell:
 
 
 class Answers:
-    """The answers so far, by section and key, as kept in a JSON file; every new one is written at once.
+    """The answers so far, by section and key, as kept in a JSON file; every new answer is written immediately.
 
-    `versions` are those of Python and of what the last answer rests on.
+    `versions` are the versions of Python and of the packages behind the last answer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class Answers:
                 "settings": cell.settings,
                 "answer": answer,
                 "seconds": round(time.perf_counter() - began, 1),
-                "commit": git_commit(Path(__file__), but_for="docs"),  # where the answers themselves are written
+                "commit": git_commit(Path(__file__), but_for="docs"),  # the folder of the answers themselves
                 "machine": machine(),
             }
         )

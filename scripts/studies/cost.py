@@ -5,9 +5,9 @@ estimator (other seeds, antithetic, in two halves whose difference tells its err
 ladder, and from that law the draws, forward equivalents and seconds at an error of 5 %. Where 5 % lies beyond the
 ladder it is extrapolated.
 
-Forward equivalents are evaluations of the network on all examples: 1 for θ itself, where differences are taken; 1 a
-draw for `weight` and `activation`; 1 + 2C a draw for `autodiff`, which goes backward once for each of C outputs, at
-twice the cost of going forward. Seconds are those of features and contraction, without error bars, which `weight` can
+Forward equivalents are evaluations of the network on all examples: 1 at θ for estimators that take differences; 1 a
+draw for `weight` and `activation`; 1 + 2C a draw for `autodiff`, which makes a backward pass for each of C outputs, at
+twice the cost of a forward pass. Seconds cover features and contraction, without error bars, which `weight` can
 least afford; neither counts the choice of the estimator, made once.
 
 Axes: n examples, S draws, C outputs, P parameters, T seeds.
@@ -41,7 +41,7 @@ from tests.harness.tools import all_rows
 TARGET, COARSE = 0.05, 0.2
 GAMMA = 0.05
 BLOCKS = 8
-# Fewer where outputs are many: block means of every example and output are held.
+# Fewer examples for many outputs, because block means of every example and output are in memory.
 NUM_EXAMPLES = {1: 32, 10: 16}
 WIDTHS = (300, 300)
 _REFERENCE_SEED = 1_000_000
@@ -216,7 +216,7 @@ def _root_mean_square(values: Sequence[float]) -> float:
 def _methods(
     estimator: str, design: str, points: list[Answer], num_outputs: int, reference_error: float
 ) -> list[Answer]:
-    """The estimator with each statistic; `plugin` beside `weight` alone, where its bias is what one pays for."""
+    """The estimator with each statistic; `plugin` only for `weight`, because its bias decides the cost."""
     result = []
     for statistic in ("unbiased", "plugin") if estimator == "weight" else ("unbiased",):
         own = [{**point, "error": point[statistic]} for point in points]
@@ -249,7 +249,7 @@ def draws_needed(law: "ErrorLaw", design: str, error: float) -> int:
 
 
 def _seconds(longest: Answer, draws: int) -> float:
-    """Features for so many draws, and the contraction of the longest rung: too little for `weight`, whose metric
+    """Features for `draws` draws, and the contraction at the most draws measured: too little for `weight`, whose metric
     grows.
     """
     contraction = longest["seconds"] - longest["feature_seconds"]
@@ -276,8 +276,7 @@ class ErrorLaw:
 def fit_error(points: Sequence[Answer], reference_error: float, *, with_signal: bool) -> ErrorLaw:
     """Non-negative least squares of relative residuals, after the reference's own error has been taken off.
 
-    Without a signal term where noise is so much larger on the whole ladder that nothing could be said of it: the draws
-    that follow are too few, if anything.
+    Without a signal term if noise is much larger on the whole ladder: the draws that follow are then rather too few.
     """
     s, errors = (np.array([point[name] for point in points], dtype=float) for name in ("draws", "error"))
     squares = np.maximum(errors**2 - reference_error**2, 1e-3 * errors**2)

@@ -1,8 +1,8 @@
 """Coverage: how often intervals of nominal 95 % hold the exact kernel, over many seeds.
 
-Units in four parameters, where flips are many and draws few, and two-layer networks, for what only layers have:
-contractions and sketches. The seed moves draws, noise and sketch. Coverage is counted entry by entry: its mean over the
-entries, and its extremes, which scatter by 0.7 % and more where seeds are a thousand.
+Units with four parameters have many flips and few draws; two-layer networks have contractions and sketches. The seed
+moves draws, noise and sketch. Coverage is counted entry by entry: its mean over the entries, and its extremes, which
+scatter by 0.7 % or more with a thousand seeds.
 
 Axes: T seeds, n examples, S draws.
 """
@@ -103,7 +103,7 @@ def _unit(question: Question, seeds: range) -> tuple[Array, Array, Array]:
 
 
 def _network(question: Question, seeds: range) -> tuple[Array, Array, Array]:
-    """The same of a two-layer network, by passes under every seed; sketches are made of block means, formed."""
+    """The same for a two-layer network, with passes under every seed; sketches use formed block means."""
     unit = question.subject.split()[0]
     model, x = case(f"{unit}_mlp").build(), case(f"{unit}_mlp").inputs(3)
     spec = KernelSpec(

@@ -13,7 +13,7 @@ from scripts.studies.cells import Answer
 Cells = dict[str, Answer]
 _LETTERS = {"closed form": "c", "quadrature": "q", "brute force": "b"}
 _NETWORKS = {"relu": "ReLU", "sign": "Sign"}
-# What was asked of the best estimator, by statistic of `weight`.
+# The target for the best estimator, by statistic of `weight`.
 ASKED = {"plugin": 1000, "unbiased": 30}
 
 

@@ -1,8 +1,8 @@
 """Limits that are known: small ranges give the ordinary kernel, scales differ by the square of P, and weights of draws
 at a high temperature are equal.
 
-Gradients reach the local kernel to rounding, of whatever draws; differences reach it within their own noise, which a
-range cannot shrink, so what is asked of them is Student's t.
+Gradients reach the local kernel to rounding for any draws; differences reach it within their noise, which a smaller
+range does not reduce, so they are judged by Student's t.
 
 Axes: n examples, S draws, P parameters.
 """

@@ -1,6 +1,6 @@
 """The page: Markdown and plots from the answers alone, so that no number on it was typed by hand.
 
-It formats and counts, and judges nothing but whether a figure lies within what was asked. Nothing is measured here.
+It formats and counts, and only decides whether a figure meets its target. Nothing is measured here.
 
 Axes: none.
 """

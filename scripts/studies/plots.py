@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scripts.studies.cells import Answer
 from scripts.studies.cost import TARGET, ErrorLaw
 
-# Okabe & Ito (2008): told apart by all common kinds of colour vision.
+# Okabe & Ito (2008): distinct for all common kinds of colour vision.
 _COLORS = {
     "autodiff": "#009e73",
     "activation": "#0072b2",

@@ -178,7 +178,7 @@ class NoisyDraws:
 
     @property
     def _intervals(self) -> list[tuple[int, int]]:
-        """Where the parameters in weight space lie in the vector of all parameters; neighbours are one interval."""
+        """Positions of the parameters in weight space within the vector of all parameters; neighbours are merged."""
         space = self.evaluator.space
         merged: list[tuple[int, int]] = []
         for name, size, stop in zip(space.names, space.sizes, accumulate(space.sizes), strict=True):

@@ -53,7 +53,7 @@ class Recording:
     def gradients(self, columns: Sequence[int]) -> dict[str, list[Float[Tensor, "n c ..."]]]:
         """∂f_c/∂(module output) for every call of every site, all output columns in one backward pass.
 
-        They lie in memory column by column. Where the model holds what vmap cannot take back, a pass for each column.
+        They lie in memory column by column. If vmap cannot differentiate the model, each column takes a pass.
         """
         outs = [call.out for calls in self.calls.values() for call in calls]
         parts: Sequence[Tensor | None] = [None] * len(outs)

@@ -3,7 +3,7 @@
 Column j of the sketch is Σ_p u_pjᵀ G_p v_pj, summed over the parameters p, G_p the gradient of parameter p as a matrix
 (its first axis by all others; v_pj = 1 if there are no others) and u, v independent random *complex* vectors with
 entries (±1 ± i)/√2. Real and imaginary part are two of the k numbers, all scaled by √(2/k), so that products of
-sketches are on average products of gradients: E⟨φ(G), φ(G')⟩ = Σ_p ⟨G_p, G'_p⟩. Where G_p = Σ_t δ_t ⊗ h_t, the
+sketches are on average products of gradients: E⟨φ(G), φ(G')⟩ = Σ_p ⟨G_p, G'_p⟩. If G_p = Σ_t δ_t ⊗ h_t, the
 column is Σ_t (u·δ_t)(v·h_t): k·(|δ| + |h|) multiply-adds a position.
 A *joint* sketch has all outputs in the same k numbers, for kernels that sum over them: the rows of G_p are pairs
 (output, row of the parameter), u has an entry for each, and E⟨φ, φ'⟩ = Σ_p Σ_c ⟨G_pc, G'_pc⟩ at the same variance:
@@ -145,7 +145,7 @@ class Projector:
         return columns[:, 0] if self.sketch.joint else columns
 
     def forget_weights(self) -> None:
-        """Forget what `add_derivatives_` made of the readout's weights; call it before parameters move."""
+        """Forget the readout's weights as folded by `add_derivatives_`; call it before parameters move."""
         self._folded.clear()
 
     def probes(self, name: str, side: int, length: int, like: Tensor, columns: slice) -> Float[Tensor, "coordinate k"]:

@@ -14,7 +14,7 @@ def in_batches(x: Tensor, batch: int | None) -> Iterator[tuple[Tensor, slice]]:
 
     Args:
         x: rows.
-        batch: rows of a batch; None for all at once.
+        batch: rows of a batch; None for one batch of all rows.
     """
     batch = batch or len(x)
     for start in range(0, len(x), batch):
@@ -30,7 +30,7 @@ def by_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch: int | Non
     Args:
         function: from a batch to a row for each of its examples.
         x: the examples.
-        batch: examples of a batch; None for all at once.
+        batch: examples of a batch; None for one batch of all examples.
     """
     parts = [function(rows)[: own.stop - own.start] for rows, own in in_batches(x, batch)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -86,7 +86,7 @@ class Drawing:
         return self.num_draws // self.num_blocks
 
     def by_group(self, draws: range) -> Iterator[tuple[int, range]]:
-        """Yield the groups of consecutive draws, each with those of the given draws that belong to it.
+        """Yield the groups of consecutive draws, each with its members among the given draws.
 
         A group is an antithetic pair, an orthogonal group or a single draw. Group g has draws g·k to (g+1)·k − 1, k
         being the group size. The draws of a group share the noise of a noisy model.

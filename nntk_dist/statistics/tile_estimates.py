@@ -39,7 +39,7 @@ class Window:
     Attributes:
         rows: Examples of the rows.
         columns: Examples of the columns.
-        entries: Where their entries lie in the tile.
+        entries: The positions of their entries in the tile.
     """
 
     rows: slice

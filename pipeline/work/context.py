@@ -157,7 +157,7 @@ class Context:
         return self.fitting.run(lambda batch: self.features.outputs(x, batch=batch))
 
     def keys(self, split: str, selection: slice | np.ndarray) -> Tensor:
-        """Return names of examples, from 0 to 2^32 − 1, made of split and id; their own noise depends on them."""
+        """Return numbers of examples, from 0 to 2^32 − 1, from split and id; the noise of an example depends on it."""
         ids = torch.from_numpy(getattr(self.dataset, split).ids[selection])
         return ((ids & 0x7FFFFFFF) + (SPLITS.index(split) << 31)).to(self.job.layout.device)
 

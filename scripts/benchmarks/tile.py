@@ -1,7 +1,7 @@
 """Gram tiles against plain matrix products: whole tiles, all their statistics included, of features that are there.
 
-A tile is compared with one `torch.matmul` of its rows, its columns and the features' length. Where a formula needs
-other products, as layers and metrics do, the plain product's time is scaled to their length: a ratio of rates then.
+A tile is compared with one `torch.matmul` of its rows, its columns and the features' length. If a formula needs other
+products (layers, metrics), the plain product's time is scaled to their length: the result is a ratio of rates.
 Features are random numbers of the shapes that a kernel's have. As in a worker, which goes through the rows of a column,
 columns are ready for products and rows are made ready for every tile, in a process that keeps freed memory as workers
 do (but for `--quick`). What writes also reads its rows, from the local store that it writes to: a tile of the test

@@ -2,8 +2,8 @@
 
 A ladder of numbers of draws under several seeds each, the error ‖K − K*‖/‖K*‖ against a long run K* of the best
 estimator (other seeds, antithetic, in two halves whose difference tells its error), a law of the error fitted to the
-ladder, and from that law the draws, forward equivalents and seconds at an error of 5 %. Where 5 % lies beyond the
-ladder it is extrapolated.
+ladder, and from that law the draws, forward equivalents and seconds at an error of 5 %. If 5 % lies beyond the ladder,
+the law is extrapolated.
 
 Forward equivalents are evaluations of the network on all examples: 1 at θ for estimators that take differences; 1 a
 draw for `weight` and `activation`; 1 + 2C a draw for `autodiff`, which makes a backward pass for each of C outputs, at

@@ -12,7 +12,7 @@ class LowRank(Ranged):
     """z = (γ/√2)·A·Bᵀ/√r for tensors of two or more axes, viewed as (out, rest); (γ/√2)·n for vectors.
 
     The law is not radial: the gradient of a draw is 2Δz/γ². It tends to ∇f as γ → 0, but at finite γ the kernel
-    differs from that of the Gaussian law.
+    differs from the Gaussian law's kernel.
 
     Raises:
         ArgumentError: γ or the rank is out of range.

@@ -119,8 +119,8 @@ class BlockSums:
         between: Σ_{r≠r'} H_rr'; None unless blocks are paired.
         by_block: If wanted, T_r = Σ_{r'≠r} h_rr', h_rr' = ½(H_rr' + H_r'r), for paired blocks, else H_rr; r leading.
         by_group: If features are sketched, what each group of sketch columns adds to `between`; q leading.
-        resolved: Entries for which every part was changed by at least one draw. None if all are, or if `by_block`
-            shows it.
+        resolved: Mask of the entries whose standard error means something. None if every entry's does, or if a standard
+            error of 0 marks the others.
     """
 
     num_blocks: int

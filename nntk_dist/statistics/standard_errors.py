@@ -6,8 +6,8 @@ unbiased variance estimate V is noisy and may be negative. So the standard error
 on a fixed sample of entries.
 
 If features are sketched, the jackknife holds for the sketch at hand. The scatter of U between the Q groups of sketch
-columns, each with all draws, shows what another sketch would change. The sum of both counts the interaction of draws
-and sketch twice: it is too wide by at most √2, and by a few percent unless noise is as large as the kernel.
+columns, each with all draws, shows what another sketch would change. Adding the two variances counts the interaction of
+draws and sketch twice. The standard error is then too large by at most √2, usually by a few percent.
 
 Axes: r/R blocks, leading; q/Q groups of sketch columns; the rest is a tile of any shape.
 """

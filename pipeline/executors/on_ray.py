@@ -4,11 +4,11 @@ Ray starts actors, places them, and waits for a node if there is none. A worker 
 task waits for an actor without a place. Data and model state are put into the object store once. Short tasks share a
 call (`pipeline.executors.calls`), neighbours go to the same worker (`pipeline.executors.neighbours`).
 
-Three things are not left to Ray. An actor is replaced here, not by `max_restarts`: without a limit Ray restarts an
-actor that dies while it starts for ever, and its calls never fail; with a limit lost nodes count as deaths. Tasks are
-repeated here, not by `max_task_retries`: Ray repeats whole calls, beside others on the same actor, so that a task that
-kills its worker takes its companions down with it each time; here each of them runs again alone, up to a limit. And an
-exception inside a task is never retried, since tasks are deterministic.
+Three things are not left to Ray. Actors are replaced here, not by `max_restarts`: without a limit, Ray endlessly
+restarts an actor that dies while it starts, and its calls never fail; with a limit, Ray counts lost nodes as deaths.
+Tasks are repeated here, not by `max_task_retries`: Ray repeats whole calls beside others on the same actor, so a task
+that kills its worker takes its companions down each time. Here each of them runs again alone, up to a limit. An
+exception inside a task is never retried, because tasks are deterministic.
 
 Units: seconds.
 """

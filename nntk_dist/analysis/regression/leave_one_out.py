@@ -3,10 +3,10 @@
 Example i, left out, has the residual `S_i a_i`. Here `S_i = [(A⁻¹)_ii]⁻¹` is the Schur complement of `A = K + μI`: the
 part of the example's own block that the other examples do not explain. The low-rank approximation `B ≤ K` gives
 `S_i⁰ ≤ S_i` for all examples; for a few sampled ones `A⁻¹ e_i` is solved, so S_i is exact. For the others
-`S_i⁰ + κ (K − B)_ii` is used. It is right with κ = 1 if only example i is missing from B; κ comes from the sample. The
+`S_i⁰ + κ (K − B)_ii` is used. It would be exact with κ = 1 if B lacked only example i; κ is fitted on the sample. The
 mean square over all examples is then corrected by the ratio of exact and estimated mean squares over the sample, a
 ratio estimator (Cochran 1977, Sampling Techniques, §6): its bias falls like 1/s, however good B is. The standard error
-is a jackknife over the sample, κ included; a few extreme examples can be missing from the sample, and then from it too.
+is a jackknife over the sample, κ included. If the sample misses a few extreme examples, the standard error does too.
 Random probes of the whole diagonal (Bekas, Kokiopoulou & Saad 2007) were tried and fail: at small ridges the entries
 off the diagonal are so large that single diagonal entries are lost in them.
 

@@ -80,21 +80,17 @@ class Eigenpairs(Protocol):
     @property
     def eigenvalues(self) -> np.ndarray:
         """Return the eigenvalues found, in descending order."""
-        ...
 
     @property
     def eigenvectors(self) -> np.ndarray:
         """Return unit eigenvectors of the leading eigenvalues as columns."""
-        ...
 
     @property
     def residuals(self) -> np.ndarray | None:
         """Return `‖K u − λ u‖` of each pair; None if the eigenvalues are exact up to rounding."""
-        ...
 
     def numbers(self) -> dict[str, float]:
         """Return the derived numbers by name."""
-        ...
 
 
 class SpectrumSolver(Protocol):
@@ -103,17 +99,14 @@ class SpectrumSolver(Protocol):
     @property
     def needs(self) -> Needs:
         """Return what the solver reads."""
-        ...
 
     def cost(self, size: SpectrumSize) -> Cost:
         """Estimate what a solve takes."""
-        ...
 
     def solve(
         self, kernel: KernelForms[StreamedKernel], *, top_k: int, vectors: bool = True, seed: int = 0
     ) -> Eigenpairs:
         """Compute at least the `top_k` largest eigenvalues, and their eigenvectors if `vectors`."""
-        ...
 
 
 class RegressionSolver(Protocol):
@@ -122,11 +115,9 @@ class RegressionSolver(Protocol):
     @property
     def needs(self) -> Needs:
         """Return what the solver reads."""
-        ...
 
     def cost(self, size: RegressionSize) -> Cost:
         """Estimate what a solve takes."""
-        ...
 
     def solve(
         self,
@@ -138,7 +129,6 @@ class RegressionSolver(Protocol):
         seed: int = 0,
     ) -> RidgeRegression:
         """Fit every ridge, select one by leave-one-out error, and predict the test examples."""
-        ...
 
 
 SPECTRUM_SOLVERS: Registry[type[SpectrumSolver]] = Registry(

@@ -90,22 +90,18 @@ class Estimator(Protocol):
     @property
     def plan_type(self) -> type[EstimatorPlan]:
         """The class of its plans, with which a stored plan is restored."""
-        ...
 
     @property
     def uses_gradients(self) -> bool:
         """Whether it differentiates the model: it is then unavailable for models that jump in their parameters."""
-        ...
 
     @property
     def moves_parameters(self) -> bool:
         """Whether it evaluates the model at many perturbed parameters, which can be stacked in one call."""
-        ...
 
     @property
     def forms_gradients(self) -> bool:
         """Whether it makes gradients layer by layer, so that `contraction` has a meaning."""
-        ...
 
     def plan(self, trial: Trial) -> EstimatorPlan:
         """Try the estimator on a model and plan it, with the contraction for the kernel's own number of draws.
@@ -113,18 +109,14 @@ class Estimator(Protocol):
         Raises:
             Unavailable: it is not valid for this model or kernel; `auto` then tries another one.
         """
-        ...
 
     def contracted(
         self, plan: Any, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
     ) -> EstimatorPlan:
         """Return the plan with the contraction for a number of draws and of kernel outputs: from values alone."""
-        ...
 
     def statement(self, plan: Any, space: ParameterSpace) -> str:
         """Say why it is valid and what it does to the parameters."""
-        ...
 
     def features(self, plan: Any, setting: FeatureSetting) -> FeatureMap:
         """Make the object that computes features; nothing is tried or decided here."""
-        ...

@@ -29,47 +29,38 @@ class FeatureMap(Protocol):
     @property
     def num_draws(self) -> int:
         """S, the number of perturbed models."""
-        ...
 
     @property
     def num_blocks(self) -> int:
         """R, the number of independent blocks of draws."""
-        ...
 
     @property
     def num_parameters(self) -> int:
         """P, the number of selected parameters."""
-        ...
 
     @property
     def columns(self) -> tuple[int, ...]:
         """The indices of the model outputs in the kernel."""
-        ...
 
     @property
     def pair_blocks(self) -> bool:
         """Whether products pair all blocks (the nonlocal kernel), or each draw only with itself."""
-        ...
 
     @property
     def shows_unresolved(self) -> bool:
         """Whether blocks that all agree mean that no draw changed the output, not that there is no noise."""
-        ...
 
     @property
     def num_sketch_groups(self) -> int:
         """Q, the number of independent groups of sketch columns; 0 if products are exact."""
-        ...
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays that `compute` returns."""
-        ...
 
     @property
     def storage(self) -> FeatureStorage:
         """How a store keeps the arrays, and whether they are an explicit factor of the kernel."""
-        ...
 
     def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
         """Return what the features and their products cost.
@@ -78,7 +69,6 @@ class FeatureMap(Protocol):
             meeting: Whether outputs are summed or kept.
             wanted: Whether standard errors are wanted.
         """
-        ...
 
     def compute(
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
@@ -95,19 +85,15 @@ class FeatureMap(Protocol):
         Returns:
             The arrays by name, in the model's dtype.
         """
-        ...
 
     def outputs(self, x: Tensor, *, batch: int | None = None) -> Float[Tensor, "n c"]:
         """Compute f(x; θ), all outputs, in batches as `compute` does."""
-        ...
 
     def make_metric(self) -> Float64[Tensor, "k k"] | None:
         """Make the matrix M with `plugin = Φ M Φᵀ`; None if the features are no explicit factor of the kernel."""
-        ...
 
     def with_metric(self, metric: Float64[Tensor, "k k"]) -> Self:
         """Return the same features with a metric that was made before, which spares making it again."""
-        ...
 
     def prepare(self, rows: Rows, wanted: Wanted) -> Rows:
         """Precompute what a row set contributes to all of its tiles.
@@ -122,7 +108,6 @@ class FeatureMap(Protocol):
         Returns:
             The prepared arrays, by name.
         """
-        ...
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile, or with a paired meeting of its diagonal.
@@ -136,21 +121,18 @@ class FeatureMap(Protocol):
         Returns:
             The sums in float64.
         """
-        ...
 
     def weighted_products(self, rows: Rows, others: Rows, wanted: Wanted) -> list[WeightedProduct] | None:
         """Return the matrix products that make up the sums of prepared row sets.
 
         They are added up faster than by `block_sums`. None if the sums take more than matrix products.
         """
-        ...
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
         """Return every block product of few entries, for calibration.
 
         Their shape is (R, R, *tile) if blocks are paired, else (R, *tile).
         """
-        ...
 
 
 def block_range(draws: range, draws_per_block: int) -> range:

@@ -46,15 +46,12 @@ class Check(Protocol):
     @property
     def words(self) -> tuple[str, ...]:
         """The words that are allowed, from which an error message suggests the nearest."""
-        ...
 
     def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
         """Return what is allowed, as an error message and the reference page say it."""
-        ...
 
     def take(self, value: Any) -> Any:
         """Return the value in its final type. Raises: TypeError or ValueError if it is not allowed."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,9 @@ class Parts(Protocol):
 
     def __len__(self) -> int:
         """Return the number of parts."""
-        ...
 
     def __iter__(self) -> Iterator[tuple[Rows, Rows]]:
         """Yield the features of rows and columns, one part after the other."""
-        ...
 
 
 def tile_estimates(

@@ -57,7 +57,6 @@ class OpenSource(Protocol):
         Raises:
             DataError: the data are missing, damaged or malformed.
         """
-        ...
 
 
 def existing_path(location: str, *, what: str) -> Path:

@@ -14,12 +14,9 @@ class Executor(Protocol):
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Sequence[Outcome]]:
         """Yield outcomes as they come, in portions; an empty portion at least once a second, for the ledger's flush."""
-        ...
 
     def stop_workers(self, keep: int = 0) -> None:
         """Stop the processes of all workers but `keep`, and free what they hold; the next tasks start new ones."""
-        ...
 
     def close(self) -> None:
         """Stop all processes and close connections; further calls do nothing."""
-        ...

@@ -18,7 +18,6 @@ class Executes(Protocol):
 
     def execute(self, task: Task) -> Outcome:
         """Carry out a task."""
-        ...
 
 
 class WorkerActor:

@@ -67,7 +67,6 @@ class Sink(Protocol):
 
     def write(self, path: str, start: Sequence[int], values: np.ndarray) -> tuple[int, int]:
         """Take whole shards of an array that begin at an index; return bytes and checksum."""
-        ...
 
 
 @dataclass

@@ -28,7 +28,6 @@ class Law(Protocol):
     @property
     def gamma(self) -> float:
         """The range: E|z|² = P·γ²/2."""
-        ...
 
 
 @runtime_checkable
@@ -51,7 +50,6 @@ class RadialLaw(Law, Protocol):
         Returns:
             One number, or one for each perturbation.
         """
-        ...
 
 
 @dataclass(frozen=True)

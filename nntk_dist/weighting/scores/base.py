@@ -50,7 +50,6 @@ class Score(Protocol):
         Returns:
             One score for each draw, (s,), or one for each draw and example, (s, n).
         """
-        ...
 
 
 @runtime_checkable
@@ -69,4 +68,3 @@ class ScoreRule(Protocol):
 
     def prepare(self, basis: ScoreBasis) -> Score:
         """Return the score. Raises: ArgumentError if targets or outputs do not suit it."""
-        ...

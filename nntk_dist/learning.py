@@ -7,7 +7,6 @@ There are no probabilities: the scores of ridge regression on one-hot targets ar
 Axes: n train examples, m new examples, T target columns (one for each class), C outputs of the model.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -193,10 +192,7 @@ _OPTIONS = {name: each for name, each in kernel_options().items() if name != "st
 
 def _show_options() -> None:
     """Give the constructor the signature from which scikit-learn reads the parameters."""
-    written = list(inspect.signature(_NonlocalRidge.__init__).parameters.values())
-    positional = [each for each in written if each.kind is each.POSITIONAL_OR_KEYWORD]
-    keywords = [each for each in written if each.kind is each.KEYWORD_ONLY]
-    whole = kernel_signature(None, positional, keywords, None)
+    whole = kernel_signature(None, _NonlocalRidge.__init__)
     kept = [each for name, each in whole.parameters.items() if name != "statistic"]
     _NonlocalRidge.__init__.__signature__ = whole.replace(parameters=kept)  # type: ignore[attr-defined]
 

@@ -5,7 +5,7 @@ They wrap arrays, tiles and factors for the solvers; the solvers do the work.
 Axes: n train examples, m test examples, T target columns, L ridges.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def spectrum(
         >>> spectrum(np.diag([1.0, 3.0, 2.0])).eigenvalues.tolist()
         [3.0, 2.0, 1.0]
     """
-    return solver.solve(_train_forms(kernel), top_k=top_k, vectors=vectors, seed=seed)
+    return solver.solve(_forms(kernel, KernelForms.of_kernel), top_k=top_k, vectors=vectors, seed=seed)
 
 
 def ridge(
@@ -90,20 +90,13 @@ def ridge(
         (1, 1)
     """
     problem = ridge_problem(targets, test_targets, num_classes=num_classes, offset=offset, test_offset=test_offset)
-    return solver.solve(_train_forms(kernel), _test_forms(test_kernel), problem, ridges, seed=seed)
+    train, test = _forms(kernel, KernelForms.of_kernel), _forms(test_kernel, KernelForms.of_test_kernel)
+    return solver.solve(train, test, problem, ridges, seed=seed)
 
 
-def _train_forms(kernel: Any) -> KernelForms[StreamedKernel]:
+def _forms(kernel: Any, of_array: Callable[[Any], KernelForms[Any]]) -> KernelForms[Any]:
     if isinstance(kernel, KernelForms):
         return kernel
-    if isinstance(kernel, StreamedKernel):
+    if isinstance(kernel, StreamedKernel | StreamedRectangle):
         return KernelForms(tiles=lambda: kernel)
-    return KernelForms(factor=lambda: kernel) if isinstance(kernel, FactorRows) else KernelForms.of_kernel(kernel)
-
-
-def _test_forms(kernel: Any) -> KernelForms[StreamedRectangle]:
-    if isinstance(kernel, KernelForms):
-        return kernel
-    if isinstance(kernel, StreamedRectangle):
-        return KernelForms(tiles=lambda: kernel)
-    return KernelForms(factor=lambda: kernel) if isinstance(kernel, FactorRows) else KernelForms.of_test_kernel(kernel)
+    return KernelForms(factor=lambda: kernel) if isinstance(kernel, FactorRows) else of_array(kernel)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from nntk_dist.errors import NNTKError, Unavailable
 from nntk_dist.estimators.activation_noise import ActivationFeatures
+from nntk_dist.estimators.contraction import NoiseContraction, noise_contraction
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
-from nntk_dist.estimators.noise_contraction import NoiseContraction, noise_contraction
 from nntk_dist.estimators.noisy_passes import MOST_GROUPS
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.layers.sketch import Sketch, groups_of_columns
@@ -78,9 +78,8 @@ class Activation:
             noise = plan_noise(trial.evaluator.model, space, trial.x)
         if spec.estimator == EstimatorChoice.AUTO and 2 * noise.num_parameters(space)[2] > space.num_parameters:
             raise Unavailable("noise in pre-activations would reach less than half of the parameters")
-        num_outputs = 1 if isinstance(spec.outputs, int) else trial.num_outputs
-        chosen = noise_contraction(noise, space, spec, num_draws=drawing.num_draws, num_outputs=num_outputs)
-        return ActivationPlan(noise, chosen)
+        plan = ActivationPlan(noise, NoiseContraction())
+        return self.contracted(plan, space, spec, num_draws=trial.num_draws, num_outputs=trial.num_kernel_outputs)
 
     def contracted(
         self, plan: ActivationPlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int

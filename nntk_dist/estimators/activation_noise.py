@@ -6,7 +6,7 @@ output is the model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²]
 noise has one number for each unit. Gaussian ρ and the nonlocal kernel only; any activation, jumps included.
 
 Products: layers in factors over all pairs of draws (`nntk_dist.products.noise_pairs`), from block-mean gradients, or
-from their sketch (`nntk_dist.estimators.noise_contraction`); weight space from D and ⟨n_s, n_t⟩; the readout from block
+from their sketch (`nntk_dist.estimators.contraction`); weight space from D and ⟨n_s, n_t⟩; the readout from block
 means of h̃.
 
 Axes: n rows, s draws, r blocks, c outputs, k basis vectors, i inputs and u units of a layer, p formed parameters.
@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from nntk_dist.estimators.contraction import NoiseContraction
 from nntk_dist.estimators.drawn_features import DrawnFeatures
-from nntk_dist.estimators.noise_contraction import NoiseContraction
 from nntk_dist.estimators.noisy_passes import NoisyDraws, NoisyPass
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan

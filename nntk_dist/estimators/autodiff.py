@@ -59,9 +59,8 @@ class Autodiff:
         space, spec = trial.evaluator.space, trial.spec
         with trying(Unavailable, "its gradients cannot be taken layer by layer ({reason}); use estimator: weight"):
             sites = plan_sites(trial.evaluator.model, space, trial.x)
-        num_outputs = 1 if isinstance(spec.outputs, int) else trial.num_outputs
-        num_draws = 1 if trial.drawing is None else trial.drawing.num_draws
-        return GradientPlan(sites, contraction_of(sites, space, spec, num_draws=num_draws, num_outputs=num_outputs))
+        sizes = {"num_draws": trial.num_draws, "num_outputs": trial.num_kernel_outputs}
+        return GradientPlan(sites, contraction_of(sites, space, spec, **sizes))
 
     def contracted(
         self, plan: GradientPlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int

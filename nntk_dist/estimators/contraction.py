@@ -10,15 +10,28 @@
 Multiplying and adding up the two products of a pair of draws has a separate cost. The first two ways are exact.
 `auto` takes the cheaper of them, and a sketch only if exactness is too expensive. Nothing is computed here.
 
+The same three ways exist for the noisy layers of `activation`:
+
+`layered`  D η ⊗ q in factors: two Gram matrices for S² pairs of draws, whatever the number of outputs.
+`means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry for every output.
+`sketch`   block-mean gradients of all sketched layers in the same k numbers.
+
+Its parameters in weight space need only D and ⟨n_s, n_t⟩, or formed means if there are more draws than parameters. Its
+readout needs block means of h̃. Both are always exact.
+
 Axes: S draws, R blocks, P_l parameters of a layer, i/o widths of h̃/δ, k numbers of the sketch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from nntk_dist.layers.noise import NoiseSite
+from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.products.factor_form import METRIC_DRAWS
 from nntk_dist.spec import ContractionChoice, KernelSpec, Kind, Outputs
 
 # `auto` sketches only if exact features of a row exceed this many bytes (in float32, one output at a time: a thousand
@@ -30,7 +43,11 @@ AFFORDABLE_OPERATIONS = 32
 # 107 to 168 on an AMD EPYC with fresh memory, 230 to 450 on an Intel Xeon with reused memory, whose matrix products are
 # faster; widths of 32 and 128, sums by block included.
 PAIR_OPERATIONS = 128
+# Formed gradients of noisy layers may take up to this many times the memory of the factors that they replace.
+_MOST_MEMORY = 4
 _NAMES_SHOWN = 4
+
+Layer = TypeVar("Layer", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,10 @@ class Setting:
         """Outputs whose features are held at the same time."""
         return self.num_outputs if self.full else 1
 
+    def means_operations(self, num_numbers: int) -> int:
+        """Multiply-adds of an entry for formed means of so many numbers an output."""
+        return self.products * self.copies * num_numbers
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -92,12 +113,25 @@ class Contraction:
         readout = self.exact.readout
         layers = [site.module for site in self.exact.outer if site.module != readout]
         means = [site.module for site in self.exact.outer if site.module == readout]
-        kinds = {
-            "layered": [module or "the model itself" for module in layers],
-            "means": [module or "the model itself" for module in means] + list(self.exact.dense_names()),
-            f"sketch (k = {self.num_columns})": [] if self.sketched is None else list(self.sketched.dense_names()),
-        }
-        return "contraction: " + "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
+        sketched = () if self.sketched is None else self.sketched.dense_names()
+        return _text(layers, [*means, *self.exact.dense_names()], sketched, self.num_columns)
+
+
+@dataclass(frozen=True)
+class NoiseContraction:
+    """The noisy layers whose block means are formed, and those that are sketched; the others stay in factors."""
+
+    formed: frozenset[str] = frozenset()
+    sketched: frozenset[str] = frozenset()
+    num_columns: int = 0
+    forms_weight_space: bool = False
+
+    def text(self, plan: NoisePlan) -> str:
+        """Say the choice in words, for plan and report."""
+        modules = [each.module for each in plan.noisy]
+        layered = [module for module in modules if module not in self.formed | self.sketched]
+        formed, sketched = ([module for module in modules if module in own] for own in (self.formed, self.sketched))
+        return _text(layered, formed, sketched, self.num_columns)
 
 
 def contraction_of(
@@ -127,12 +161,7 @@ def choose_contraction(
     if not setting.pair_blocks or setting.full:
         plan = replace(plan, readout=None)
     cheapest, costs = _exact(plan, space, contraction, setting)
-    names = frozenset[str]()
-    if contraction == ContractionChoice.SKETCH:
-        names = plan.names()
-    elif contraction == ContractionChoice.AUTO and num_columns and unaffordable(costs.values(), num_columns, setting):
-        worth = setting.products * setting.copies * num_columns
-        names = frozenset(name for group, cost in costs.items() for name in group if cost.operations > worth)
+    names = frozenset(name for group in _sketched(costs, contraction, num_columns, setting) for name in group)
     if not names:
         return Contraction(cheapest, None, 0, 0)
     formed = plan.densified(frozenset(site.module for site in plan.outer))
@@ -163,15 +192,13 @@ def _exact(
 
 
 def _means_cost(num_parameters: int, setting: Setting) -> Cost:
-    return Cost(
-        setting.products * setting.copies * num_parameters, setting.slots * setting.outputs_at_once * num_parameters
-    )
+    return Cost(setting.means_operations(num_parameters), setting.slots * setting.outputs_at_once * num_parameters)
 
 
 def _layered_cost(space: ParameterSpace, plan: SitePlan, site: Site, setting: Setting) -> Cost:
     inputs, units = linear_widths(space, site)
     if setting.pair_blocks and site.module in plan.input_layers:
-        operations = inputs + setting.products * setting.copies * units
+        operations = inputs + setting.means_operations(units)
         return Cost(operations, setting.num_draws * (inputs + setting.outputs_at_once * units))
     if plan.readout == site.module:
         return Cost(setting.products * inputs, setting.slots * inputs)
@@ -187,12 +214,42 @@ def shares_derivatives(plan: SitePlan, site: Site, *, full: bool) -> bool:
     return plan.output_layers is not None and plan.output_layers.module == site.module and not full
 
 
-def unaffordable(costs: Iterable[Cost], num_columns: int, setting: Setting) -> bool:
-    """Return whether exactness is too expensive, in memory as well as in operations."""
-    costs = list(costs)
-    sketched = setting.products * setting.copies * num_columns
-    too_long = sum(cost.operations for cost in costs) > AFFORDABLE_OPERATIONS * sketched
-    return too_long and 4 * sum(cost.numbers for cost in costs) > AFFORDABLE_BYTES
+def noise_contraction(
+    plan: NoisePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
+) -> NoiseContraction:
+    """Choose the contraction that is asked for, or the cheapest exact one, or a sketch if that is too expensive."""
+    setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == Outputs.FULL)
+    formed, costs = set[str](), dict[str, Cost]()
+    for each in plan.noisy:
+        layered, means = _noise_costs(each, setting)
+        cheaper = means.operations < layered.operations and means.numbers <= _MOST_MEMORY * layered.numbers
+        if spec.contraction == ContractionChoice.MEANS or (spec.contraction != ContractionChoice.LAYERED and cheaper):
+            formed.add(each.module)
+        costs[each.module] = means if each.module in formed else layered
+    num_columns = columns_of_sketch(spec.sketch)
+    sketched = _sketched(costs, spec.contraction, num_columns, setting)
+    few = setting.products * plan.num_parameters(space)[2] < num_draws
+    forms_weight_space = bool(plan.weight_space) and (few or num_draws > METRIC_DRAWS or spec.contraction == ContractionChoice.MEANS)
+    return NoiseContraction(frozenset(formed) - sketched, sketched, num_columns if sketched else 0, forms_weight_space)
+
+
+def _noise_costs(each: NoiseSite, setting: Setting) -> tuple[Cost, Cost]:
+    """The costs of a noisy layer in factors, and from formed means of all outputs."""
+    widths, numbers = each.width + each.units, setting.num_blocks * setting.num_outputs * each.num_parameters
+    layered = Cost(setting.pairs * each.rank**2 * widths, setting.num_draws * each.rank * widths)
+    return layered, Cost(setting.means_operations(each.num_parameters), numbers)
+
+
+def _sketched(costs: Mapping[Layer, Cost], contraction: str, num_columns: int, setting: Setting) -> frozenset[Layer]:
+    """The layers to sketch: all if asked for; with `auto` the dearest, if exactness takes too much memory and time."""
+    if contraction == ContractionChoice.SKETCH:
+        return frozenset(costs)
+    worth = setting.means_operations(num_columns)
+    too_long = sum(cost.operations for cost in costs.values()) > AFFORDABLE_OPERATIONS * worth
+    too_large = 4 * sum(cost.numbers for cost in costs.values()) > AFFORDABLE_BYTES
+    if contraction == ContractionChoice.AUTO and num_columns and too_long and too_large:
+        return frozenset(layer for layer, cost in costs.items() if cost.operations > worth)
+    return frozenset()
 
 
 def linear_widths(space: ParameterSpace, site: Site) -> tuple[int, int]:
@@ -202,7 +259,13 @@ def linear_widths(space: ParameterSpace, site: Site) -> tuple[int, int]:
     return inputs + ("bias" in names), shapes[site.parameters[0][1]][0]
 
 
-def listed(names: Sequence[str]) -> str:
+def _text(layered: Sequence[str], means: Sequence[str], sketched: Sequence[str], num_columns: int) -> str:
+    kinds = {"layered": layered, "means": means, f"sketch (k = {num_columns})": sketched}
+    words = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    return "contraction: " + "; ".join(words) if words else ""
+
+
+def _listed(names: Sequence[str]) -> str:
     """List the first few names, and count the rest."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
+    shown = ", ".join(name or "the model itself" for name in names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

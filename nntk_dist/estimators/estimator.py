@@ -38,6 +38,16 @@ class Trial:
     drawing: Drawing | None
     num_outputs: int
 
+    @property
+    def num_draws(self) -> int:
+        """S, the number of perturbed models; 1 for the gradient at θ."""
+        return 1 if self.drawing is None else self.drawing.num_draws
+
+    @property
+    def num_kernel_outputs(self) -> int:
+        """The number of outputs that the kernel is made of."""
+        return 1 if isinstance(self.spec.outputs, int) else self.num_outputs
+
 
 @dataclass(frozen=True)
 class FeatureSetting:

@@ -44,13 +44,8 @@ class Weight:
         assert drawing is not None
         fixed = trial.spec.weighting.is_fixed
         shared = fixed and find_low_rank_passes(trial.evaluator, drawing, trial.x) is not None
-        return self.contracted(
-            DifferencePlan(low_rank_passes=shared),
-            space,
-            trial.spec,
-            num_draws=drawing.num_draws,
-            num_outputs=trial.num_outputs,
-        )
+        plan, outputs = DifferencePlan(low_rank_passes=shared), trial.num_kernel_outputs
+        return self.contracted(plan, space, trial.spec, num_draws=trial.num_draws, num_outputs=outputs)
 
     def contracted(
         self, plan: DifferencePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int

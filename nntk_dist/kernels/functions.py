@@ -6,7 +6,6 @@ in memory. Their options are declared in `nntk_dist.spec.KernelSpec`, from which
 Axes: n1, n2 examples, C outputs; `full` kernels are indexed i·C + c.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,11 +24,7 @@ def _with_options_of(kind: str | None) -> Callable[[Function], Function]:
     """Show the options of a kind of kernel in a function's signature and docstring, in place of `**options`."""
 
     def show(function: Function) -> Function:
-        written = list(inspect.signature(function).parameters.values())
-        positional = [each for each in written if each.kind is each.POSITIONAL_OR_KEYWORD]
-        keywords = [each for each in written if each.kind is each.KEYWORD_ONLY]
-        returns = inspect.signature(function).return_annotation
-        function.__signature__ = kernel_signature(kind, positional, keywords, returns)  # type: ignore[attr-defined]
+        function.__signature__ = kernel_signature(kind, function)  # type: ignore[attr-defined]
         rows = [
             f"        {row.name}: {row.text}; allowed: {row.allowed}; default {row.default}.\n"
             for row in kernel_option_rows(kind)

@@ -10,7 +10,7 @@ Axes: n examples, c outputs.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from nntk_dist.models.noise import agreement, check_gradients, noise_text
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.planning.jumps import JumpProbe, probe_jumps
 from nntk_dist.planning.model_probes import ModelProbes, call_changes, probe_model
-from nntk_dist.planning.plain import from_plain, to_plain
+from nntk_dist.planning.plain import from_plain
 from nntk_dist.planning.stacking import try_stacking
 from nntk_dist.registration.estimators import AUTO_ORDER, ESTIMATORS
 from nntk_dist.sampling.laws import LowRank
@@ -91,36 +91,16 @@ class Decision:
         """Return the indices of the model outputs in a kernel with these `outputs`."""
         return (outputs,) if isinstance(outputs, int) else tuple(range(self.num_outputs))
 
-    def to_plain(self) -> dict[str, Any]:
-        """Return the decision as plain JSON values, from which `from_plain` restores an equal one."""
-        return {field.name: to_plain(getattr(self, field.name)) for field in fields(self)}
-
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "Decision":
-        """Restore a decision.
+        """Restore a decision from what `to_plain` made of it.
 
         Raises:
             ValueError: something is missing, unknown, or of another type; the message names the key.
             ArgumentError: the estimator is not registered here.
         """
         estimator: Estimator = ESTIMATORS.get(str(values.get("estimator")))
-        plan = from_plain(estimator.plan_type, values.get("plan"), where="plan")
-        restored = from_plain(_Rest, {name: part for name, part in values.items() if name != "plan"})
-        return cls(plan=plan, **{field.name: getattr(restored, field.name) for field in fields(restored)})
-
-
-@dataclass(frozen=True)
-class _Rest:
-    """The fields of a decision except the plan, whose type the estimator knows."""
-
-    estimator: str
-    reason: str
-    num_draws: int
-    num_outputs: int
-    space: ParameterSpace
-    stacked: bool
-    stacking: str
-    probes: ModelProbes | None
+        return from_plain(cls, values, plan=estimator.plan_type)
 
 
 def decide(
@@ -188,8 +168,10 @@ def decide(
         reason += f"; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
     moved = Evaluator(model, space, decision.stacked)
     drawing = None if spec.kind == Kind.LOCAL else spec.drawing(decision.estimator, space, model)
+    examples, unmoved = x[:_EXAMPLES], decision.plan.unmoved
+    differences = not _estimator(decision.estimator).uses_gradients
     probes = probe_model(
-        moved, spec, x[:_EXAMPLES], decision.estimator, drawing, unmoved=decision.plan.unmoved, calls=calls, jumps=jumps
+        moved, spec, examples, drawing, differences=differences, unmoved=unmoved, calls=calls, jumps=jumps
     )
     return replace(decision, reason=reason, probes=probes)
 

@@ -22,8 +22,6 @@ from nntk_dist.spec import KernelSpec, Kind
 
 # Noise of 1 % in differences adds 1e-4 of itself to the variance of `weight`, and to a covariance kernel's diagonal.
 NOTABLE_NOISE = 0.01
-# Estimators from differences of outputs; gradients have no such cancellation.
-_DIFFERENCES = ("weight", "activation")
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,9 @@ def probe_model(
     evaluator: Evaluator,
     spec: KernelSpec,
     x: Tensor,
-    estimator: str,
     drawing: Drawing | None,
     *,
+    differences: bool,
     unmoved: Sequence[str],
     calls: tuple[float, float | None],
     jumps: JumpProbe | None,
@@ -102,8 +100,8 @@ def probe_model(
         evaluator: the model, evaluating perturbed models as the kernel's computation will.
         spec: the kernel.
         x: a few examples.
-        estimator: its name.
         drawing: the kernel's draws; None for the kind `local`, which has no noise floor.
+        differences: whether the estimator takes differences of outputs; gradients have no such cancellation.
         unmoved: parameters that the estimator's draws leave alone.
         calls: what `call_changes` found.
         jumps: what `probe_jumps` found, if it was tried.
@@ -114,7 +112,7 @@ def probe_model(
     if drawing is not None:
         columns = (spec.outputs,) if isinstance(spec.outputs, int) else range(evaluator.base(x[:1]).shape[1])
         floor = probe_noise(evaluator, drawing, x, columns, still=unmoved)
-    notable = floor is not None and estimator in _DIFFERENCES and floor.ratio > NOTABLE_NOISE
+    notable = floor is not None and differences and floor.ratio > NOTABLE_NOISE
     return ModelProbes(
         repeat_change=calls[0],
         batch_change=calls[1],

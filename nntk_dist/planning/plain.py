@@ -36,18 +36,19 @@ def to_plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no plain form")
 
 
-def from_plain(kind: type[Value], plain: Any, *, where: str = "") -> Value:
+def from_plain(kind: type[Value], plain: Any, **types_of_fields: type) -> Value:
     """Restore a value of a type from its plain form.
 
     Args:
         kind: its class.
         plain: the result of `to_plain`, also after a round trip through JSON.
-        where: the key at which it stands, for messages.
+        types_of_fields: the classes of fields that are declared with a base class.
 
     Raises:
         ValueError: something is missing, unknown, or of another type; the message names the key.
     """
-    return _restored(kind, plain, where)
+    restored: Value = _dataclass(kind, plain, "", types_of_fields)
+    return restored
 
 
 def _restored(kind: Any, plain: Any, where: str) -> Any:
@@ -60,7 +61,7 @@ def _restored(kind: Any, plain: Any, where: str) -> Any:
         (kind,) = [each for each in arguments if each is not type(None)]
         return _restored(kind, plain, where)
     if is_dataclass(kind):
-        return _dataclass(kind, plain, where)
+        return _dataclass(kind, plain, where, {})
     if origin in (tuple, frozenset):
         return _collection(origin, arguments, plain, where)
     if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
@@ -72,10 +73,10 @@ def _restored(kind: Any, plain: Any, where: str) -> Any:
     return plain
 
 
-def _dataclass(kind: Any, plain: Any, where: str) -> Any:
+def _dataclass(kind: Any, plain: Any, where: str, types_of_fields: Mapping[str, type]) -> Any:
     if not isinstance(plain, Mapping):
         raise ValueError(f"{where or 'the value'} is {plain!r:.60}; expected the fields of {kind.__name__}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind) | dict(types_of_fields)
     prefix = f"{where}." if where else ""
     names = [field.name for field in fields(kind)]
     for name in names:

@@ -7,12 +7,13 @@ of the configuration, error messages and reference pages read the same declarati
 import dataclasses
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from nntk_dist.errors import ArgumentError, NNTKError, nearest_name
 from nntk_dist.registration.registry import PYTHON, Registry
@@ -40,22 +41,32 @@ PYTHON_SPELLING = Spelling("None", "infinity", "True or False")
 YAML_SPELLING = Spelling("null", ".inf", "true or false")
 
 
-class Check(Protocol):
-    """What is allowed for an option."""
+@dataclass(frozen=True)
+class Check(ABC):
+    """What is allowed for an option.
+
+    Args:
+        text: what is allowed, in words, if the check does not say it itself.
+    """
+
+    text: str = field(default="", kw_only=True)
 
     @property
     def words(self) -> tuple[str, ...]:
         """The words that are allowed, from which an error message suggests the nearest."""
+        return ()
 
     def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
         """Return what is allowed, as an error message and the reference page say it."""
+        return self.text
 
+    @abstractmethod
     def take(self, value: Any) -> Any:
         """Return the value in its final type. Raises: TypeError or ValueError if it is not allowed."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Check):
     """One of the members of an enum, given as itself or as its value."""
 
     choices: type[StrEnum]
@@ -69,13 +80,13 @@ class Choice:
         """Return the values, separated by commas."""
         return ", ".join(self.words)
 
-    def take(self, value: Any) -> StrEnum:
+    def take(self, value: Any) -> str:
         """Return the member."""
         return self.choices(value)
 
 
 @dataclass(frozen=True)
-class Registered:
+class Registered(Choice):
     """A member of an enum, or another name in a registry: an installed package's, or `python:module:name`.
 
     Args:
@@ -83,14 +94,12 @@ class Registered:
         registry: where other names are looked up.
     """
 
-    choices: type[StrEnum]
     registry: Registry[Any]
 
     @property
     def words(self) -> tuple[str, ...]:
         """The values of the enum, then the names of installed packages."""
-        own = tuple(str(choice) for choice in self.choices)
-        return (*own, *(name for name in self.registry if name not in own))
+        return tuple(dict.fromkeys((*super().words, *self.registry)))
 
     def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
         """Return all names, separated by commas, and the form of an importable one."""
@@ -106,22 +115,18 @@ class Registered:
 
 
 @dataclass(frozen=True)
-class WholeNumber:
+class WholeNumber(Check):
     """An integer of any integer type in a range, or one of some words; a boolean is not an integer.
 
     Args:
         minimum: smallest value.
         below: first value that is too large.
         choices: words that are allowed too.
-        none: whether None is allowed.
-        text: what is allowed, if the range does not say it.
     """
 
     minimum: int
     below: int | None = None
     choices: type[StrEnum] | None = None
-    none: bool = False
-    text: str = ""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -131,14 +136,10 @@ class WholeNumber:
     def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
         """Return the words and the range."""
         number = self.text or f"a whole number, {self.minimum} or more"
-        first = [spelling.none] if self.none else []
-        words = ", ".join([*first, *self.words])
-        return f"{words}, or {number}" if words else number
+        return f"{', '.join(self.words)}, or {number}" if self.words else number
 
     def take(self, value: Any) -> Any:
-        """Return an int, a word or None."""
-        if value is None and self.none:
-            return None
+        """Return an int or a word."""
         if isinstance(value, str) and self.choices is not None:
             return self.choices(value)
         if isinstance(value, bool):
@@ -150,8 +151,10 @@ class WholeNumber:
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Check):
     """A real number in a range; NaN and booleans are refused, infinity unless it is allowed.
+
+    In `text`, `{none}` and `{infinity}` are replaced by the language's words for them.
 
     Args:
         above: the value must be larger.
@@ -159,30 +162,22 @@ class Number:
         below: the value must be smaller.
         none: whether None is allowed.
         infinite: whether infinity is allowed.
-        text: what is allowed, if the range does not say it; `{none}` and `{infinity}` are replaced.
     """
 
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
     none: bool = False
     infinite: bool = False
-    text: str = ""
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """No words."""
-        return ()
 
     def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
         """Return the range."""
         if self.text:
             return self.text.format(none=spelling.none, infinity=spelling.infinity)
-        if self.at_least is not None:
+        if math.isfinite(self.at_least):
             text = f"a number from {self.at_least:g} to below {self.below:g}"
         else:
-            upper = "" if self.below is None else f" and below {self.below:g}"
-            text = f"a number above {self.above:g}{upper}"
+            text = f"a number above {self.above:g}" + (f" and below {self.below:g}" if self.below < math.inf else "")
         return f"{spelling.none}, or {text}" if self.none else text
 
     def take(self, value: Any) -> float | None:
@@ -192,24 +187,15 @@ class Number:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError
         number = float(value)
-        outside = (self.above is not None and not number > self.above) or (
-            self.at_least is not None and not number >= self.at_least
-        )
-        if outside or (self.below is not None and not number < self.below) or math.isnan(number):
-            raise ValueError
-        if math.isinf(number) and not self.infinite:
+        inside = number > self.above and number >= self.at_least and number < self.below
+        if not (inside or (self.infinite and number == math.inf)):
             raise ValueError
         return number
 
 
 @dataclass(frozen=True)
-class Flag:
+class Flag(Check):
     """True or False."""
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """No words."""
-        return ()
 
     def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
         """Return both values."""
@@ -223,19 +209,8 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Names:
+class Names(Check):
     """One name or several, kept as a tuple."""
-
-    text: str
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """No words."""
-        return ()
-
-    def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
-        """Return the description."""
-        return self.text
 
     def take(self, value: Any) -> tuple[str, ...]:
         """Return a tuple of names."""
@@ -246,20 +221,10 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Converted:
+class Converted(Check):
     """A value that a function converts; the function raises an ArgumentError if the value is not allowed."""
 
     convert: Callable[[Any], Any]
-    text: str
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """No words."""
-        return ()
-
-    def allowed(self, spelling: Spelling = PYTHON_SPELLING) -> str:
-        """Return the description."""
-        return self.text
 
     def take(self, value: Any) -> Any:
         """Return what the function makes of the value."""
@@ -308,10 +273,10 @@ def option(
 def options_of(declaring: Any) -> dict[str, Option]:
     """Return the options that a dataclass, or an object of it, declares, in their order."""
     found = {}
-    for name, field in declaring.__dataclass_fields__.items():
-        if _METADATA in field.metadata:
-            check, text, facts = field.metadata[_METADATA]
-            found[name] = Option(name, field.default, check, text, facts)
+    for name, each in declaring.__dataclass_fields__.items():
+        if _METADATA in each.metadata:
+            check, text, facts = each.metadata[_METADATA]
+            found[name] = Option(name, each.default, check, text, facts)
     return found
 
 
@@ -326,11 +291,11 @@ def convert_options(instance: Any, prefix: str = "") -> None:
         ArgumentError: a value is not allowed; the message begins with the option's name.
     """
     declared = options_of(instance)
-    for field in dataclasses.fields(instance):
-        if field.name in declared:
-            value = getattr(instance, field.name)
-            taken = convert(f"{prefix}{field.name}", value, declared[field.name].check)
-            object.__setattr__(instance, field.name, taken)
+    for each in dataclasses.fields(instance):
+        if each.name in declared:
+            value = getattr(instance, each.name)
+            taken = convert(f"{prefix}{each.name}", value, declared[each.name].check)
+            object.__setattr__(instance, each.name, taken)
 
 
 def convert(name: str, value: Any, check: Check) -> Any:

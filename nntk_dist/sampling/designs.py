@@ -77,7 +77,7 @@ def blocks_message(blocks: int) -> str:
     )
 
 
-def automatic_draws(estimator: str, blocks: int, design: str, num_parameters: int) -> int:
+def automatic_draws(blocks: int, design: str, num_parameters: int, *, of_gradients: bool) -> int:
     """Return the number of draws that `draws: auto` means.
 
     One group in each block for the estimator `autodiff`, otherwise 256 rounded up to whole groups in every block.
@@ -85,8 +85,8 @@ def automatic_draws(estimator: str, blocks: int, design: str, num_parameters: in
     """
     if design != Design.ORTHOGONAL:
         unit = blocks * GROUP_SIZES[design]
-        return unit if estimator == "autodiff" else -(-AUTO_DRAWS // unit) * unit
-    per_block = min(2, num_parameters) if estimator == "autodiff" else -(-AUTO_DRAWS // max(1, blocks))
+        return unit if of_gradients else -(-AUTO_DRAWS // unit) * unit
+    per_block = min(2, num_parameters) if of_gradients else -(-AUTO_DRAWS // max(1, blocks))
     complete = num_parameters <= COMPLETE_PARAMETERS and (per_block >= num_parameters or blocks < MINIMUM_BLOCKS)
     if complete:
         per_block = -(-per_block // num_parameters) * num_parameters

@@ -70,7 +70,7 @@ class KernelSpec:
     )
     distribution: Law = option(
         "gaussian",
-        Converted(lambda value: value, "a name, a mapping of name and options, or a law such as Student(gamma=0.1)"),
+        Converted(lambda law: law, text="a name, a mapping of name and options, or a law such as Student(gamma=0.1)"),
         "law of the perturbations",
         kinds=_DRAWN,
         argument=str | Mapping[str, Any] | Law,
@@ -124,7 +124,7 @@ class KernelSpec:
     scale: str = option(Scale.LOCALIZED, Choice(Scale), "P·G f, which tends to ∇f, or G f", kinds=_DRAWN)
     weighting: Weighting = option(
         Weighting(),
-        Converted(as_weighting, "a name, a mapping of name and options, a function, or a Weighting"),
+        Converted(as_weighting, text="a name, a mapping of name and options, a function, or a Weighting"),
         "how the draws of a block are weighted by a score",
         kinds=_NONLOCAL,
         in_call=None,
@@ -141,7 +141,7 @@ class KernelSpec:
     )
     parameters: Sequence[str] = option(
         ("*",),
-        Names("a list of one or more name patterns, such as ['*.weight']"),
+        Names(text="a list of one or more name patterns, such as ['*.weight']"),
         "the parameters that are perturbed, by shell-style patterns",
         kinds=_ALL,
     )
@@ -198,7 +198,8 @@ class KernelSpec:
         count = space.num_parameters
         draws = self.draws
         if isinstance(draws, str):
-            draws = automatic_draws(estimator, self.blocks, self.design, count)
+            of_gradients = ESTIMATORS.get(estimator).uses_gradients
+            draws = automatic_draws(self.blocks, self.design, count, of_gradients=of_gradients)
             if self.rtol is not None:
                 draws = self._within_max(draws, count)
         if isinstance(self.distribution, Student):

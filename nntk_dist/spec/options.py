@@ -4,7 +4,7 @@ Axes: none.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,17 +35,14 @@ def plain_default(declared: Option) -> Any:
     return str(default) if isinstance(default, str) else default
 
 
-def kernel_signature(
-    kind: str | None, positional: Sequence[inspect.Parameter], keywords: Sequence[inspect.Parameter], returns: Any
-) -> inspect.Signature:
-    """Return the signature of a function that takes the options of a kind of kernel.
+def kernel_signature(kind: str | None, function: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature with the options of a kind of kernel in place of `**options`.
 
     Args:
         kind: the kind; by default all options.
-        positional: parameters before the options.
-        keywords: keyword parameters behind them.
-        returns: the type that the function returns.
+        function: what takes them; its own keyword parameters stand behind them.
     """
+    written = inspect.signature(function)
     options = [
         inspect.Parameter(
             name,
@@ -55,7 +52,9 @@ def kernel_signature(
         )
         for name, each in kernel_options(kind).items()
     ]
-    return inspect.Signature([*positional, *options, *keywords], return_annotation=returns)
+    own = [each for each in written.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    before = [each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return written.replace(parameters=[*before, *options, *own[len(before) :]])
 
 
 def make_spec(kind: str | None, options: Mapping[str, Any], *, called: str) -> KernelSpec:

@@ -92,7 +92,7 @@ class Weighting:
 
     name: Any = option(
         FIXED,
-        Converted(_take_name, "fixed, parameter, output, loss, or python:module:function"),
+        Converted(_take_name, text="fixed, parameter, output, loss, or python:module:function"),
         "the score: a name, a function of (θ, θ_s, f(X;θ), f(X;θ_s)), or a ScoreRule; fixed means equal weights",
     )
     temperature: float | None = option(
@@ -104,7 +104,7 @@ class Weighting:
     dimension: int = option(16, WholeNumber(1), "length d_k of the queries and keys of the score parameter")
     reference: int | Tensor = option(
         256,
-        Converted(_take_reference, "a whole number, 1 or more, or a tensor or NumPy array of examples"),
+        Converted(_take_reference, text="a whole number, 1 or more, or a tensor or NumPy array of examples"),
         "the reference batch, or how many of the first examples to take",
         compare=False,
         repr=False,
@@ -112,7 +112,7 @@ class Weighting:
     )
     targets: Tensor | None = option(
         None,
-        Converted(_take_targets, "None, or a tensor or NumPy array with one target for each example"),
+        Converted(_take_targets, text="None, or a tensor or NumPy array with one target for each example"),
         "targets of the reference batch",
         compare=False,
         repr=False,

@@ -235,7 +235,7 @@ def _manifest(prepared: Prepared) -> Manifest:
         git_commit=git_commit() if stored is None else stored.git_commit,
         layout=to_plain(plan.job.layout),
         sizes=to_plain(plan.job.sizes),
-        decision=plan.job.decision.to_plain(),
+        decision=to_plain(plan.job.decision),
         features=to_plain(plan.job.features),
         solvers={stage: to_plain(choice) for stage, choice in plan.job.solvers.items()},
         projection=to_plain(plan.projection),

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pipeline.driver.progress import Progress
 from pipeline.executors import Executor
 from pipeline.job.job import Job
-from pipeline.job.task import Outcome, Task
-from pipeline.records.ledger import Ledger, LedgerRow, StageTotals
+from pipeline.job.task import Task
+from pipeline.records.ledger import Ledger, StageTotals
 from pipeline.records.lock import RunLock
 from pipeline.records.manifest import StageRecord
 from pipeline.work.stage import Stage
@@ -64,7 +64,7 @@ class StageRunner:
             for outcomes in self.executor.run(tasks):
                 self.ledger.tick()
                 for outcome in outcomes:
-                    self.ledger.append(_row(outcome))
+                    self.ledger.append(outcome)
                 if outcomes:
                     done += len(outcomes)
                     bar.advance(len(outcomes))
@@ -92,19 +92,3 @@ def _tasks_left(stage: Stage, job: Job, ledger: Ledger) -> Iterator[Task]:
         if task.tile not in done:
             level = levels.get(task.tile.split("/")[0])
             yield task if level is None else replace(task, arguments={"level": level})
-
-
-def _row(outcome: Outcome) -> LedgerRow:
-    """The ledger row of a task's outcome."""
-    return LedgerRow(
-        stage=outcome.stage,
-        tile=outcome.tile,
-        worker=outcome.worker,
-        started=outcome.started,
-        seconds=outcome.seconds,
-        bytes=outcome.written_bytes,
-        checksum=outcome.checksum,
-        error=outcome.numbers.get("relative_error"),
-        peak_bytes=outcome.peak_bytes,
-        numbers=outcome.numbers,
-    )

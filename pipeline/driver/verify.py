@@ -21,9 +21,9 @@ from pipeline.config.schema import config_from_dict
 from pipeline.decisions.build import build_dataset, build_model, identity
 from pipeline.decisions.stored_run import check_kernel, stored_job
 from pipeline.driver.run import state_of
-from pipeline.job.job import Job, Task, intervals
+from pipeline.job.job import Job, Outcome, Task, intervals
 from pipeline.planning.plan import check_device
-from pipeline.records.ledger import Ledger, LedgerRow
+from pipeline.records.ledger import Ledger
 from pipeline.records.lock import RunLock
 from pipeline.records.manifest import Manifest, read_manifest, write_manifest
 from pipeline.storage.array_table import StoredArray, feature_arrays, kernel_arrays, kernel_width
@@ -135,7 +135,7 @@ def _completeness(job: Job, ledger: Ledger) -> Finding:
     return Finding("completeness", not missing, f"{total - missing} of {total} tasks are in the ledger{first}")
 
 
-def _pieces(row: LedgerRow) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def _pieces(row: Outcome) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """(array path, start, checksum) of every piece that a task wrote to the kernel store."""
     for key, value in row.numbers.items():
         kind, _, piece = key.partition(":")

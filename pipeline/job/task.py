@@ -19,16 +19,30 @@ class Task:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a finished task returns: small numbers only, the results themselves are in the store."""
+    """What a finished task returns and the ledger keeps: small numbers only, the results themselves are in the store.
+
+    Attributes:
+        stage: the stage's name.
+        tile: the task within its stage, such as "train/3/5".
+        worker: host and process that carried it out.
+        started: Unix time in seconds.
+        seconds: how long it took.
+        bytes: uncompressed bytes written to the kernel store.
+        checksum: crc32 of the checksums of all pieces.
+        error: the task's estimated error, or None.
+        peak_bytes: largest resident memory of the worker, measured.
+        numbers: named sums over the task, for later stages to add up.
+    """
 
     stage: str
     tile: str
     worker: str
     started: float
     seconds: float
-    written_bytes: int
+    bytes: int
     checksum: int
+    error: float | None
     peak_bytes: int
     numbers: Mapping[str, float] = field(default_factory=dict)

@@ -13,55 +13,27 @@ Axes: none.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterator, Set
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from nntk_dist.errors import StoreError
+from pipeline.job.task import Outcome
 from pipeline.records.ledger_files import FOLDER, FULL_ROWS, SCHEMA, LedgerFiles, Part, VanishedError, count_stages
 from pipeline.records.tile_names import TileSet
 from pipeline.storage.run_storage import RunStorage
 
-__all__ = ["FOLDER", "Ledger", "LedgerRow", "StageTotals"]
+__all__ = ["FOLDER", "Ledger", "Outcome", "StageTotals"]
 
 PARTS_BEFORE_MERGING = 64  # small files that are quickly read back, also from an object store
 MOST_WAITING = FULL_ROWS  # rows that cause a flush at any time: about 5 MB as Python objects
 READ_ATTEMPTS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
-    """One finished task.
-
-    Attributes:
-        stage: the stage's name.
-        tile: the task within its stage, such as "train/3/5".
-        worker: host and process that carried it out.
-        started: Unix time in seconds.
-        seconds: how long it took.
-        bytes: uncompressed bytes written to the kernel store.
-        checksum: crc32 of the checksums of all pieces.
-        error: the task's estimated error, or None.
-        peak_bytes: largest resident memory of the worker, measured.
-        numbers: named sums over the task, for later stages to add up.
-    """
-
-    stage: str
-    tile: str
-    worker: str
-    started: float
-    seconds: float
-    bytes: int
-    checksum: int
-    error: float | None
-    peak_bytes: int
-    numbers: Mapping[str, float] = field(default_factory=dict)
-
-
-_COLUMNS = tuple(column.name for column in fields(LedgerRow))
+_COLUMNS = tuple(column.name for column in fields(Outcome))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +75,14 @@ class Ledger:
         self._files = LedgerFiles(storage)
         self._flush_seconds = flush_seconds
         self._clock = clock
-        self._pending: list[LedgerRow] = []
+        self._pending: list[Outcome] = []
         self._flushed_at = clock()
         self._parts: list[Part] = []
         self._done: defaultdict[str, TileSet] = defaultdict(TileSet)
         self._earlier: Counter[tuple[str, str]] = Counter()  # rows of a tile before the one that counts
         self._read_again()
 
-    def append(self, row: LedgerRow) -> None:
+    def append(self, row: Outcome) -> None:
         """Add a finished task, and flush if a flush is due."""
         self._pending.append(row)
         self._note(row.stage, row.tile)
@@ -145,7 +117,7 @@ class Ledger:
         """Return the tiles of this stage that have a row, waiting ones included; a view that later rows change."""
         return self._done[stage]
 
-    def rows(self, stage: str | None = None) -> Iterator[LedgerRow]:
+    def rows(self, stage: str | None = None) -> Iterator[Outcome]:
         """Yield the rows that count, in the order in which they were appended, read in portions.
 
         Args:
@@ -159,7 +131,7 @@ class Ledger:
                 columns = {name: portion.column(name).to_pylist() for name in _COLUMNS}
                 columns["numbers"] = map(dict, columns["numbers"])
                 for values in zip(*columns.values(), strict=True):
-                    yield LedgerRow(*values)
+                    yield Outcome(*values)
         except VanishedError as error:
             raise self._vanishing() from error
 
@@ -323,7 +295,7 @@ def _start_of_merging(parts: list[Part], start: int) -> int:
     return start
 
 
-def _table_of(rows: list[LedgerRow]) -> pa.Table:
+def _table_of(rows: list[Outcome]) -> pa.Table:
     columns = {name: [getattr(row, name) for row in rows] for name in _COLUMNS}
     columns["numbers"] = [list(numbers.items()) for numbers in columns["numbers"]]
     return pa.table(columns, schema=SCHEMA)

@@ -60,7 +60,7 @@ class Manifest(BaseModel):
         git_commit: of the code, "-dirty" appended if it differs from the commit; None outside a work tree.
         layout: what fixes rounding (tile, batch, draw chunk, threads, …); a resumed run takes it from here.
         sizes: how many rows, outputs, parameters, draws and blocks.
-        decision: `Decision.to_plain()`: estimator, reason, plans and contraction; a continued run decides nothing.
+        decision: the `Decision` in plain values: estimator, reason, plans; a continued run decides nothing.
         features: the feature arrays, and how the store keeps them.
         solvers: the solver of spectrum and regression: name, reason, arguments, columns of the factor.
         identity: what the kernel's fingerprint is a hash of, in nameable parts.

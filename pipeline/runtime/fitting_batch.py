@@ -15,7 +15,7 @@ import torch
 
 from nntk_dist.errors import Unavailable
 from nntk_dist.runtime.memory import is_out_of_memory
-from pipeline.records.ledger import LedgerRow
+from pipeline.job.task import Outcome
 
 Result = TypeVar("Result")
 BATCHED = ("features", "calibration", "gram", "test")  # stages whose tasks pass examples through the model
@@ -69,6 +69,6 @@ class FittingBatch:
         return {NUMBER: float(self.size)} if self.halved else {}
 
 
-def remembered_batch(rows: Iterable[LedgerRow], planned: int) -> int:
+def remembered_batch(rows: Iterable[Outcome], planned: int) -> int:
     """Return the smallest batch that finished tasks have reported, or the planned one."""
     return min((int(row.numbers[NUMBER]) for row in rows if NUMBER in row.numbers), default=planned)

@@ -72,8 +72,9 @@ class Worker:
             worker=f"{socket.gethostname()}:{os.getpid()}",
             started=started,
             seconds=time.perf_counter() - clock,
-            written_bytes=written.num_bytes,
+            bytes=written.num_bytes,
             checksum=written.checksum,
+            error=written.numbers.get("relative_error"),
             peak_bytes=peak_bytes(),
             numbers=written.numbers
             | self.context.fitting.numbers()

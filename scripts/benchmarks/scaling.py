@@ -227,7 +227,7 @@ def _light_worker() -> Callable[..., Any]:
             while time.perf_counter() - began < self._seconds:
                 pass
             seconds = time.perf_counter() - began
-            return Outcome("gram", task.tile, "node:1", time.time(), seconds, 24 << 20, i ^ j, 1 << 30, numbers)
+            return Outcome("gram", task.tile, "node:1", time.time(), seconds, 24 << 20, i ^ j, None, 1 << 30, numbers)
 
     return LightWorker
 

@@ -9,6 +9,7 @@ Axes: n kernel rows, N train examples of d rows each, m test examples, T target 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -71,6 +72,8 @@ class ConjugateGradients:
         <Needs.TILES: 'tiles'>
     """
 
+    needs: ClassVar[Needs] = Needs.TILES
+
     tolerance: float = 1e-4
     rank: int | None = None
     num_sampled: int = 32
@@ -83,11 +86,6 @@ class ConjugateGradients:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ArgumentError(f"{name} is {value}; allowed: {least} or more")
-
-    @property
-    def needs(self) -> Needs:
-        """Return that the solver reads tiles."""
-        return Needs.TILES
 
     def cost(self, size: RegressionSize) -> Cost:
         """Estimate what a solve takes, for a kernel whose eigenvalues decay."""

@@ -9,6 +9,7 @@ with index `i·C + c`; every other kernel has n rows, shared by all T columns.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import scipy.linalg
@@ -40,10 +41,7 @@ class DenseRidge:
     Cost: one dense `eigh` (about 9n³ operations, four n × n float64 arrays), then n²·T for each ridge.
     """
 
-    @property
-    def needs(self) -> Needs:
-        """Return that the solver reads the kernel's entries."""
-        return Needs.TILES
+    needs: ClassVar[Needs] = Needs.TILES
 
     def cost(self, size: RegressionSize) -> Cost:
         """Estimate what a solve takes."""

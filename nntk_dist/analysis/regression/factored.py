@@ -7,6 +7,7 @@ Axes: n kernel rows, F columns of W, T target columns, t right-hand sides (T, or
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,10 +41,7 @@ class FactoredRidge:
     rows; about 4F² float64 numbers.
     """
 
-    @property
-    def needs(self) -> Needs:
-        """Return that the solver reads a factor."""
-        return Needs.FACTOR
+    needs: ClassVar[Needs] = Needs.FACTOR
 
     def cost(self, size: RegressionSize) -> Cost:
         """Estimate what a solve takes."""

@@ -12,6 +12,7 @@ Axes: n kernel rows, k pairs, b vectors of a block, m vectors of the basis.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class BlockKrylov:
         [3.0, 2.0]
     """
 
+    needs: ClassVar[Needs] = Needs.TILES
+
     tolerance: float = 1e-6
     max_passes: int = 60
 
@@ -63,11 +66,6 @@ class BlockKrylov:
             raise ArgumentError(f"tolerance is {self.tolerance}; allowed: a number above 0")
         if self.max_passes < 1:
             raise ArgumentError(f"max_passes is {self.max_passes}; allowed: 1 or more")
-
-    @property
-    def needs(self) -> Needs:
-        """Return that the solver reads tiles."""
-        return Needs.TILES
 
     def cost(self, size: SpectrumSize) -> Cost:
         """Estimate what a solve takes, for a kernel whose eigenvalues decay."""

@@ -6,6 +6,7 @@ Axes: n kernel rows, F columns of W, s draws, k leading eigenvectors.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,10 +31,7 @@ class FactoredSpectrum:
     Cost: n·F² + 8F³/3 multiply-adds, two passes over the factor, about 4F² float64 numbers.
     """
 
-    @property
-    def needs(self) -> Needs:
-        """Return that the solver reads a factor."""
-        return Needs.FACTOR
+    needs: ClassVar[Needs] = Needs.FACTOR
 
     def cost(self, size: SpectrumSize) -> Cost:
         """Estimate what a solve takes."""

@@ -4,6 +4,7 @@ Axes: n kernel rows, k leading eigenvectors. Eigenvalues are in descending order
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -31,11 +32,7 @@ class Spectrum:
     eigenvalues: Float[np.ndarray, " n"]
     eigenvectors: Float[np.ndarray, "n k"]
     num_zeros: int = 0
-
-    @property
-    def residuals(self) -> None:
-        """Return None: the eigenvalues are exact up to rounding."""
-        return None
+    residuals: ClassVar[None] = None  # exact up to rounding
 
     @property
     def trace(self) -> float:

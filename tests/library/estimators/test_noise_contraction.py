@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import local_kernel
-from nntk_dist.estimators.noise_contraction import noise_contraction
+from nntk_dist.estimators.contraction import noise_contraction
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.layers.sites import Site

@@ -47,7 +47,7 @@ def decided(name: str) -> tuple[nn.Module, Tensor, KernelSpec, Decision]:
 @pytest.mark.parametrize("name", SPECS)
 def test_a_decision_survives_json_and_makes_the_same_features(name, monkeypatch):
     model, x, spec, decision = decided(name)
-    restored = Decision.from_plain(json.loads(json.dumps(decision.to_plain())))
+    restored = Decision.from_plain(json.loads(json.dumps(to_plain(decision))))
     assert restored == decision
     assert restored.explanation == decision.explanation
 
@@ -92,7 +92,7 @@ def _trials(decision: Decision) -> dict[str, bool]:
     ],
 )
 def test_a_decision_that_is_not_whole_is_refused(change, match):
-    plain = json.loads(json.dumps(decided("autodiff")[3].to_plain()))
+    plain = json.loads(json.dumps(to_plain(decided("autodiff")[3])))
     with pytest.raises(ValueError, match=match):
         Decision.from_plain(plain | change)
 
@@ -136,7 +136,7 @@ def test_an_estimator_of_ones_own_needs_no_more_than_its_name():
     spec = KernelSpec(gamma=0.5, estimator="weight", draws=16)
     own = plan_for(f"{HERE}:MINE", model, x, spec)
     features, expected = make_feature_map(model, x, spec, own), prepared_features(model, x, spec)[0]
-    assert Decision.from_plain(json.loads(json.dumps(own.to_plain()))) == own
+    assert Decision.from_plain(json.loads(json.dumps(to_plain(own)))) == own
     one, other = (all_rows(each, x)["differences"] for each in (features, expected))
     torch.testing.assert_close(one, other)
     options = {"gamma": 0.5, "draws": 16}

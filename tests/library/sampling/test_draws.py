@@ -118,7 +118,7 @@ def test_gamma_is_a_scale_and_nothing_else():
     ],
 )
 def test_automatic_draws_are_whole_groups_in_every_block(estimator, blocks, design, expected):
-    assert automatic_draws(estimator, blocks, design, 7) == expected
+    assert automatic_draws(blocks, design, 7, of_gradients=estimator == "autodiff") == expected
     assert drawing(design, draws=expected, blocks=blocks).num_draws == expected
 
 

@@ -140,7 +140,7 @@ def test_group_sizes(draws_per_block, parameters, expected):
     ],
 )
 def test_automatic_draws(estimator, blocks, parameters, expected):
-    assert automatic_draws(estimator, blocks, "orthogonal", parameters) == expected
+    assert automatic_draws(blocks, "orthogonal", parameters, of_gradients=estimator == "autodiff") == expected
     some = Drawing(make_law("gaussian", 1.0), expected, blocks, parameters, "orthogonal")
     assert some.draws_per_block % some.group_size == 0
 

@@ -21,7 +21,7 @@ class Noting:
     def run(self, tasks):
         for task in tasks:
             self.asked.append(task.tile)
-            yield [Outcome(task.stage, task.tile, "worker", 0.0, 0.0, 0, 0, 0)]
+            yield [Outcome(task.stage, task.tile, "worker", 0.0, 0.0, 0, 0, None, 0)]
 
     def stop_workers(self, keep=0):
         self.asked.append(("stop", keep))

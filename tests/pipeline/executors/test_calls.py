@@ -9,7 +9,7 @@ TASKS = [Task("gram", str(number)) for number in range(5)]
 
 
 def outcome(task, seconds=0.0):
-    return Outcome(task.stage, task.tile, "worker", 0.0, seconds, 0, 0, 0)
+    return Outcome(task.stage, task.tile, "worker", 0.0, seconds, 0, 0, None, 0)
 
 
 def lengths(seconds, calls, num_workers=2):

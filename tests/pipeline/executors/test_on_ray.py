@@ -38,7 +38,7 @@ class Worker:
             raise NNTKError("tile 270 cannot be had; leave it out")
         time.sleep(self.seconds)
         numbers = {"own": self.threads.own, "whole_node": self.threads.whole_node}
-        return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, self.seconds, 0, 0, 0, numbers)
+        return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, self.seconds, 0, 0, None, 0, numbers)
 
 
 def attempts(folder):
@@ -108,7 +108,7 @@ class Pair:
 
     def execute(self, task):
         self.barrier.wait(60)
-        return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, 0.0, 0, 0, 0)
+        return Outcome(task.stage, task.tile, str(os.getpid()), 0.0, 0.0, 0, 0, None, 0)
 
 
 @pytest.mark.process

@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from nntk_dist.errors import StoreError
+from pipeline.job.task import Outcome
 from pipeline.records import ledger as ledger_module
 from pipeline.records import ledger_files
-from pipeline.records.ledger import PARTS_BEFORE_MERGING, Ledger, LedgerRow, StageTotals
+from pipeline.records.ledger import PARTS_BEFORE_MERGING, Ledger, StageTotals
 from pipeline.storage.run_storage import RunStorage
 
-ROW = LedgerRow(
+ROW = Outcome(
     stage="gram",
     tile="train/0/0",
     worker="host/1",
@@ -90,7 +91,7 @@ def test_waiting_rows_count_at_once_and_an_empty_ledger_writes_nothing(tmp_path)
     assert ledger.done("gram") == {"train/0/0"}
     assert list(ledger.rows("gram")) == [ROW]
     assert list(ledger.rows("features")) == []
-    assert ledger_files.SCHEMA.names == list(LedgerRow.__dataclass_fields__)
+    assert ledger_files.SCHEMA.names == list(Outcome.__dataclass_fields__)
 
 
 def test_a_row_behind_a_long_task_reaches_storage_at_once_others_within_five_seconds(tmp_path):

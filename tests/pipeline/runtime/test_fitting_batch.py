@@ -12,7 +12,8 @@ import torch
 
 from nntk_dist import NNTKError
 from nntk_dist.runtime.memory import is_out_of_memory
-from pipeline.records.ledger import Ledger, LedgerRow
+from pipeline.job.task import Outcome
+from pipeline.records.ledger import Ledger
 from pipeline.runtime.fitting_batch import FittingBatch, remembered_batch
 from pipeline.storage.run_storage import RunStorage
 from tests.pipeline.tools import arrays, finished, nntk, run
@@ -114,8 +115,8 @@ def test_what_an_allocation_of_torch_says_is_known():
     assert is_out_of_memory(caught.value)
 
 
-def row(tile: str, **numbers: float) -> LedgerRow:
-    return LedgerRow("features", tile, "w", 0.0, 1.0, 1, 1, None, 1, numbers)
+def row(tile: str, **numbers: float) -> Outcome:
+    return Outcome("features", tile, "w", 0.0, 1.0, 1, 1, None, 1, numbers)
 
 
 def test_the_smallest_batch_that_tasks_came_to_counts():

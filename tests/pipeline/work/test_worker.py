@@ -177,7 +177,7 @@ def test_a_task_computes_while_the_one_before_it_is_written_and_never_beside_ano
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(worker.execute, [Task("tiles", "0"), Task("tiles", "1")]))
     assert [outcome.tile for outcome in outcomes] == ["0", "1"]
-    assert [outcome.written_bytes for outcome in outcomes] == [8, 8]
+    assert [outcome.bytes for outcome in outcomes] == [8, 8]
     assert seen == [1, 1]
 
 

@@ -7,7 +7,6 @@ A solver is a small frozen object such as `BlockKrylov(tolerance=1e-8)`. To add 
 Units: bytes; operations are floating-point ones (a multiply-add is two).
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -183,11 +182,6 @@ class SolverChoice:
     def regression_solver(self) -> RegressionSolver:
         """Make the solver. Raises `ArgumentError` if there is no such solver or it refuses the arguments."""
         return _made(REGRESSION_SOLVERS, self)
-
-
-def takes_argument(registry: Registry[Any], name: str, argument: str) -> bool:
-    """Return whether the class of the solver called `name` takes the argument."""
-    return argument in inspect.signature(registry.get(name)).parameters
 
 
 def _made(registry: Registry[Any], choice: SolverChoice) -> Any:

@@ -23,10 +23,10 @@ from torch import Tensor
 from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.layers.per_example import add_dense_gradients_, write_extended_input
 from nntk_dist.layers.readout import activation_derivatives_of_pass, add_readout_, derivatives_of_pass
-from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.sites import Site
 from nntk_dist.layers.sketch import Projector
-from nntk_dist.layers.sketched_gradients import Pass, sketched_gradients
+from nntk_dist.layers.sketched_gradients import sketched_gradients
 from nntk_dist.models.evaluation import check_finite, moved_in_place
 from nntk_dist.models.noise import fixed_noise
 from nntk_dist.products.features import block_range
@@ -132,8 +132,7 @@ class GradientFeatures(GradientProducts):
             else:
                 gradients.copy_(delta.flatten(2)[: len(gradients)])
         if "dense" in rows:
-            sums = self._named(rows["dense"][:, slot])
-            add_dense_gradients_(sums, model, self.plan, recording, passed.deltas, x, passed.parameters, columns)
+            add_dense_gradients_(self._named(rows["dense"][:, slot]), model, self.plan, passed)
         if projector is not None and self.sketched is not None:
             sketch = rows["sketch"][:, slot]
             sketch += sketched_gradients(model, self.sketched, projector, passed)[: len(sketch)]

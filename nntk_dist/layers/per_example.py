@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from nntk_dist.errors import Unavailable
-from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.recording import Pass
 from nntk_dist.layers.rules import linear_sides, num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.models.evaluation import as_outputs, call_with, trying
@@ -29,39 +29,24 @@ def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) ->
         target[:, -1] = 1.0
 
 
-def dense_gradients(
-    model: nn.Module,
-    plan: SitePlan,
-    recording: Recording,
-    deltas: Mapping[str, Sequence[Tensor]],
-    x: Tensor,
-    parameters: Mapping[str, Tensor],
-    columns: Sequence[int],
-) -> dict[str, Float[Tensor, "n c ..."]]:
+def dense_gradients(model: nn.Module, plan: SitePlan, passed: Pass) -> dict[str, Float[Tensor, "n c ..."]]:
     """Return the gradients of dense and whole parameters, (n, c, *shape) by name, summed over their uses."""
-    result = {  # a module that this pass never called has no gradient
-        name: parameters[name].new_zeros(len(x), len(columns), *parameters[name].shape) for name in plan.dense_names()
-    }
-    add_dense_gradients_(result, model, plan, recording, deltas, x, parameters, columns)
+    like, lead = passed.parameters, (len(passed.x), len(passed.columns))
+    # a module that this pass never called has no gradient
+    result = {name: like[name].new_zeros(*lead, *like[name].shape) for name in plan.dense_names()}
+    add_dense_gradients_(result, model, plan, passed)
     return result
 
 
 def add_dense_gradients_(
-    sums: Mapping[str, Float[Tensor, "m c ..."]],
-    model: nn.Module,
-    plan: SitePlan,
-    recording: Recording,
-    deltas: Mapping[str, Sequence[Tensor]],
-    x: Tensor,
-    parameters: Mapping[str, Tensor],
-    columns: Sequence[int],
+    sums: Mapping[str, Float[Tensor, "m c ..."]], model: nn.Module, plan: SitePlan, passed: Pass
 ) -> None:
     """Add the gradients of the first m examples to sums by name, in place, never forming an outer product first."""
     for site in plan.dense:
         module, names = model.get_submodule(site.module), dict(site.parameters)
         rule = rule_for(module)
         assert rule is not None
-        for call, delta in zip(recording.calls[site.module], deltas[site.module], strict=True):
+        for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
             if isinstance(module, nn.Linear) and num_positions(tuple(call.h.shape)) == 1:
                 delta, h = linear_sides(module, call.h, delta)
                 for attribute, name in names.items():
@@ -71,12 +56,12 @@ def add_dense_gradients_(
                     else:
                         part += own
                 continue
-            gradients = rule.gradients(module, parameters, call.h, delta)
+            gradients = rule.gradients(module, passed.parameters, call.h, delta)
             for attribute, name in names.items():
                 part = sums[name]
                 part += gradients[attribute][: len(part)]
     if plan.whole:
-        for name, gradient in whole_gradients(model, plan.whole, x, parameters, columns).items():
+        for name, gradient in whole_gradients(model, plan.whole, passed.x, passed.parameters, passed.columns).items():
             part = sums[name]
             part += gradient[: len(part)]
 

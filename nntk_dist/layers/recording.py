@@ -86,3 +86,20 @@ class Recording:
             # an autograd.Function without a rule for vmap, say
             each = [along(direction, batched=False) for direction in directions]
             return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a batch: its inputs, the calls, their output gradients, and the parameters that it was made at.
+
+    `penultimate` names the layer before the readout, `derivatives` and `shares` are its s and B; None if it has none.
+    """
+
+    x: Tensor
+    recording: Recording
+    deltas: Mapping[str, Sequence[Float[Tensor, "n c ..."]]]
+    parameters: Mapping[str, Tensor]
+    columns: Sequence[int]
+    penultimate: str | None = None
+    derivatives: Float[Tensor, "n o"] | None = None
+    shares: Float[Tensor, "c o"] | None = None

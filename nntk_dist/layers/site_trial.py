@@ -19,7 +19,7 @@ from nntk_dist.errors import Unavailable
 from nntk_dist.layers.hooks import BeforeHook, hooked
 from nntk_dist.layers.penultimate import find_output_layers, find_readout
 from nntk_dist.layers.per_example import dense_gradients, whole_gradients
-from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.rules import num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.models.evaluation import in_float64, outputs
@@ -152,7 +152,7 @@ def _weighted_gradients(
         name: [torch.einsum("nc,nc...->n...", weights, delta)[:, None] for delta in parts]
         for name, parts in recording.gradients(range(weights.shape[1])).items()
     }
-    summed = dense_gradients(model, sites, recording, deltas, x, parameters, range(1))
+    summed = dense_gradients(model, sites, Pass(x, recording, deltas, parameters, range(1)))
     result = {name: part[:, 0].sum(0) for name, part in summed.items()}
     if plan.whole:
         for name, part in whole_gradients(model, plan.whole, x, parameters, range(weights.shape[1])).items():

@@ -8,34 +8,16 @@ Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex column
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from nntk_dist.layers.per_example import whole_gradients
-from nntk_dist.layers.recording import Call, Recording
+from nntk_dist.layers.recording import Call, Pass
 from nntk_dist.layers.rules import rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import Projector
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass over a batch: its inputs, the calls, their output gradients, and the parameters that it was made at.
-
-    `penultimate` names the layer before the readout, `derivatives` and `shares` are its s and B; None if it has none.
-    """
-
-    x: Tensor
-    recording: Recording
-    deltas: Mapping[str, Sequence[Float[Tensor, "n c ..."]]]
-    parameters: Mapping[str, Tensor]
-    columns: Sequence[int]
-    penultimate: str | None = None
-    derivatives: Float[Tensor, "n o"] | None = None
-    shares: Float[Tensor, "c o"] | None = None
 
 
 def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, passed: Pass) -> Float[Tensor, "n *c k"]:

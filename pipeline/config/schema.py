@@ -124,7 +124,6 @@ class RegressionConfig(Section):
         Field(min_length=1, description="a list of one or more numbers above 0"),
     ] = (1.0e-4, 1.0e-3, 1.0e-2, 1.0e-1, 1.0)
     center_outputs: Flag = False
-    select: Literal["loo"] = "loo"
 
 
 class ReportConfig(Section):

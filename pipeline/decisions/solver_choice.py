@@ -5,16 +5,16 @@ job and on the width of the stored factor, never on the machine. What a solver c
 (`nntk_dist.analysis.solvers`).
 """
 
+import inspect
+
 from nntk_dist.analysis.kernel_forms import Needs
 from nntk_dist.analysis.solvers import (
     REGRESSION_SOLVERS,
-    SPECTRUM_SOLVERS,
     Cost,
     KernelSize,
     RegressionSize,
     SolverChoice,
     SpectrumSize,
-    takes_argument,
 )
 from nntk_dist.errors import ArgumentError
 from nntk_dist.products.factor_form import WITH_FACTOR, FactorForm
@@ -77,11 +77,8 @@ def _automatic(job: Job, columns: int | None) -> tuple[str, str]:
 def _arguments(job: Job, stage: str, name: str) -> dict[str, object]:
     """The solver's arguments: `args` of the section, and `regression.tolerance` if the solver takes one."""
     section = getattr(job.config, stage)
-    if stage == "regression" and takes_argument(REGRESSION_SOLVERS, name, "tolerance"):
-        return {"tolerance": section.tolerance, **section.args}
-    if stage == "spectrum":
-        takes_argument(SPECTRUM_SOLVERS, name, "")  # refuses a name that does not exist
-    return dict(section.args)
+    takes = stage == "regression" and "tolerance" in inspect.signature(REGRESSION_SOLVERS.get(name)).parameters
+    return ({"tolerance": section.tolerance} if takes else {}) | section.args
 
 
 def solver_cost(job: Job, stage: str, arrays: tuple[StoredArray, ...]) -> Cost:

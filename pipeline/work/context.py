@@ -168,10 +168,6 @@ class Context:
                 lambda batch: self.features.compute(x, ids, draws, columns, batch=min(batch, len(x)))
             )
 
-    def feature_parts(self, row: Interval, column: Interval) -> "FeatureParts":
-        """Return features of two row intervals, some outputs at a time, from the store or recomputed."""
-        return FeatureParts(self, row, column)
-
     def rows(self, interval: Interval, columns: tuple[int, ...], side: Side = Side.BOTH) -> Rows:
         """Return features of one interval of examples, prepared for products on one side of a tile.
 

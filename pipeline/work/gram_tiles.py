@@ -14,7 +14,7 @@ from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.job.job import Task
 from pipeline.storage.array_table import kernel_width, statistics_of
-from pipeline.work.context import Context, Interval, Written
+from pipeline.work.context import Context, FeatureParts, Interval, Written
 
 # Float64 entries of a stripe: two arrays of them fit into the second cache. A GPU needs fewer calls.
 _STRIPE_ENTRIES, _GPU_STRIPE_ENTRIES = 1 << 16, 1 << 22
@@ -29,7 +29,7 @@ def compute_tile(
     if job.wanted.stderr:
         calibration = Calibration(level=float(task.arguments["level"]), relative_error=float("nan"), num_entries=0)
     meeting = Meeting(full=job.spec.meeting.full, paired=paired)
-    parts = context.feature_parts(row, column)
+    parts = FeatureParts(context, row, column)
     features, dtype = context.features_with_metric, context.dtype
     with multiplying(job.layout.matmul_precision):
         return tile_estimates(

@@ -151,8 +151,8 @@ class ConjugateGradients:
         ]
         residuals = absolute[:, None, None] * solved[:, :, :num_right].transpose(1, 0, 2)  # y − K a = μ a
         shape = (len(ridges), -1, problem.targets.shape[1])
-        reached = _target_residuals(solution, len(ridges), num_right)
-        regression = problem.results(
+        reached = solution.residuals.reshape(len(ridges), -1)[:, :num_right].max(axis=1).tolist()  # of target columns
+        return problem.results(
             ridges,
             tuple(absolute.tolist()),
             residuals.reshape(shape),
@@ -161,10 +161,8 @@ class ConjugateGradients:
             loo_errors=[each.error for each in estimates],
             loo_stderr=[each.stderr for each in estimates],
             solve_residuals=reached,
-        )
-        return regression.with_convergence(
-            self._convergence(solution.passes, max(reached)),
-            {"rank": float(len(approximation.eigenvalues)), "trace_left": approximation.trace_left},
+            convergence=self._convergence(solution.passes, max(reached)),
+            solver_numbers={"rank": float(len(approximation.eigenvalues)), "trace_left": approximation.trace_left},
         )
 
     def _solved(
@@ -202,8 +200,3 @@ def _scores(
     check_finite_entries(predicted.reshape(test.shape[0], -1), "a product with the test kernel")
     num_targets = problem.targets.shape[1]
     return [problem.with_offset(predicted[:, index].reshape(-1, num_targets)) for index in range(count)]
-
-
-def _target_residuals(solution: ShiftedSolution, count: int, num_right: int) -> list[float]:
-    """The largest relative residual of a target column, for every ridge."""
-    return [float(value) for value in solution.residuals.reshape(count, -1)[:, :num_right].max(axis=1)]

@@ -6,7 +6,7 @@ Axes: n train examples, m test examples, T target columns, L ridges.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -76,10 +76,6 @@ class RidgeRegression:
         """Return the row of the selected ridge."""
         return next(row for row in self.rows if row.selected)
 
-    def with_convergence(self, convergence: Convergence, numbers: Mapping[str, float]) -> "RidgeRegression":
-        """Return these results with how the iteration ended."""
-        return replace(self, convergence=convergence, solver_numbers=dict(numbers))
-
 
 @dataclass(frozen=True)
 class RidgeProblem:
@@ -121,6 +117,8 @@ class RidgeProblem:
         loo_errors: Sequence[float] | None = None,
         loo_stderr: Sequence[float] | None = None,
         solve_residuals: Sequence[float] | None = None,
+        convergence: Convergence | None = None,
+        solver_numbers: Mapping[str, float] | None = None,
     ) -> RidgeRegression:
         """Compute errors and accuracies at all ridges and select a ridge by leave-one-out error.
 
@@ -133,6 +131,8 @@ class RidgeProblem:
             loo_errors: leave-one-out errors, if they are not the mean squares of `loo_residuals`.
             loo_stderr: their standard errors, if they are estimates.
             solve_residuals: relative residuals of an iterative solve.
+            convergence: how an iterative solve ended.
+            solver_numbers: further numbers that the solver reports, by name.
         """
         errors = loo_errors if loo_errors is not None else [_mean_square(own) for own in loo_residuals]
         chosen = select_ridge(ridges, errors)
@@ -151,7 +151,8 @@ class RidgeProblem:
             )
             for index, own in enumerate(scores)
         )
-        return RidgeRegression(rows, scores[chosen], scores[chosen].argmax(axis=1) if self.is_labels else None)
+        labels = scores[chosen].argmax(axis=1) if self.is_labels else None
+        return RidgeRegression(rows, scores[chosen], labels, convergence, solver_numbers or {})
 
 
 def ridge_problem(

@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
         "spectrum": {"method": "auto", "args": {}, "top_k": 50},
         "regression": {
             "method": "auto", "args": {}, "tolerance": 1e-4, "ridge": [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
-            "center_outputs": False, "select": "loo",
+            "center_outputs": False,
         },
         "report": {"plots": True},
         "stages": [],
@@ -299,7 +299,7 @@ def test_folder_file_as_folder_and_binary_are_refused(minimal: Path) -> None:
         ("regression.ridge=[]", r"regression.ridge is \[\]; allowed: a list of one or more numbers above 0"),
         ("regression.ridge.2=-1", "regression.ridge.2 is -1; allowed: a list of one or more numbers above 0"),
         ("regression.ridge=1", "regression.ridge is 1; allowed: a list of one or more numbers above 0"),
-        ("regression.select=gcv", "regression.select is 'gcv', not available in this version; allowed: loo"),
+        ("regression.select=gcv", "unknown key regression.select; allowed in regression: method, args, tolerance"),
         ("report.plots=maybe", "report.plots is 'maybe'; allowed: true or false, or a list"),
     ],
 )  # fmt: skip

@@ -36,6 +36,16 @@ class NNTKWarning(UserWarning):
     """The numbers are less accurate than requested, or cannot be trusted; the message says why, and what helps."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its class if it has no message."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line."""
+    return " ".join(str(error).split())
+
+
 def nearest_name(name: str, allowed: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the allowed name nearest to `name`, or an empty string if none is near."""
     matches = difflib.get_close_matches(str(name), list(allowed), n=1)

@@ -32,19 +32,10 @@ class ActivationPlan(EstimatorPlan):
         return self.contraction.text(self.noise)
 
     @property
-    def num_columns(self) -> int:
-        """Numbers of a block's sketch, 0 without one."""
-        return self.contraction.num_columns
-
-    @property
     def unmoved(self) -> tuple[str, ...]:
         """The readout's parameters: their gradient is exact."""
         readout = self.noise.readout
         return () if readout is None else tuple(name for _, name in readout.site.parameters)
-
-    def num_sketched(self, space: ParameterSpace) -> int:
-        """The number of parameters that are in the sketch."""
-        return sum(each.num_parameters for each in self.noise.noisy if each.module in self.contraction.sketched)
 
 
 @dataclass(frozen=True)

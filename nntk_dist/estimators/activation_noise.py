@@ -15,6 +15,7 @@ Axes: n rows, s draws, r blocks, c outputs, k basis vectors, i inputs and u unit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -58,19 +59,12 @@ class ActivationFeatures(DrawnFeatures):
         sketch: The sketch; None if nothing is sketched.
     """
 
+    pair_blocks: ClassVar[bool] = True  # products pair all blocks
+    shows_unresolved: ClassVar[bool] = False  # `BlockSums.resolved` says which entries are resolved
+
     plan: NoisePlan
     contraction: NoiseContraction
     sketch: Sketch | None = None
-
-    @property
-    def pair_blocks(self) -> bool:
-        """True: products pair all blocks."""
-        return True
-
-    @property
-    def shows_unresolved(self) -> bool:
-        """False: `BlockSums.resolved` says which entries are resolved."""
-        return False
 
     @property
     def num_sketch_groups(self) -> int:

@@ -31,15 +31,6 @@ class GradientPlan(EstimatorPlan):
         """The contraction of each layer, in words."""
         return self.contraction.text
 
-    @property
-    def num_columns(self) -> int:
-        """Numbers of a block's sketch, 0 without one."""
-        return self.contraction.num_columns
-
-    def num_sketched(self, space: ParameterSpace) -> int:
-        """The number of parameters that are in the sketch."""
-        return self.contraction.num_sketched
-
 
 @dataclass(frozen=True)
 class Autodiff:

@@ -86,7 +86,7 @@ class Setting:
         return self.num_outputs if self.full else 1
 
     def means_operations(self, num_numbers: int) -> int:
-        """Multiply-adds of an entry for formed means of so many numbers an output."""
+        """Return the multiply-adds of an entry for formed means of this many numbers an output."""
         return self.products * self.copies * num_numbers
 
 
@@ -105,7 +105,6 @@ class Contraction:
     exact: SitePlan
     sketched: SitePlan | None
     num_columns: int
-    num_sketched: int
 
     @property
     def text(self) -> str:
@@ -163,12 +162,9 @@ def choose_contraction(
     cheapest, costs = _exact(plan, space, contraction, setting)
     names = frozenset(name for group in _sketched(costs, contraction, num_columns, setting) for name in group)
     if not names:
-        return Contraction(cheapest, None, 0, 0)
+        return Contraction(cheapest, None, 0)
     formed = plan.densified(frozenset(site.module for site in plan.outer))
-    sizes = dict(zip(space.names, space.sizes, strict=True))
-    return Contraction(
-        cheapest.only(plan.names() - names), formed.only(names), num_columns, sum(sizes[name] for name in names)
-    )
+    return Contraction(cheapest.only(plan.names() - names), formed.only(names), num_columns)
 
 
 def _exact(

@@ -3,6 +3,7 @@
 Axes: n rows, s draws, c outputs.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +19,7 @@ from nntk_dist.sampling.draws import Drawing
 
 
 @dataclass(frozen=True)
-class DrawnFeatures:
+class DrawnFeatures(ABC):
     """Base class of features that evaluate a model under draws; see `nntk_dist.products.features.FeatureMap`.
 
     Its answers are right for features that are several arrays, have no metric, and show unresolved entries by
@@ -55,9 +56,9 @@ class DrawnFeatures:
         return 0
 
     @property
+    @abstractmethod
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays that `compute` returns."""
-        raise NotImplementedError
 
     @property
     def storage(self) -> FeatureStorage:

@@ -80,18 +80,9 @@ class EstimatorPlan:
         return ""
 
     @property
-    def num_columns(self) -> int:
-        """Numbers of a block's sketch, 0 without one."""
-        return 0
-
-    @property
     def unmoved(self) -> tuple[str, ...]:
         """Selected parameters that no draw moves."""
         return ()
-
-    def num_sketched(self, space: ParameterSpace) -> int:
-        """The number of parameters that are in the sketch."""
-        return 0
 
 
 class Estimator(Protocol):

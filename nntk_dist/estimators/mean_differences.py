@@ -9,6 +9,7 @@ Axes: n rows, s draws, r blocks, c outputs, k parameters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -39,17 +40,10 @@ class DifferenceMeans(DrawnFeatures):
         attention: Weights of the draws; None weights them equally.
     """
 
+    pair_blocks: ClassVar[bool] = True  # products pair all blocks
+    shows_unresolved: ClassVar[bool] = True  # differences of 0 in all blocks mean that no draw changed the output
+
     attention: Attention | None = None
-
-    @property
-    def pair_blocks(self) -> bool:
-        """True: products pair all blocks."""
-        return True
-
-    @property
-    def shows_unresolved(self) -> bool:
-        """True: differences of 0 in all blocks mean that no draw changed the output."""
-        return True
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:

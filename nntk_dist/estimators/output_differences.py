@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float, Float64
@@ -51,15 +51,12 @@ class DifferenceFeatures(DrawnFeatures):
             attention scores need the weights.
     """
 
+    shows_unresolved: ClassVar[bool] = True  # differences of 0 in all blocks mean that no draw changed the output
+
     pair_blocks: bool = True
     metric: Float64[Tensor, "s s"] | None = None
     attention: Attention | None = None
     product: LowRankPasses | None = None
-
-    @property
-    def shows_unresolved(self) -> bool:
-        """True: differences of 0 in all blocks mean that no draw changed the output."""
-        return True
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:

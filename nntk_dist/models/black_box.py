@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from nntk_dist.errors import ArgumentError, ModelError, NNTKError
+from nntk_dist.errors import ArgumentError, ModelError, NNTKError, one_line
 
 Function = Callable[[Float64[np.ndarray, " P"], np.ndarray], np.ndarray]
 _REAL_KINDS = "biuf"
@@ -61,10 +61,9 @@ class BlackBox(nn.Module):
         except NNTKError:
             raise
         except Exception as error:  # fn is anyone's; its exception stays visible as the cause
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ModelError(
                 f"the black box fn failed on params of shape {params.shape} and x of shape {tuple(x.shape)}, "
-                f"{inputs.dtype}: {reason}"
+                f"{inputs.dtype}: {type(error).__name__}: {one_line(error)}"
             ) from error
         values = _real_array(result, "the black box's result", ModelError)
         if values.ndim not in (1, 2) or len(values) != len(x) or values.size == 0:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from nntk_dist.errors import ModelError, NNTKError, Unavailable
+from nntk_dist.errors import ModelError, NNTKError, Unavailable, first_line
 from nntk_dist.models.noise import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.runtime.batches import by_batches, in_batches
@@ -59,8 +59,7 @@ def trying(error: type[NNTKError], message: str) -> Iterator[None]:
     except Exception as cause:  # a model's code may raise anything
         if is_out_of_memory(cause):
             raise
-        reason = str(cause).partition("\n")[0] or type(cause).__name__
-        raise error(message.replace("{reason}", reason)) from cause
+        raise error(message.replace("{reason}", first_line(cause))) from cause
 
 
 def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:

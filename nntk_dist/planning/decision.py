@@ -73,16 +73,6 @@ class Decision:
         return self.plan.contraction_text
 
     @property
-    def num_columns(self) -> int:
-        """Numbers of a block's sketch, 0 without one."""
-        return self.plan.num_columns
-
-    @property
-    def num_sketched(self) -> int:
-        """The number of parameters that are in the sketch."""
-        return self.plan.num_sketched(self.space)
-
-    @property
     def explanation(self) -> str:
         """Reason and contraction as one sentence."""
         return "; ".join(filter(None, (self.reason, self.contraction)))

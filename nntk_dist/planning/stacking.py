@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.errors import first_line
 from nntk_dist.layers.low_rank_passes import find_low_rank_passes
 from nntk_dist.models.black_box import holds_black_box
 from nntk_dist.models.evaluation import Evaluator, draws_at_once
@@ -116,8 +117,7 @@ def _measure(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawin
     except Exception as error:  # a model's code may raise anything
         if is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return StackingTrial(False, why=f"vmap cannot take the model ({reason})")
+        return StackingTrial(False, why=f"vmap cannot take the model ({first_line(error)})")
     most = min(_DRAWS, draws_at_once(space.num_parameters if shared is None else shared.numbers_of_a_draw, x))
     several = range(max(unit, most // unit * unit))
     seconds_in_turn = _seconds(lambda: pass_with(in_turn, several), x.device) / len(several)

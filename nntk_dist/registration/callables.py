@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nntk_dist.errors import ArgumentError, NNTKError, nearest_name
+from nntk_dist.errors import ArgumentError, NNTKError, nearest_name, one_line
 
 
 def import_function(location: str, *, what: str) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ def import_object(location: str, *, what: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # a module's own code may raise anything while it is imported
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ArgumentError(
             f"{what} 'python:{location}': cannot import '{module_name}' ({reason}); put its folder on PYTHONPATH"
         ) from error
@@ -112,7 +112,7 @@ def call_checked(
         raise
     except Exception as error:  # the function may be anyone's; its exception stays visible as the cause
         given_by_user = f" with {_shown(arguments)}" if arguments else ""
-        raise failure(f"{what} failed{given_by_user}: {type(error).__name__}: {_one_line(error)}") from error
+        raise failure(f"{what} failed{given_by_user}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def check_integer(what: str, value: Any, minimum: int) -> None:
@@ -154,10 +154,6 @@ def _named_parameters(function: Callable[..., Any]) -> dict[str, inspect.Paramet
         return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
     not_by_name = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
     return {name: parameter for name, parameter in signature.parameters.items() if parameter.kind not in not_by_name}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

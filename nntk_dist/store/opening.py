@@ -14,7 +14,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 from zarr.storage import ObjectStore
 
-from nntk_dist.errors import StoreError
+from nntk_dist.errors import StoreError, first_line
 from nntk_dist.store.backends import BACKENDS
 from nntk_dist.store.stored_kernel import StoredKernel
 
@@ -71,8 +71,9 @@ def _object_store(root: str) -> Any:
         folder = Path(root).expanduser().absolute()
         return LocalStore(folder) if folder.is_dir() else None
     except (BaseError, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise StoreError(f"cannot open '{root}' ({reason}); give a local path or s3://bucket/prefix") from error
+        raise StoreError(
+            f"cannot open '{root}' ({first_line(error)}); give a local path or s3://bucket/prefix"
+        ) from error
 
 
 def _read_bytes(store: Any, path: str) -> bytes | None:
@@ -82,9 +83,8 @@ def _read_bytes(store: Any, path: str) -> bytes | None:
     except FileNotFoundError:
         return None
     except (BaseError, OSError) as error:
-        reason = str(error).partition("\n")[0]
         raise StoreError(
-            f"cannot read '{path}' in {store} ({reason}); check the address and your access to it"
+            f"cannot read '{path}' in {store} ({first_line(error)}); check the address and your access to it"
         ) from error
 
 

@@ -19,7 +19,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from nntk_dist.analysis.factor_rows import FactorRows
 from nntk_dist.analysis.streamed_kernel import StreamedKernel
-from nntk_dist.errors import ArgumentError, StoreError, Unavailable, nearest_name
+from nntk_dist.errors import ArgumentError, StoreError, Unavailable, first_line, nearest_name
 from nntk_dist.products.factor_form import SKETCHES, WITH_FACTOR, FactorForm
 from nntk_dist.spec import Kind, Outputs, Statistic
 from nntk_dist.store.tables import read_table, table_names
@@ -361,10 +361,9 @@ class StoredKernel:
             values = np.asarray(array[selection], dtype=np.float64)
         # what checksum codecs, decompressors and stores raise
         except (ValueError, RuntimeError, OSError, BaseError) as error:
-            reason = str(error).partition("\n")[0]
             raise StoreError(
                 f"'{path}' of the kernel at '{self.location}' cannot be read at {_spans(selection)} "
-                f"({reason}); run 'nntk verify' and repeat the run with --resume"
+                f"({first_line(error)}); run 'nntk verify' and repeat the run with --resume"
             ) from error
         if np.isnan(values).any():
             reason = (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import obstore
 from obstore.exceptions import BaseError
 
-from nntk_dist.errors import StoreError, Unavailable, nearest_name
+from nntk_dist.errors import StoreError, Unavailable, first_line, nearest_name
 
 if TYPE_CHECKING:  # in the extra `analysis`
     import pandas
@@ -48,10 +48,9 @@ def read_table(files: Any, location: str, name: str) -> "pandas.DataFrame":
     except FileNotFoundError:
         held = table_names(files)
     except (BaseError, OSError, ValueError) as error:  # pyarrow's errors of damaged files are ValueErrors
-        reason = str(error).partition("\n")[0]
         raise StoreError(
-            f"the table '{name}' of the run at '{location}' cannot be read ({reason}); run 'nntk verify', which says "
-            "what is damaged"
+            f"the table '{name}' of the run at '{location}' cannot be read ({first_line(error)}); run 'nntk verify', "
+            "which says what is damaged"
         ) from error
     raise StoreError(
         f"the run at '{location}' holds no table '{name}'{nearest_name(name, held)}; it holds: "

@@ -19,7 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 from zarr.storage import ObjectStore
 
-from nntk_dist.errors import DataError
+from nntk_dist.errors import DataError, first_line, one_line
 from nntk_dist.registration.callables import call_checked, import_function
 from pipeline.data.source import Source, SourceRows, existing_path
 
@@ -79,9 +79,8 @@ def open_npz(location: str) -> Source:
             # the names of other arrays are kept for the message, their contents are not read
             arrays = {key: archive[key] if key in wanted else None for key in archive.files}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{what} is no readable .npz archive of plain arrays ({reason}); write it with numpy.savez"
+            f"{what} is no readable .npz archive of plain arrays ({one_line(error)}); write it with numpy.savez"
         ) from error
     return source_from_arrays(arrays, what=what)
 
@@ -103,8 +102,9 @@ def open_zarr(location: str) -> Source:
         group = zarr.open_group(remote or Path(location).expanduser(), mode="r")
         arrays = dict(group.arrays())
     except (*_UNREADABLE, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{what} is no readable Zarr group ({reason}); give a group that holds x and y") from error
+        raise DataError(
+            f"{what} is no readable Zarr group ({one_line(error)}); give a group that holds x and y"
+        ) from error
     return source_from_arrays(arrays, what=what)
 
 
@@ -148,9 +148,8 @@ def _read(array: zarr.Array, selection: Any, name: str) -> Shaped[np.ndarray, ".
     try:
         return np.asarray(array.oindex[selection])
     except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
         raise DataError(
-            f"'{array.path}' of {name} cannot be read ({reason}); write it again, or check your access to it"
+            f"'{array.path}' of {name} cannot be read ({first_line(error)}); write it again, or check your access to it"
         ) from error
 
 

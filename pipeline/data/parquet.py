@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from jaxtyping import Float, Int64, Shaped
 
-from nntk_dist.errors import DataError, nearest_name
+from nntk_dist.errors import DataError, nearest_name, one_line
 from pipeline.data.images import decode_image
 from pipeline.data.source import Source, SourceRows, existing_path
 
@@ -91,9 +91,8 @@ class _Table:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
             raise DataError(
-                f"{self.what}: {self.name} is no readable Parquet file ({reason}); write it again"
+                f"{self.what}: {self.name} is no readable Parquet file ({one_line(error)}); write it again"
             ) from error
 
     def _take(self, rows: Int64[np.ndarray, " n"], columns: list[str]) -> pa.Table:

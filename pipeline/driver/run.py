@@ -247,8 +247,6 @@ def _attributes(plan: Plan) -> dict[str, Any]:
     """The attributes of `kernel.zarr`."""
     spec, job = plan.job.spec, plan.job
     return {
-        "schema": "nntk-kernel",
-        "version": 1,
         "fingerprint": job.fingerprint,
         "kind": spec.kind,
         "estimator": job.decision.estimator,

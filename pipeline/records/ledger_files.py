@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nntk_dist.errors import StoreError
+from nntk_dist.errors import StoreError, first_line
 from pipeline.storage.run_storage import RunStorage
 
 FOLDER = "ledger"
@@ -166,10 +166,9 @@ class LedgerFiles:
             raise self._damaged(index, error) from error
 
     def _damaged(self, path: str, error: Exception) -> StoreError:
-        reason = str(error).partition("\n")[0]
         return StoreError(
-            f"ledger file '{path}' in run_dir '{self._storage.url}' is damaged ({reason}); delete it and run again with"
-            " --resume: the tasks that it listed are then computed again"
+            f"ledger file '{path}' in run_dir '{self._storage.url}' is damaged ({first_line(error)}); delete it and "
+            "run again with --resume: the tasks that it listed are then computed again"
         )
 
 

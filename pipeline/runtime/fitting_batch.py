@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from nntk_dist.errors import Unavailable
+from nntk_dist.errors import Unavailable, first_line
 from nntk_dist.runtime.memory import is_out_of_memory
 from pipeline.job.task import Outcome
 
@@ -54,10 +54,9 @@ class FittingBatch:
                 if not is_out_of_memory(error):
                     raise
                 if self.size == 1:
-                    reason = str(error).partition("\n")[0]
                     raise Unavailable(
-                        f"one example at a time does not fit into memory ({reason}); use fewer workers, a smaller "
-                        "kernel.sketch, or a device with more memory"
+                        f"one example at a time does not fit into memory ({first_line(error)}); use fewer workers, "
+                        "a smaller kernel.sketch, or a device with more memory"
                     ) from error
             # After the handler: the error's frames hold the tensors that did not fit.
             self.size, self.halved = max(1, self.size // 2), True

@@ -23,7 +23,7 @@ import zarr.storage
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
-from nntk_dist.errors import ArgumentError, StoreError, check_choice
+from nntk_dist.errors import ArgumentError, StoreError, check_choice, first_line
 from nntk_dist.store.backends import BACKENDS
 
 KERNEL_STORE = "kernel.zarr"
@@ -210,4 +210,4 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     code = _ERROR_CODE.search(str(error))
-    return code[1] if code else str(error).partition("\n")[0]
+    return code[1] if code else first_line(error)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from nntk_dist.errors import ArgumentError
+from nntk_dist.errors import ArgumentError, first_line
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.threads import torch_threads
@@ -100,10 +100,9 @@ def _memory_told(task: Task) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ArgumentError(
-            f"{task.stage} {task.tile} does not fit into memory ({reason}); use fewer workers, a smaller compute.tile "
-            "or kernel.sketch, or a device with more memory, then continue with --resume"
+            f"{task.stage} {task.tile} does not fit into memory ({first_line(error)}); use fewer workers, a smaller "
+            "compute.tile or kernel.sketch, or a device with more memory, then continue with --resume"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import ModelError
+from nntk_dist.errors import ModelError, one_line
 from nntk_dist.models.builders.activations import ACTIVATIONS, make_activation
 from nntk_dist.models.checkpoint import load_checkpoint
 from nntk_dist.registration.callables import call_checked, check_integer
@@ -81,9 +81,8 @@ def _check_shapes(model: nn.Module, what: str, input_shape: tuple[int, ...]) -> 
         with torch.no_grad():
             output = model(torch.zeros(2, *input_shape, dtype=torch.float32))
     except Exception as error:  # the model may be anyone's; its exception stays visible as the cause
-        reason = " ".join(str(error).split())
         raise ModelError(
-            f"{what} cannot be evaluated on examples of shape {input_shape}: {type(error).__name__}: {reason}"
+            f"{what} cannot be evaluated on examples of shape {input_shape}: {type(error).__name__}: {one_line(error)}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != 2:
         came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from nntk_dist.errors import ArgumentError, NNTKError
+from nntk_dist.errors import ArgumentError, NNTKError, one_line
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.weighting.scores.base import ScoreBasis, ScoreFunction
 
@@ -57,10 +57,9 @@ class FunctionScore:
         except Exception as error:  # a user's function may raise anything; the exception is chained
             if is_out_of_memory(error):
                 raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ArgumentError(
                 f"the score {self.name} failed on {len(z)} draws, parameters of shape {tuple(self.theta.shape)} and "
-                f"outputs of shape {tuple(base.shape)}: {reason}"
+                f"outputs of shape {tuple(base.shape)}: {type(error).__name__}: {one_line(error)}"
             ) from error
         expected = (len(z), len(base)) if self.per_example else (len(z),)
         if not isinstance(result, Tensor) or tuple(result.shape) != expected or result.is_complex():

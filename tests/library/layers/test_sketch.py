@@ -106,7 +106,7 @@ def test_the_sketch_is_the_projection_of_the_gradient(name, outputs):
     features, decision = prepared_features(model, x, spec_of(outputs))
     assert isinstance(features, GradientFeatures)
     assert features.sketch is not None
-    assert decision.num_sketched == decision.num_parameters
+    assert decision.plan.contraction.sketched.names() == set(decision.space.names)
     rows = all_rows(features, x)
     assert set(rows) == {"sketch"}
     draws = draws_by_definition(model, x, spec_of(), "autodiff", ("*",))

@@ -21,8 +21,8 @@ def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     assert np.array_equal(stored["metric"], np.full((8, 8), 1 / 64))
     manifest = json.loads((whole / "manifest.json").read_text())
     decision = Decision.from_plain(manifest["decision"])
-    assert decision.num_columns == 64
-    assert decision.num_sketched == manifest["sizes"]["num_parameters"]
+    assert decision.plan.contraction.num_columns == 64
+    assert decision.plan.contraction.sketched.names() == set(decision.space.names)
     assert "sketch (k = 64): " in decision.contraction
     # The sketch's own error, √(2/64) or more of a diagonal entry, is in the error bars.
     relative = stored["train/gram_stderr"].diagonal() / stored["train/gram_unbiased"].diagonal()

@@ -7,6 +7,7 @@ Axes: S draws, R blocks, Q groups, n (n1, n2) examples, C outputs, P parameters,
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,8 @@ def test_the_sketch_is_the_projection_of_the_gradient(name, outputs):
     features, decision = prepared_features(model, x, spec_of(outputs))
     assert isinstance(features, GradientFeatures)
     assert features.sketch is not None
-    assert decision.plan.contraction.sketched.names() == set(decision.space.names)
+    plan: Any = decision.plan
+    assert plan.contraction.sketched.names() == set(decision.space.names)
     rows = all_rows(features, x)
     assert set(rows) == {"sketch"}
     draws = draws_by_definition(model, x, spec_of(), "autodiff", ("*",))

@@ -1,6 +1,7 @@
 """A run whose gradients are sketched, from the plan to its verification: what it says, stores, resumes and checks."""
 
 import json
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,9 @@ def test_a_sketched_run_is_planned_resumed_and_verified(tmp_path, monkeypatch):
     assert np.array_equal(stored["metric"], np.full((8, 8), 1 / 64))
     manifest = json.loads((whole / "manifest.json").read_text())
     decision = Decision.from_plain(manifest["decision"])
-    assert decision.plan.contraction.num_columns == 64
-    assert decision.plan.contraction.sketched.names() == set(decision.space.names)
+    plan: Any = decision.plan
+    assert plan.contraction.num_columns == 64
+    assert plan.contraction.sketched.names() == set(decision.space.names)
     assert "sketch (k = 64): " in decision.contraction
     # The sketch's own error, √(2/64) or more of a diagonal entry, is in the error bars.
     relative = stored["train/gram_stderr"].diagonal() / stored["train/gram_unbiased"].diagonal()

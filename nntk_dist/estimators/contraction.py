@@ -12,7 +12,7 @@ Multiplying and adding up the two products of a pair of draws has a separate cos
 
 The same three ways exist for the noisy layers of `activation`:
 
-`layered`  D η ⊗ q in factors: two Gram matrices for S² pairs of draws, whatever the number of outputs.
+`layered`  D η ⊗ q in factors: two Gram matrices for S² pairs of draws, for any number of outputs.
 `means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry for every output.
 `sketch`   block-mean gradients of all sketched layers in the same k numbers.
 
@@ -213,7 +213,7 @@ def shares_derivatives(plan: SitePlan, site: Site, *, full: bool) -> bool:
 def noise_contraction(
     plan: NoisePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
 ) -> NoiseContraction:
-    """Choose the contraction that is asked for, or the cheapest exact one, or a sketch if that is too expensive."""
+    """Choose the requested contraction, or the cheapest exact one, or a sketch if that is too expensive."""
     setting = Setting(num_draws, spec.blocks, num_outputs, full=spec.outputs == Outputs.FULL)
     formed, costs = set[str](), dict[str, Cost]()
     for each in plan.noisy:

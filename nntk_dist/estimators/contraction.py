@@ -225,7 +225,9 @@ def noise_contraction(
     num_columns = columns_of_sketch(spec.sketch)
     sketched = _sketched(costs, spec.contraction, num_columns, setting)
     few = setting.products * plan.num_parameters(space)[2] < num_draws
-    forms_weight_space = bool(plan.weight_space) and (few or num_draws > METRIC_DRAWS or spec.contraction == ContractionChoice.MEANS)
+    forms_weight_space = bool(plan.weight_space) and (
+        few or num_draws > METRIC_DRAWS or spec.contraction == ContractionChoice.MEANS
+    )
     return NoiseContraction(frozenset(formed) - sketched, sketched, num_columns if sketched else 0, forms_weight_space)
 
 

@@ -6,6 +6,7 @@ Noise in pre-activations is a random weight matrix of each example's own: the or
 Axes: S draws, R blocks, n examples, C outputs, P parameters, k basis vectors, i inputs and u units of a layer.
 """
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
+from tests.harness.grids import pairwise
 from tests.harness.tools import all_rows, assert_equal, estimates_of, prepared_features
 from tests.oracles import brute_force
 from tests.oracles.cases import CASES, case
@@ -139,11 +141,14 @@ def assert_is_definition(features: ActivationFeatures, model: nn.Module, x: Tens
     assert_equal(ours["stderr"][known], stderr[known], scale=np.abs(plugin).max())
 
 
-@pytest.mark.parametrize("outputs", ["trace", "full", 1])
-@pytest.mark.parametrize("design", ["iid", "antithetic"])
-@pytest.mark.parametrize("formed", [True, False])
-@pytest.mark.parametrize("name", ["deep_sign_mlp", "attention"])
-def test_kernels_are_their_definition(name: str, formed: bool, design: str, outputs: str | int):
+@pytest.mark.parametrize(
+    ("way", "outputs", "name"),
+    pairwise(
+        itertools.product([True, False], ["iid", "antithetic"]), ["trace", "full", 1], ["deep_sign_mlp", "attention"]
+    ),
+)
+def test_kernels_are_their_definition(way: tuple[bool, str], outputs: str | int, name: str):
+    formed, design = way
     features, spec = contracted(name, formed=formed, design=design, outputs=outputs, seed=3)
     assert_is_definition(features, case(name).build(), case(name).inputs(3), spec)
 

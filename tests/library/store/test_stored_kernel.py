@@ -113,6 +113,14 @@ def test_opens_a_run_directory_and_the_store_in_it_alike(tmp_path, monkeypatch):
     assert open_kernel("kernel.zarr").manifest == MANIFEST
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A finished run, for looking at only."""
+    place = tmp_path_factory.mktemp("whole")
+    make_run(place)
+    return place
+
+
 @pytest.mark.parametrize(
     ("attribute", "path"),
     [
@@ -133,9 +141,8 @@ def test_opens_a_run_directory_and_the_store_in_it_alike(tmp_path, monkeypatch):
         ("test_ids", "test/id"),
     ],
 )
-def test_every_attribute_is_the_lazy_read_only_array_of_its_path(tmp_path, attribute, path):
-    make_run(tmp_path)
-    array = getattr(open_kernel(tmp_path), attribute)
+def test_every_attribute_is_the_lazy_read_only_array_of_its_path(whole_run, attribute, path):
+    array = getattr(open_kernel(whole_run), attribute)
     assert isinstance(array, zarr.Array)
     assert array.path == f"kernel.zarr/{path}"
     with pytest.raises(ValueError, match="read-only"):

@@ -1,14 +1,18 @@
 """The estimator `activation`: gradients by Stein's identity, with separate pre-activation noise for each example.
 
+A layer computes a = W h̃ + σ|h̃| ξ with h̃ = (h, 1), ξ standard normal and σ = (γ/√2)·U^{1/P}. The nonlocal gradient with
+respect to W is E[(f − f(x; θ)) ξ/(σ|h̃|) ⊗ h̃]. This estimator is the project's own; docs/concepts.md derives it.
+Related: node perturbation, and the local reparametrization of Kingma, Salimans & Welling (2015).
+
 Valid for Gaussian ρ and any activation, jumps included, if most parameters lie in Linear layers or convolutions that
 are called once; unbiased. Its error hardly depends on P. Cost: a forward pass a draw. Its features are
-`nntk_dist.estimators.activation_noise`.
+`nntk_dist.estimators.activation_features`.
 """
 
 from dataclasses import dataclass, replace
 
 from nntk_dist.errors import NNTKError, Unavailable
-from nntk_dist.estimators.activation_noise import ActivationFeatures
+from nntk_dist.estimators.activation_features import ActivationFeatures
 from nntk_dist.estimators.contraction import NoiseContraction, noise_contraction
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
 from nntk_dist.estimators.noisy_passes import MOST_GROUPS

@@ -52,7 +52,7 @@ class GradientProducts:
         drawing: The draws; None means the one gradient at θ itself.
         columns: The indices of the model outputs in the kernel.
         pair_blocks: Whether products pair all blocks, or each draw only with itself.
-        shows_unresolved: Whether blocks that all agree mean that no draw changed the output.
+        zero_stderr_is_unresolved: Whether blocks that all agree mean that no draw changed the output.
         sketch: The sketch; None without one. Only paired blocks have one.
         sketched: The layers that are in the sketch alone, a plan without outer sites.
         sums_outputs: Whether products are summed over outputs. What outputs share is then kept once.
@@ -68,7 +68,7 @@ class GradientProducts:
     drawing: Drawing | None
     columns: tuple[int, ...]
     pair_blocks: bool
-    shows_unresolved: bool = False
+    zero_stderr_is_unresolved: bool = False
     sketch: Sketch | None = None
     sketched: SitePlan | None = None
     sums_outputs: bool = False

@@ -51,7 +51,9 @@ class DifferenceFeatures(DrawnFeatures):
             attention scores need the weights.
     """
 
-    shows_unresolved: ClassVar[bool] = True  # differences of 0 in all blocks mean that no draw changed the output
+    zero_stderr_is_unresolved: ClassVar[bool] = (
+        True  # differences of 0 in all blocks mean that no draw changed the output
+    )
 
     pair_blocks: bool = True
     metric: Float64[Tensor, "s s"] | None = None
@@ -99,7 +101,7 @@ class DifferenceFeatures(DrawnFeatures):
             differences[:, members.start - draws.start : members.stop - draws.start] = changes.transpose(0, 1)
         check_finite(differences, f"the model's output under draws {draws.start} to {draws.stop - 1}")
         if self.attention is not None:
-            differences *= self.attention.factors(torch.cat(scores)).T[:, :, None].to(differences.dtype)
+            differences *= self.attention.softmax_factors(torch.cat(scores)).T[:, :, None].to(differences.dtype)
         return {"differences": differences}
 
     def _passes(

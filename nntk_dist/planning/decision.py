@@ -2,8 +2,9 @@
 
 `decide` tries the model on a few examples and returns a `Decision`: the estimator with its reason, its plan (which
 parameter's gradient is made how, and how each layer is contracted), how perturbed models are evaluated, and what the
-probes of the model found. Workers, the search for draws, a resumed run and a check of a run get this value; none of
-them decides again. No kernel is computed here.
+probes of the model found. `auto` takes the first valid estimator of `AUTO_ORDER`; the reason is kept in
+`Decision.reason`, in `KernelEstimate.reason`, and under `decision` in a manifest. Workers, the search for draws, a
+resumed run and a check of a run get this value; none of them decides again. No kernel is computed here.
 
 Axes: n examples, c outputs.
 """

@@ -47,8 +47,11 @@ class FeatureMap(Protocol):
         """Whether products pair all blocks (the nonlocal kernel), or each draw only with itself."""
 
     @property
-    def shows_unresolved(self) -> bool:
-        """Whether blocks that all agree mean that no draw changed the output, not that there is no noise."""
+    def zero_stderr_is_unresolved(self) -> bool:
+        """Whether a standard error of exactly 0 means that no draw changed the output, so that it becomes NaN.
+
+        If not, 0 means that there is no sampling noise.
+        """
 
     @property
     def num_sketch_groups(self) -> int:

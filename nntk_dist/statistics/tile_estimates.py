@@ -218,7 +218,7 @@ def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration |
     present = {name: value for name, value in values.items() if value is not None}
     if factor != 1.0:
         present = {name: value * factor for name, value in present.items()}
-    if "stderr" in present and features.shows_unresolved:
+    if "stderr" in present and features.zero_stderr_is_unresolved:
         present["stderr"] = present["stderr"].masked_fill(present["stderr"] == 0, torch.nan)
     if "stderr" in present and sums.resolved is not None:
         present["stderr"] = present["stderr"].masked_fill(~sums.resolved, torch.nan)

@@ -68,7 +68,7 @@ class Attention:
             return self.score.of(z.double(), base.double(), perturbed.double())
         return self._shared[draws.start : draws.stop, None]
 
-    def factors(self, scores: Float64[Tensor, "s m"]) -> Float64[Tensor, "s m"]:
+    def softmax_factors(self, scores: Float64[Tensor, "s m"]) -> Float64[Tensor, "s m"]:
         """Return B·α of whole blocks. Raises: ArgumentError if a score is not finite."""
         _check_scores(scores, self.weighting)
         size = self.drawing.draws_per_block

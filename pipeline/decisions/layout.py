@@ -128,7 +128,7 @@ def make_layout(
     kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
     total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
     tiles = compute.write_tiles is not False
-    stored = not tiles or features.shows_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
+    stored = not tiles or features.zero_stderr_is_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
     # Fewer outputs at a time make only arrays with an output axis smaller.
     carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
     tile_rows = min(compute.tile, sizes.num_train)

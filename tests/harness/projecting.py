@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nntk_dist.estimators.activation_noise import ActivationFeatures
+from nntk_dist.estimators.activation_features import ActivationFeatures
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.layers.sketch import Sketch
 from nntk_dist.products.features import Rows

@@ -60,7 +60,7 @@ class ActivationFeatures(DrawnFeatures):
     """
 
     pair_blocks: ClassVar[bool] = True  # products pair all blocks
-    shows_unresolved: ClassVar[bool] = False  # `BlockSums.resolved` says which entries are resolved
+    zero_stderr_is_unresolved: ClassVar[bool] = False  # `BlockSums.resolved` says which entries are resolved
 
     plan: NoisePlan
     contraction: NoiseContraction

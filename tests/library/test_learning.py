@@ -122,7 +122,9 @@ def test_two_classes_have_one_score():
 def test_searches_clones_and_pipelines():
     """A module is a parameter like any other: copied by `clone`, set by `set_params`, searched over."""
     (X, Y), model = data(30), network()
-    search = GridSearchCV(NNTKRegressor(model, draws=16), {"gamma": [0.1, 1.0], "model": [model, build]}, cv=2)
+    search = GridSearchCV(
+        NNTKRegressor(model, estimator="weight", draws=16), {"gamma": [0.1, 1.0], "model": [model, build]}, cv=2
+    )
     search.fit(X, Y)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     copied = clone(NNTKRegressor(model, gamma=0.2))

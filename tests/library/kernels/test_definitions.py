@@ -72,10 +72,12 @@ def test_numbers_of_blocks(estimator: str, blocks: int):
     assert_estimate_is_its_definition(case("tanh_mlp"), spec, estimator)
 
 
-@pytest.mark.parametrize("outputs", ["trace", "full", 1])
-@pytest.mark.parametrize("design", ["iid", "antithetic"])
-@pytest.mark.parametrize(("kind", "estimator"), [("covariance", "weight"), ("averaged", "autodiff")])
-def test_other_kernels(kind: str, estimator: str, design: str, outputs: str | int):
+@pytest.mark.parametrize(
+    ("outputs", "design", "kernel"),
+    pairwise(["trace", "full", 1], ["iid", "antithetic"], [("covariance", "weight"), ("averaged", "autodiff")]),
+)
+def test_other_kernels(outputs: str | int, design: str, kernel: tuple[str, str]):
+    kind, estimator = kernel
     spec = KernelSpec(kind=kind, gamma=0.7, design=design, draws=20, blocks=5, outputs=outputs, statistic="plugin")
     assert_estimate_is_its_definition(case("relu_mlp"), spec, estimator)
 

@@ -52,7 +52,7 @@ class GradientProducts:
         drawing: The draws; None means the one gradient at θ itself.
         columns: The indices of the model outputs in the kernel.
         pair_blocks: Whether products pair all blocks, or each draw only with itself.
-        zero_stderr_is_unresolved: Whether blocks that all agree mean that no draw changed the output.
+        zero_stderr_is_unresolved: Whether a standard error of 0 means that no draw changed the output.
         sketch: The sketch; None without one. Only paired blocks have one.
         sketched: The layers that are in the sketch alone, a plan without outer sites.
         sums_outputs: Whether products are summed over outputs. What outputs share is then kept once.

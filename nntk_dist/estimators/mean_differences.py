@@ -41,9 +41,7 @@ class DifferenceMeans(DrawnFeatures):
     """
 
     pair_blocks: ClassVar[bool] = True  # products pair all blocks
-    zero_stderr_is_unresolved: ClassVar[bool] = (
-        True  # differences of 0 in all blocks mean that no draw changed the output
-    )
+    zero_stderr_is_unresolved: ClassVar[bool] = True  # 0 means that no draw changed the output
 
     attention: Attention | None = None
 

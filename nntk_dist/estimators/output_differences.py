@@ -51,9 +51,7 @@ class DifferenceFeatures(DrawnFeatures):
             attention scores need the weights.
     """
 
-    zero_stderr_is_unresolved: ClassVar[bool] = (
-        True  # differences of 0 in all blocks mean that no draw changed the output
-    )
+    zero_stderr_is_unresolved: ClassVar[bool] = True  # 0 means that no draw changed the output
 
     pair_blocks: bool = True
     metric: Float64[Tensor, "s s"] | None = None

@@ -210,7 +210,7 @@ def test_store_plan_and_page_name_the_weighting(name, tmp_path):
     assert section == expected | ({"weighting_dimension": 3} if name == "parameter" else {})
     page = " ".join(re.sub(r"<[^>]*>", " ", (place / "report" / "index.html").read_text()).split())
     assert f"Weighting softmax of the score {label}" in page
-    assert "A ratio estimator: consistent, not unbiased" in page
+    assert "a ratio estimator: consistent, but not unbiased" in page
     assert ("7 reference examples" in page) == (expected["weighting_reference"] == 7)
     plan = nntk(*arguments("plan", tmp_path / "other", *weighted(name)))
     assert f"draws weighted by softmax of the score {label}" in plan.out

@@ -114,7 +114,7 @@ def test_precision_is_a_choice_that_a_run_keeps(tmp_path):
     assert manifest is not None
     assert manifest.layout["matmul_precision"] == "medium"
     assert np.isfinite(arrays(place)["train/gram"]).all()
-    assert "made at matmul_precision medium" in (place / "report" / "index.html").read_text()
+    assert "multiplied at matmul_precision medium" in (place / "report" / "index.html").read_text()
     planned = nntk("plan", config, "--set", f"run_dir={place}", "--set", "compute.matmul_precision=medium")
     assert "products of tiles at matmul_precision medium" in " ".join(planned.out.split())
     refused = nntk("run", config, "--set", f"run_dir={place}", "--resume")

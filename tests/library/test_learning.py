@@ -36,11 +36,14 @@ def data(n: int = 20, seed: int = 0) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"estimator": "weight", "draws": 64}, pytest.param({}, marks=pytest.mark.statistical)],
-    ids=["weight", "auto"],
+    ("kind", "settings"),
+    [
+        pytest.param(NNTKClassifier, {"estimator": "weight", "draws": 32}, id="classifier by differences"),
+        pytest.param(NNTKRegressor, {"estimator": "weight", "draws": 32}, marks=pytest.mark.statistical),
+        pytest.param(NNTKRegressor, {}, marks=pytest.mark.statistical),
+        pytest.param(NNTKClassifier, {}, marks=pytest.mark.statistical),
+    ],
 )
-@pytest.mark.parametrize("kind", [NNTKRegressor, NNTKClassifier])
 def test_scikit_learns_own_checks(kind, settings):
     """All that apply; inputs of other array libraries are checked by scikit-learn only where SCIPY_ARRAY_API is set."""
     with warnings.catch_warnings():

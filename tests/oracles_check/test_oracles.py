@@ -175,6 +175,7 @@ def test_calibrated_standard_errors_stay_between_their_bounds():
     assert np.isnan(brute_force.calibrated_stderr(unresolved)).tolist() == [True, False]
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("unit", closed_forms.UNITS)
 def test_expected_plugin_is_inflated_by_the_covariance_kernel(unit: str):
     # E[plugin] = (1 − 1/S) Θ + (P/S) C for independent draws, and the mean over pairs of different draws is Θ.

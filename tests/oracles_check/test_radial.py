@@ -18,6 +18,7 @@ def test_nonlocal_kernel_of_the_gaussian(unit):
         np.testing.assert_allclose(radial.nonlocal_kernel(unit, theta, x, law), expected, atol=1e-5 * expected.max())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("unit", ["linear", "quadratic", "sign", "relu"])
 def test_covariance_kernel_of_the_gaussian(unit):
     expected = closed_forms.covariance_kernel(unit, THETA, X, X, 1.5)

@@ -1,6 +1,7 @@
 """Running and planning from Python: the same as the command line, and errors that name what the caller wrote."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -38,6 +39,7 @@ def test_a_mapping_is_a_configuration(finished, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.process
 def test_a_changed_section_asks_for_resume_and_then_reruns_its_stage_alone(finished, tmp_path):
     config, _, _ = finished
     overrides: dict[str, object] = {"run_dir": str(tmp_path / "again")}
@@ -50,6 +52,7 @@ def test_a_changed_section_asks_for_resume_and_then_reruns_its_stage_alone(finis
     assert after.manifest["stages"]["gram"] == before.manifest["stages"]["gram"]
 
 
+@pytest.mark.process
 def test_progress_goes_to_standard_error(tmp_path, capsys):
     run(config_file(tmp_path / "run"), {"run_dir": str(tmp_path / "run")})
     out, err = capsys.readouterr()
@@ -92,8 +95,8 @@ def test_tables_of_a_run_are_data_frames(finished):
         kernel.table("regresion")
 
 
-def test_a_damaged_table_is_an_error_of_the_store(tmp_path):
-    kernel = run(config_file(tmp_path / "run"), {"run_dir": str(tmp_path / "run")}, progress=False)
+def test_a_damaged_table_is_an_error_of_the_store(finished, tmp_path):
+    kernel = open_kernel(shutil.copytree(finished[1], tmp_path / "run"))
     (tmp_path / "run" / "tables" / "regression.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(StoreError, match=r"the table 'regression' .* cannot be read .* 'nntk verify'"):
         _ = kernel.regression

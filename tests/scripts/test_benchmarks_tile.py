@@ -16,6 +16,7 @@ def test_the_quick_benchmark_answers_every_cell_with_a_figure():
         assert figure["least"] == cell.settings["least"]
 
 
+@pytest.mark.bench
 def test_layers_are_measured_by_the_products_that_their_formula_needs():
     setting = tile.Setting("layered", "sample", 8, 256, 1, 1)
     features = tile._features(setting)

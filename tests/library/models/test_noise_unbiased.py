@@ -205,6 +205,7 @@ def test_brownian_units_against_closed_forms(kind: str, num_seeds: int):
     assert_coverage(covered(result.centre, exact, result.stderr, 8))
 
 
+@pytest.mark.statistical
 def test_quadrature_of_brownian_paths_agrees_with_the_closed_form():
     problem = Problem("relu", P, gamma=GAMMA)
     paths = noise.brownian_covariance(problem.theta, problem.x, GAMMA, 1.0)

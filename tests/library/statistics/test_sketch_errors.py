@@ -118,6 +118,7 @@ def test_intervals_count_the_error_of_draws_and_of_the_sketch(draws, sketch, out
     check(values, exact)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("outputs", [ONE, THREE])
 def test_what_is_filled_in_is_what_the_library_computes(outputs):
     features = features_of(64, 64, outputs)

@@ -40,7 +40,7 @@ def in_memory(run_dir, *sets):
     return tile_estimates(features, [(rows, rows)], spec.meeting, Calibration(1.0, 0.0, 1), spec.scale)
 
 
-@pytest.mark.parametrize("sets", all_but(["sign"], MODELS, pytest.mark.process))
+@pytest.mark.parametrize("sets", all_but([], MODELS, pytest.mark.process))
 def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path, monkeypatch):
     first = finished(tmp_path / "first", *sets, "compute.tile=17")
     manifest = json.loads((first / "manifest.json").read_text())

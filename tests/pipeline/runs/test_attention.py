@@ -151,6 +151,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(stage, tmp_path, monkeypatch):
     assert_same_bits(whole, finished(tmp_path / "run", *weighted("loss"), "kernel.draws=128", resume=True))
 
 
+@pytest.mark.process
 def test_a_finished_run_is_recognised_verified_and_another_weighting_refused(tmp_path):
     """Infinity goes through the manifest too."""
     sets = (*SMALL, "kernel.weighting={name: loss, temperature: .inf}")

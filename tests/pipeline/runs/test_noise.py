@@ -38,7 +38,7 @@ def two_cpus():
     ray.shutdown()
 
 
-@pytest.mark.parametrize(("sets", "estimator"), all_but(["weight"], RUNS, pytest.mark.process, unpack=True))
+@pytest.mark.parametrize(("sets", "estimator"), all_but([], RUNS, pytest.mark.process, unpack=True))
 def test_the_same_bits_however_a_run_is_carried_out(sets, estimator, tmp_path, shared_run):
     """Tiles, verification, resume."""
     first = shutil.copytree(shared_run(*SMALL, *sets, "compute.tile=16"), tmp_path / "first")

@@ -51,7 +51,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("sets", "options"), all_but(["student", "lowrank"], RUNS, pytest.mark.process, unpack=True))
+@pytest.mark.parametrize(("sets", "options"), all_but(["lowrank"], RUNS, pytest.mark.process, unpack=True))
 def test_runs_give_the_librarys_numbers_and_keep_their_words(sets, options, tmp_path, shared_run):
     place = shutil.copytree(shared_run(*SMALL, *sets), tmp_path / "run")
     stored = arrays(place)
@@ -81,6 +81,7 @@ def test_runs_give_the_librarys_numbers_and_keep_their_words(sets, options, tmp_
     assert snapshot(place / "kernel.zarr") == before
 
 
+@pytest.mark.process
 def test_tiles_and_chunks_give_the_same_features(tmp_path):
     """Chunks of draws are whole blocks, so whole groups: features do not depend on how rows are divided."""
     sets = (*SMALL, *RUNS["orthogonal"][0])

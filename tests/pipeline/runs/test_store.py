@@ -179,7 +179,7 @@ def test_regression_with_jumps(tmp_path):
         pytest.param(2, 1, 1, 1, marks=pytest.mark.process),
         pytest.param(5, 2, 512, 512, marks=pytest.mark.process),
         pytest.param(13, 3, 1, 7, marks=pytest.mark.process),
-        (11, 5, 4, 3),
+        pytest.param(11, 5, 4, 3, marks=pytest.mark.process),
     ],
 )
 def test_awkward_sizes(train, test, tile, batch, tmp_path):

@@ -36,7 +36,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "iid": {},
     "antithetic": {"design": "antithetic"},
     "orthogonal": {"design": "orthogonal"},
-    "low rank": {"distribution": "lowrank", "rank": 4},
+    "low rank": {"distribution": {"name": "lowrank", "rank": 4}},
 }
 
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from scripts.benchmarks import SECTIONS
+from nntk_dist.spec import KernelSpec
+from scripts.benchmarks import SECTIONS, perturb
 
 pytestmark = pytest.mark.bench
 
@@ -29,3 +30,8 @@ def test_scaling():
     assert overhead["value"] == pytest.approx(1 - spent / (2 * wall))
     memory = figures["the driver's own memory (USS) at the end over that at a tenth"]["details"]
     assert list(memory) == [f"{kind} at {share}, MB" for share in ("10%", "50%", "100%") for kind in ("USS", "RSS")]
+
+
+@pytest.mark.parametrize("options", perturb._OPTIONS.values(), ids=perturb._OPTIONS)
+def test_every_option_of_full_sizes_is_one_of_a_kernel(options):
+    KernelSpec(estimator="weight", draws=16, blocks=4, **options)

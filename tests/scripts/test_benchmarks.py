@@ -34,4 +34,4 @@ def test_scaling():
 
 @pytest.mark.parametrize("options", perturb._OPTIONS.values(), ids=perturb._OPTIONS)
 def test_every_option_of_full_sizes_is_one_of_a_kernel(options):
-    KernelSpec(estimator="weight", draws=16, blocks=4, **options)
+    assert KernelSpec(estimator="weight", draws=16, blocks=4, **options).draws == 16

@@ -1,5 +1,5 @@
-"""What holds for every test: the random numbers that it asks torch for do not depend on the tests before it, and models
-that were probed for jumps are not probed again.
+"""Settings for every test: torch's random numbers do not depend on the tests before it, and no model is probed for
+jumps twice.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from hypothesis import settings
 import nntk_dist.planning.decision
 from tests.harness.probes import shared
 
-# The same examples in every run, whatever ran before, and no limit of time on a busy machine.
+# The same examples in every run, regardless of what ran before, and no deadline on a busy machine.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("fixed")
 

@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages: where they are, in which language, and whether they are meant to run.
+"""Code blocks of Markdown pages: their place, their language, and whether they are meant to run.
 
 A block that cannot run is followed by a comment that says why: `<!-- not run: needs a GPU -->`.
 """
@@ -38,7 +38,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The name of the module that a block is to be saved as: its first line is `# NAME.py`, text may follow."""
+        """The module name under which to save a block, if its first line is `# NAME.py` (text may follow)."""
         found = re.match(r"# (\w+\.py)\b", self.code)
         return found.group(1) if found else None
 

@@ -1,8 +1,8 @@
 """Examples of README and docs: Python blocks run, commands and configurations name what exists.
 
-Python blocks of a page run one after the other in one temporary folder, each with names of its own; it holds a small
-run of the digits as `runs/digits`. A block whose first line is `# NAME.py` is also saved under that name, so that later
-ones can import it. Entry points in TOML blocks of a page are installed for it.
+Python blocks of a page run one after the other in one temporary folder, each in its own namespace. The folder holds a
+small run on the digits as `runs/digits`. A block whose first line is `# NAME.py` is also saved under that name, so that
+later ones can import it. Entry points in TOML blocks of a page are installed for it.
 """
 
 import linecache
@@ -37,7 +37,7 @@ def pages_with(language: str) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the digits, small."""
+    """A small finished run on the digits."""
     folder = tmp_path_factory.mktemp("digits") / "digits"
     sets = [part for each in (f"run_dir={folder}", *SMALL_RUN) for part in ("--set", each)]
     invoke("run", str(REPOSITORY / "configs" / "digits.yaml"), *sets)
@@ -76,7 +76,7 @@ def test_python_blocks_run(page: Path, place: Path, request: pytest.FixtureReque
 
 
 def install_entry_points(page: Path, place: Path) -> None:
-    """Make the entry points of a page's TOML blocks those of an installed package."""
+    """Install a package with the entry points that a page's TOML blocks declare."""
     groups: dict[str, dict[str, str]] = {}
     for block in blocks(page, "toml"):
         for group, points in tomllib.loads(block.code)["project"]["entry-points"].items():
@@ -111,7 +111,7 @@ def test_commands_exist(page: Path, place: Path) -> None:
 
 
 def check_command(block: Block, words: list[str]) -> None:
-    """Check a command: `nntk plan` and `--help` run; of the others the verb, its options and its keys must exist."""
+    """Run `nntk plan` and `--help`; for other commands check that the verb, its options and its keys exist."""
     if words[:3] == ["python", "-m", "pipeline"]:
         words = ["nntk", *words[3:]]
     if words[0].startswith("./"):

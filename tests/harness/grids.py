@@ -9,7 +9,7 @@ import pytest
 def pairwise(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
     """Combine three parameters so that every pair of values of any two of them occurs.
 
-    All pairs of the first two are taken, the third in rotation: `a·b` combinations in place of `a·b·c`. Neither of the
+    Takes all pairs of the first two and cycles through the third: `a·b` combinations instead of `a·b·c`. Neither of the
     first two may have fewer values than the third.
     """
     rows, columns, turns = list(first), list(second), list(third)
@@ -20,12 +20,12 @@ def pairwise(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) 
 def all_but(
     fast: Iterable[str], cases: Mapping[str, Any], mark: pytest.MarkDecorator, *, unpack: bool = False
 ) -> list[Any]:
-    """Parameters of a table's rows, of which all but the named ones get a mark.
+    """Parameters from a table's rows; all but the named rows get a mark.
 
     Args:
-        fast: Names of the rows that stay without it.
-        cases: Values by their names.
-        mark: The mark of the rows that are left to `scripts/test --all`.
+        fast: Names of the rows without the mark.
+        cases: Values by name.
+        mark: The mark for the rows that only `scripts/test --all` runs.
         unpack: Whether a value is a tuple of several parameters.
     """
     fast = set(fast)

@@ -1,8 +1,8 @@
-"""One kernel of a single unit under many seeds: what unbiasedness and coverage are statements about.
+"""One kernel of a single unit under many seeds, to test unbiasedness and coverage.
 
-Differences go through the public functions. Gradients would take a forward and a backward pass for each draw; for a
-unit they are φ'(θ·x + U^{1/P} z·x) x, so the features are filled in for all draws at once (a test compares them with
-the library's own) and everything behind the features is the library's.
+Differences go through the public functions. Gradients would take a forward and a backward pass for each draw. For a
+unit they are φ'(θ·x + U^{1/P} z·x) x, so the features of all draws are computed directly in one step (a test compares
+them with the library's own). Everything after the features is the library's.
 
 Axes: T seeds, S draws, R blocks, n examples, P parameters.
 """
@@ -42,7 +42,7 @@ CLOSED_FORMS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A unit φ(θ·x) at a range of the size of its margins, where draws flip it often."""
+    """A unit φ(θ·x) at a range as large as its margins, so that draws flip it often."""
 
     unit: str
     num_parameters: int
@@ -58,7 +58,7 @@ class Problem:
 
     @property
     def x(self) -> Array:
-        """Examples of length 1, θ·x = 0.9, −0.6 and 0.3: to compare with the deviation γ/√2 of z·x."""
+        """Examples of length 1 with θ·x = 0.9, −0.6 and 0.3; z·x has the standard deviation γ/√2."""
         margins = np.array([[0.9], [-0.6], [0.3]])
         across = np.random.default_rng(0).normal(size=(3, self.num_parameters))
         across -= (across @ self.theta)[:, None] * self.theta
@@ -79,7 +79,7 @@ class Problem:
         return CLOSED_FORMS[self.kind](self.unit, self.theta, self.x, self.x, self.gamma)
 
     def local(self) -> Array | None:
-        """The ordinary kernel where theory says that it is another one."""
+        """The ordinary kernel, if theory says that it differs from the nonlocal one."""
         if self.kind == "nonlocal" and self.unit in ("linear", "quadratic"):
             return None
         if self.unit == "linear":
@@ -89,7 +89,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Runs:
-    """Estimates under T seeds, (T, n, n) each; `centre` is what the standard errors belong to."""
+    """Estimates under T seeds, (T, n, n) each; `centre` is the estimate that the standard errors describe."""
 
     centre: Array
     stderr: Array
@@ -148,7 +148,7 @@ def _by_gradients(problem: Problem, spec: KernelSpec) -> Callable[[Problem, Kern
 
 
 def gradient_features(problem: Problem, spec: KernelSpec) -> GradientFeatures:
-    """The library's feature map of the problem, made once for all seeds; that `autodiff` is valid is known here."""
+    """The library's feature map of the problem, made once for all seeds; `autodiff` is known to be valid here."""
     model, x = prepare_model(problem.model(), dtype=torch.float64, device="cpu"), torch.from_numpy(problem.x)
     assert isinstance(spec.draws, int)
     decision = plan_for("autodiff", model, x, spec)
@@ -158,7 +158,7 @@ def gradient_features(problem: Problem, spec: KernelSpec) -> GradientFeatures:
 
 
 def filled_in(problem: Problem, drawing: Drawing, draws_per_slot: int) -> dict[str, Tensor]:
-    """What `GradientFeatures.compute` computes for a unit, (n, S / draws_per_slot, 1, P), all draws at once."""
+    """Compute what `GradientFeatures.compute` returns for a unit, in one step: (n, S / draws_per_slot, 1, P)."""
     everything = range(drawing.num_draws)
     z = drawing.perturbations(everything, dtype=torch.float64) * drawing.shrinkage(everything)[:, None]
     x = torch.from_numpy(problem.x)
@@ -167,7 +167,7 @@ def filled_in(problem: Problem, drawing: Drawing, draws_per_slot: int) -> dict[s
 
 
 def check(values: Array, expected: Array) -> Array:
-    """The mean over seeds agrees with what is expected of it, at a corrected 0.1 %; returns its standard error."""
+    """Check that the mean over seeds agrees with the expected value at a corrected 0.1 %; return its standard error."""
     stderr = values.std(0, ddof=1) / np.sqrt(len(values))
     assert_agrees(values.mean(0), expected, stderr, len(values), rounding=1e-12)
     return stderr

@@ -1,8 +1,7 @@
-"""Probes for jumps that tests share: the same model, draws and examples are probed once a process.
+"""Jump probes that tests share: the same model, draws and examples are probed once per process.
 
-A probe of a small model takes as long as its kernel, or several times as long if the model jumps. What comes out is a
-function of the arguments alone, bit for bit. Tests of the probe itself call `nntk_dist.planning.jumps`, which stays as
-it is.
+A probe of a small model takes as long as its kernel, or several times as long if the model jumps. The result depends
+only on the arguments, bit for bit. Tests of the probe itself call `nntk_dist.planning.jumps`, which is not replaced.
 """
 
 import io
@@ -20,12 +19,12 @@ from nntk_dist.sampling.draws import Drawing
 
 Probe = Callable[[nn.Module, ParameterSpace, Drawing, Tensor], JumpProbe]
 
-# Code that does not change while tests run: a module that a test writes to a file of its own may share its name.
+# Code that does not change while tests run. A module that a test writes to a file may have the name of another one.
 _FIXED = ("torch.nn.", "nntk_dist.", "tests.")
 
 
 class _Pickler(pickle.Pickler):
-    """Writes tensors by their numbers: torch writes addresses too."""
+    """Pickles tensors by their values, as torch's own format contains addresses."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -44,9 +43,9 @@ def _contents(values: tuple[Any, ...]) -> bytes:
 
 
 def shared(probe: Probe) -> Probe:
-    """Return the probe, which is now made once for each model with its parameters, law, seed and examples.
+    """Wrap the probe so that it runs once for each combination of model, parameters, law, seed and examples.
 
-    Models that cannot be pickled (hooks, lambdas) or that hold code of a test's own file are probed each time. The
+    Models that cannot be pickled (hooks, lambdas) or that contain code from a test file are probed each time. The
     number of draws and their design make no difference (`tests/library/planning/test_jumps.py` checks it).
     """
     known: dict[bytes, JumpProbe] = {}

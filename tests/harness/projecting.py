@@ -1,7 +1,7 @@
-"""Sketches made from gradients that were formed: what a feature map that sketches computes, the slow way round.
+"""Sketches of explicitly formed gradients: the slow way to compute what a sketching feature map computes.
 
-A sketch of a block mean is the mean of the draws' sketches, so that gradients formed once serve any number of sketches.
-The probes are the library's; that its own features agree is tested where they are.
+A sketch of a block mean is the mean of the draws' sketches, so gradients formed once serve any number of sketches. The
+probes are the library's; the tests of its sketching features check that they agree.
 
 Axes: n rows, r blocks, c outputs, k columns.
 """
@@ -17,7 +17,7 @@ from nntk_dist.products.features import Rows
 
 
 def sketch_of_formed(features: ActivationFeatures, rows: Rows, sketch: Sketch) -> dict[str, Tensor]:
-    """Rows of a sketching feature map from those of one that forms all gradients: `dense` projected layer by layer."""
+    """Convert rows of explicit gradients to rows of a sketching feature map: project `dense` layer by layer."""
     space, dense = features.evaluator.space, rows["dense"]
     shapes = dict(zip(space.names, space.shapes, strict=True))
     total, offset = torch.zeros(*dense.shape[:3], sketch.num_columns, dtype=dense.dtype), 0
@@ -34,7 +34,7 @@ def sketch_of_formed(features: ActivationFeatures, rows: Rows, sketch: Sketch) -
 
 
 def sketch_of_gradients(features: GradientFeatures, rows: Rows, sketch: Sketch) -> dict[str, Tensor]:
-    """The same of `autodiff`, where every parameter is in the means."""
+    """The same for `autodiff`, whose means contain every parameter."""
     space, dense = features.evaluator.space, rows["dense"]
     shapes = dict(zip(space.names, space.shapes, strict=True))
     names = features.plan.dense_names()
@@ -51,7 +51,7 @@ def sketch_of_gradients(features: GradientFeatures, rows: Rows, sketch: Sketch) 
 
 
 def _sketch_of_bias(sketch: Sketch, weight: str, bias: str, gradient: Tensor) -> Tensor:
-    """A joint sketch of a bias as one more input of its weight: rows have the weight's probes, the input its own."""
+    """Sketch a bias as one more input of its weight: its rows use the weight's probes, the extra input its own."""
     assert sketch.joint
     flat = gradient.flatten(1)
     u, v = (

@@ -1,7 +1,7 @@
-"""What several tests of the library need: features of a kernel made step by step, and the definitions by brute force.
+"""Helpers for several tests of the library: features of a kernel made step by step, and its definition by brute force.
 
 Everything goes through the library's own steps (decide, feature map, rows, calibration, tile), so that a test can vary
-one of them. The oracle's side knows the library's perturbations, handed over as arrays, and nothing else of it.
+one of them. The oracle takes the library's perturbations as arrays and uses nothing else from the library.
 
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters, N (N1, N2) rows of a kernel.
 """
@@ -29,7 +29,7 @@ KINDS = [("nonlocal", "weight"), ("nonlocal", "autodiff"), ("covariance", "auto"
 
 
 def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[Any, Decision]:
-    """The feature map that the public functions would use, in float64; `Any`, as tests read what its class holds."""
+    """The feature map that the public functions would use, in float64; `Any`, as tests read fields of its class."""
     prepared = prepare_model(model, dtype=torch.float64, device="cpu")
     decision = decide(prepared, x, spec, batch=len(x))
     return make_feature_map(prepared, x, spec, decision), decision
@@ -76,7 +76,7 @@ def spec_perturbations(spec: KernelSpec, estimator: str, model: nn.Module) -> tu
 
 @dataclass(frozen=True)
 class Definition:
-    """A kernel and its error by their definitions, from the draws themselves."""
+    """A kernel and its error by definition, computed from the draws."""
 
     plugin: Array
     unbiased: Array | None
@@ -96,7 +96,7 @@ def draws_by_definition(
 
 
 def by_definition(model: nn.Module, x1: Tensor, x2: Tensor, spec: KernelSpec, estimator: str) -> Definition:
-    """What the library should have computed, by loops over draws, blocks and entries."""
+    """Compute a kernel and its error by loops over draws, blocks and entries."""
     first = draws_by_definition(model, x1, spec, estimator, spec.parameters)
     second = draws_by_definition(model, x2, spec, estimator, spec.parameters)
     block = np.arange(len(first)) * spec.blocks // len(first)
@@ -106,7 +106,7 @@ def by_definition(model: nn.Module, x1: Tensor, x2: Tensor, spec: KernelSpec, es
         plugin = brute_force.plugin(*means, spec.outputs)
         stderr = _stderr(products, estimator)
         return Definition(plugin, brute_force.unbiased(products), stderr, products)
-    # Each draw with itself: ⟨g_s, g_s'⟩ = P² Δ Δ'/|z|², so one P too many for the covariance.
+    # Each draw with itself: ⟨g_s, g_s'⟩ = P² Δ Δ'/|z|², which has one factor P too many for the covariance.
     share = 1.0 / first.shape[-1] if spec.kind == "covariance" else 1.0
     each = np.stack([share * brute_force.kernel_of(a, b, spec.outputs) for a, b in zip(first, second, strict=True)])
     kernels = np.stack([each[block == r].mean(0) for r in range(spec.blocks)])
@@ -114,7 +114,7 @@ def by_definition(model: nn.Module, x1: Tensor, x2: Tensor, spec: KernelSpec, es
 
 
 def _stderr(products: Array, estimator: str) -> Array:
-    """The calibrated standard error. Where all blocks agree, differences say nothing (NaN), gradients are exact (0)."""
+    """The calibrated standard error. If all blocks agree: NaN for differences (unknown), 0 for gradients (exact)."""
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 for a kernel without any noise
         stderr = brute_force.calibrated_stderr(products)
     return stderr if estimator == "weight" else np.nan_to_num(stderr, nan=0.0)
@@ -123,7 +123,7 @@ def _stderr(products: Array, estimator: str) -> Array:
 def assert_equal(
     ours: Tensor | Array, expected: Tensor | Array, relative: float = 1e-10, *, scale: float | None = None
 ) -> None:
-    """Equal within `relative` times the largest expected entry (or `scale`); NaN exactly where NaN is expected."""
+    """Equal within `relative` times the largest expected entry (or `scale`); NaN in exactly the expected entries."""
     expected = np.asarray(expected)
     scale = float(np.nanmax(np.abs(expected))) if scale is None else scale
     np.testing.assert_allclose(np.asarray(ours), expected, rtol=0, atol=relative * scale)

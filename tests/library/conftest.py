@@ -1,4 +1,4 @@
-"""One thread for the tests of the library: their tensors are so small that a second one only gets in the way."""
+"""One thread for the tests of the library: their tensors are too small to gain from a second one."""
 
 from collections.abc import Iterator
 

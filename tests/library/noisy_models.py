@@ -1,4 +1,4 @@
-"""Small models with noise, right and wrong, that the tests of noise share. It asserts nothing.
+"""Small models with noise, correct and wrong ones, that the tests of noise share.
 
 Axes: n examples.
 """
@@ -12,7 +12,7 @@ P_DROP = 0.4
 
 
 class Jitter(StochasticModule):
-    """As a user would write it: additive noise, two requests a call, one of each kind."""
+    """Additive noise as a user would write it: two requests per call, one of each kind."""
 
     def forward(self, u: Tensor) -> Tensor:
         shape = u.shape[1:]
@@ -32,7 +32,7 @@ class Unseeded(nn.Module):
 
 
 class Twice(nn.Module):
-    """One module of noise behind both layers."""
+    """One noise module behind both layers."""
 
     def __init__(self, noise: nn.Module) -> None:
         super().__init__()

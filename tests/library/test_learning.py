@@ -45,9 +45,9 @@ def data(n: int = 20, seed: int = 0) -> tuple[Array, Array]:
     ],
 )
 def test_scikit_learns_own_checks(kind, settings):
-    """All that apply; inputs of other array libraries are checked by scikit-learn only where SCIPY_ARRAY_API is set."""
+    """All that apply; scikit-learn checks inputs of other array libraries only if SCIPY_ARRAY_API is set."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one check is left out, and warnings that the checks provoke
+        warnings.simplefilter("ignore")  # the skip of that check, and warnings that the checks provoke
         results = check_estimator(kind(build, gamma=0.1, **settings), on_fail=None)
     assert len(results) > 45
     assert {r["check_name"]: r["exception"] for r in results if r["status"] == "failed"} == {}
@@ -100,7 +100,7 @@ def test_of_several_ridges_the_one_of_least_leave_one_out_error_is_taken():
 
 
 def test_digits_with_labels_of_any_type():
-    """The line of the README; a random network's kernel beats 80 % on digits easily, guessing has 10 %."""
+    """The README's example; a random network's kernel easily exceeds 80 % on digits, guessing reaches 10 %."""
     digits = load_digits()
     X, names = digits.data / 16.0, np.array([f"digit {label}" for label in digits.target])
     model = network(64, 10).float()
@@ -218,7 +218,7 @@ def test_laws_and_relative_ranges_are_passed_on():
     ],
 )
 def test_weighted_kernels_are_fitted_with_the_targets_of_fit(kind, weighting):
-    """The reference batch is of train examples, also where the kernel of new ones is asked for."""
+    """The reference batch consists of train examples, also for the kernel of new ones."""
     model, (X, Y), (new, _) = network(), data(), data(7, seed=1)
     labels = np.where(Y[:, 0] > 0, "up", "down")
     codes, classifies = (labels == "up").astype(np.int64), kind is NNTKClassifier

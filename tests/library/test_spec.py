@@ -1,4 +1,4 @@
-"""What the kernels refuse: one line each, naming what came, what is allowed and what to do."""
+"""Refusals of the kernels: one line each that names the value, what is allowed and what to do."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def relu() -> tuple[nn.Module, Tensor]:
 
 
 class Returns(nn.Module):
-    """A model with a parameter that returns whatever it is told to."""
+    """A model with a parameter that returns given values."""
 
     def __init__(self, make) -> None:
         super().__init__()

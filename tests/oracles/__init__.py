@@ -1,6 +1,6 @@
-"""Independent oracles: what the library's numbers are checked against.
+"""Independent oracles to check the library's numbers against.
 
-Written from the definitions alone. Nothing in here imports the library, so that no mistake can hide on both sides.
+Written from the definitions alone. Nothing here imports the library, so that no mistake can be on both sides.
 
     closed_forms   kernels of single units (linear, quadratic, sign, relu) for any number of parameters
     radial         kernels of single units under every radial law, by quadrature over radii and angles

@@ -1,7 +1,7 @@
 """Weights of draws by their definition: dense queries and keys, one draw and one example after the other, in NumPy.
 
-It draws nothing: perturbations and, for the score of parameters, the matrices are handed in. No algebra that shortens a
-product is allowed in here.
+It draws nothing: perturbations and, for the score of parameters, the matrices are arguments. Products are computed
+without algebraic shortcuts.
 
 Axes: S draws, R blocks, n examples, C outputs, P parameters, k numbers of a query or key.
 """

@@ -1,10 +1,9 @@
 """What the library computes cleverly, computed plainly: one gradient, one draw, one pair of blocks at a time.
 
-Two halves. Gradients: automatic differentiation example by example and output by output, in float64. Draws:
-estimates, block means, the products of every pair of blocks, and the statistics of those products by explicit loops
-over pairs, left-out blocks and distinct 4-tuples of blocks. No algebra that shortens a sum is allowed in here, nor any
-sampling: the perturbations are handed in. Costs are accordingly: keep to P of a few hundred, R ≤ 6 and a handful of
-examples.
+Two halves. Gradients: automatic differentiation example by example and output by output, in float64. Draws: estimates,
+block means, the products of every pair of blocks, and the statistics of those products by explicit loops over pairs,
+left-out blocks and distinct 4-tuples of blocks. There are no algebraic shortcuts and no sampling: the perturbations are
+arguments. This is slow: use P of a few hundred at most, R ≤ 6 and a handful of examples.
 
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters, N (N1, N2) rows of a kernel: n for `trace` and
 for one output, n·C for `full`, with index i·C + c.
@@ -133,7 +132,7 @@ def weight_draws(
 def gradient_draws(
     model: nn.Module, x: Tensor, perturbations: Float[Array, "S P"], patterns: Sequence[str] = ("*",)
 ) -> Float[Array, "S n C P"]:
-    """∇f(x; θ + z_s), one draw after the other; the factor U^(1/P) is already in the z_s handed in."""
+    """∇f(x; θ + z_s), one draw after the other; the given z_s already contain the factor U^(1/P)."""
     draws = []
     for z in perturbations:
         moved, offset = copy.deepcopy(model).double(), 0
@@ -147,7 +146,7 @@ def gradient_draws(
 
 
 def block_means(draws: Float[Array, "S n C P"], block_of_draw: Int[Array, " S"]) -> Float[Array, "R n C P"]:
-    """g_r, the mean of the draws labelled r = 0 … R−1. Equal blocks, as the mean of all draws is to be their mean."""
+    """g_r, the mean of the draws labelled r = 0 … R−1. Blocks are equal, so their mean is the mean of all draws."""
     labels, counts = np.unique(block_of_draw, return_counts=True)
     assert np.array_equal(labels, np.arange(len(labels))), f"blocks are not numbered from 0: {labels}"
     assert len(set(counts)) == 1, f"blocks of unequal size: {counts}"
@@ -169,7 +168,7 @@ def plugin(means1: Array, means2: Array, outputs: Outputs = "trace") -> Float[Ar
 
 
 def unbiased(products: Float[Array, "R R ..."], blocks: Iterable[int] | None = None) -> Float[Array, "..."]:
-    """U, the mean of h_rr' over pairs of different blocks; only of those in `blocks`, if given."""
+    """U, the mean of h_rr' over pairs of different blocks; over the given `blocks` only, if any."""
     kept = list(range(len(products)) if blocks is None else blocks)
     return np.mean([products[r, s] for r, s in itertools.permutations(kept, 2)], axis=0)
 
@@ -188,7 +187,7 @@ def unbiased_variance(products: Float[Array, "R R ..."]) -> Float[Array, "..."]:
 
 
 def calibrated_stderr(products: Float[Array, "R R ..."]) -> Float[Array, "..."]:
-    """√(J · clip(mean V / mean J, (R−2)/(2(R−1)), 1)), the means over all entries; NaN where J is 0: unresolved."""
+    """√(J · clip(mean V / mean J, (R−2)/(2(R−1)), 1)), the means over all entries; NaN (unresolved) if J is 0."""
     num_blocks = len(products)
     jackknife, unbiased_ = jackknife_variance(products), unbiased_variance(products)
     level = np.clip(unbiased_.mean() / jackknife.mean(), (num_blocks - 2) / (2 * (num_blocks - 1)), 1.0)

@@ -1,9 +1,9 @@
-"""A table of small models with inputs: whatever is claimed for "any model" is tested on all of these.
+"""A table of small models with inputs: every claim about "any model" is tested on all of these.
 
-Every module is built in float64, with at most 200 parameters filled from the case's own generator, in eval mode. It
-refuses sharing: each call of `build` and `inputs` makes new objects, equal to the last ones bit for bit.
+Every module is built in float64, with at most 200 parameters filled from the case's own generator, in eval mode.
+Nothing is shared: each call of `build` and `inputs` makes new objects, equal to the last ones bit for bit.
 
-Axes: n examples (the first of every input), then whatever the model takes; outputs (n, C), or (n,) where said.
+Axes: n examples (first axis of every input), then the model's own axes; outputs (n, C), or (n,) if stated.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model to try things on. `lipschitz` says that gradients at perturbed parameters estimate the nonlocal gradient.
+    """A model to test on. `lipschitz` says that gradients at perturbed parameters estimate the nonlocal gradient.
 
     `vectors_only` says that every parameter sits in a Linear that is applied once, to one vector per example.
     `token_range`, if positive, says that inputs are integers below it.
@@ -35,8 +35,8 @@ class Case:
     seed: int = 0
 
     def build(self) -> nn.Module:
-        """A new module, its parameters drawn with standard deviation 0.7 from a generator of its own."""
-        with torch.random.fork_rng(devices=[]):  # the layers' own initialisation, overwritten below, draws globally
+        """Make a new module with parameters of standard deviation 0.7 from the case's own generator."""
+        with torch.random.fork_rng(devices=[]):  # the layers' initialisation (overwritten below) draws globally
             model = self.make().double()
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -81,7 +81,7 @@ class Unit(nn.Module):
 
 
 def unit_problem(num_parameters: int, n: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """θ of length about 1 and n inputs of length about √P; the last is −½ of the first, which kernels must survive."""
+    """θ of length about 1 and n inputs of length about √P; the last is −½ of the first, which kernels must handle."""
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(num_parameters, generator=generator, dtype=torch.float64) / num_parameters**0.5
     x = torch.randn((n, num_parameters), generator=generator, dtype=torch.float64)
@@ -114,7 +114,7 @@ class StraightThroughSign(nn.Module):
 
 
 class FlatOutput(nn.Module):
-    """A network with one output per example and no axis for it: (n,)."""
+    """A network with one output per example and no output axis: (n,)."""
 
     def __init__(self) -> None:
         super().__init__()

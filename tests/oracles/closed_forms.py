@@ -1,6 +1,6 @@
 """Kernels of single units f(x; θ) = φ(θ·x), in float64, for any number of parameters: no sampling, no model.
 
-Gaussian perturbations only, z = s·n with n ~ N(0, I_P) and s = γ/√2. It refuses everything that is not one of `UNITS`.
+Gaussian perturbations only, z = s·n with n ~ N(0, I_P) and s = γ/√2. Only the units in `UNITS` are accepted.
 
 Everything rests on one identity, 1/|n|² = ½ ∫₀^∞ exp(−τ|n|²/2) dτ, which turns the singular weight into a mixture of
 shrunken Gaussians:
@@ -10,8 +10,8 @@ shrunken Gaussians:
 
 A ridge function sees n only through n·x̂, a pair of them through the plane that x and x' span. There, in polar
 coordinates, φ(θ·x + shift) is a piecewise polynomial in the radius along each ray. Its radial integrals are
-`tail_moment`; the angle is left for tanh-sinh quadrature. For P = 1 the plane has one formal dimension more than
-exists; the Gaussian expectation, which knows only covariances, does not notice.
+`tail_moment`; the angle is left for tanh-sinh quadrature. For P = 1 the plane has one dimension too many, but the
+Gaussian expectation depends only on covariances.
 
 Axes: n (or n1, n2) examples, P parameters, A quadrature angles. Symbols: a = θ·x, c = s|x|cos(angle), r = radius.
 """
@@ -69,7 +69,7 @@ def nonlocal_gradient(unit: str, theta: Array, x: Float[Array, "n P"], gamma: fl
     if unit == "sign":
         slope = np.divide(2.0 * num_parameters * mass, spread, out=np.zeros_like(spread), where=spread > 0)
     elif unit == "relu":
-        # κ m(κ) tends to 0 at κ = 0, also where m itself is infinite (P = 1).
+        # κ m(κ) tends to 0 at κ = 0, even if m itself is infinite (P = 1).
         slope = special.ndtr(kappa) + np.multiply(kappa, mass, out=np.zeros_like(mass), where=kappa != 0)
     else:
         raise ValueError(f"unit is '{unit}'; allowed: {', '.join(UNITS)}")
@@ -119,7 +119,7 @@ def averaged_kernel(unit: str, theta: Array, x1: Array, x2: Array, gamma: float)
     """E[∇f(x; θ + U^(1/P) z)·∇f(x'; θ + U^(1/P) z)], both gradients at the same perturbation.
 
     linear: x·x'. quadratic: x·x' (a a' + s² x·x' P/(P+2)). relu: x·x' times the probability that both units are on.
-    A sign unit has none: its gradient is not a function.
+    A sign unit has no such kernel: its gradient is not a function.
     """
     inner, centre = x1 @ x2.T, np.outer(x1 @ theta, x2 @ theta)
     num_parameters, variance = theta.shape[0], gamma**2 / 2.0
@@ -138,7 +138,7 @@ def tail_moment(power: int, exponent: float, start: Float[Array, "*A"]) -> Float
 
     With σ = e^(−v), y = start²/2 and m = exponent + power + 1: 2^(power/2) ∫₀^∞ e^(−mv) Γ(1 + power/2, y e^(2v)) dv,
     taken by the double exponential rule. power = 0 gives ½ E_{(exponent+3)/2}(y). Powers 0, 1 and 2.
-    Relative accuracy 1e-12 for start ≥ 1e-3 (1e-8 at 1e-6 for m ≤ 0). Infinite at start = 0 where m ≤ 0.
+    Relative accuracy 1e-12 for start ≥ 1e-3 (1e-8 at 1e-6 for m ≤ 0). Infinite at start = 0 if m ≤ 0.
     """
     start = np.asarray(start, dtype=float)
     decay = exponent + power + 1.0
@@ -157,7 +157,7 @@ def tail_moment(power: int, exponent: float, start: Float[Array, "*A"]) -> Float
 
 def _upper_gamma(power: int, y: Array) -> Array:
     """2^(power/2) Γ(1 + power/2, y) for power 0, 1, 2: the tail ∫ r^(power+1) exp(−r²/2) dr beyond √(2y)."""
-    y = np.minimum(y, 800.0)  # where exp(−y) has long been 0: no inf · 0
+    y = np.minimum(y, 800.0)  # exp(−800) is 0; avoids inf · 0
     if power == 0:
         return np.exp(-y)
     if power == 1:
@@ -173,7 +173,7 @@ def _half_line_rule(step: float = 1.0 / 64.0) -> tuple[Array, Array]:
 
 
 def _panel_rule(left: float, right: float, step: float = 1.0 / 32.0) -> tuple[Array, Array]:
-    """Nodes and weights of tanh-sinh quadrature on [left, right]: no harm from anything that happens at the ends."""
+    """Nodes and weights of tanh-sinh quadrature on [left, right], which tolerates singularities at the ends."""
     tau = np.arange(-3.3, 3.3 + step / 2, step)
     inner = np.pi / 2.0 * np.sinh(tau)
     node = (left + right) / 2.0 + (right - left) / 2.0 * np.tanh(inner)
@@ -208,14 +208,14 @@ def _relu_slope(a: float, c: Float[Array, " A"]) -> list[Switch]:
 
 
 def _crossing(a: float, c: Float[Array, " A"]) -> Float[Array, " A"]:
-    """The radius at which a + c r changes sign; infinite on rays where it never does."""
+    """The radius at which a + c r changes sign; infinite on rays without a sign change."""
     return np.divide(-a, c, out=np.full_like(c, np.inf), where=a * c < 0)
 
 
 def _plane_integrals(
     switches: Callable[[float, Array], list[Switch]], theta: Array, x1: Array, x2: Array, gamma: float, exponent: float
 ) -> Float[Array, "n1 n2"]:
-    """∫₀¹ σ^exponent E[ψ(x; σz) ψ(x'; σz)] dσ for all pairs, ψ given along rays by `switches`; 0 where x or x' is 0."""
+    """∫₀¹ σ^exponent E[ψ(x; σz) ψ(x'; σz)] dσ for all pairs, ψ given along rays by `switches`; 0 if x or x' is 0."""
     spread = gamma / np.sqrt(2.0)
     result = np.zeros((len(x1), len(x2)))
     for i, left in enumerate(x1):
@@ -238,7 +238,7 @@ def _plane_integral(
     exponent: float,
 ) -> float:
     """One pair: x at angle 0, x' at angle `between`; the angle's panels end wherever the integrand is not smooth."""
-    # The crossings swap places where a·c' = a'·c: (u + v cos(between)) cos(angle) + v sin(between) sin(angle) = 0.
+    # The crossings swap places when a·c' = a'·c: (u + v cos(between)) cos(angle) + v sin(between) sin(angle) = 0.
     u, v = -centres[1] * lengths[0], centres[0] * lengths[1]
     swap = np.arctan2(-(u + v * np.cos(between)), v * np.sin(between))
     breaks = np.array([0.5 * np.pi, between + 0.5 * np.pi, swap])

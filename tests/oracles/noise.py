@@ -18,7 +18,7 @@ Array = np.ndarray
 
 
 def masked_inputs(x: Array, p: float) -> Iterator[tuple[float, Array]]:
-    """The chance of every mask, and what it leaves of the inputs, (n, P)."""
+    """The probability of every mask, and the masked inputs, (n, P)."""
     for mask in itertools.product((0, 1), repeat=x.shape[1]):
         kept = sum(mask)
         yield (1 - p) ** kept * p ** (len(mask) - kept), x * np.array(mask) / (1 - p)
@@ -53,8 +53,8 @@ def dropout_local_kernel(unit: str, theta: Array, x: Array, p: float) -> Array:
 def brownian_covariance(theta: Array, x: Array, gamma: float, sigma: float) -> Array:
     """P·E[Δ Δ'/|z|²] of relu(u) + σB(u), u = θ·x, (n, n): the relu's and σ² times the paths'; P of 3 or more.
 
-    E over paths of (B(u+a) − B(u))(B(u'+a') − B(u')) is the length of what the intervals from u to u + a and from u' to
-    u' + a' have in common, negative where they run in opposite directions: |a| for one with itself. With z = s n,
+    E over paths of (B(u+a) − B(u))(B(u'+a') − B(u')) is the length of the intersection of the intervals from u to u + a
+    and from u' to u' + a', negative if they run in opposite directions. It is |a| for equal intervals. With z = s n,
     E[h/|n|²] = ∫₀¹ σ^(P−3) E[h(σn)] dσ, and h sees n in the plane of x and x' alone: radii q = σr there have the weight
     q ∫ σ^(P−5) exp(−q²/2σ²) dσ. Over a grid of radii and angles; relative accuracy 1e-4.
     """

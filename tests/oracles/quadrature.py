@@ -1,17 +1,17 @@
 """Nonlocal gradients and kernels of any function of at most three parameters, by deterministic quadrature.
 
-Gaussian perturbations, z = s·n with n ~ N(0, I_P) and s = γ/√2. It refuses P > 3: the cost is exponential in P.
+Gaussian perturbations, z = s·n with n ~ N(0, I_P) and s = γ/√2. P > 3 is refused, as the cost is exponential in P.
 
 Polar coordinates, each coordinate integrated adaptively: intervals are halved until both halves agree with the whole. A
-jump costs some thirty halvings along every line through the centre, and no accuracy; over the directions what it leaves
-is continuous.
+jump costs about thirty halvings along every line through the centre, but no accuracy; the line integrals are continuous
+in the direction.
 
 Measured against the closed forms of single units, relative to the largest entry: 1e-9 for P = 1 and 2 at the default
-tolerance, in under a second; for P = 3 about the tolerance asked, in seconds at 1e-3 and a minute at 1e-5 (10⁷ and 10⁸
-evaluations where it jumps; ask for 1e-6 or so where it is smooth).
-A coordinate along which a feature is narrower than its first nodes see (about 5 % of its range) may be missed.
+tolerance, in under a second; for P = 3 about the requested tolerance, in seconds at 1e-3 and a minute at 1e-5 (10⁷ and
+10⁸ evaluations for functions that jump; use about 1e-6 for smooth ones). A feature narrower than the spacing of the
+first nodes (about 5 % of a coordinate's range) may be missed.
 
-Axes: m points (a batch of parameter vectors), P parameters, K outputs (whatever the function returns, flattened).
+Axes: m points (a batch of parameter vectors), P parameters, K outputs (the function's result, flattened).
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ LineValues = Callable[[Array, Array], Array]
 RADIUS = 9.0
 # A function that jumps needs about log2(RADIUS / tolerance) halvings; at this depth an interval is a rounding error.
 DEEPEST = 44
-# Bounds the memory of one batch of points, about a thousand to a line.
+# Bounds the memory of one batch of points, about a thousand per line.
 LINES_AT_ONCE = 1000
 
 
@@ -38,7 +38,7 @@ def nonlocal_gradient(
 ) -> Float[Array, "K P"]:
     """The gradient g = P·E[(f(θ+z) − f(θ)) z/|z|²] of a function of the parameters alone; it may jump.
 
-    `function` maps (P,) to any shape, or, if `vectorized`, (m, P) to (m, …). Some 10³, 10⁶, 10⁷ calls for P = 1, 2, 3.
+    `function` maps (P,) to any shape, or, if `vectorized`, (m, P) to (m, …). About 10³, 10⁶, 10⁷ calls for P = 1, 2, 3.
     """
     batched, centre = _centred(function, theta, vectorized)
     scale, num_parameters = gamma / np.sqrt(2.0), len(theta)
@@ -71,7 +71,7 @@ def averaged_kernel(
 ) -> Float[Array, "K K"]:
     """E[∇f(θ + U^(1/P) z) ∇f(θ + U^(1/P) z)ᵀ] of a function whose gradients `jacobian` gives: (P,) to (K, P).
 
-    U is integrated out by hand: the density of U^(1/P) n is that of n times (P/2) exp(|n|²/2) E₁(|n|²/2).
+    U is integrated out analytically: the density of U^(1/P) n is the density of n times (P/2) exp(|n|²/2) E₁(|n|²/2).
     """
     num_parameters, scale = len(theta), gamma / np.sqrt(2.0)
     batched = jacobian if vectorized else _loop(jacobian)
@@ -83,7 +83,7 @@ def averaged_kernel(
         products = np.einsum("mkp,mlp->mkl", gradients, gradients)
         return (weight[:, None, None] * products).reshape(len(normal), -1)
 
-    # No 1/|n| here but a logarithm, which a wide core would miss.
+    # The singularity here is a logarithm instead of 1/|n|, and a wide core would miss it.
     flat = gaussian_mean(integrand, num_parameters, tolerance=tolerance, core=1e-13)
     return flat.reshape(round(np.sqrt(flat.size)), -1)
 
@@ -94,8 +94,8 @@ def gaussian_mean(
     """E[integrand(n)] for n ~ N(0, I), in polar coordinates; the integrand maps (m, dimension) to (m, K).
 
     `tolerance` is relative to the largest output's mean modulus. Within `core` of the centre the integrand is taken as
-    a constant along each line. The mean of n and −n is taken first, so that 1/|n| only ever divides a difference that
-    vanishes with it, unless the function jumps at the centre itself.
+    a constant along each line. The mean of n and −n is taken first, so that 1/|n| divides a difference that vanishes
+    with |n|, unless the function jumps at the centre itself.
     """
     mass = 2.0 ** (dimension / 2.0 - 1.0) * special.gamma(dimension / 2.0)  # ∫ r^(dimension−1) exp(−r²/2) dr
 
@@ -133,7 +133,7 @@ def gaussian_mean(
 def _adaptive(
     values: LineValues, num_lines: int, interval: tuple[float, float], pieces: int, tolerance: float
 ) -> Float[Array, "L K"]:
-    """∫ values(t, line) dt over the interval, for all lines at once: halved wherever halving changes the result."""
+    """∫ values(t, line) dt over the interval for all lines together; intervals are halved until it converges."""
     edges = np.linspace(*interval, pieces + 1)
     left, width = np.tile(edges[:-1], num_lines), np.tile(np.diff(edges), num_lines)
     line = np.repeat(np.arange(num_lines), pieces)
@@ -156,9 +156,9 @@ def _adaptive(
 
 
 def _lobatto(num_nodes: int) -> tuple[Array, Array]:
-    """Nodes and weights on [−1, 1]. Both ends are nodes, so that a jump between two neighbouring nodes is never unseen.
+    """Nodes and weights on [−1, 1]. Both ends are nodes, so that a jump near an end is not missed.
 
-    (Gauss–Legendre and its halves all look away from a jump close to an end, agree, and are wrong.)
+    (Gauss–Legendre and its halves have no nodes close to an end: all miss a jump there, agree, and are wrong.)
     """
     legendre = np.polynomial.legendre.Legendre.basis(num_nodes - 1)
     node = np.concatenate([[-1.0], np.sort(legendre.deriv().roots().real), [1.0]])

@@ -1,10 +1,10 @@
 """A two-layer relu network whose weights are rounded to a grid, and its nonlocal gradient by enumeration of the grid.
 
 f = q(v)·relu(q(W) x̃) + q(c), x̃ = (x, 1), q the nearest multiple of a step. Given σ = (γ/√2) s, s = U^{1/P}, the
-perturbed parameters are independent and each rounds to a grid value with a chance that is a difference of normal
-distribution functions. A unit's mean is a sum over all grid values of its row; derivatives of the chances give the
-gradient of the smoothed network; s, of density P s^(P−1), is left for quadrature. Gaussian perturbations of all
-parameters, rows of three numbers at most.
+perturbed parameters are independent and each rounds to a grid value with a probability that is a difference of normal
+distribution functions. A unit's mean is a sum over all grid values of its row; derivatives of the probabilities give
+the gradient of the smoothed network. The integral over s, of density P s^(P−1), is done by quadrature. Gaussian
+perturbations of all parameters, rows of three numbers at most.
 
 Axes: n examples, u hidden units, i numbers of a row of W, g grid values, P parameters.
 """
@@ -84,7 +84,7 @@ def _gradient(extended: Array, hidden: Array, readout: Array, offset: Array, sig
 
 
 def _chances(values: Array, sigma: float) -> tuple[Array, Array, Array]:
-    """The grid about all values, the chance that each value plus σ n rounds to it, and the chance's derivative."""
+    """The grid around all values, the probability that each value plus σ n rounds to it, and its derivative."""
     reach = np.abs(values).max() + 8.0 * sigma
     steps = int(np.ceil(reach / STEP))
     grid = STEP * np.arange(-steps, steps + 1)

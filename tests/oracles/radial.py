@@ -3,7 +3,8 @@
 Written from the definitions: r² = γ²/2·χ²_P (gaussian), γ√(P/2) (sphere), R·B with B ~ Beta(P, 1) (ball) or
 Beta(1 − α, 1) (fractional), and r²·2ν/(γ²(ν−2)P) ~ F(P, ν) (student).
 
-Linear and quadratic units know of a law only E|z|², which all share: theirs are the closed forms of the Gaussian.
+Linear and quadratic units depend on a law only through E|z|², which all laws share, so the Gaussian's closed forms
+hold.
 
 Axes: n examples, P parameters, m nodes.
 """
@@ -53,7 +54,7 @@ class _RootF:
 
 
 def radii(law: Any, count: int) -> Array:
-    """Radii that stand for the law: its quantiles at the middles of equal shares, (m,)."""
+    """Radii that represent the law: its quantiles at the midpoints of m equal intervals, (m,)."""
     return np.array([law]) if isinstance(law, float) else law.ppf((np.arange(count) + 0.5) / count)
 
 
@@ -95,7 +96,7 @@ def covariance_kernel(unit: str, theta: Array, x: Array, law: Any) -> Array:
 
 
 def averaged_relu_kernel(theta: Array, x: Array, law: Any) -> Array:
-    """x·x' times the chance that both units are on at θ + √U z, for two parameters; relative accuracy 2e-4.
+    """x·x' times the probability that both units are on at θ + √U z, for two parameters; accurate to 2e-4.
 
     √U z at a fixed radius is uniform on the disc: along each ray both are on between two squared radii.
     """

@@ -4,7 +4,7 @@
     lowrank       g = E[(f(θ+z) − f(θ)) 2z/γ²],  z = (γ/√2) A Bᵀ for tensors of two axes or more, (γ/√2) n for others
 
 NumPy's generator, draws in pairs ±z, blocks of pairs; kernels are means over pairs of different blocks, errors their
-delete-one-block jackknife, which is too wide rather than too narrow. It shares no code with the library.
+delete-one-block jackknife, which tends to be too wide. It shares no code with the library.
 
 Axes: m draws at a time, R blocks, n examples, C outputs, P parameters.
 """
@@ -38,7 +38,7 @@ def nonlocal_kernel(
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     """The trace kernel of all parameters and its standard error; `draws` is a multiple of 2·`blocks`.
 
-    `options` are those of `radial.radius_law`.
+    `options` are passed to `radial.radius_law`.
     """
     means = block_means(model, x, distribution, gamma, draws=draws, blocks=blocks, seed=seed, **options)
     products = brute_force.block_products(means, means)
@@ -67,7 +67,7 @@ def block_means(
             count = min(left, _AT_ONCE)
             z = perturbations(rng, distribution, gamma, shapes, count, **options)
             directions = 2.0 * z / gamma**2 if distribution == "lowrank" else z * len(theta) / (z**2).sum(1)[:, None]
-            odd = 0.5 * (function(theta + z) - function(theta - z))  # ±z, whose directions are opposite
+            odd = 0.5 * (function(theta + z) - function(theta - z))  # ±z have opposite directions
             total += (odd.reshape(count, -1).T @ directions).reshape(total.shape)
             left -= count
         means.append(total / (draws // blocks // 2))
@@ -82,7 +82,7 @@ def perturbations(
     count: int,
     **options: float,
 ) -> Float[Array, "m P"]:
-    """So many z, over tensors of these shapes in a row."""
+    """Draw `count` perturbations z of tensors of these shapes, flattened and concatenated."""
     if distribution == "lowrank":
         parts = []
         for shape in shapes:
@@ -99,7 +99,7 @@ def perturbations(
 
 
 def _function(model: nn.Module, x: Tensor) -> tuple[Callable[[Array], Array], Array, list[tuple[int, ...]]]:
-    """θ ↦ f(x; θ) over many θ at once, (m, P) to (m, n, C), the model's own θ and the shapes that it is made of."""
+    """θ ↦ f(x; θ) for many θ, (m, P) to (m, n, C), with the model's own θ and the shapes of its tensors."""
     model = copy.deepcopy(model).double().eval()
     named = dict(model.named_parameters())
     theta = torch.cat([value.detach().reshape(-1) for value in named.values()])

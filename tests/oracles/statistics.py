@@ -1,8 +1,8 @@
 """Assertions about random numbers, each with its error rate fixed beforehand.
 
-It refuses to choose tolerances: whatever is compared comes with its standard error and the number of blocks behind it.
-A test that fixes its seeds either always passes or always fails; the rates say how likely a correct program is to be
-one of the unlucky ones when the test is written.
+It chooses no tolerances: every compared value comes with its standard error and its number of blocks. A test that fixes
+its seeds either always passes or always fails; the rates say how likely a correct program is to fail when the test is
+written.
 
 Axes: T trials (seeds), entries of any shape.
 """
@@ -16,7 +16,7 @@ FAMILY_LEVEL = 1e-3
 
 
 def critical_value(num_entries: int, degrees_of_freedom: float, family_level: float = FAMILY_LEVEL) -> float:
-    """The two-sided Student quantile that any of `num_entries` tests exceeds with chance at most `family_level`."""
+    """The two-sided Student quantile that any of `num_entries` tests exceeds with probability ≤ `family_level`."""
     return float(stats.t.isf(family_level / (2 * num_entries), degrees_of_freedom))
 
 
@@ -31,8 +31,8 @@ def assert_agrees(
 ) -> None:
     """|estimate − expected| ≤ t · stderr + rounding in every entry, t with `blocks` − 1 degrees of freedom, Bonferroni.
 
-    `rounding` is an absolute allowance for arithmetic, where an estimator is exact and its standard error nearly 0.
-    A symmetric kernel may be passed whole: counting its entries twice only makes the test milder by a hair.
+    `rounding` is an absolute allowance for arithmetic, for estimators that are exact and have a standard error near 0.
+    A symmetric kernel may be passed whole: counting its entries twice makes the test only slightly less strict.
     """
     estimate, expected, stderr = np.asarray(estimate), np.asarray(expected), np.asarray(stderr)
     shapes = (estimate.shape, expected.shape, stderr.shape)
@@ -66,15 +66,15 @@ def covered(
     blocks: int,
     nominal: float = 0.95,
 ) -> Float[Array, "T ..."]:
-    """Which Student intervals (`blocks` − 1 degrees of freedom) hold the expected value; a NaN width holds nothing."""
+    """Which Student intervals (`blocks` − 1 degrees of freedom) contain the expected value; none of NaN width do."""
     limit = stats.t.ppf((1.0 + nominal) / 2.0, blocks - 1)
-    return np.abs(estimate - expected) <= limit * stderr  # False where stderr is NaN
+    return np.abs(estimate - expected) <= limit * stderr  # False if stderr is NaN
 
 
 def coverage_bounds(
     trials: int, nominal: float = 0.95, num_entries: int = 1, family_level: float = FAMILY_LEVEL
 ) -> tuple[float, float]:
-    """Exact binomial bounds that the coverage of any of `num_entries` entries leaves with chance ≤ `family_level`."""
+    """Exact binomial bounds: the coverage of any of `num_entries` is outside with probability ≤ `family_level`."""
     tail = family_level / (2 * num_entries)
     low, high = stats.binom.ppf(tail, trials, nominal), stats.binom.isf(tail, trials, nominal)
     return float(low) / trials, float(high) / trials
@@ -103,11 +103,11 @@ def assert_power(
     largest_error: float = 0.02,
     least_separation: float = 10.0,
 ) -> None:
-    """The comparison could have failed. Both kernels are the exact ones of one set of examples with itself.
+    """Check that the comparison had power. Both kernels are exact, of one set of examples with itself.
 
     Every standard error is at most `largest_error` of the mean diagonal; local and nonlocal kernel are at least
-    `least_separation` standard errors apart, in root mean squares over the entries. Leave `local_kernel` out where
-    theory says that the two are equal (linear and quadratic units).
+    `least_separation` standard errors apart, in root mean squares over the entries. Omit `local_kernel` if theory says
+    that the two are equal (linear and quadratic units).
     """
     stderr, exact = np.asarray(stderr), np.asarray(nonlocal_kernel)
     scale = float(np.mean(np.diag(exact)))

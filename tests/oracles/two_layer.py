@@ -1,13 +1,13 @@
 """Nonlocal gradients of two-layer networks V φ(W x + b) + c, sign or relu, of any width: quadrature over one number.
 
 The nonlocal gradient is the gradient of the network averaged over θ + σ n, n standard normal, σ = (γ/√2) U^{1/P} and U
-uniform. Given σ the units are independent, V is met at its centre on average, and pre-activation a of unit j is normal
-with mean W_j·h̃ and deviation s = σ|h̃|, h̃ = (x, 1). So everything needed of φ is its mean and that mean's derivative:
+uniform. Given σ the units are independent, V averages to its centre, and pre-activation a of unit j is normal
+with mean W_j·h̃ and deviation s = σ|h̃|, h̃ = (x, 1). So only the mean of φ and its derivative are needed:
 
     sign   2Φ(a/s) − 1,  2φ(a/s)/s              relu   a Φ(a/s) + s φ(a/s),  Φ(a/s)
 
-Under another radial law U^{1/P} z is uniform on a ball whose radius r is drawn by the law. V is still met at its centre
-on average, as z and its mirror image in V's coordinates are equally likely; and (z·h̃)/(r|h̃|) is one coordinate t of a
+Under another radial law U^{1/P} z is uniform on a ball whose radius r is drawn by the law. V still averages to its
+centre, as z and its mirror image in V's coordinates are equally likely; and (z·h̃)/(r|h̃|) is one coordinate t of a
 uniform point of the unit ball, with density f(t) = k (1 − t²)^((P−1)/2) and distribution F. With ratio = a/(r|h̃|):
 
     sign   2F(ratio) − 1,  2f(ratio)/(r|h̃|)    relu   a F(ratio) + r|h̃| k (1 − ratio²)^((P+1)/2)/(P+1),  F(ratio)
@@ -55,7 +55,7 @@ def radial_gradient(
     v: Float[Array, "c u"],
     radii: Float[Array, "m"],
 ) -> Float[Array, "n c P"]:
-    """g(x) as above, under a law of the radius |z| that so many equally likely radii stand for."""
+    """g(x) as above, under a law of the radius |z| represented by m equally likely radii."""
     num_parameters = w.size + b.size + v.size + len(v)
     extended = _extended(x)
     a, lengths = x @ w.T + b, np.linalg.norm(extended, axis=1, keepdims=True)
@@ -86,7 +86,7 @@ def _extended(x: Float[Array, "n i"]) -> Float[Array, "n h"]:
 
 
 def _gradient(mean: Array, slope: Array, extended: Array, v: Float[Array, "c u"]) -> Float[Array, "n c P"]:
-    """From the units' means and their derivatives, (n, u) each, to the gradient."""
+    """The gradient from the units' means and their derivatives, (n, u) each."""
     (num_outputs, num_units), num_examples = v.shape, len(extended)
     hidden = slope[:, None, :, None] * v[None, :, :, None] * extended[:, None, None, :]  # n c u (i + 1)
     first = hidden[..., :-1].reshape(num_examples, num_outputs, -1)

@@ -1,4 +1,4 @@
-"""The oracle of weights against numbers worked out by hand."""
+"""The oracle of weights against numbers calculated by hand."""
 
 import numpy as np
 

@@ -13,7 +13,7 @@ from tests.oracles import closed_forms, quadrature, statistics
 from tests.oracles.cases import unit_problem
 
 Array = np.ndarray
-# Quadratures of seconds; the fast tests compare these units in fewer dimensions and with Monte Carlo.
+# Quadratures that take seconds; the fast tests compare these units in fewer dimensions and with Monte Carlo.
 COSTLY = (("relu", 2), ("sign", 3), ("relu", 3))
 
 
@@ -36,7 +36,7 @@ def test_tail_moment_of_order_zero_is_the_exponential_integral(order: int):
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_tail_moments_satisfy_their_recurrence_by_parts(power: int):
-    # d/dσ of σ^(m) Γ(1 + power/2, y/σ²) integrates to its value at 1; what differentiates Γ is elementary.
+    # d/dσ of σ^(m) Γ(1 + power/2, y/σ²) integrates to its value at 1; the derivative of Γ is elementary.
     start, exponent = np.array([0.2, 1.0, 3.0]), 1.0
     m, y = exponent + power + 1.0, start**2 / 2.0
     boundary = 2 ** (power / 2) * special.gamma(1 + power / 2) * special.gammaincc(1 + power / 2, y)
@@ -45,7 +45,7 @@ def test_tail_moments_satisfy_their_recurrence_by_parts(power: int):
 
 
 @pytest.mark.parametrize(
-    # The closed forms are good to 1e-12; what limits the comparison is the quadrature's price in three dimensions.
+    # The closed forms are accurate to 1e-12; the cost of quadrature in three dimensions limits the comparison.
     ("unit", "num_parameters", "quadrature_tolerance", "relative"),
     [
         pytest.param(unit, *accuracy, marks=pytest.mark.statistical if (unit, accuracy[0]) in COSTLY else ())
@@ -75,11 +75,11 @@ def test_closed_forms_against_quadrature(unit: str, num_parameters: int, quadrat
 @pytest.mark.parametrize("num_parameters", [10, 1000])
 @pytest.mark.parametrize("unit", closed_forms.UNITS)
 def test_closed_forms_against_monte_carlo(unit: str, num_parameters: int):
-    # z enters through z·x, z·x' and |z|² alone, so that P = 1000 needs no more random numbers than P = 10.
+    # z enters only through z·x, z·x' and |z|², so that P = 1000 needs no more random numbers than P = 10.
     theta, x = problem(num_parameters)
     gamma, num_draws = 1.5, 100_000
     rng = np.random.default_rng(1)
-    basis = np.linalg.qr(x.T)[0]  # one column more than collinear inputs need does no harm
+    basis = np.linalg.qr(x.T)[0]  # collinear inputs need one column less, but it does no harm
     inside = rng.normal(size=(num_draws, basis.shape[1])) * gamma / np.sqrt(2.0)
     outside = rng.chisquare(num_parameters - basis.shape[1], size=num_draws) * gamma**2 / 2.0
     squares = (inside**2).sum(1) + outside

@@ -1,7 +1,7 @@
-"""The brute-force oracles, the table of cases and the assertions, checked before anything is checked against them.
+"""Tests of the brute-force oracles, the table of cases and the assertions, on which other tests rely.
 
 Gradients against finite differences; block statistics against the design's formulas, enumeration and simulation; the
-assertions against data that must pass and data that must fail. The closed forms have a file of their own.
+assertions against data that must pass and data that must fail. The closed forms have their own file.
 
 Axes: S draws, R blocks, T independent repetitions, n examples, C outputs, P parameters.
 """
@@ -159,7 +159,7 @@ def test_unbiased_and_its_variances_over_repetitions(mean_length: float):
     ratio, widest = j.mean() / ((u - expected) ** 2).mean(), 2.0 * (num_blocks - 1) / (num_blocks - 2)
     assert 1.0 < ratio < 1.05 * widest
     if mean_length == 0.0:
-        assert ratio == pytest.approx(widest, rel=0.05)  # Θ = 0 is where the jackknife is at its worst
+        assert ratio == pytest.approx(widest, rel=0.05)  # the jackknife is worst at Θ = 0
     assert (v < 0).any()
 
 

@@ -35,7 +35,7 @@ def test_averaged_kernel_of_the_gaussian():
 @pytest.mark.parametrize("name", ["sphere", "ball", "fractional", "student"])
 @pytest.mark.parametrize("unit", ["sign", "relu"])
 def test_nonlocal_gradients_by_a_plain_average(unit, name):
-    """P·E[Δ z/|z|²] on a grid of radii and angles in the plane, straight from the definition."""
+    """P·E[Δ z/|z|²] on a grid of radii and angles in the plane, directly from the definition."""
     law = radial.radius_law(name, 1.5, 2)
     angle = 2 * np.pi * (np.arange(4000) + 0.5) / 4000
     directions = np.stack([np.cos(angle), np.sin(angle)], axis=1)

@@ -23,7 +23,7 @@ def two_layer_problem(unit: str) -> tuple[np.ndarray, list[np.ndarray]]:
 
 @pytest.mark.parametrize("unit", ["sign", "relu"])
 def test_gaussian_radii_give_the_gaussian_gradient(unit):
-    """Nodes of the radius instead of the Gaussian's own formula."""
+    """Quadrature over radii against the Gaussian's formula."""
     x, parameters = two_layer_problem(unit)
     radii = radial.radii(radial.radius_law("gaussian", GAMMA, 51), 4001)
     expected = two_layer.nonlocal_gradient(unit, x, *parameters, GAMMA)
@@ -34,10 +34,10 @@ def test_gaussian_radii_give_the_gaussian_gradient(unit):
 @pytest.mark.parametrize("law", ["sphere", "ball", "fractional", "student"])
 @pytest.mark.parametrize("unit", ["sign", "relu"])
 def test_one_unit_with_a_fixed_readout_is_the_unit_of_the_radial_oracle(unit, law):
-    """The gradient in W of a network of one unit, whose other parameters are there but do not matter to it."""
+    """The gradient in W of a network of one unit, which its other parameters do not affect."""
     rng = np.random.default_rng(1)
     w, b, v, x = rng.normal(size=(1, 2)), rng.normal(size=1), np.ones((1, 1)), rng.normal(size=(3, 2))
-    count = 5  # parameters in all: the law is that of five numbers, the unit sees three of them
+    count = 5  # all parameters: the law is for five numbers, three of which affect the unit
     radii = radial.radii(radial.radius_law(law, GAMMA, count), 10_001)
     ours = two_layer.radial_gradient(unit, x, w, b, v, radii)[:, 0, :2]
     theta = np.concatenate([w[0], b, np.zeros(2)])

@@ -12,7 +12,7 @@ from tests.packaging.test_dependencies import DISTRIBUTIONS, declared
 
 REPOSITORY = Path(__file__).parents[2]
 MODULES = {distribution: module for module, distribution in DISTRIBUTIONS.items()}
-# Installed with the library anyway, as dependencies of PyTorch and Zarr.
+# Always installed with the library, as dependencies of PyTorch and Zarr.
 INDIRECT = {"google-crc32c", "jinja2", "markupsafe", "numcodecs", "pyyaml"}
 
 

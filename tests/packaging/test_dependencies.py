@@ -1,7 +1,7 @@
-"""What `pip install .` and its extras install is what the packages import, no more and no less.
+"""`pip install .` and its extras install exactly what the packages import.
 
-Imports are read from the source, those inside functions included; the table below names the distributions whose name is
-not that of their module.
+Imports are read from the source, those inside functions included; the table below lists the distributions whose name
+differs from their module's.
 """
 
 import ast
@@ -17,11 +17,11 @@ REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 OWN = {"nntk_dist", "pipeline"}
 DISTRIBUTIONS = {"PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-PARTS_OF_OTHERS = {"pydantic_core"}  # installed by a package that is declared, and not to be asked for by itself
+PARTS_OF_OTHERS = {"pydantic_core"}  # installed by a declared package, and not to be declared itself
 
 
 def declared(*extras: str) -> set[str]:
-    """Names of the distributions that an installation with these extras asks for."""
+    """Names of the distributions that an installation with these extras requires."""
     requirements = list(PROJECT["dependencies"])
     for extra in extras:
         requirements += PROJECT["optional-dependencies"][extra]
@@ -30,7 +30,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def imported(package: str) -> Iterator[tuple[str, str]]:
-    """The distribution of every import of other people's modules, and the file that imports it."""
+    """The distribution of every third-party import, and the file that imports it."""
     for path in sorted((REPOSITORY / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

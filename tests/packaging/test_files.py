@@ -1,4 +1,4 @@
-"""Files that tools outside of the tests read: they parse, and name what exists."""
+"""Files that other tools read: they parse, and name only what exists."""
 
 import re
 from pathlib import Path

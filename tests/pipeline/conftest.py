@@ -1,4 +1,4 @@
-"""Runs that several tests look at: made once a process, copied where a test changes them."""
+"""Runs that several tests share: made once per process, copied for tests that change them."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.pipeline.tools import finished
 
 @pytest.fixture(autouse=True, scope="package")
 def _short_measurement() -> Iterator[None]:
-    """The speed of the machine is measured by small products: no test depends on how well it is known."""
+    """Measure the machine's speed by small products: no test depends on its accuracy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.planning.projection, "_RATE_EDGE", 64)
         yield
@@ -19,13 +19,13 @@ def _short_measurement() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def good_run(tmp_path_factory):
-    """A finished run of the small configuration, for looking at only."""
+    """A finished run of the small configuration that tests only read."""
     return finished(tmp_path_factory.mktemp("good") / "run")
 
 
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory):
-    """A function that returns a finished run of the small configuration with changes, for looking at only."""
+    """A function that returns a finished run of the small configuration with changes; tests only read it."""
     made = {}
 
     def run_of(*sets: str):
@@ -38,5 +38,5 @@ def shared_run(tmp_path_factory):
 
 @pytest.fixture
 def own_run(good_run, tmp_path):
-    """A copy of the finished run at a place of its own."""
+    """A separate copy of the finished run."""
     return shutil.copytree(good_run, tmp_path / "run")

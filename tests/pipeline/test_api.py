@@ -17,7 +17,7 @@ from tests.pipeline.tools import config_file
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run, its configuration and what `run` returned."""
+    """A finished run, its configuration and the result of `run`."""
     folder = tmp_path_factory.mktemp("api") / "run"
     config = config_file(folder)
     return config, folder, run(config, {"run_dir": str(folder)}, progress=False)

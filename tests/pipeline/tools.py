@@ -1,7 +1,7 @@
-"""What the pipeline's tests share: a small configuration, the command line called in this process or as a real one,
-stores read back with plain zarr, run directories compared file by file.
+"""Helpers of the pipeline's tests: a small configuration, the command line in this process or in a new one, stores read
+back with plain zarr, run directories compared file by file.
 
-It asserts nothing and knows nothing of stages.
+It does not depend on stages.
 """
 
 import io
@@ -43,7 +43,7 @@ report: {{plots: false}}
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended and what it printed."""
+    """The exit code of a command and its output."""
 
     code: int | str | None
     out: str
@@ -51,7 +51,7 @@ class Result:
 
 
 def nntk(*arguments: object) -> Result:
-    """The command line, called in this process; an error that is no user error comes through as it is."""
+    """Call the command line in this process; errors other than user errors propagate unchanged."""
     out, err = io.StringIO(), io.StringIO()
     with patch.object(sys, "argv", ["nntk", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
@@ -62,7 +62,7 @@ def nntk(*arguments: object) -> Result:
 
 
 def config_file(run_dir: Path) -> Path:
-    """The small configuration, beside the run directory."""
+    """Write the small configuration beside the run directory."""
     path = run_dir.parent / "config.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(CONFIG)
@@ -76,21 +76,21 @@ def arguments(verb: str, run_dir: Path, *sets: str, resume: bool = False) -> lis
 
 
 def run(run_dir: Path, *sets: str, resume: bool = False) -> Result:
-    """`nntk run` of the small configuration with changes, in this process."""
+    """Call `nntk run` on the small configuration with changes, in this process."""
     return nntk(*arguments("run", run_dir, *sets, resume=resume))
 
 
 def finished(run_dir: Path, *sets: str, resume: bool = False) -> Path:
-    """The run directory of a run that ended well."""
+    """Make a run that must succeed and return its directory."""
     result = run(run_dir, *sets, resume=resume)
     assert result.code == 0, result.err
     return run_dir
 
 
 def start(*command: str, prelude: str = "") -> "subprocess.Popen[str]":
-    """Start `python -m pipeline …` in a process and group of its own, as a shell in the foreground would.
+    """Start `python -m pipeline …` in a new process and process group, as a shell does in the foreground.
 
-    It heeds Ctrl-C even if whoever started the tests ignores SIGINT, as shells make their background jobs do.
+    It obeys Ctrl-C even if the tests run with SIGINT ignored, as in a shell's background jobs.
 
     Args:
         command: Arguments of the command line.
@@ -119,7 +119,7 @@ def arrays(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 def ledger(run_dir: Path) -> dict[tuple[str, str], dict]:
-    """The ledger's rows by (stage, tile), the last one where there are several; read without the pipeline's reader."""
+    """The ledger's rows by (stage, tile), the last one if there are several; read without the pipeline's reader."""
     folder = run_dir / "ledger"
     files = sorted(folder.glob("[0-9]*[0-9].parquet"))
     if indices := sorted(folder.glob("_*.json")):
@@ -130,13 +130,13 @@ def ledger(run_dir: Path) -> dict[tuple[str, str], dict]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below a folder with its time of change and its content."""
+    """Every file below a folder with its modification time and content."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def assert_same_bits(first: Path, second: Path) -> None:
-    """Both stores hold the same arrays, bit for bit (a NaN equals itself)."""
+    """Check that both stores hold the same arrays, bit for bit (a NaN equals itself)."""
     left, right = arrays(first), arrays(second)
     assert left.keys() == right.keys()
     different = [path for path in left if left[path].tobytes() != right[path].tobytes()]

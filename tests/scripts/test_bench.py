@@ -1,4 +1,4 @@
-"""The benchmarks behind docs/performance.md: turns and best times, what a figure says, the page and its figures.
+"""The benchmarks behind docs/performance.md: turns and best times, the text of figures, the page and its figures.
 
 Axes: none.
 """
@@ -29,7 +29,7 @@ PAGE = REPOSITORY / "docs" / "performance.md"
 
 
 def kept(tmp_path: Path, *figures: Figure) -> Answers:
-    """Answers of one cell, as a run keeps them."""
+    """Answers of one cell, as a run stores them."""
     cell = {"settings": {}, "answer": answer(*figures), "seconds": 1.0, "commit": COMMIT, "machine": "m"}
     path = tmp_path / "performance.json"
     path.write_text(json.dumps({"versions": {"torch": "2"}, "sections": {"perturb": {"one": cell}}}))
@@ -66,7 +66,7 @@ def test_actions_take_turns_and_the_best_time_counts(monkeypatch):
     first, second = [1.0, 4.0, 8.0], [32.0, 16.0, 2.0]
     best = best_seconds({"a": lambda: action("a", first), "b": lambda: action("b", second)}, rounds=2)
     assert order == ["a", "b"] * 3
-    assert best == {"a": 4.0, "b": 2.0}  # not the first round's, nor the slower of the others
+    assert best == {"a": 4.0, "b": 2.0}  # neither the first round's nor the slower of the others
 
 
 def test_every_section_has_its_place_on_the_page(tmp_path):
@@ -118,7 +118,7 @@ def test_without_data_or_a_gpu_what_needs_them_is_left_out(tmp_path, monkeypatch
 
 @pytest.mark.bench
 def test_how_far_a_kernel_is_from_the_local_one(monkeypatch, tmp_path):
-    """At a tiny γ of digits, hardly at all; at a large one by much more than its error."""
+    """On digits: hardly at a tiny γ, and by much more than its error at a large one."""
     config = tmp_path / "configs" / "digits.yaml"
     config.parent.mkdir()
     text = (REPOSITORY / "configs" / "digits.yaml").read_text()

@@ -1,4 +1,4 @@
-"""The benchmark of the solvers at its small sizes: it answers every cell with a finite ratio of what it names."""
+"""The benchmark of the solvers at its small sizes: every cell gets a finite ratio."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The benchmarks at their smallest: every section measures, and says what was asked of it."""
+"""The benchmarks at their smallest sizes: every section measures and reports all its figures."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_scaling():
     }
     overhead = figures["scheduling overhead, tiles of a second, two workers"]
     spent, wall = (overhead["details"][name] for name in ("seconds in tiles", "wall seconds"))
-    assert 4.0 <= spent <= 2 * wall  # four tiles of a second, or of more where a core was taken from them
+    assert 4.0 <= spent <= 2 * wall  # four tiles of a second each, or longer if other processes took a core
     assert overhead["value"] == pytest.approx(1 - spent / (2 * wall))
     memory = figures["the driver's own memory (USS) at the end over that at a tenth"]["details"]
     assert list(memory) == [f"{kind} at {share}, MB" for share in ("10%", "50%", "100%") for kind in ("USS", "RSS")]

@@ -1,4 +1,4 @@
-"""The benchmarks of the local kernel: their arithmetic and protocol on small sizes, with a peer of our own making.
+"""The benchmarks of the local kernel: their arithmetic and protocol on small sizes, with a peer written here.
 
 Axes: n examples.
 """
@@ -15,7 +15,7 @@ from scripts.benchmarks import SECTIONS, local, peers
 from scripts.benchmarks.local import LOCAL, QUICK
 from tests.harness.tools import assert_equal
 
-# Answers as the peer does: the kernel of the problem's network, times a factor that makes it wrong or right.
+# Answers like the peer: the kernel of the problem's network times a factor that makes it wrong or right.
 PEER = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of tiles: that its small sizes run, and what its figures are measured by."""
+"""The benchmark of tiles: its small sizes run, and how its figures are measured."""
 
 import pytest
 

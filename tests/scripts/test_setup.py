@@ -1,4 +1,4 @@
-"""The set-up script, run against a stand-in for Python that records what pip is asked for: nothing is downloaded.
+"""The set-up script, run with a fake Python that records the calls of pip: nothing is downloaded.
 
 Legend: `root` is a copy of what the script reads, in a folder whose name holds a space.
 """
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.process
 REPOSITORY = Path(__file__).parents[2]
 PIN = next(line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 
-# Answers what the script asks of an interpreter. `-m venv` copies it into place; TORCH exists once torch is installed.
+# Answers the script's calls of an interpreter. `-m venv` copies it into place; TORCH exists once torch is installed.
 STAND_IN = r"""#!/usr/bin/env bash
 state="@STATE@"
 case "$*" in
@@ -38,7 +38,7 @@ esac
 
 
 class Place:
-    """A fake checkout, the stand-in interpreter and what pip was asked for."""
+    """A fake checkout, the fake interpreter and the recorded calls of pip."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a check out"
@@ -67,7 +67,7 @@ class Place:
         return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, check=False, timeout=180)
 
     def log(self) -> list[str]:
-        """What was done since the last look, one line each."""
+        """Return the calls recorded since the last time, one line each."""
         path = self.state / "log"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)

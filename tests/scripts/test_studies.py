@@ -1,4 +1,5 @@
-"""The studies behind docs/estimators.md: their arithmetic, what they keep, and that the page is its figures alone.
+"""The studies behind docs/estimators.md: their arithmetic, what they store, and that the page contains only its
+figures.
 
 Axes: S draws.
 """
@@ -106,7 +107,7 @@ def test_the_table_of_agreement_holds_every_law_estimator_and_design():
 
 @pytest.mark.bench
 def test_a_comparison_that_should_fail_fails():
-    """Against a reference that is 5 % off, and against one that is not."""
+    """Against a reference that is 5 % off, and against a correct one."""
     truth = agreement.reference("quantised network", "gaussian")
     right = agreement.examine("quantised network", "gaussian", "weight", "orthogonal", truth)
     assert right["agrees"]
@@ -126,7 +127,7 @@ def test_coverage_of_too_narrow_intervals_is_seen():
 
 
 def test_the_page_is_its_figures_and_nothing_else():
-    """Made again from the JSON file beside it, letter by letter."""
+    """Regenerated from the JSON file beside it, character for character."""
     answers = Answers(PAGE.with_suffix(".json"))
     assert set(answers.sections) == set(SECTIONS)
     assert page(answers) == PAGE.read_text()

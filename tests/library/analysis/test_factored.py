@@ -1,4 +1,4 @@
-"""Spectrum and regression from a kernel's factor against the dense ones of the kernel that it makes, and refusals."""
+"""Spectrum and regression from a kernel's factor against the dense methods on the same kernel, and refusals."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ RIDGES = (1e-6, 1e-3, 0.5)
 
 
 def in_blocks(matrix, examples, step):
-    """A matrix as rows that are read `step` examples at a time."""
+    """A matrix whose rows are read `step` examples at a time."""
     width = len(matrix) // examples
     intervals = tuple((start, min(start + step, examples)) for start in range(0, examples, step))
     return FactorRows(
@@ -31,7 +31,7 @@ def factored(*arguments, **options):
 
 
 def factor(num_rows, num_columns, seed=0):
-    """Rows whose kernel has eigenvalues over six decades."""
+    """Rows whose kernel has eigenvalues that span six decades."""
     generator = np.random.default_rng(seed)
     scales = np.geomspace(1.0, 1e-3, num_columns)
     return generator.standard_normal((num_rows, num_columns)) * scales
@@ -107,7 +107,7 @@ def test_regression_is_that_of_the_kernel(kind, num_columns, width):
 
 
 def test_small_ridges_survive_where_float32_would_lose_them():
-    """A ridge of 1e-9 of the largest eigenvalue, of rows that were stored in float32 and share a large mean."""
+    """A ridge of 1e-9 times the largest eigenvalue; the rows were stored in float32 and share a large mean."""
     generator = np.random.default_rng(2)
     rows = (1.0 + 0.05 * generator.standard_normal((400, 24))).astype(np.float32).astype(np.float64)
     arguments = problem_of(400, 5, "labels")
@@ -117,7 +117,7 @@ def test_small_ridges_survive_where_float32_would_lose_them():
     assert found.selected.loo_error == pytest.approx(expected.selected.loo_error, rel=1e-6)
     single = rows.astype(np.float32)
     error = np.abs(np.linalg.eigvalsh(single.T @ single) - np.linalg.eigvalsh(rows.T @ rows)).max()
-    assert error > 10 * expected.selected.absolute_ridge  # what float32 sums would have done
+    assert error > 10 * expected.selected.absolute_ridge  # the result of float32 sums
 
 
 @pytest.mark.parametrize("full", [False, True])

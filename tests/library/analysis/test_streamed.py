@@ -1,4 +1,4 @@
-"""What streams over tiles against the whole matrix: products, leading eigenpairs, low-rank part, ridge regression."""
+"""Streamed methods against the whole matrix: products, leading eigenpairs, low-rank part, ridge regression."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ NUM_TRAIN, NUM_TEST = 150, 40
 
 
 def tiled(matrix, edge=32, reads=None):
-    """A matrix read tile by tile; `reads` collects which."""
+    """A matrix read tile by tile; `reads` records which tiles."""
 
     def read(rows, columns):
         if reads is not None:
@@ -34,7 +34,7 @@ def leading_eigenpairs(kernel, top_k, **options):
 
 
 def kernels(width=1, seed=0, dtype=np.float32):
-    """A smooth kernel of scattered points, train by train and test by train; with `width` outputs."""
+    """A smooth kernel of scattered points with `width` outputs, train by train and test by train."""
     generator = np.random.default_rng(seed)
     points = generator.standard_normal((NUM_TRAIN + NUM_TEST, 3))
     squared = np.square(points[:, None] - points[None]).sum(axis=-1)
@@ -220,7 +220,7 @@ def test_leave_one_out_is_exact_where_every_example_is_sampled(width):
 
 
 def test_the_error_bars_of_leave_one_out_cover_it():
-    """30 samples: the mean of the estimates within four of its errors, and the spread that they claim."""
+    """30 samples: their mean lies within four standard errors of the truth, and their spread is as stated."""
     train, test, points = kernels()
     given = arguments("labels", points)
     truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(0.1,)).selected.loo_error
@@ -235,7 +235,7 @@ def test_the_error_bars_of_leave_one_out_cover_it():
 
 @pytest.mark.parametrize("rank", [0, 20, 60, 140])
 def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
-    """Also where the low-rank part is nearly the kernel, and a column is done after a step or two."""
+    """Also when the low-rank part is nearly the whole kernel and a column converges after a step or two."""
     matrix = kernels()[0].astype(np.float64)
     ridge, units = 0.03, np.eye(NUM_TRAIN)
     part = low_rank_approximation(tiled(matrix), np.diagonal(matrix), rank=rank)
@@ -250,14 +250,14 @@ def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
     )
     assert (found.residuals <= 1e-2).all()
     missed = units - (matrix + ridge * units) @ found.x
-    energies = np.einsum("nj,nj->j", missed, inverse @ missed)  # bᵀA⁻¹b − bᵀx, if x is orthogonal to what is missed
-    # to rounding, which costs conjugate gradients some orthogonality where steps are many
+    energies = np.einsum("nj,nj->j", missed, inverse @ missed)  # bᵀA⁻¹b − bᵀx, if x is orthogonal to the error
+    # to rounding: conjugate gradients lose some orthogonality over many steps
     np.testing.assert_allclose(np.diagonal(inverse) - np.diagonal(found.x), energies, rtol=0.05)
     assert (energies / np.diagonal(inverse)).max() < 1e-3
 
 
 def test_estimates_without_a_low_rank_approximation():
-    """A diagonal kernel that B misses whole: κ = 1 is right for all examples, sampled or not."""
+    """A diagonal kernel without a low-rank part B: κ = 1 is right for all examples, sampled or not."""
     diagonal = np.linspace(1.0, 2.0, 20)
     solved = np.linspace(-1.0, 1.0, 40).reshape(20, 1, 2)
     sampled = sampled_examples(20, 5, seed=0)
@@ -287,13 +287,13 @@ def test_a_tolerance_is_met_and_not_worked_beyond():
 
 
 def test_the_low_rank_approximation_lies_below_the_kernel_in_orthonormal_directions(monkeypatch):
-    """U and Σ by stripes of seven rows; K − U Σ Uᵀ is positive semidefinite, and its trace what is said to be left."""
+    """U and Σ by stripes of seven rows; K − U Σ Uᵀ is positive semidefinite, and its trace is the stated remainder."""
     monkeypatch.setattr("nntk_dist.analysis.regression.pivoted_cholesky._ROWS_AT_ONCE", 7)
     kernel = kernels()[0]
     part = low_rank_approximation(tiled(kernel), np.diag(kernel), rank=30)
     np.testing.assert_allclose(part.basis.T @ part.basis, np.eye(30), atol=1e-9)
     low = (part.basis * part.eigenvalues) @ part.basis.T
-    assert np.linalg.eigvalsh(kernel - low).min() > -1e-8 * part.eigenvalues[0]  # the kernel is of float32
+    assert np.linalg.eigvalsh(kernel - low).min() > -1e-8 * part.eigenvalues[0]  # the kernel is stored in float32
     assert part.trace_left == pytest.approx(np.trace(kernel - low) / np.trace(kernel), rel=1e-6)
     assert 0 < part.trace_left < 0.5
     np.testing.assert_allclose(part.blocks(1)[:, 0, 0], np.diag(low), rtol=1e-9)

@@ -1,7 +1,7 @@
 """The estimator `activation`, given its draws: features and kernels against models with replaced weights, example by
 example, and what it refuses.
 
-Noise in pre-activations is a random weight matrix of each example's own: the oracle puts that matrix into the model.
+Noise in pre-activations acts as a random weight matrix for each example; the oracle puts that matrix into the model.
 
 Axes: S draws, R blocks, n examples, C outputs, P parameters, k basis vectors, i inputs and u units of a layer.
 """
@@ -30,7 +30,7 @@ from tests.oracles import brute_force
 from tests.oracles.cases import CASES, case
 
 Array = np.ndarray
-# Units hold raw parameters; the tied network uses a weight outside its layer.
+# Units have raw parameters; the tied network uses a weight outside its layer.
 ACCEPTED = [entry.name for entry in CASES if not entry.name.endswith("_unit") and entry.name != "tied_weights"]
 
 
@@ -42,7 +42,7 @@ def features_of(name: str, spec: KernelSpec, **changes) -> ActivationFeatures:
 
 
 def contracted(name: str, *, formed: bool, **options) -> tuple[ActivationFeatures, KernelSpec]:
-    """All layers in factors, or all with their means formed."""
+    """Features with all layers as factors, or all as explicit means."""
     contraction = "means" if formed else "layered"
     spec = KernelSpec(gamma=0.9, estimator="activation", draws=8, blocks=4, contraction=contraction, **options)
     features = features_of(name, spec)
@@ -55,7 +55,7 @@ def contracted(name: str, *, formed: bool, **options) -> tuple[ActivationFeature
 
 
 def direction(features: ActivationFeatures, passed: NoisyPass, example: int) -> dict[str, Tensor]:
-    """What one draw's Δ is multiplied by for one example, times σ: Σ_k η_k ⊗ q_k in a layer, n in weight space."""
+    """The factor of one draw's Δ for one example, times σ: Σ_k η_k ⊗ q_k in a layer, n in weight space."""
     space = features.evaluator.space
     shapes = dict(zip(space.names, space.shapes, strict=True))
     parts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -78,7 +78,7 @@ def direction(features: ActivationFeatures, passed: NoisyPass, example: int) -> 
 
 
 def gradients_by_definition(features: ActivationFeatures, model: nn.Module, x: Tensor, ids: Tensor) -> Array:
-    """D z or h̃, (S, n, C, P), from one model with replaced weights for each draw and example."""
+    """Compute D z or h̃, (S, n, C, P), from one model with replaced weights for each draw and example."""
     names, readout = features.evaluator.space.names, features.plan.readout
     scales = features.drawing.scales or (1.0,) * len(names)
     scale = np.repeat(scales, features.evaluator.space.sizes)
@@ -124,7 +124,7 @@ def readout_gradient(features: ActivationFeatures, model: nn.Module, x: Tensor, 
 
 
 def assert_is_definition(features: ActivationFeatures, model: nn.Module, x: Tensor, spec: KernelSpec) -> None:
-    """Plugin, unbiased and standard errors of the draws by explicit loops."""
+    """Compare plugin, unbiased and standard errors with explicit loops over the draws."""
     draws = gradients_by_definition(features, model, x, torch.arange(len(x)))
     block = np.arange(len(draws)) * spec.blocks // len(draws)
     means = brute_force.block_means(draws, block)
@@ -176,7 +176,7 @@ def test_some_of_the_parameters(patterns: tuple[str, ...]):
 
 @pytest.mark.parametrize(("positions", "width"), [(1, 5), (3, 5), (5, 3)])
 def test_the_basis_spans_what_a_layer_sees(positions: int, width: int):
-    """Orthonormal where something is seen along it; repeated, zero and dependent vectors are no trouble."""
+    """Basis vectors are orthonormal or zero, also for repeated, zero and dependent inputs."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(4, positions, width, generator=generator, dtype=torch.float64)
     vectors[1] = 0.0

@@ -1,8 +1,8 @@
-"""The estimator `activation` is right on average: against closed forms, and against the other estimators elsewhere.
+"""The estimator `activation` is unbiased: against closed forms, or against other estimators if there is none.
 
 Two-layer networks have nonlocal gradients by quadrature over one number; for other networks the reference is `weight`,
-or `autodiff` where that is valid. Standard errors are at most 2 % of the mean diagonal, at ranges where local and
-nonlocal kernels lie far more than ten standard errors apart; agreement is asked at a corrected 0.1 %.
+or `autodiff` if that is valid. Standard errors are at most 2 % of the mean diagonal, at ranges at which local and
+nonlocal kernels lie far more than ten standard errors apart. Agreement is required at a corrected 0.1 %.
 
 Axes: T seeds, n examples, C outputs, N = n·C rows of a kernel.
 """
@@ -69,19 +69,19 @@ def test_units_have_the_kernel_of_the_closed_form(unit: str, num_parameters: int
 
 
 def sign_convnet() -> nn.Module:
-    """Both convolutions see fewer patches than these have numbers."""
+    """A network in which both convolutions see fewer patches than a patch has numbers."""
     layers = [nn.Conv2d(2, 3, 2, stride=2), Activate(torch.sign), nn.Conv2d(3, 3, 2), Activate(torch.sign)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 2))
 
 
 def sign_transformer() -> nn.Module:
-    """Four tokens, fewer than the numbers of any projection's vectors; norms, tokens and positions in weight space."""
+    """Four tokens, fewer than the width of any projection; norms, tokens and positions in weight space."""
     args = {"dim": 4, "depth": 1, "heads": 2, "hidden": 6, "activation": "sign"}
     return build_model("transformer", args, input_shape=(3, 3), num_outputs=2, seed=0)
 
 
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Its parameters drawn with standard deviation 0.7."""
+    """Draw a model's parameters with standard deviation 0.7."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Which contraction is chosen for which layer, what is said of it, and which combinations are refused.
+"""Which contraction is chosen for which layer, how it is reported, and which combinations are refused.
 
 Axes: S draws, R blocks.
 """
@@ -63,7 +63,7 @@ def test_auto_is_exact_where_that_can_be_afforded():
 
 
 def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
-    """Blocks' means of them: no pairs of draws, whatever the contraction of the other layers; not where kept apart."""
+    """Block means of the inputs replace pairs of draws, for any contraction of the other layers; not if kept apart."""
     model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(2, 4)
     model, space = model.requires_grad_(False), select_parameters(model)
     plan = plan_sites(model, space, x)
@@ -75,7 +75,7 @@ def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
 
 
 def test_a_layer_that_sees_the_same_under_every_draw_stays_in_layers_however_many_draws():
-    """⟨h̃, h̃'⟩ once and R + 1 products of mean δ; another layer as wide takes means, where pairs of draws are many."""
+    """⟨h̃, h̃'⟩ once and R + 1 products of mean δ; an equally wide layer takes means if draws are many."""
     layers = [nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 10)]
     model, x = nn.Sequential(*layers), torch.randn(2, 30)
     assert chosen(model, x, "auto", draws=8).text == "contraction: layered: 0, 2; means: 4"
@@ -83,22 +83,22 @@ def test_a_layer_that_sees_the_same_under_every_draw_stays_in_layers_however_man
     space = select_parameters(model)
     plan = plan_sites(model, space, x)
     alone = choose_contraction(plan, space, "auto", 0, Setting(512, 8, 10, pair_blocks=False))
-    assert alone.text == "contraction: layered: 0, 2, 4"  # each draw with itself: mean δ would not do
+    assert alone.text == "contraction: layered: 0, 2, 4"  # each draw with itself: mean δ does not suffice
 
 
 def test_auto_sketches_what_neither_means_nor_layers_can_afford_and_says_so():
-    """A Linear of 640,800 parameters on tokens: means of a row and output take 20 MB; its bias stays exact."""
+    """A Linear of 640,800 parameters on tokens: its means take 20 MB per row and output. Its bias stays exact."""
     model, x = nn.Sequential(nn.Linear(800, 801), nn.Tanh(), nn.Flatten(), nn.Linear(1602, 10)), torch.randn(2, 2, 800)
     choice = chosen(model, x, "auto")
     assert choice.text == "contraction: means: 3, 0.bias; sketch (k = 1024): 0.weight"
     assert choice.sketched.names() == {"0.weight"}
     assert chosen(model, x, "auto", columns=0).sketched is None
-    # 100 times the columns: then exact products are no longer 32 times as many
+    # with 100 times the columns, exact products are no longer 32 times as costly
     assert chosen(model, x, "auto", columns=102_400).sketched is None
 
 
 def test_exact_layers_stand_beside_sketched_ones():
-    """Each group of columns estimates the whole with the exact part in it; their scatter is the sketch's error."""
+    """Each group of columns, with the exact part added, estimates the whole; their scatter is the sketch's error."""
     spec = KernelSpec(estimator="autodiff", gamma=0.3, draws=8, blocks=4, contraction="means")
     model, x = case("attention").build(), case("attention").inputs(4)
     exact, _ = prepared_features(model, x, spec)

@@ -1,4 +1,4 @@
-"""Features and their sums: whatever is computed in two ways gives the same, and the definitions.
+"""Features and their sums: two ways of computing the same quantity agree, with each other and with the definitions.
 
 Layered against dense contractions, stacked against sequential evaluation, sums against products.
 
@@ -40,7 +40,7 @@ from tests.oracles.cases import case
 
 
 def contractions(name: str, spec: KernelSpec) -> dict[str, GradientFeatures]:
-    """The same gradients: as factors, formed layer by layer, some of each, and by differentiating the whole model."""
+    """The same gradients as factors, formed layer by layer, as a mixture, and by differentiating the whole model."""
     model, x = case(name).build().requires_grad_(False), case(name).inputs(3)
     space = select_parameters(model, spec.parameters)
     layered = plan_sites(model, space, x)

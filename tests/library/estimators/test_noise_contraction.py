@@ -1,4 +1,4 @@
-"""How products of `activation` are contracted: the choice by cost, and sketches against the gradients they stand for.
+"""How products of `activation` are contracted: the choice by cost, and sketches against explicit gradients.
 
 Axes: R blocks, n examples, C outputs, k columns of a sketch.
 """
@@ -82,7 +82,7 @@ def test_the_sketch_is_the_projection_of_the_layers_gradients(name: str):
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 @pytest.mark.parametrize("name", ["deep_sign_mlp", "attention"])
 def test_calibration_sees_the_products_that_a_tile_is_made_of(name: str, outputs: str):
-    """With fewer blocks than the sketch has groups; a readout and a layer of weights beside the sketch."""
+    """With fewer blocks than the sketch has groups, and with a readout and a layer of weights beside the sketch."""
     features, spec = sketched(name, outputs=outputs)
     assert features.num_sketch_groups != features.num_blocks
     rows = all_rows(features, case(name).inputs(3))
@@ -96,7 +96,7 @@ def test_calibration_sees_the_products_that_a_tile_is_made_of(name: str, outputs
 @pytest.mark.statistical
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
-    """With the draws kept, over 400 sketches; the variance between groups is that over sketches."""
+    """Over 400 sketches of the same draws: the variance between groups equals the variance over sketches."""
     features, spec = sketched("deep_sign_mlp", outputs=outputs)
     exact, exact_spec = contracted("deep_sign_mlp", formed=True, outputs=outputs)
     formed = all_rows(exact, case("deep_sign_mlp").inputs(3))
@@ -114,7 +114,7 @@ def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
 
 @pytest.mark.statistical
 def test_intervals_of_a_sign_network_cover_the_quadrature_exact_and_sketched():
-    """Over 1,000 seeds that move draws and sketch; the sketch is so short that most of the variance is its own."""
+    """Over 1,000 seeds of draws and sketch; the sketch is so short that it causes most of the variance."""
     name, x = "sign_mlp", case("sign_mlp").inputs(3)
     options = {"gamma": 1.0, "estimator": "activation", "draws": 256, "design": "antithetic"}
     specs = [KernelSpec(contraction="means", **options), KernelSpec(contraction="sketch", sketch=64, **options)]

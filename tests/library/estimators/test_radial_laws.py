@@ -1,6 +1,6 @@
 """Every kernel under every radial law against quadrature, at a corrected 0.1 % and with power; one seed, many draws.
 
-The Gaussian's own tests are in `test_unbiased`; what a law is, in `test_laws`.
+`test_unbiased` tests the Gaussian law; `test_laws` tests the laws themselves.
 
 Axes: S draws, n examples.
 """
@@ -19,12 +19,12 @@ BLOCKS = 32
 
 
 def enough(unit: str, name: str) -> int:
-    """Draws for the power: the fractional law is dense where a sign rarely flips."""
+    """The draws needed for power; the fractional law concentrates at lengths that rarely flip a sign."""
     return 1 << 19 if (unit, name) == ("sign", "fractional") else 1 << 17
 
 
 def assert_unbiased(problem: Problem, estimator: str, *, draws: int, design: str = "iid") -> None:
-    """One estimate, its own standard error and Student's t."""
+    """Compare one estimate with the exact kernel by its own standard error and Student's t."""
     result = runs(problem, estimator, range(1), draws=draws, blocks=BLOCKS, design=design)
     exact = problem.exact()
     assert_agrees(result.centre[0], exact, result.stderr[0], BLOCKS, rounding=1e-12)

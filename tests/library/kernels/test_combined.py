@@ -1,4 +1,4 @@
-"""Weights of draws, noise of models and asked accuracies together: each was tested alone, here they meet.
+"""Weights of draws, noise of models and a requested accuracy in combination; other files test each alone.
 
 Axes: s draws, n examples, c outputs.
 """
@@ -23,7 +23,7 @@ GAMMA, DRAWS, BLOCKS, TAU = 0.7, 48, 4, 0.3
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
 @pytest.mark.parametrize("per_example", [False, True])
 def test_weights_see_the_noise_of_their_draw(per_example, design):
-    """Dense: every draw's two evaluations and its score under the noise of its group."""
+    """Against a dense computation: each draw's two evaluations and its score use the noise of its group."""
     model = network(Dropout(0.4))
     space = select_parameters(model)
     drawing = Drawing(Gaussian(GAMMA), DRAWS, BLOCKS, space.num_parameters, design)
@@ -50,7 +50,7 @@ def test_weights_see_the_noise_of_their_draw(per_example, design):
 
 
 def outputs_of(model: torch.nn.Module, group: int) -> torch.Tensor:
-    """f(x; θ) under the noise of a group; `model` is outside of it under that of group 0, as a kernel's copy is."""
+    """f(x; θ) under the noise of a group; otherwise `model` is under the noise of group 0, like a kernel's copy."""
     with fixed_noise(model, 0, group), torch.no_grad():
         return model(X)
 
@@ -69,7 +69,7 @@ def test_an_asked_accuracy_is_reached(noise, weighting):
     assert result.reached
     again = nonlocal_kernel(model, x, draws=result.draws, **options)
     assert torch.equal(result.kernel, again.kernel)
-    # two independent kernels of that accuracy differ by no more than both errors, at 95 % each
+    # two independent kernels of that accuracy differ by at most the sum of their errors, at 95 % each
     other = nonlocal_kernel(model, x, draws=result.draws, seed=1, **options)
     distance = np.linalg.norm((result.kernel - other.kernel).numpy()) / np.linalg.norm(other.kernel.numpy())
     assert 0 < distance < 0.5

@@ -1,4 +1,4 @@
-"""Kernels with error bars against their definitions, given the draws: every estimator, design and treatment of outputs.
+"""Kernels with error bars against their definitions, given the draws: every estimator, design and way to treat outputs.
 
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs.
 """
@@ -22,7 +22,7 @@ JUMPS = [entry.name for entry in CASES if not entry.lipschitz]
 
 
 def estimate(model: nn.Module, x1: Tensor, x2: Tensor | None, spec: KernelSpec, **options) -> KernelEstimate:
-    """The public function called as the spec says."""
+    """Call the public function that the spec describes."""
     arguments = {
         "distribution": spec.distribution, "design": spec.design, "draws": spec.draws, "blocks": spec.blocks,
         "seed": spec.seed, "outputs": spec.outputs, "scale": spec.scale, "parameters": spec.parameters,
@@ -222,7 +222,7 @@ def test_small_ranges_give_the_local_kernel_by_gradients(name: str, kind: str, e
 
 
 def test_small_ranges_give_the_local_kernel_by_differences():
-    """At γ = 1e-4 the kernel is the local one to 1e-3 and what is left is noise, of which the estimate itself tells."""
+    """At γ = 1e-4 the kernel equals the local one to 1e-3; the rest is noise, as the estimate itself states."""
     entry, local = case("tanh_mlp"), local_kernel(case("tanh_mlp").build(), case("tanh_mlp").inputs(4)).numpy()
     for kind in ("nonlocal", "covariance"):
         spec = KernelSpec(

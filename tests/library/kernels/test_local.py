@@ -53,7 +53,7 @@ def built_in(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def assert_local(model: nn.Module, x1: Tensor, x2: Tensor | None = None, patterns: Sequence[str] = ("*",)) -> None:
-    """Equal to brute force within 1e-10 of the largest entry, for all ways of treating outputs."""
+    """Check equality with brute force to 1e-10 of the largest entry, for all ways to treat outputs."""
     first = brute_force.per_example_gradients(model, x1, patterns)
     second = first if x2 is None else brute_force.per_example_gradients(model, x2, patterns)
     for outputs in ("trace", "full", first.shape[1] - 1):
@@ -78,7 +78,7 @@ def test_built_in_models(name: str):
 
 
 def some_of_the_parameters() -> list[tuple[str, str]]:
-    """Every case with the weights alone, the biases alone, and one layer alone, where it has such."""
+    """Every case with only its weights, only its biases, and only one layer, if it has them."""
     chosen = []
     for entry in CASES:
         names = [name for name, _ in entry.build().named_parameters()]
@@ -113,7 +113,7 @@ def test_a_shared_parameter_is_selected_by_any_of_its_names():
 
 
 def test_the_plan_takes_the_short_way_where_there_is_one():
-    """A plan that differentiates everything as a whole would be right as well: and a thousand times slower."""
+    """A plan that differentiates the model as a whole would be right too, but a thousand times slower."""
     plans = {}
     for name in ("relu_mlp", "convnet", "tied_weights", "raw_parameters", "attention"):
         model = case(name).build()
@@ -205,7 +205,7 @@ def test_models_that_look_at_their_batch_are_refused():
 
 
 class WithPositions(nn.Module):
-    """Layers that are fed the same single row, whatever the examples: learned positions, and a constant."""
+    """Layers that get the same single row for all examples: learned positions and a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_inputs_that_a_model_writes_to_stay_as_they_were():
 
 
 class Single(nn.Module):
-    """Holds a constant that no `.to` moves, so that it runs in float32 alone."""
+    """Holds a constant that `.to` does not convert, so that it runs only in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def test_models_that_run_in_float32_alone_have_no_checked_gradients():
 
 
 class Full(nn.Module):
-    """A raw parameter, and no memory for a pass."""
+    """A raw parameter, and a forward pass that runs out of memory."""
 
     def __init__(self, message: str) -> None:
         super().__init__()

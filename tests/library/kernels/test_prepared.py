@@ -1,4 +1,4 @@
-"""`prepare_kernel`, the arguments of the public functions, and what an estimate can be turned into."""
+"""`prepare_kernel`, the arguments of the public functions, and conversions of an estimate."""
 
 import inspect
 from collections.abc import Callable
@@ -106,7 +106,7 @@ def test_laws_are_accepted_as_objects_names_and_mappings():
 
 
 class Shell:
-    """A law of a user's own: the sphere, written as a plain class."""
+    """A user's law: the sphere, written as a plain class."""
 
     name, normalised = "shell", True
 

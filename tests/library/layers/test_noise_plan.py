@@ -1,4 +1,4 @@
-"""Where the estimator `activation` applies: which parameters go which way, what is refused, and what `auto` chooses.
+"""When the estimator `activation` applies, how it treats each parameter, what it refuses, and what `auto` chooses.
 
 Axes: n examples.
 """
@@ -18,11 +18,11 @@ from nntk_dist.spec import KernelSpec
 from tests.harness.tools import all_rows, assert_equal, prepared_features
 from tests.oracles.cases import Activate, case, mlp
 
-# What it refuses, and what it leaves open -----------------------------------------------------------------------------
+# What it refuses and what it leaves open ------------------------------------------------------------------------------
 
 
 class Hidden(nn.Module):
-    """Uses the weight of a layer behind the layer's back."""
+    """Uses the weight of a layer without calling the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,8 +163,9 @@ def test_zero_vectors_have_no_gradient():
 
 
 def test_entries_of_examples_that_no_draw_changed_are_unresolved_though_the_readout_is_known():
-    """At a tiny range a sign network's hidden units stay as they are; only the last example lies at a threshold, by
-    much less than the range and much more than rounding, which would make it another function in other batches.
+    """At a tiny range a sign network's hidden units do not change, except for the last example, which lies at a
+    threshold. Its distance is much less than the range, and much more than rounding, so that the outputs do not depend
+    on the batch.
     """
     model = mlp(Activate(torch.sign), bias=False).double()
     x = torch.randn(4, 4, dtype=torch.float64)

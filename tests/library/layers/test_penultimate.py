@@ -1,4 +1,4 @@
-"""The layer before the readout: found where it is, refused where it is not, and the same kernel as without it.
+"""The layer before the readout: found if there is one, and the same kernel as without its special treatment.
 
 Axes: n examples, s/t draws, C outputs, o units.
 """
@@ -42,7 +42,7 @@ class Doubled(nn.Module):
 
 
 class Skipping(nn.Module):
-    """A network whose readout is not all of the output."""
+    """A network whose output is more than its readout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Skipping(nn.Module):
 
 
 class Turning(nn.Module):
-    """A network that normalises its hidden units where there are more than three examples, and only there."""
+    """A network that normalises its hidden units only if there are more than three examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_a_readout_is_all_of_the_output():
 
 
 def test_slopes_and_shares_give_the_gradients_again():
-    """Units of which one output, or none, takes anything too."""
+    """Also for units that only one output uses, or none."""
     model = network(nn.Tanh())
     weight = model[2].weight
     weight[:, 0], weight[1:, 1] = 0.0, 0.0
@@ -122,7 +122,7 @@ def test_slopes_and_shares_give_the_gradients_again():
 
 @pytest.mark.parametrize("name", ["relu_mlp", "tanh_mlp", "deep_relu_mlp"])
 def test_kernels_that_share_slopes_are_those_that_do_not(name):
-    """Against brute force, and the layer's gradients take one output's room."""
+    """Against brute force; the layer's gradients take the memory of one output."""
     model, x = case(name).build(), case(name).inputs(4)
     assert_equal(local_kernel(model, x), brute_force.local_kernel(model, x, x))
     spec = KernelSpec(kind="averaged", statistic="plugin", gamma=0.6, draws=8, blocks=4, contraction="layered")
@@ -235,7 +235,7 @@ def test_slopes_of_a_model_with_noise():
 
 @pytest.mark.parametrize("moved", [True, False])
 def test_slopes_come_whole_with_the_first_of_some_outputs(moved):
-    """Also where a unit gives something to the last output alone, so that the first ones do not tell its slope."""
+    """Also if only the last output uses a unit, so that the first ones do not determine its slope."""
     (x1, x2), model = inputs_of_two_row_sets(), wide()
     with torch.no_grad():
         model[4].weight[:2, 0] = 0.0
@@ -255,7 +255,7 @@ def test_slopes_come_whole_with_the_first_of_some_outputs(moved):
 
 
 def test_weights_of_pairs_are_those_of_the_moved_readout():
-    """From draws alone, in the model's float32: the numbers that a pass had, products of them in float64."""
+    """Computed from draws alone: weights in float32, as in a pass over the model, and their products in float64."""
     model = prepare_model(wide(), dtype=torch.float32, device="cpu")
     space, spec = select_parameters(model), KernelSpec(estimator="autodiff", gamma=0.6, draws=12, blocks=4)
     drawing = spec.drawing("autodiff", space, model)
@@ -282,7 +282,7 @@ def test_bare_slopes_are_derivatives_and_nothing_where_no_output_takes_any():
 
 
 class Leaving(nn.Module):
-    """A network whose readout is not the last where there are more than three examples, and only there."""
+    """A network whose readout is not the last layer if there are more than three examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -315,7 +315,7 @@ def test_a_model_that_goes_another_way_is_refused():
         features.compute(x, torch.arange(6), range(1), features.columns)
 
 
-# What gradients rest on besides ---------------------------------------------------------------------------------------
+# What else gradients depend on ----------------------------------------------------------------------------------------
 
 
 def test_parameters_move_in_place_and_come_back():
@@ -340,7 +340,7 @@ def test_parameters_move_in_place_and_come_back():
 
 
 class Rounded(torch.autograd.Function):
-    """Its backward is one that vmap cannot take."""
+    """Has a backward that vmap cannot handle."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

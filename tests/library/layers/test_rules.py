@@ -1,4 +1,4 @@
-"""Rules of layers: a class of one's own brings one, and a wrong one is found out."""
+"""Rules of layers: a user's class can bring its own, and a wrong one is detected."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from nntk_dist.models.parameters import select_parameters
 
 
 class Scale(nn.Module):
-    """x · weight, number by number."""
+    """x · weight, elementwise."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The sketch of gradients: given its probes it is their explicit projection, over probes it is right on average.
+"""The sketch of gradients: given its probes it is their explicit projection, and it is unbiased over probes.
 
 The oracle forms every gradient by automatic differentiation, one example and one draw at a time, and projects it with
 the library's probes by loops over parameters and columns.
@@ -65,8 +65,9 @@ def probe(sketch: Sketch, name: str, side: int, coordinates: Array) -> Array:
 def sketch_by_definition(
     gradients: Array, sketch: Sketch, shapes: dict[str, tuple[int, ...]], joined: dict[str, str]
 ) -> Array:
-    """√(2/k) Σ_pc u_pcᵀ G_pc v_p of gradients (…, C, P), real and imaginary parts in turn: joint (…, k), all outputs'
-    u being different, else (…, C, k). `joined` biases are one more input of a weight: u of the weight, v of their own.
+    """√(2/k) Σ_pc u_pcᵀ G_pc v_p of gradients (…, C, P), real and imaginary parts in turn: (…, k) if joint, with a
+    different u for each output, else (…, C, k). `joined` biases are one more input of a weight: they share its u and
+    have their own v.
     """
     size, num_outputs = sketch.num_columns, gradients.shape[-2]
     total = np.zeros((*gradients.shape[:-1], size // 2), dtype=complex)
@@ -89,7 +90,7 @@ def sketch_by_definition(
 
 
 def joined_biases(model: nn.Module) -> dict[str, str]:
-    """Biases that go with the weight of their layer: of Linear layers and convolutions, in one module alone."""
+    """Biases sketched with the weight of their layer: of Linear layers and convolutions, used by one module only."""
     owners = [
         (f"{path}.bias", f"{path}.weight")
         for path, module in model.named_modules()
@@ -161,7 +162,7 @@ def test_draws_in_portions_have_the_same_bits_and_outputs_in_portions_the_same_p
         first, last = (features.compute(x, ids, range(8), columns)["sketch"] for columns in ((2, 0), (1,)))
         if outputs == "full":
             assert_equal(first, whole[:, :, [2, 0]])
-        else:  # outputs add up: each has probes of its own
+        else:  # outputs add up: each has its own probes
             assert_equal(first + last, whole)
             assert not torch.allclose(first, whole)
 
@@ -181,7 +182,7 @@ def test_formed_gradients_give_the_same_sketch(name):
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_rows_in_batches_are_the_same_rows(batch):
-    """Padded, so that a row's bits depend on its place in its batch alone."""
+    """Batches are padded, so that a row's bits depend only on its place in its batch."""
     model, x = problem("attention")
     features, _ = prepared_features(model, x, spec_of())
     ids = torch.arange(len(x))
@@ -192,7 +193,7 @@ def test_rows_in_batches_are_the_same_rows(batch):
 
 
 def test_probes_that_do_not_fit_are_made_anew_and_the_same(monkeypatch):
-    """And products in portions of columns, which change the rounding at most."""
+    """Products in portions of columns change the rounding at most."""
     model, x = problem("transformer")
     features, _ = prepared_features(model, x, spec_of(sketch=512))
     whole = all_rows(features, x)["sketch"]

@@ -1,4 +1,4 @@
-"""Black boxes: plain NumPy functions of (params, x), against the definition written out with those same functions."""
+"""Black boxes: plain NumPy functions of (params, x), against the definition written with the same functions."""
 
 import copy
 from collections.abc import Callable
@@ -159,7 +159,7 @@ def test_a_black_box_is_the_network_that_it_computes():
 
 
 def seen_by_function(dtype: torch.dtype, x: torch.Tensor) -> tuple[Array, Array]:
-    """What fn is given when the module is prepared and called at a dtype."""
+    """The arguments of fn when the module is prepared and called at a dtype."""
     seen: list[Array] = []
 
     def fn(params: Array, x: Array) -> Array:
@@ -193,7 +193,7 @@ def test_a_function_may_change_its_arguments():
 
 
 def test_a_black_box_may_be_a_part_of_a_network():
-    """Behind a layer of torch, and with that layer's parameters left out."""
+    """After a torch layer, also with that layer's parameters left out."""
     model = nn.Sequential(nn.Linear(3, 2).double(), BlackBox(lambda params, h: np.sign(h @ params), np.ones(2)))
     estimate = nonlocal_kernel(model, torch.from_numpy(inputs(4)), gamma=1.0, draws=32, parameters=["1.params"])
     assert (estimate.estimator, estimate.num_parameters) == ("weight", 2)
@@ -270,7 +270,7 @@ def build(input_shape, num_outputs):
 
 
 def test_black_boxes_go_through_the_pipeline(tmp_path, monkeypatch):
-    """Built by python:module:function in float32, and rebuilt by the worker: the kernel that the library computes."""
+    """Built by python:module:function in float32 and rebuilt by the worker, it gives the library's kernel."""
     (tmp_path / "own_black_box.py").write_text(BUILDER)
     monkeypatch.syspath_prepend(tmp_path)
     sets = ("model.builder=python:own_black_box:build", "model.args={}", "data.train=19", "data.test=5")

@@ -1,6 +1,6 @@
-"""Brownian paths: their law at fixed points and over scales, and that one path is one function wherever it is seen.
+"""Brownian paths: their law at fixed points and over scales; each path is one function for all batches and calls.
 
-Axes: j units, each with a path of its own; k points.
+Axes: j units, each with its own path; k points.
 """
 
 import math
@@ -26,7 +26,7 @@ def paths(points: list[float] | np.ndarray, num_units: int, noise: Noise | None 
 
 
 def test_covariance_is_the_shorter_distance_from_zero_on_the_same_side():
-    """Independent increments on disjoint intervals, the two sides of zero apart: one statement. Points are multiples of
+    """Equivalent to independent increments on disjoint intervals and independent sides of zero. Points are multiples of
     the resolution; neighbours share cells of every size.
     """
     steps = [
@@ -64,7 +64,7 @@ def test_squared_increments_are_their_lengths_at_every_scale():
 
 @pytest.mark.parametrize("level", [6, 9, 12])
 def test_quadratic_variation(level):
-    """Σ (increments)² over 2^level cells has mean 1 and variance 2/2^level: normals that met twice would add to it."""
+    """Σ (increments)² over 2^level cells has mean 1 and variance 2/2^level: a normal used twice would add to it."""
     values = paths(np.linspace(-1.0, 0.0, (1 << level) + 1), 40)
     variation = (np.diff(values, axis=0) ** 2).sum(0)
     assert_mean_agrees(variation, np.array(1.0))
@@ -73,7 +73,7 @@ def test_quadratic_variation(level):
 
 @pytest.mark.parametrize("centre", [0.0, 1 / 256, -3 / 256, 0.5, 0.5 + 1 / 512, -1.0 / 3, 5 / 65536])
 def test_continuity(centre):
-    """A quarter of the finest cell at a time, across cells of every size: at most seven deviations of that cell."""
+    """Steps of 1/4 of the finest cell, across cells of every size, change W by at most 7/4 deviations of that cell."""
     grid = centre + np.arange(-256, 257) * FINEST / 4
     assert np.abs(np.diff(paths(grid, 20), axis=0)).max() <= 7 * math.sqrt(FINEST) / 4
 
@@ -119,7 +119,7 @@ def test_what_is_not_finite_stays_visible():
 
 
 def test_the_scale_of_the_reach_is_brownian():
-    """E B(u)² = |u| whatever the reach, and the same path read at another scale."""
+    """E B(u)² = |u| for every reach; another reach is the same path at another scale."""
     u = torch.full((1, 4000), 1.5, dtype=torch.float64)
     for reach in (2.0, 30.0):
         assert_mean_agrees(BrownianActivation(reach=reach).eval().path(u)[0].numpy() ** 2, np.array(1.5))
@@ -129,7 +129,7 @@ def test_the_scale_of_the_reach_is_brownian():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_stacked_networks_are_networks_in_turn(dtype):
-    """To ten roundings of a pre-activation below 4, as steep as seven deviations of the finest cell make it."""
+    """Within ten roundings of a pre-activation below 4, with slopes of up to seven deviations of the finest cell."""
     args = {"widths": [6], "activation": {"name": "brownian", "sigma": 0.2}, "bias": False}
     models = [build_model("mlp", args, input_shape=(5,), num_outputs=3, seed=seed).to(dtype) for seed in range(3)]
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -141,7 +141,7 @@ def test_stacked_networks_are_networks_in_turn(dtype):
 
 
 def test_deep_networks_are_not_refused_for_the_rounding_that_they_magnify():
-    """In float64; `activation` too, whose plan compares outputs that are equal but for rounding."""
+    """In float64, and with `activation`, whose plan compares outputs that agree up to rounding."""
     args = {"widths": [16] * 4, "activation": {"name": "brownian", "sigma": 0.3}}
     model = build_model("mlp", args, input_shape=(8,), num_outputs=3, seed=0).double()
     x = torch.randn(9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Checkpoints: both formats, nested and tied ones, and every way in which a file may not fit."""
+"""Checkpoints: both formats, nested and tied ones, and every kind of mismatch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dropout: its masks, its place in models of torch and in the builders, what it refuses.
+"""Dropout: its masks, its place in torch models and in the builders, and refusals.
 
 Axes: n examples, then the axes of a unit.
 """
@@ -18,7 +18,7 @@ from nntk_dist.models.noise import noise_modules
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_masks_leave_out_their_share_and_keep_the_mean(p):
-    """Binomial over 20,000 units at 0.1 %; neighbours in units and groups independent."""
+    """Binomial over 20,000 units at 0.1 %; neighbouring units and groups are independent."""
     layer, u = Dropout(p).eval(), torch.full((3, 20_000), 2.0, dtype=torch.float64)
     masks = []
     for group in range(2):

@@ -1,4 +1,4 @@
-"""Models with noise: which noise a pass has, and that a draw is one random function in all estimators.
+"""Models with noise: the noise of each pass; a draw is one random function in all estimators.
 
 Axes: n examples, S draws, C outputs.
 """
@@ -56,7 +56,7 @@ def test_numbers_are_those_that_the_contract_names():
 
 
 def test_every_request_of_a_pass_has_numbers_of_its_own():
-    """A module called twice has fresh noise, the same in the next pass; a Brownian path is one path."""
+    """A module called twice gets fresh noise, which the next pass repeats; a Brownian path stays one path."""
     model, seen = Twice(Dropout(0.5)), []
     model.noise.register_forward_hook(lambda module, args, out: seen.append(out / args[0]))
     with fixed_noise(model.double().eval()):
@@ -109,7 +109,7 @@ def test_torch_func_takes_a_fixed_pass(noisy, dtype):
         torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance)
 
 
-# What a draw is: the same network without noise, its masks written out as constants.
+# The definition of a draw: the same network without noise, with its masks as constants.
 
 
 class Mask(nn.Module):
@@ -146,7 +146,7 @@ SPECS = {
     ],
 )
 def test_a_draw_is_the_network_with_the_mask_of_its_group(name, design):
-    """Features of every draw, both evaluations in it, against those of a network without noise, which has that mask."""
+    """Each draw's features, with both evaluations, against a network that has that mask and no noise."""
     spec = KernelSpec(gamma=0.5, design=design, draws=8, blocks=4, seed=13, **SPECS[name])
     model = network(Dropout(P_DROP))
     features, decision = prepared_features(model, X, spec)
@@ -179,7 +179,7 @@ def test_groups_of_consecutive_draws(design, size):
 
 
 def test_a_brownian_draw_is_one_set_of_paths_in_both_evaluations():
-    """Differences of every draw from plain passes of the network itself."""
+    """Differences of every draw against plain passes of the network."""
     spec = KernelSpec(gamma=0.5, estimator="weight", design="antithetic", draws=8, blocks=4, seed=13)
     model = network(activation=BrownianActivation(0.3))
     features, _ = prepared_features(model, X, spec)
@@ -214,7 +214,7 @@ def test_features_do_not_depend_on_batches_or_chunks_of_draws(words):
 
 
 def test_unbiased_and_plugin_are_those_of_the_draws():
-    """The whole way of `weight`: perturbations and masks handed to brute force."""
+    """The estimator `weight` against brute force, which gets its perturbations and masks."""
     spec = KernelSpec(gamma=0.5, estimator="weight", draws=16, blocks=4, seed=3)
     model = network(Dropout(P_DROP))
     drawing = spec.drawing("weight", select_parameters(model), model)
@@ -231,8 +231,8 @@ def test_unbiased_and_plugin_are_those_of_the_draws():
 
 @pytest.mark.statistical
 def test_estimators_agree_on_a_network_with_dropout():
-    """Within their standard errors; the network without noise is another one (dropout right before a linear readout
-    would not change the mean function, so it is behind both layers).
+    """Within their standard errors, which the network without noise is not. Dropout right before a linear readout would
+    not change the mean function, so it is behind both layers.
     """
     model, options = seeded(Twice(Dropout(P_DROP))), {"gamma": 0.6, "blocks": 16, "design": "antithetic"}
     draws = {"weight": 2048, "autodiff": 512, "activation": 512}

@@ -1,7 +1,7 @@
-"""Kernels of units with noise against enumeration of masks and closed forms: right on average, and covered.
+"""Kernels of units with noise against enumeration of masks and closed forms: unbiased, with the stated coverage.
 
-Features are filled in for all draws at once, as in `many_seeds`: with dropout those of the library, which a test
-compares; with Brownian paths those of a library whose draws have the paths of different units, not groups.
+Features of all draws are computed directly in one step, as in `many_seeds`. With dropout they equal the library's, as a
+test checks; with Brownian paths, draws use the paths of different units instead of different groups.
 
 Axes: T seeds, S draws, R blocks, n examples, P parameters.
 """
@@ -44,7 +44,7 @@ class Thinned:
 
     @property
     def num_parameters(self) -> int:
-        """Fewer where the closed form of a mask is slow."""
+        """The number of parameters: fewer if the closed form of a mask is slow."""
         return P if self.kind == "nonlocal" else P - 1
 
     @property
@@ -74,16 +74,14 @@ class Thinned:
 
 
 def feature_map(thinned: Thinned, spec: KernelSpec, estimator: str) -> Any:
-    """The library's features of the model, an estimator given; gradients as block means, which is how they are filled
-    in.
-    """
+    """The library's feature map of the model for an estimator."""
     model = prepare_model(thinned.model(), dtype=torch.float64, device="cpu")
     assert isinstance(spec.draws, int)
     return make_feature_map(model, thinned.x, spec, plan_for(estimator, model, thinned.x, spec))
 
 
 def filled_in(thinned: Thinned, drawing: Drawing, features: Any) -> dict[str, Tensor]:
-    """What the features' `compute` computes, all draws at once: masks of every group, from the contract's own words."""
+    """Compute what the features' `compute` returns for all draws in one step; masks are made as the contract says."""
     everything = range(drawing.num_draws)
     groups = torch.arange(drawing.num_draws // drawing.group_size)
     kept = uniform(drawing.seed, Stream.MODEL, groups, thinned.num_parameters, draw=0) > DROPOUT
@@ -134,9 +132,9 @@ CASES = [
 @pytest.mark.statistical
 @pytest.mark.parametrize(("kind", "unit", "estimator", "design", "num_seeds"), CASES)
 def test_dropout_against_all_masks(kind: str, unit: str, estimator: str, design: str, num_seeds: int):
-    """Right on average for the mean function; intervals of nominal 95 % hold its kernel as often as they say.
+    """Unbiased for the mean function; nominal 95 % intervals contain its kernel as often as they should.
 
-    Both that kernel's local version and the kernel without noise would be found out.
+    The test has the power to reject both that kernel's local version and the kernel without noise.
     """
     thinned = Thinned(unit, kind)
     spec = spec_of(thinned, estimator, design)
@@ -161,8 +159,8 @@ def test_features_filled_in_are_those_of_the_library(kind: str, unit: str, estim
 
 @pytest.mark.statistical
 def test_activation_with_dropout():
-    """One run of 1,024 draws, whose error is a seventh of the mean diagonal: enough to see masks that draws share, or
-    none. That draws have the masks of their groups is tested exactly elsewhere.
+    """One run of 1,024 draws, whose error is a seventh of the mean diagonal: enough to detect masks that are missing or
+    shared by draws. Another test checks exactly that draws have the masks of their groups.
     """
     thinned = Thinned("sign")
     estimate = nonlocal_kernel(
@@ -180,8 +178,8 @@ SIGMA = 0.4
 @pytest.mark.statistical
 @pytest.mark.parametrize(("kind", "num_seeds"), [("nonlocal", 500), ("covariance", 200)])
 def test_brownian_units_against_closed_forms(kind: str, num_seeds: int):
-    """relu(θ·x) + σB(θ·x): the mean function is the relu, so the nonlocal kernel is the relu's, however rough a draw;
-    the covariance kernel has the paths' part on top.
+    """relu(θ·x) + σB(θ·x): the mean function is the relu, so the nonlocal kernel is the relu's, however rough a draw
+    is. The covariance kernel adds the part of the paths.
     """
     problem = Problem("relu", P, kind, GAMMA)
     theta, x, activation = torch.from_numpy(problem.theta), torch.from_numpy(problem.x), BrownianActivation(SIGMA)

@@ -1,5 +1,5 @@
-"""The decision as a value: it survives JSON, follows another number of draws without a model, and nobody decides again;
-estimators are registered objects, tried in order, and only `Unavailable` makes `auto` go on.
+"""The decision as a value: it survives JSON, adapts to another number of draws without a model, and is made only once.
+Estimators are registered objects, tried in order, and only `Unavailable` makes `auto` go on.
 """
 
 import json
@@ -66,7 +66,7 @@ def test_a_decision_survives_json_and_makes_the_same_features(name, monkeypatch)
 
 @pytest.mark.parametrize("name", ["means of differences", "autodiff", "sketch", "activation"])
 def test_another_number_of_draws_takes_no_model(name):
-    """The same as what is decided for that number from the start, but for what is said of the model."""
+    """The same as a decision for that number from the start, except for what it states about the model."""
     model, x, spec, decision = decided(name)
     for draws in (16, 512):
         expected = plan_for(decision.estimator, model, x, replace(spec, draws=draws))
@@ -76,7 +76,7 @@ def test_another_number_of_draws_takes_no_model(name):
 
 
 def _trials(decision: Decision) -> dict[str, bool]:
-    """What was tried with the draws as they are, and stands for any number."""
+    """Results of trials with the original draws, which hold for any number of draws."""
     plan: Any = decision.plan
     return {"low_rank_passes": plan.low_rank_passes} if decision.estimator == "weight" else {}
 
@@ -121,7 +121,7 @@ def test_plain_values_keep_their_types():
 
 @dataclass(frozen=True)
 class Doubling(Weight):
-    """Output differences by another name: an estimator of one's own."""
+    """A user's estimator: output differences under another name."""
 
     def statement(self, plan, space) -> str:
         return "an estimator of one's own"
@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_differentiated_is_evaluated_instead(error):
 
 
 def test_a_contraction_needs_gradients():
-    """Where `auto` takes differences only once the model is there."""
+    """When `auto` falls back to differences only after it has seen the model."""
     with pytest.raises(
         ArgumentError,
         match=r"contraction is 'means', but the estimator is weight \(autodiff is unavailable: .*\), which forms no",

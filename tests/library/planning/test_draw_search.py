@@ -1,4 +1,4 @@
-"""Kernels with an asked accuracy: errors made against closed forms and long runs, and what the result says of them.
+"""Kernels with a requested accuracy: actual errors, against closed forms and long runs, and the errors stated.
 
 Axes: T seeds, n examples, P parameters.
 """
@@ -26,7 +26,7 @@ FUNCTIONS = {"nonlocal": nonlocal_kernel, "covariance": covariance_kernel, "aver
     ],
 )
 def test_errors_made_are_below_rtol(kind, unit, design, rtol):
-    """Of at least 36 of 40 seeds; and not from the first look, which has too few draws for most of them."""
+    """For at least 36 of 40 seeds; and not after the first look, which has too few draws for most of them."""
     problem = Problem(unit, 4, kind)
     x, exact = torch.from_numpy(problem.x), torch.from_numpy(problem.exact())
     below, draws = 0, []
@@ -45,7 +45,7 @@ def test_errors_made_are_below_rtol(kind, unit, design, rtol):
 
 @pytest.mark.statistical
 def test_fewer_draws_would_not_do():
-    """An eighth of the draws that are taken miss the asked accuracy in more than a tenth of 40 runs."""
+    """An eighth of the draws misses the requested accuracy in more than a tenth of 40 runs."""
     problem = Problem("sign", 4)
     x, exact = torch.from_numpy(problem.x), torch.from_numpy(problem.exact())
     options = {"gamma": problem.gamma, "estimator": "weight"}

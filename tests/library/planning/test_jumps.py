@@ -1,4 +1,4 @@
-"""Where gradients may be trusted: smooth models and kinks pass, jumps are refused however they are dressed up.
+"""When gradients are valid: smooth models and kinks pass, jumps of every form are refused.
 
 Axes: n examples, C outputs.
 """
@@ -29,7 +29,7 @@ REFUSED = (
 
 
 class ArgMax(nn.Module):
-    """One where the largest unit is, zero elsewhere; a product keeps it on the graph."""
+    """One for the largest unit, zero for the others; a product keeps it on the graph."""
 
     def forward(self, u: Tensor) -> Tensor:
         return u + (nn.functional.one_hot(u.argmax(-1), u.shape[-1]) - u).detach()
@@ -48,7 +48,7 @@ def probe(model: nn.Module, x: Tensor, *, gamma: float = 1.0, seed: int = 0) -> 
 
 
 def dressed(activation: nn.Module) -> tuple[nn.Module, Tensor]:
-    """A two-layer network around an activation, with parameters of its own."""
+    """A two-layer network around an activation, with drawn parameters, and inputs."""
     torch_model = mlp(activation)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_activations(activation, monkeypatch):
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("seeds", few_and_many(1, 4))
 def test_kinks_pass_with_few_examples_whatever_the_seed(name, n, seeds):
-    """On a segment that a unit is off, or on for the last of it only, the change of f is small: kinks weigh more."""
+    """If a unit is off on a segment, or on only at its end, the change of f is small and kinks weigh more."""
     entry = case(name)
     for seed in seeds:
         result = probe(entry.build(), entry.inputs(n), seed=seed)
@@ -87,7 +87,7 @@ def test_kinks_pass_with_few_examples_whatever_the_seed(name, n, seeds):
 
 
 def test_a_relu_that_is_off_along_some_segments_passes():
-    """The output does not move there; elsewhere it does, and its gradients are right."""
+    """The output is constant along those; along the others it changes, and its gradients are right."""
     entry = case("relu_unit")
     model = entry.build()
     with torch.no_grad():
@@ -124,10 +124,10 @@ def four_units(activation: str, n: int, seed: int) -> tuple[nn.Module, Tensor]:
 
 
 def test_four_units_that_jump_are_seen_at_a_small_range_with_few_examples():
-    """Few of the segments of the run meet a jump there: they alone miss more than half of these models."""
+    """Few of the run's segments meet a jump: without chords, more than half of these models would pass."""
     results = [probe(*four_units("sign", 2, seed), gamma=0.02, seed=seed) for seed in range(10)]
     assert [seed for seed, result in enumerate(results) if result.differentiable] == []
-    # chords are for models that the segments see no jump of, and there are such models here
+    # chords are for models whose jumps the segments miss, and some of these models are such
     assert [result.jump > 0 for result in results] == [result.residual <= 0.01 for result in results]
     assert any(result.jump > 0 for result in results)
 
@@ -142,7 +142,7 @@ def test_chords_meet_the_jumps_of_four_units(activation, n, seeds):
 
 
 class OneWeight(nn.Module):
-    """Some function of θ = 1, whatever x."""
+    """A function of θ = 1 that does not depend on x."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def test_the_size_of_a_jump_is_relative_to_the_range():
         lambda theta: theta + 1e-5 * torch.sign(theta),  # too small to matter
         lambda theta: torch.sin(theta.float()).double(),  # steps of float32's rounding
         lambda theta: 1e9 + theta,
-        lambda theta: torch.log(theta - 1.0) + torch.sign(theta - 1.1),  # not finite: nothing can be said
+        lambda theta: torch.log(theta - 1.0) + torch.sign(theta - 1.1),  # not finite: undecidable
         torch.zeros_like,
     ],
 )

@@ -1,4 +1,4 @@
-"""What is said of a model beside its kernel: calls, batches, modules that look at the mode; and that it survives JSON.
+"""What is reported of a model besides its kernel: calls, batches, modules that depend on the mode; it survives JSON.
 
 Axes: n examples, C outputs.
 """
@@ -18,7 +18,7 @@ from tests.oracles.cases import case
 
 
 class Drifting(nn.Module):
-    """θ at the first call, and 2^-48 more of it at every further one: far below what is refused."""
+    """Returns θ, larger by 2^-48 of itself at each further call: far below the threshold of refusal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Drifting(nn.Module):
 
 
 class Together(nn.Module):
-    """θ·x and a share of the batch's mean."""
+    """θ·x plus a share of the batch's mean."""
 
     def __init__(self, share: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is decided for models with noise, stored of them, and refused.
+"""Decisions for models with noise, what is stored of them, and refusals.
 
 Axes: n examples.
 """
@@ -62,7 +62,7 @@ def test_choices_and_reasons():
 
 
 def test_the_jump_probe_passes_dropout_at_its_fixed_function():
-    """(That it sees Brownian paths is tested with the other activations.)"""
+    """The tests of the other activations check that the probe detects Brownian paths."""
     model = prepare_model(network(Dropout(P_DROP)), dtype=torch.float64, device="cpu")
     space = select_parameters(model)
     for gamma in (1e-3, 1.0):
@@ -71,7 +71,7 @@ def test_the_jump_probe_passes_dropout_at_its_fixed_function():
 
 
 def test_a_readout_that_noise_touches_is_none():
-    """Noise behind the last layer: its gradient is not its input."""
+    """With noise behind the last layer, that layer's gradient is not its input."""
     noisy_end = seeded(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2), Jitter()))
     estimate = nonlocal_kernel(noisy_end, X, gamma=0.5, estimator="activation", draws=16)
     assert "0 lie in the readout" in estimate.reason
@@ -138,7 +138,7 @@ def test_groups_requests_and_modules_out_of_range(monkeypatch):
 
 
 def test_a_decision_is_a_function_of_the_model_alone():
-    """Decisions are made at one fixed random function: the same whatever passes went before."""
+    """Decisions are made at one fixed random function, so that earlier passes do not matter."""
     model = prepare_model(network(Dropout(P_DROP), Jitter()), dtype=torch.float64, device="cpu")
     spec = KernelSpec(gamma=0.5)
     first = decide(model, X, spec, batch=4)

@@ -1,4 +1,4 @@
-"""The noise floor of differences against float32 and float64 evaluated by hand, known answers, and when it warns.
+"""The noise floor of differences: against evaluations in float32 and float64, known answers, and when it warns.
 
 Axes: s draws, n examples, C outputs, P parameters.
 """
@@ -37,7 +37,7 @@ WARNING = (
 
 
 class OneNumber(nn.Module):
-    """f(x; θ) = θ, whatever x."""
+    """f(x; θ) = θ for every x."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class OneNumber(nn.Module):
 
 
 class Single(nn.Linear):
-    """Runs in float32 alone: a constant of its forward pass has that type."""
+    """Runs only in float32: a constant in its forward pass has that type."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) @ torch.eye(self.out_features)
@@ -70,7 +70,7 @@ def perturbations(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
 
 
 def by_length(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
-    """What these perturbations count: 1/|u|², z being u times a scale for each tensor."""
+    """The weights of these perturbations: 1/|u|², where z is u times a scale for each tensor."""
     space = select_parameters(model)
     z = spec.drawing("weight", space, model).perturbations(range(8), dtype=torch.float64)
     if spec.gamma_scale == "relative":
@@ -82,8 +82,8 @@ def by_length(model: nn.Module, spec: KernelSpec) -> torch.Tensor:
 def by_hand(
     model: nn.Module, x: torch.Tensor, z: torch.Tensor, weights: torch.Tensor, still: int = 0
 ) -> tuple[float, ...]:
-    """(change, noise): the parameters overwritten draw by draw, in both types; so many coordinates of z stay
-    where they are.
+    """Compute (change, noise) by overwriting the parameters draw by draw, in both types; the first `still` coordinates
+    of z are set to 0.
     """
     single, exact = copy.deepcopy(model).float(), copy.deepcopy(model).float().double()
     theta = parameters_to_vector(single.parameters()).detach()
@@ -118,7 +118,7 @@ def test_it_is_the_error_of_float32_against_float64(name, gamma, gamma_scale):
 
 
 def test_one_number_near_one_is_rounded_to_its_grid():
-    """At f = θ = 1 z is rounded to multiples of 2^-24 below one and 2^-23 above it, as NumPy rounds it."""
+    """At f = θ = 1, z is rounded to multiples of 2^-24 below one and of 2^-23 above it, as in NumPy."""
     spec = KernelSpec(gamma=1e-5)
     z = perturbations(OneNumber(1.0), spec).numpy()[:, 0]
     error = (np.float32(1.0) + z).astype(np.float64) - 1.0 - z.astype(np.float64)
@@ -230,7 +230,7 @@ def test_differences_below_rounding_are_warned_of_and_the_remedies_work():
 def test_draws_of_which_many_are_lost_are_warned_of(monkeypatch):
     """|z| = R·u^{1/(1−α)}: at α = 0.8 one in ten draws moves float32 parameters by less than ten of their units.
 
-    Stacked: in turn, a model that does not move at all has no rounding of its own, and is zero as it should be.
+    Evaluated stacked: in turn, a model that does not move has no rounding error, and its difference is exactly 0.
     """
     monkeypatch.setattr("nntk_dist.planning.decision.try_stacking", lambda *_, **__: StackingTrial(stacked=True))
     model, x = case("tanh_mlp").build().float(), case("tanh_mlp").inputs(6).float()
@@ -253,7 +253,7 @@ def test_directions_that_overflow_are_refused():
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_noise_at_the_threshold_does_to_a_covariance_kernel_what_the_warning_says(monkeypatch, stacked):
-    """Its diagonal is inflated by the square of the noise: seen where the noise is large."""
+    """Its diagonal is inflated by the square of the noise, which is visible if the noise is large."""
     monkeypatch.setattr("nntk_dist.planning.decision.try_stacking", lambda *_, **__: StackingTrial(stacked))
     model, x = case("tanh_mlp").build().float(), case("tanh_mlp").inputs(6).float()
     with pytest.warns(NNTKWarning, match="rounding in float32"):
@@ -265,7 +265,7 @@ def test_noise_at_the_threshold_does_to_a_covariance_kernel_what_the_warning_say
 
 def test_estimator_activation_warns_too():
     model, x = case("sign_mlp").build().float(), case("sign_mlp").inputs(6).float()
-    with torch.no_grad():  # so large that no sign changes: the readout, which is not perturbed, is all that could move
+    with torch.no_grad():  # so large that no sign changes, and the readout is not perturbed: nothing moves
         model[0].bias.fill_(50.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -27,7 +27,7 @@ def tried(model: nn.Module, x: Tensor, **options: object) -> StackingTrial:
 
 
 class Clock:
-    """Stands in for the trial's clock: so many seconds for a draw in turn and for one stacked; counts evaluations."""
+    """Replaces the trial's clock: fixed seconds for a draw in turn and for a stacked one; counts evaluations."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, in_turn: float, stacked: float) -> None:
         self.calls = 0
@@ -51,7 +51,7 @@ class Clock:
 
 @pytest.mark.parametrize(("stacked", "seconds"), [(True, 1e-4), (False, 9e-4), (False, 2e-3)])
 def test_the_faster_way_is_taken_and_remembered(monkeypatch, stacked, seconds):
-    """In turn 1 ms; near ties count as in turn."""
+    """A draw in turn takes 1 ms; near ties are decided for in turn."""
     model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, round(1e4 * seconds))), torch.randn(2, 3)
     clock = Clock(monkeypatch, in_turn=1e-3, stacked=seconds)
     trial = tried(model, x)
@@ -67,15 +67,15 @@ def test_the_faster_way_is_taken_and_remembered(monkeypatch, stacked, seconds):
 
 @pytest.mark.parametrize("design", ["iid", "antithetic", "orthogonal"])
 def test_the_number_of_draws_and_the_seed_change_no_answer(monkeypatch, design):
-    """A search for `rtol` begins with few draws; who asks at once for those it found gets the same evaluation."""
+    """A search for `rtol` begins with few draws; a run that starts with the number found is evaluated the same way."""
     model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 8)), torch.randn(4, 3)
     Clock(monkeypatch, in_turn=1e-3, stacked=1e-4)
     trial = tried(model, x, draws=64, design=design)
     assert trial.stacked
-    Clock(monkeypatch, in_turn=1e-3, stacked=1e-2)  # what would be found now is the opposite
+    Clock(monkeypatch, in_turn=1e-3, stacked=1e-2)  # a new trial would find the opposite
     assert tried(model, x, draws=256, design=design) == trial
     assert tried(model, x, draws=128, seed=1, design=design) == trial
-    assert not tried(model, x, draws=64, design=design, distribution="sphere").stacked  # asked for the first time
+    assert not tried(model, x, draws=64, design=design, distribution="sphere").stacked  # a new trial
 
 
 def test_the_trial_has_the_threads_of_those_it_is_for(monkeypatch):
@@ -115,7 +115,7 @@ def test_long_passes_are_not_stacked_and_stacking_is_not_even_tried(monkeypatch)
 
 
 class Branching(nn.Module):
-    """Looks at its parameters' values, which vmap refuses."""
+    """Branches on its parameters' values, which vmap refuses."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How features describe themselves: every estimator's answers against what it computes and multiplies.
+"""How features describe themselves: every estimator's answers against its actual arrays and products.
 
 Axes: n rows, S draws, R blocks, C outputs.
 """
@@ -97,7 +97,7 @@ def test_a_given_metric_gives_the_same_products(kind):
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 @pytest.mark.parametrize("kind", ["means", "sketch", "averaged", "weight", "covariance"])
 def test_operations_of_an_entry_are_the_lengths_of_its_products(kind, outputs, stderr):
-    """Kernels of plain matrix products, not counting what multiplies products entry by entry."""
+    """For kernels of plain matrix products, not counting elementwise multiplications of the products."""
     spec, features = features_of(kind, outputs)
     wanted, rows = Wanted(stderr), all_rows(features, case("tanh_mlp").inputs(6))
     prepared = features.prepare(rows, wanted)

@@ -40,7 +40,7 @@ CALIBRATION = Calibration(level=1.0, relative_error=0.1, num_entries=1)
 
 
 def means(count: int, length: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Block means of two row sets in float32; half of the rows are in both, where `within` is largest."""
+    """Block means of two row sets in float32; half of the rows are in both, which makes `within` largest."""
     generator = torch.Generator().manual_seed(seed)
     signal = torch.randn(count, 1, 1, length, generator=generator)
     first, second = (signal + noise * torch.randn(count, BLOCKS, 1, length, generator=generator) for _ in range(2))
@@ -48,7 +48,7 @@ def means(count: int, length: int, noise: float, seed: int = 0) -> tuple[Tensor,
 
 
 def by_pairs(products: Tensor) -> BlockSums:
-    """The sums, from all pairs of blocks."""
+    """The sums from all pairs of blocks."""
     halves = 0.5 * (products + products.transpose(0, 1))
     own = torch.stack([products[r, r] for r in range(len(products))])
     return BlockSums(len(products), own.sum(0), products.sum((0, 1)) - own.sum(0), halves.sum(1) - own)
@@ -62,8 +62,8 @@ def nothing(count: int, wanted: Wanted, groups: int = 0) -> BlockSums:
 @pytest.mark.parametrize("wanted", [Wanted(stderr=False), Wanted(stderr=True)])
 @pytest.mark.parametrize("noise", [0.0, 0.05, 1.0, 10.0])
 def test_rounding_of_formed_products_is_that_of_a_few_units(noise, wanted):
-    """U is known to eight units of rounding of a mean product of one block with itself, signal or noise ruling; where
-    noise is not small, that is far below what noise does (`within` is 1, 2 and 101 times `between`'s own size here).
+    """U is accurate to eight rounding units of a block's mean product with itself, whether signal or noise dominates.
+    If noise is not small, that is far below its effect (`within` is 1, 2 and 101 times the size of `between` here).
     """
     rows, columns = means(48, INNER_TERMS, noise)
     exact = by_pairs(formed_block_products(rows, columns, Meeting()))
@@ -136,7 +136,7 @@ def test_float32_products_with_a_metric_are_those_of_all_pairs(wanted):
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 @pytest.mark.parametrize("estimator", ["weight", "autodiff"])
 def test_windows_change_nothing_but_rounding(estimator, outputs, monkeypatch):
-    """Small windows that divide nothing against one; row sets that are one, and two equal ones."""
+    """Small windows that divide no size against one window; a row set with itself, and two equal row sets."""
     spec = KernelSpec(estimator=estimator, outputs=outputs, gamma=0.6, draws=16, blocks=4)
     model, x = case("tanh_mlp").build(), case("tanh_mlp").inputs(11)
     features = make_feature_map(model, x, spec, plan_for(estimator, model, x, spec, stacked=True))
@@ -163,7 +163,7 @@ def test_windows_change_nothing_but_rounding(estimator, outputs, monkeypatch):
 
 
 class Scaled(nn.Module):
-    """A layer behind a product with a parameter, which is 1: its input equals x and is not x."""
+    """A layer after multiplication by a parameter that is 1: its input equals x but is another tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Scaled(nn.Module):
 
 
 class InPlace(Scaled):
-    """The same, in place: the memory of x, and not its values."""
+    """The same in place: the input has the memory of x but other values."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x.mul_(2.0))))
@@ -189,9 +189,7 @@ def test_layers_fed_with_the_input_itself_are_told_by_its_memory():
     x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Scaled()
     assert shared(model, x) == []
-    assert (
-        layers_fed_with_input(InPlace(), ["first"], x) == set()
-    )  # a layer with such inputs is planned for no model so far
+    assert layers_fed_with_input(InPlace(), ["first"], x) == set()  # no model so far has such a layer in its plan
     assert shared(nn.Sequential(model.first, nn.Tanh(), model.second), x) == ["0"]
     assert shared(nn.Sequential(nn.Flatten(), model.first, nn.Tanh(), model.second), x[:, :, None]) == ["1"]
     assert shared(nn.Sequential(model.first, nn.Tanh(), model.second), x, ("2.bias",)) == ["2"]
@@ -218,7 +216,7 @@ def test_shared_inputs_give_the_sums_of_all_pairs_of_draws(draws, outputs):
 
 
 def test_means_that_changed_in_one_block_alone_are_unresolved_whatever_rounding_says():
-    """Block products that are all 0 are sums of products that cancel here: 0 ± rounding, and to be told as unknown."""
+    """All block products are 0 up to rounding, as sums that cancel; such entries must be reported as unknown."""
     generator = torch.Generator().manual_seed(5)
     dense = torch.zeros(4, BLOCKS, 1, 700)
     dense[0] = torch.randn(BLOCKS, 1, 700, generator=generator)

@@ -1,6 +1,6 @@
-"""Sums that are made of plain products: windows, stripes and passes of any size, and products that are added in place.
+"""Sums of plain products: windows, stripes and passes of any size, and products that are added in place.
 
-The truth is the sum by definition, of products of all pairs of blocks in float64.
+The reference is the sum by definition, over products of all pairs of blocks in float64.
 
 Axes: n rows, r blocks, c outputs, k columns.
 """
@@ -43,7 +43,7 @@ KINDS = {
     "covariance": {"estimator": "weight", "kind": "covariance"},
     "averaged": {"estimator": "autodiff", "kind": "averaged", "contraction": "means"},
 }
-# Products that others multiply: those of layers.
+# Products of layers, which are multiplied with each other.
 LAYERED = {
     "layered": {"estimator": "autodiff", "contraction": "layered"},
     "mixed": {"estimator": "autodiff", "contraction": "auto"},
@@ -82,7 +82,7 @@ PIECES = ["whole", "in pieces", "in passes"]
 
 @pytest.fixture(params=PIECES)
 def pieces(request, monkeypatch):
-    """Windows, stripes and passes as they are, or as small as they may be."""
+    """Windows, stripes and passes of the default sizes, or of the smallest ones."""
     if request.param != "whole":
         limits = {"_EDGE": 5, "_WINDOW_NUMBERS": 64, "_FEWEST_ROWS": 3, "_STRIPE_NUMBERS": 200}
         for name, value in limits.items():
@@ -155,7 +155,7 @@ def test_products_added_in_place_are_the_sums(kind, scale):
 
 
 def test_products_are_added_to_what_is_there():
-    """Two layers that are in both results: products of the second one cannot be copied from one to the other."""
+    """Both layers contribute to both results; the second layer's products cannot be copied from one to the other."""
     generator = torch.Generator().manual_seed(0)
     a, b, c, d = (torch.randn(6, 2, 1, 5, generator=generator, dtype=torch.float64) for _ in range(4))
     both = [WeightedProduct(a, b, {WITHIN: 1.0, BETWEEN: 2.0}), WeightedProduct(c, d, {WITHIN: 1.0, BETWEEN: -1.0})]
@@ -165,7 +165,7 @@ def test_products_are_added_to_what_is_there():
     for rows in (slice(0, 2), slice(2, 6)):
         parts = {name: values[rows] for name, values in results.items()}
         multiply_into_(parts, both, Meeting(), shares, rows, slice(None))
-    assert_equal(results["first"], 1.5 * ab, 1e-12)  # cd is in it no time
+    assert_equal(results["first"], 1.5 * ab, 1e-12)  # the shares of cd cancel
     assert_equal(results["second"], 6.0 * ab - 3.0 * cd, 1e-12)
     again = [*both, WeightedProduct(c, d, {WITHIN: 1.0, BETWEEN: 1.0})]
     results = {name: torch.full((6, 6), torch.nan, dtype=torch.float64) for name in shares}
@@ -205,7 +205,7 @@ def test_weights_of_slots_and_pairs_of_rows():
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
-    """Terms that share their inputs and terms that do not, beside one without."""
+    """Terms that share their inputs, terms that do not, and one without inputs."""
     generator = torch.Generator().manual_seed(4)
 
     def features(*shape: int) -> torch.Tensor:
@@ -234,7 +234,7 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
 
 
 def test_blocks_that_agree_have_no_error_at_all():
-    """Also where their products are no zeros: differences of equal numbers are 0, whatever is added to all of them."""
+    """Also if their products are not 0: differences of equal numbers are 0 for any common summand."""
     same = torch.randn(9, 1, 1, 7, generator=torch.Generator().manual_seed(3)).expand(9, 4, 1, 7)
     products = [
         WeightedProduct(same[:, r : r + 1], same[:, r : r + 1], {WITHIN: 1.0, block(r): -1.0}) for r in range(4)

@@ -1,6 +1,4 @@
-"""Float32 is float32 wherever a model is evaluated or differentiated, whatever torch was told before, which it is again
-after.
-"""
+"""Models are evaluated and differentiated in full float32 under any torch settings, which are restored afterwards."""
 
 from typing import Any, ClassVar
 
@@ -24,7 +22,7 @@ def settings():
 
 @pytest.fixture
 def coarse():
-    """TF32 allowed everywhere, as a user may have it."""
+    """TF32 allowed everywhere, as a user may have set it."""
     before = settings()
     torch.set_float32_matmul_precision("high")
     CUDNN.allow_tf32, CUDNN.deterministic = True, False
@@ -34,7 +32,7 @@ def coarse():
 
 
 class Noting(nn.Module):
-    """Notes the settings of every pass."""
+    """Records the settings at every pass."""
 
     seen: ClassVar[list] = []
 
@@ -76,7 +74,7 @@ def test_the_library_evaluates_at_full_precision(compute, coarse, seen):
 
 def test_a_run_evaluates_at_full_precision(tmp_path, coarse, seen):
     finished(tmp_path / "run", "model.builder=python:tests.library.runtime.test_precision:build", "model.args={}")
-    assert seen[0] == coarse  # when it is built, to see the shape of its output
+    assert seen[0] == coarse  # at construction, to get the shape of its output
     assert set(seen[1:]) == {FULL}
     assert settings() == coarse
 

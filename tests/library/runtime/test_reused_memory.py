@@ -1,4 +1,4 @@
-"""Memory that is used again: which piece, for what, and never more than was in use at once."""
+"""Reused memory: which piece serves which request, and never more than was in use at one time."""
 
 import torch
 
@@ -40,7 +40,7 @@ def test_it_holds_no_more_than_was_in_use_at_once():
     one, two = empty(memory, 4, 6), empty(memory, 4, 6)
     memory.give_back([one, two])
     assert len(memory) == 2
-    larger = empty(memory, 4, 7)  # both are let go
+    larger = empty(memory, 4, 7)  # both are released
     assert len(memory) == 0
     assert not shares(larger, one)
     assert not shares(larger, two)

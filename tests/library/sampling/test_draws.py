@@ -1,4 +1,4 @@
-"""Draws: designs, blocks, the law of a perturbation, slices, inner products, and what is refused.
+"""Draws: designs, blocks, the law of a perturbation, slices, inner products, and refusals.
 
 Axes: s draws, P parameters.
 """
@@ -64,7 +64,7 @@ def test_any_draws_and_coordinates_are_part_of_the_whole(design, draws):
 
 
 def test_designs_share_nothing_but_the_first_members():
-    """The members that antithetic pairs are made of are the iid draws with the same group numbers."""
+    """The first member of each antithetic pair is the iid draw with the same group number."""
     assert torch.equal(everything(drawing("antithetic"))[::2], everything(drawing("iid"))[:8])
 
 

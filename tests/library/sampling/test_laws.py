@@ -1,6 +1,6 @@
-"""The laws of a perturbation: mean squares, radii, directions; slices; what is refused.
+"""The laws of a perturbation: mean squares, radii, directions; slices; refusals.
 
-The laws of the radii are written down here once more, from `scipy.stats`.
+The laws of the radii are written here independently, with `scipy.stats`.
 
 Axes: s draws, P parameters.
 """
@@ -88,7 +88,7 @@ def test_direction_products_and_norms(name, design):
 
 
 def test_radii_share_nothing_with_the_shrinkage_of_autodiff():
-    """Of the uniform ball |z|/R = U^{1/P}: the same U for both would be seen at once."""
+    """For the uniform ball |z|/R = U^{1/P}, which would reveal a shared U."""
     some = drawing("ball", draws=4000, parameters=2)
     radii = everything(some).norm(dim=1).numpy()
     assert stats.spearmanr(radii, some.shrinkage(range(4000)).numpy()).pvalue > 1e-3
@@ -134,7 +134,7 @@ def test_a_mapping_spells_name_and_options():
 
 
 def test_student_needs_moments_that_grow_with_the_depth():
-    """Two layers of weights are within reach of any ν, three need more than 4."""
+    """Any ν suffices for two layers of weights; three need more than 4."""
     spec, wide = (KernelSpec(distribution={"name": "student", "nu": nu}) for nu in (4.0, 4.5))
     for name, allowed in (("relu_mlp", True), ("deep_relu_mlp", False)):
         model = case(name).build()

@@ -84,7 +84,7 @@ def test_a_shared_product_is_the_perturbed_model_without_its_weights(design, gam
 
 def test_products_are_shared_only_where_every_parameter_is_a_linear_layers_own():
     class Borrowed(nn.Module):
-        """Uses a layer's weight behind the layer's back."""
+        """Uses a layer's weight without calling the layer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -100,7 +100,7 @@ def test_products_are_shared_only_where_every_parameter_is_a_linear_layers_own()
         return find_low_rank_passes(evaluator, spec.drawing("weight", space, model), x) is not None
 
     class PositionsFirst(nn.Module):
-        """A layer whose first axis is not that of the examples: draw after draw along it is something else."""
+        """A layer whose first axis is not the examples' axis, so that draws cannot be stacked along it."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -110,7 +110,7 @@ def test_products_are_shared_only_where_every_parameter_is_a_linear_layers_own()
             return self.layer(x[:, None].expand(-1, 6, -1).transpose(0, 1).cumsum(0)).prod(0)
 
     class Grid(nn.Module):
-        """A layer that is fed a constant of so many rows, whatever the examples."""
+        """A layer that gets a constant with a fixed number of rows for any examples."""
 
         def __init__(self, rows: int) -> None:
             super().__init__()

@@ -1,6 +1,6 @@
-"""Orthogonal groups: orthonormal directions, the lengths of independent draws, any slice; exact for linear models.
+"""Orthogonal groups: orthonormal directions, lengths as in independent draws, any slice; exact for linear models.
 
-Unbiasedness is tested with the distributions, coverage with the other designs.
+The tests of the distributions check unbiasedness, the tests of the other designs coverage.
 
 Axes: s draws, g groups, k draws of a group, P parameters.
 """
@@ -43,7 +43,7 @@ def test_directions_are_orthonormal_and_lengths_those_of_independent_draws(name,
     assert float((q @ q.mT - torch.eye(size, dtype=torch.float64)).abs().max()) < 1e-10
     n = everything(independent)
     torch.testing.assert_close(lengths, n.norm(dim=1), rtol=1e-12, atol=0)
-    # Gram and Schmidt: each lies on its own side of the span of those before it, the first where it was.
+    # Gram–Schmidt: each direction has a positive product with its own normal vector and none with earlier ones.
     own = (q * n.unflatten(0, (-1, size))).sum(2)
     later = torch.triu(n.unflatten(0, (-1, size)) @ q.mT, diagonal=1)
     assert bool((own > 0).all())

@@ -1,4 +1,4 @@
-"""Random numbers: the published vectors of Philox4x32-10, slicing, independence of what is told apart, moments.
+"""Random numbers: the published vectors of Philox4x32-10, slicing, independence of different streams, moments.
 
 Axes: g groups, i index within a group's vector.
 """
@@ -27,7 +27,7 @@ KNOWN_ANSWERS = [
 
 
 def reference_philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """The ten rounds in Python's integers, which never overflow."""
+    """Compute the ten rounds in Python's integers, which never overflow."""
     c, k = list(counter), list(key)
     for _ in range(10):
         first, second = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
@@ -75,7 +75,7 @@ def test_the_words_of_a_cpu_are_those_of_every_device(draw, positions):
 
 
 def test_normals_come_from_the_words_that_the_contract_names():
-    """Box and Muller on the counters (index, draw, group, stream) under the seed's two halves, in numpy."""
+    """Box–Muller on the counters (index, draw, group, stream) with the seed's two halves as key, in NumPy."""
     seed, draw, group = (7 << 32) + 3, 2, 4
     expected = []
     for position in range(3):
@@ -97,7 +97,7 @@ def test_any_slice_is_a_slice_of_the_whole(start, stop):
 
 
 def test_multiplied_normals_are_normals_that_are_multiplied():
-    """In the dtype that was asked for, in several portions, from the middle of a counter on."""
+    """In the requested dtype, in several portions, and starting inside a counter."""
     times = torch.linspace(-2.2, 0.3, len(GROUPS), dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         plain = normal(1, Stream.PARAMETER, GROUPS, 5, 70_003, dtype=dtype)
@@ -106,7 +106,7 @@ def test_multiplied_normals_are_normals_that_are_multiplied():
 
 
 def test_numbers_at_scattered_counters_are_those_of_the_whole():
-    """In any order and shape, beyond 32 bits too; and batched by vmap."""
+    """In any order and shape, also beyond 32 bits and batched by vmap."""
     counters = torch.tensor([[7, 0, 7], [9_999, 3, 1]])
     whole = normal(1, Stream.MODEL, GROUPS, 0, 40_000, draw=5)[3].reshape(-1, 4)
     ours = normals_at(1, Stream.MODEL, 3, counters, draw=5)
@@ -118,7 +118,7 @@ def test_numbers_at_scattered_counters_are_those_of_the_whole():
 
 
 def test_powers_of_uniforms_do_not_depend_on_how_many_are_made():
-    """Torch takes another function for numbers that do not lie beside each other, and radii are such powers."""
+    """Torch computes powers of noncontiguous numbers by another function; radii are such powers."""
     groups = torch.arange(2048)
     one, several = (uniform(1, Stream.RADIUS, groups, count)[:, 0].contiguous() for count in (1, 5))
     assert uniform(1, Stream.RADIUS, groups, 1).is_contiguous()
@@ -167,7 +167,7 @@ def test_single_precision_is_double_precision_rounded():
 
 
 def test_normals_are_normal():
-    """Kolmogorov and Smirnov's test at 0.1 %, and correlations of neighbours and of the two halves of a transform."""
+    """The Kolmogorov–Smirnov test at 0.1 %, and correlations of neighbours and of the two halves of a transform."""
     values = normal(0, Stream.PARAMETER, torch.arange(4), 0, 50_000).numpy()
     assert stats.kstest(values.ravel(), "norm").pvalue > 1e-3
     limit = 3.9 / np.sqrt(values.size)  # two-sided quantile at 0.01 %, for the ten correlations below

@@ -1,4 +1,5 @@
-"""Intervals of nominal 95 % hold the closed form as often as they say: 1,000 seeds, 8 blocks of 32 draws, many flips.
+"""Nominal 95 % intervals contain the closed form as often as they should: 1,000 seeds, 8 blocks of 32 draws, many
+flips.
 
 Axes: T seeds, n examples.
 """
@@ -31,7 +32,7 @@ BOUNDS = (0.92, 0.98)
     ],
 )
 def test_intervals_cover_the_closed_form(kind: str, unit: str, estimator: str, design: str):
-    """And their centres are right on average."""
+    """Their centres are unbiased, too."""
     problem = Problem(unit, 4, kind)
     result = runs(problem, estimator, SEEDS, draws=256, design=design)
     assert_coverage(covered(result.centre, problem.exact(), result.stderr, 8), BOUNDS)
@@ -50,7 +51,7 @@ def test_intervals_under_heavy_tails():
 @pytest.mark.statistical
 @pytest.mark.parametrize("unit", ["sign", "relu"])
 def test_stated_relative_error_is_the_error_made(unit: str):
-    """Over seeds, the root mean square of the stated errors lies within a quarter of that of the errors made."""
+    """Over seeds, the root mean squares of the stated and of the actual errors agree within a quarter."""
     problem = Problem(unit, 4)
     x, exact = torch.from_numpy(problem.x), problem.exact()
     stated, made = [], []

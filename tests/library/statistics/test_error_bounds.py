@@ -1,4 +1,4 @@
-"""Bounds of a whole error: degrees of freedom of known covariances, and how often the error made stays below.
+"""Bounds of the whole error: degrees of freedom of known covariances, and how often the actual error is below.
 
 Axes: T repetitions, n samples, e entries.
 """
@@ -61,7 +61,7 @@ def test_no_noise_is_no_cause_of_error():
 @pytest.mark.statistical
 @pytest.mark.parametrize("noise", [0.05, 0.4, 3.0])
 def test_the_calibration_s_bound_holds_and_tells_pairs_from_single_draws(noise):
-    """U of block means with known Θ: below the bound in 95 % of 1,000 repetitions, whatever rules its noise."""
+    """U of block means with known Θ: below the bound in 95 % of 1,000 repetitions, for every source of noise."""
     rng, blocks, below, shares = np.random.default_rng(2), 8, 0, []
     truth = np.eye(3)[:, [0, 0, 1, 2]]  # three parameters, four examples
     for _ in range(1000):
@@ -73,5 +73,5 @@ def test_the_calibration_s_bound_holds_and_tells_pairs_from_single_draws(noise):
         below += np.linalg.norm(unbiased - exact) <= calibration.bound * np.linalg.norm(exact)
         shares.append(calibration.pair_share)
     assert 0.92 < below / 1000 <= 1.0
-    single, pairs = 2 * noise**2 / blocks, 3 * noise**4 / (blocks * (blocks - 1))  # of an entry's variance, in theory
+    single, pairs = 2 * noise**2 / blocks, 3 * noise**4 / (blocks * (blocks - 1))  # parts of an entry's variance
     assert np.median(shares) == pytest.approx(pairs / (single + pairs), rel=0.2, abs=0.01)

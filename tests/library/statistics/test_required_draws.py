@@ -1,4 +1,4 @@
-"""The search for enough draws: where it looks next, where it ends, what it says, what is refused.
+"""The search for enough draws: its next look, its end, its messages and its refusals.
 
 Axes: S draws.
 """
@@ -64,13 +64,13 @@ def test_searches_end():
     assert next_draws([look(16, 0.04)], rtol=0.05, max_draws=100, unit=8) is None
     assert next_draws([look(64, 0.06)], rtol=0.05, max_draws=70, unit=8) is None  # 72 would be too many
     assert next_draws([look(64, 5.0)], rtol=0.05, max_draws=100, unit=8) == 96
-    # of a bound of 0.2 the sketch alone makes 0.1
+    # the sketch alone contributes 0.1 to a bound of 0.2
     assert next_draws([look(64, 0.2, 0.5, 0.25)], rtol=0.05, max_draws=10**6, unit=8) is None
     assert next_draws([look(64, 0.2, 0.5, 0.25)], rtol=0.11, max_draws=10**6, unit=8) is not None
 
 
 def test_a_look_in_more_blocks_is_one_at_fewer():
-    """U of R blocks has the variance V1/S + V2/S²·R/(R − 1), in theory: linear in both parts."""
+    """In theory, U of R blocks has the variance V1/S + V2/S²·R/(R − 1), which is linear in both parts."""
     for k in (0.0, 0.3):
         seen = Calibration(0.6, 0.02, 9, bound=0.03, pair_share=0.25, sketch_share=k)
         same = Look.of(64, seen, looked_at=8, blocks=8)

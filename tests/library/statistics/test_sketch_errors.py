@@ -1,8 +1,8 @@
-"""The sketch's own error: unbiased over probes, and intervals that count it, where it rules and where draws do.
+"""The sketch's own error: unbiased over probes, and intervals that include it, whether it or the draws dominate.
 
 The unit is φ(aᵀWx) with a matrix of parameters, whose gradient φ' a ⊗ x is one outer product: the worst case for a
-sketch. With θ = vec W it is the unit of `closed_forms` at vec(a ⊗ x). Slopes are filled in for all draws at once;
-probes, features' sums and statistics are the library's.
+sketch. With θ = vec W it is the unit of `closed_forms` at vec(a ⊗ x). Slopes of all draws are computed directly in one
+step; probes, features' sums and statistics are the library's.
 
 Axes: T seeds, S draws, R blocks, n examples, C outputs, k columns.
 """
@@ -38,7 +38,7 @@ ONE, THREE = np.array([1.0]), np.array([0.48, -0.6, 0.64])
 
 
 class MatrixUnit(nn.Module):
-    """f_c = b_c relu(aᵀWx), W = a ⊗ θ, a and b of length 1: one outer product (b ⊗ a) ⊗ x, whatever C is."""
+    """f_c = b_c relu(aᵀWx), W = a ⊗ θ, a and b of length 1: one outer product (b ⊗ a) ⊗ x for every C."""
 
     def __init__(self, outputs: Array) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def reseeded(features: GradientFeatures, seed: int) -> GradientFeatures:
 
 
 def filled_in(features: GradientFeatures) -> dict[str, Tensor]:
-    """What `compute` computes for the unit, (n, R, k), all draws at once."""
+    """Compute what `compute` returns for the unit, for all draws in one step: (n, R, k)."""
     assert features.drawing is not None
     assert features.sketch is not None
     everything = range(features.num_draws)
@@ -90,7 +90,7 @@ def filled_in(features: GradientFeatures) -> dict[str, Tensor]:
 
 
 def estimates(features: GradientFeatures, seeds: range) -> tuple[Array, Array]:
-    """U and its standard error under each seed, (T, 9): all pairs of examples, each meeting as a pair of its own."""
+    """U and its standard error under each seed, (T, 9): all pairs of examples, as paired row sets."""
     own = [reseeded(features, seed) for seed in seeds]
     rows = torch.stack([filled_in(one)["sketch"] for one in own])  # (T, n, R, k)
     left, right = rows.repeat_interleave(3, 1).flatten(0, 1), rows.repeat(1, 3, 1, 1).flatten(0, 1)
@@ -107,7 +107,7 @@ def estimates(features: GradientFeatures, seeds: range) -> tuple[Array, Array]:
 @pytest.mark.statistical
 @pytest.mark.parametrize(("draws", "sketch", "outputs"), [(256, 64, ONE), (256, 256, THREE), (64, 1024, THREE)])
 def test_intervals_count_the_error_of_draws_and_of_the_sketch(draws, sketch, outputs):
-    """1,000 seeds that move draws and probes: the sketch rules at k = 64, draws at k = 1024, both between."""
+    """1,000 seeds of draws and probes: the sketch dominates at k = 64, draws at k = 1024, both matter between."""
     features = features_of(draws, sketch, outputs)
     portions = [estimates(features, range(start, start + 100)) for start in range(0, 1000, 100)]
     values, errors = (np.concatenate(parts) for parts in zip(*portions, strict=True))
@@ -146,7 +146,7 @@ def test_the_variance_of_one_outer_product_is_the_one_stated(outputs):
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["relu_mlp", "attention", "convnet", "embedding"])
 def test_sketches_are_right_on_average(name, joint):
-    """Over 500 sketches of the same draws: products of different blocks meet their exact contraction."""
+    """Over 500 sketches of the same draws, products of different blocks average to their exact contraction."""
     model, x = case(name).build(), case(name).inputs(3)
     spec = KernelSpec(estimator="autodiff", gamma=0.6, draws=4, blocks=4)
     draws = draws_by_definition(model, x, spec, "autodiff", ("*",))

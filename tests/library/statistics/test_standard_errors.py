@@ -33,12 +33,12 @@ def block_products(blocks: int, *, noise: float, seed: int = 0) -> torch.Tensor:
 
 
 def symmetric(products: torch.Tensor) -> np.ndarray:
-    """h_rr', the form in which the oracle takes them."""
+    """Symmetrise to h_rr', the form that the oracle takes."""
     return 0.5 * (products + products.transpose(0, 1)).numpy()
 
 
 def sums_of(products: torch.Tensor) -> BlockSums:
-    """The sums of a tile from all of its products, by loops."""
+    """The sums of a tile from all its products, by loops."""
     blocks = len(products)
     halves = torch.from_numpy(symmetric(products))
     by_block = torch.stack([halves[r, [q for q in range(blocks) if q != r]].sum(0) for r in range(blocks)])
@@ -111,7 +111,7 @@ def test_without_noise_there_is_no_error_and_without_signal_no_end_to_it():
 
 
 def test_unbiased_variance_is_unbiased_and_the_jackknife_is_not():
-    """Over repetitions: the mean of V is the variance of U, that of J lies above it."""
+    """Over repetitions, the mean of V is the variance of U, and the mean of J lies above it."""
     rng = np.random.default_rng(0)
     repetitions, blocks = 20_000, 6
     means = 0.3 + rng.normal(size=(blocks, repetitions, 4))

@@ -1,5 +1,5 @@
-"""Tiles: of any size against the whole, the paired meeting against the diagonal, a few outputs at a time against all at
-once, in memory of any content; entries that no draw resolves.
+"""Tiles: any size against the whole, paired row sets against the diagonal, a few outputs at a time against all
+together, in memory with any content; entries that no draw resolves.
 
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs.
 """
@@ -144,7 +144,7 @@ def test_the_upper_triangle_is_mirrored():
 def sign_rows(
     margins: list[float], *, gamma: float, draws: int = 16
 ) -> tuple[KernelSpec, FeatureMap, dict[str, Tensor]]:
-    """A sign unit with θ·x as given: the larger, the fewer draws change it."""
+    """A sign unit with the given θ·x; the larger it is, the fewer draws change it."""
     model = case("sign_unit").build()
     with torch.no_grad():
         model.theta.copy_(torch.tensor([1.0, 0, 0, 0, 0]))
@@ -162,7 +162,7 @@ def test_entries_that_no_draw_changed_are_unresolved():
 
 
 def test_entries_that_one_block_alone_changed_are_unresolved_too():
-    """Products of different blocks are all zero then: an estimate of 0 ± 0 that is known to be wrong."""
+    """Products of different blocks are then all zero: an estimate of 0 ± 0 that is known to be wrong."""
     spec, features, rows = sign_rows([0.1, 2.8], gamma=1.0)
     changed = rows["differences"][1, :, 0].ne(0).unflatten(0, (4, 4)).any(1)
     assert int(changed.sum()) == 1, "the margin of the second example is to be crossed in one block of four"

@@ -41,7 +41,7 @@ def test_opens_a_run_directory_and_the_store_in_it_alike(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A finished run, for looking at only."""
+    """A finished run that tests only read."""
     place = tmp_path_factory.mktemp("whole")
     make_run(place)
     return place
@@ -243,7 +243,7 @@ def test_the_factor_of_an_unbiased_gram_is_refused(tmp_path):
     group.attrs.update({"kind": "nonlocal", "statistic": "unbiased"})
     with pytest.raises(NNTKError, match="'statistic: unbiased' alone"):
         open_kernel(tmp_path).factor()
-    group.attrs["kind"] = "covariance"  # has one statistic only, whatever was asked
+    group.attrs["kind"] = "covariance"  # has only one statistic, regardless of the options
     assert open_kernel(tmp_path).factor()[0].shape == (NUM_TRAIN, NUM_DRAWS * NUM_OUTPUTS)
 
 

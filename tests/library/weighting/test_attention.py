@@ -33,7 +33,7 @@ SEED = 5
 
 
 def nearness(theta: Tensor, moved: Tensor, base: Tensor, outputs: Tensor) -> Tensor:
-    """A score of everything that a function is given; of each example."""
+    """A score for each example that uses all the arguments of a score function."""
     return -(outputs - base).abs().sum(2) - (moved - theta).square().sum(1, keepdim=True)
 
 
@@ -90,7 +90,7 @@ class Problem:
         )
 
 
-# Temperatures at which weights differ by factors of a few, none of them all but 0.
+# Temperatures at which weights differ by small factors and none is nearly 0.
 SCORES = {
     "parameter": 0.05,
     "output": 0.3,
@@ -136,7 +136,7 @@ def assert_is_the_definition(one: Problem, score: str, spec: KernelSpec, tempera
     ("score", "design", "outputs"), pairwise(SCORES, ["iid", "antithetic", "orthogonal"], ["trace", "full", 1])
 )
 def test_weighted_kernels_are_the_definition(score, design, outputs):
-    """±z of a pair are weighted apart: the definition knows nothing of pairs."""
+    """The two draws ±z of a pair have separate weights: the definition does not involve pairs."""
     one, temperature = problem(), SCORES[score]
     options = {"gamma": 0.6, "design": design, "draws": 16, "blocks": 4, "outputs": outputs, "seed": SEED}
     estimate = nonlocal_kernel(one.model, one.x1, one.x2, weighting=one.weighting(score, temperature), **options)
@@ -181,7 +181,7 @@ def test_any_model_can_be_weighted(name, score):
 @pytest.mark.parametrize("law", ["sphere", "student", "lowrank"])
 @pytest.mark.parametrize("score", ["parameter", "output, own"])
 def test_laws_and_relative_ranges_are_weighted_alike(score, law):
-    """Scores see θ + z, the scales of the tensors included; directions are the law's."""
+    """Scores use θ + z with the scales of the tensors; directions come from the law."""
     one = problem()
     options = {"gamma": 0.6, "distribution": law, "gamma_scale": "relative", "draws": 16, "blocks": 4, "seed": SEED}
     spec = KernelSpec(weighting=one.weighting(score, SCORES[score]), estimator="weight", **options)
@@ -216,7 +216,7 @@ def test_a_black_box_is_weighted_as_the_module_is():
 
 @pytest.mark.parametrize(("score", "design", "means"), pairwise(SCORES, ["iid", "antithetic"], [False, True]))
 def test_an_infinite_temperature_is_the_fixed_kernel(score, design, means, monkeypatch):
-    """Bit for bit; and large temperatures tend to it."""
+    """Bit for bit; and large temperatures approach it."""
     one = problem("small" if means else "tanh_mlp")
     if means:
         monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", 0)
@@ -254,7 +254,7 @@ def test_fixed_is_no_weighting(weighting):
     assert plain.estimator == "autodiff"
 
 
-# What weights may depend on -------------------------------------------------------------------------------------------
+# What weights can depend on -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -269,7 +269,7 @@ def test_weights_of_an_example_do_not_depend_on_what_is_beside_it(score):
         part = features.compute(x[rows], names, draws, features.columns, batch=2)["differences"]
         assert_equal(part, whole[rows, draws.start : draws.stop], 1e-12)
     some = features.compute(x, torch.arange(7), range(16), (2,), batch=7)["differences"]
-    assert_equal(some, whole[:, :, 2:], 1e-12)  # of all outputs, whichever are asked for
+    assert_equal(some, whole[:, :, 2:], 1e-12)  # scores use all outputs, whichever are computed
 
 
 def test_shared_scores_are_made_once(monkeypatch):
@@ -316,7 +316,7 @@ def test_a_long_reference_batch_is_passed_in_parts():
 
 
 def test_queries_and_keys_are_made_in_slices(monkeypatch):
-    """And do not depend on their width; another seed gives others."""
+    """They do not depend on the width of the slices; another seed gives others."""
     theta = torch.linspace(-1, 2, 1000, dtype=torch.float64)
     whole = key_of_query(theta, 16, 3)
     monkeypatch.setattr("nntk_dist.weighting.scores.parameter._SLICE_ELEMENTS", 1)

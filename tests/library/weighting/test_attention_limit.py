@@ -1,7 +1,7 @@
-"""What weighted kernels estimate: the ratio E[w Δ v]/E[w] of a unit of two parameters, by quadrature.
+"""The quantity that weighted kernels estimate: E[w Δ v]/E[w] of a unit of two parameters, by quadrature.
 
-Blocks of 8,192 draws leave a bias of order 1/8192, below the standard errors asked for; small blocks show it, and that
-it falls with their size. Intervals are about what blocks of their size estimate on average.
+Blocks of 8,192 draws leave a bias of order 1/8192, below the required standard errors. Small blocks make the bias
+visible, and its decrease with their size. Intervals refer to the mean estimate of blocks of their size.
 
 Axes: n examples, P = 2 parameters, R blocks, B draws of a block, T seeds.
 """
@@ -41,7 +41,7 @@ def weighting(score: str) -> dict[str, Any]:
 
 
 def log_weights(problem: Problem, score: str, z: Array) -> Array:
-    """score/τ of perturbations (m, P): (m, 1), or (m, n) where each example has its own."""
+    """score/τ of perturbations (m, P): (m, 1), or (m, n) if each example has its own."""
     activation = ACTIVATIONS[problem.unit]
     base, moved = activation(problem.theta @ problem.x.T), activation((problem.theta + z) @ problem.x.T)
     if score == "parameter":
@@ -81,7 +81,7 @@ def limit(problem: Problem, score: str | None) -> Array:
 @pytest.mark.parametrize("unit", ["relu", "sign"])
 @pytest.mark.parametrize("score", TEMPERATURES)
 def test_large_blocks_estimate_the_ratio(score: str, unit: str, design: str):
-    """And not the fixed kernel, which lies ten standard errors away."""
+    """They do not estimate the fixed kernel, which lies ten standard errors away."""
     problem = Problem(unit, 2)
     exact, fixed = (gradients @ gradients.T for gradients in (limit(problem, score), limit(problem, None)))
     estimate = nonlocal_kernel(
@@ -105,7 +105,7 @@ def test_the_quadrature_without_a_score_is_the_closed_form():
 
 @pytest.mark.statistical
 def test_the_bias_of_a_block_falls_like_one_over_its_draws():
-    """2^20 draws in blocks of 4, 8 and 16; the bias of each is at least ten of its standard errors."""
+    """2^20 draws in blocks of 4, 8 and 16; each bias is at least ten standard errors."""
     problem, draws = Problem("relu", 2), 1 << 20
     options = {"weighting": weighting("output, own"), "design": "antithetic", "draws": draws}
     exact, x = limit(problem, "output, own"), torch.from_numpy(problem.x)

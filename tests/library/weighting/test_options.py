@@ -1,4 +1,4 @@
-"""What weightings refuse: one line each, naming what came, what is allowed and what to do."""
+"""Refusals of weightings: one line each that names the value, what is allowed and what to do."""
 
 from typing import Any
 
@@ -130,7 +130,7 @@ def test_outputs_that_are_zero_have_no_scale():
 
 
 class Grows(nn.Module):
-    """Infinite for parameters above 0, on negative examples alone."""
+    """Infinite for parameters above 0, only on negative examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_outputs_that_are_not_finite_are_named_as_the_reference_batchs():
 
 
 class Failing:
-    """A score that is an object with a call; it fails."""
+    """A score that is a callable object and fails."""
 
     def __call__(self, *given: Tensor) -> Tensor:
         raise KeyError("no such thing")
@@ -181,7 +181,7 @@ def test_functions_that_are_no_scores(score, per_example, message):
 
 @pytest.mark.parametrize("metric_draws", [0, 4096])
 def test_outputs_that_are_not_finite_are_not_blamed_on_the_score(metric_draws, monkeypatch):
-    """Of differences, and of means of them."""
+    """For features that are differences, and for features that are their means."""
     monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", metric_draws)
     weighting = {"name": "output", "per_example": True, "reference": torch.ones(2, 1)}
     with pytest.raises(NNTKError, match=r"^the model's output under draws .*: NaN or infinity for 1 of 3 examples"):
@@ -206,7 +206,7 @@ def test_messages_are_one_line():
 
 
 def test_weightings_are_values():
-    """Frozen, compared by their words; a functions' by the function."""
+    """They are frozen and compared by their options, or by the function if the score is one."""
     assert Weighting("output", 0.5, reference=torch.zeros(2, 3)) == Weighting("output", 0.5)
     assert Weighting("output", None) == Weighting("output", float("inf"))
     assert Weighting(len) == Weighting(len) != Weighting(sum)

@@ -1,4 +1,4 @@
-"""Help, version and completion: what they say, and that nothing heavy is imported for them."""
+"""Help, version and completion: their output, and that they import nothing heavy."""
 
 import subprocess
 import sys

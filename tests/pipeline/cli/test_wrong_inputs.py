@@ -43,7 +43,7 @@ def data():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with data files, a module and checkpoints of every kind of wrong."""
+    """The current folder, with data files, a module and every kind of wrong checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "faulty.py").write_text(MODULE)
@@ -221,7 +221,7 @@ def test_a_damaged_ledger(own_run):
 
 
 def test_a_model_that_fails_under_perturbation_names_the_cause(tmp_path, monkeypatch):
-    """Found in a task, not before: still one line, and the run can be looked at."""
+    """The failure occurs in a task: still one line, and `status` works on the run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "fragile.py").write_text(
@@ -246,7 +246,7 @@ def test_a_model_that_fails_under_perturbation_names_the_cause(tmp_path, monkeyp
 
 @pytest.mark.process
 def test_a_disk_that_fills_up(good_run, tmp_path):
-    """As good as full: no file may grow beyond 12 KiB, which is enough for the manifest and not for features."""
+    """Simulated: no file may grow beyond 12 KiB, which is enough for the manifest but not for features."""
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 10, resource.RLIM_INFINITY))"
     driver = start(*arguments("run", tmp_path / "run"), prelude=prelude)
     _, err = driver.communicate(timeout=WAIT_SECONDS)

@@ -336,7 +336,7 @@ def test_values_that_do_not_go_together_are_refused(minimal: Path, overrides: li
 def test_values_that_go_together_are_accepted(minimal: Path) -> None:
     assert load_config(minimal, ["kernel.draws=32", "kernel.design=antithetic"]).kernel.draws == 32
     assert load_config(minimal, ["kernel.kind=covariance", "kernel.estimator=weight"]).kernel.estimator == "weight"
-    # The local kernel draws nothing, so that its draws are of no account.
+    # The local kernel draws nothing, so its number of draws does not matter.
     assert load_config(minimal, ["kernel.kind=local", "kernel.draws=5"]).kernel.draws == 5
 
 

@@ -1,4 +1,4 @@
-"""What holds for every source: selection, ids, labels, normalisation, and the errors of each."""
+"""Behaviour of every source: selection, ids, labels, normalisation, and errors."""
 
 import numpy as np
 import pytest

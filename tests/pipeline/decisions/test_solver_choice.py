@@ -47,7 +47,7 @@ def results(run_dir):
 
 @pytest.fixture(scope="module", params=all_but(["weight"], {name: name for name in KERNELS}, pytest.mark.process))
 def dense_run(request, tmp_path_factory):
-    """A finished run by the dense method, with what it was made of."""
+    """A finished run by the dense method, its kernel's name and its settings."""
     sets = (*KERNELS[request.param], RIDGES)
     return finished(tmp_path_factory.mktemp("dense") / "run", *sets, *methods("dense")), request.param, sets
 
@@ -73,7 +73,7 @@ def test_the_factor_gives_the_numbers_of_the_dense_form(dense_run, tmp_path):
 
 
 def compare_spectra(expected, found, name):
-    """Zeros beyond the factor's rank are not listed; `unbiased` is listed where features are differences."""
+    """Zeros beyond the factor's rank are not listed; `unbiased` is listed if features are differences."""
     both = name in ("weight", "full")
     assert set(found) == {"index", "eigenvalue"} | ({"eigenvalue_unbiased"} if both else set())
     for key in set(found) - {"index"}:
@@ -179,7 +179,7 @@ def test_damaged_features_of_a_run_without_tiles_are_found_and_done_again(tmp_pa
     ],
 )
 def test_a_solve_that_was_stopped_is_done_again(stage, method, place, tmp_path, monkeypatch):
-    """Stopped within the solver's own work, where some of it is done; the same tables as without the stop."""
+    """Stopped partway through the solver's work; the tables are the same as without the stop."""
     sets = (*KERNELS["weight"], f"{stage}.method={method}")
     if (stage, method) == ("regression", "factored"):
         place = "nntk_dist.analysis.regression.factored._left_out"
@@ -259,7 +259,7 @@ def test_auto_leaves_out_tiles_for_which_the_disk_has_no_room(tmp_path, monkeypa
 
 @pytest.mark.process
 def test_the_choice_of_a_method(tmp_path, shared_run):
-    """By rows and by the factor's width, whatever the machine."""
+    """By the number of rows and the factor's width, on any machine."""
     job = stored_job(read_manifest(RunStorage(shared_run(*KERNELS["weight"]))))
 
     def chosen(rows, width):

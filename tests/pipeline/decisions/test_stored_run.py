@@ -1,5 +1,5 @@
-"""What a run directory that holds a run allows: nothing to do, going on, later stages again, or a refusal that changes
-no file.
+"""Starting in a directory that holds a run: nothing to do, continue, repeat later stages, or a refusal that changes no
+file.
 """
 
 import re
@@ -74,7 +74,7 @@ def test_a_changed_later_section_reruns_its_stage_alone(change, stage, table, ow
     assert f"tables/{table}.parquet" in changed
     assert [path for path in changed if path.startswith("kernel.zarr") and not path.endswith("zarr.json")] == []
     assert "nothing was done" in run(own_run, change).out
-    assert run(own_run).code == 2  # the first configuration is now the changed one
+    assert run(own_run).code == 2  # the first configuration now counts as changed
 
 
 OTHERS = {
@@ -170,7 +170,7 @@ def test_results_without_a_manifest_are_not_taken_over(own_run):
 
 
 def test_a_driver_that_was_overtaken_gives_up(own_run, monkeypatch):
-    """Planned before another driver took the directory, and locked after it."""
+    """It plans before another driver takes the directory, and locks after that."""
     prepare = pipeline.driver.run.prepare
 
     def overtaken(config, *, resume):

@@ -1,4 +1,4 @@
-"""Runs with an asked accuracy: the pilot's looks, what follows from them, stops in their middle, exit codes.
+"""Runs with a requested accuracy: the pilot's looks, their consequences, interruptions, exit codes.
 
 Axes: S draws.
 """
@@ -23,7 +23,7 @@ SETS = (
     "kernel.distribution.gamma=0.2",
     "kernel.rtol=0.1",
 )
-# A driver whose workers wait before the second look until the file `gate` is there, and that flushes every row.
+# A driver whose workers wait before the second look until the file `gate` exists, and that flushes every row.
 HELD = """
 import functools, pathlib, time
 import pipeline.work.worker
@@ -81,7 +81,7 @@ def test_the_run_has_the_draws_of_the_last_look(undisturbed):
     bounds = [numbers["bound"] for numbers in found.values()]
     assert all(bound > 0.1 for bound in bounds[:-1])
     assert bounds[-1] <= 0.1
-    # what the pilot knows better than the run's own eight blocks is what is stated
+    # the stated bound is the pilot's, which is more accurate than one from the run's own eight blocks
     assert kept["results"]["train_relative_error_bound"] == bounds[-1]
     own = ledger(undisturbed)["calibration", "train"]["numbers"]
     assert dict(own)["bound"] == pytest.approx(bounds[-1], rel=0.5)
@@ -126,14 +126,14 @@ def test_a_driver_killed_in_the_pilot(undisturbed, tmp_path):
     started = {key: row["started"] for key, row in ledger(run_dir).items()}
     finished(run_dir, *SETS, resume=True)
     after = ledger(run_dir)
-    assert {key: after[key]["started"] for key in started} == started  # the look that was there was not made again
+    assert {key: after[key]["started"] for key in started} == started  # the existing look was not repeated
     assert looks(run_dir) == looks(undisturbed)
     assert_same_bits(run_dir, undisturbed)
 
 
 @pytest.mark.process
 def test_a_driver_killed_behind_the_last_look(undisturbed, tmp_path):
-    """Every look is in the ledger, and the manifest still tells of the first."""
+    """Every look is in the ledger, but the manifest still describes the first."""
     run_dir = tmp_path / "run"
     driver = start(*arguments("run", run_dir, *SETS), prelude=KILLED_AFTER)
     driver.communicate(timeout=WAIT_SECONDS)
@@ -155,7 +155,7 @@ def test_an_accuracy_that_is_not_reached_ends_with_3(tmp_path):
     kept = manifest(tmp_path / "run")
     assert kept["results"]["rtol_reached"] is False
     assert kept["completed"] is not None
-    again = run(tmp_path / "run", *sets)  # nothing is left to do, and it is not reached for all that
+    again = run(tmp_path / "run", *sets)  # nothing is left to do, and still it is not reached
     assert again.code == 3
     assert "already holds this run, finished" in again.out
     assert nntk("verify", tmp_path / "run").code == 0

@@ -1,4 +1,4 @@
-"""A stage carried out by an executor that notes what it is asked for."""
+"""A stage run by an executor that records its calls."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from pipeline.storage.run_storage import RunStorage
 
 
 class Noting:
-    """Does every task at once."""
+    """Runs every task immediately."""
 
     def __init__(self):
         self.asked = []

@@ -1,7 +1,8 @@
-"""Runs that are stopped: a killed driver, Ctrl-C, a killed worker. All with real processes, and compared with one run
-that nothing happened to.
+"""Runs that are stopped: a killed driver, Ctrl-C, a killed worker. All use real processes and are compared with an
+undisturbed run.
 
-A stop may cost what was in flight and what the ledger had not flushed, by default its last five seconds; never a bit.
+A stop may cost the tasks in flight and those not yet flushed to the ledger (by default the last five seconds), but the
+results stay the same bit for bit.
 """
 
 import os
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.process
 
 FLUSH_SECONDS = 0.5
 # A driver whose ledger waits for half a second instead of five, so that a short stage has several flushes, and that
-# takes longer over each row than workers over a tile: where several are ready, none may be passed over.
+# takes longer over each row than workers over a tile: if several are ready, none may be skipped.
 SLOW_AND_OFTEN_FLUSHED = f"""
 import functools, time
 import pipeline.driver.run
@@ -31,10 +32,10 @@ class Ledger(pipeline.driver.run.Ledger):
 
 pipeline.driver.run.Ledger = functools.partial(Ledger, flush_seconds={FLUSH_SECONDS})
 """
-# Calls of three tiles at most, and of two: so that what a call may cost is counted out.
+# Calls of at most three tiles, and of two, to limit what a lost call costs.
 CALLS_OF_THREE = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 3"
 CALLS_OF_TWO = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 2"
-SLACK_SECONDS = 1.5  # a poll of the driver, and a busy machine
+SLACK_SECONDS = 1.5  # allows for a poll of the driver and a busy machine
 SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
 TILE_ROWS = 23
 ENOUGH = 60  # tiles
@@ -42,8 +43,9 @@ WAIT_SECONDS = 180.0
 
 
 def held_before(number, gate="/nowhere", *, stage="gram", part=1):
-    """What makes a driver's workers wait for the file `gate` before the Gram tiles of this row and later ones, or other
-    tiles by another part of their name: so that whoever stops them finds the stage begun and not ended, on any machine.
+    """Code that makes a driver's workers wait for the file `gate` before the Gram tiles of this row and later ones, or
+    before other tiles by another part of their name. The stage is then begun and not ended when a test stops it, on any
+    machine.
     """
     return f"""
 import os, pathlib, time
@@ -70,12 +72,12 @@ def tiles_before(row):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The run that nothing happened to."""
+    """A run without interruption."""
     return finished(tmp_path_factory.mktemp("undisturbed") / "run", *SETS)
 
 
 def wait_until(condition, process):
-    """Wait for something that a driver does; the test fails where it ends or takes too long."""
+    """Wait for something that a driver does; the test fails if the driver ends or takes too long."""
     limit = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -84,14 +86,14 @@ def wait_until(condition, process):
 
 
 def gram_tiles(run_dir):
-    """Tiles (i ≤ j) of the train kernel that lie on disk, with the time of their writing."""
+    """Tiles (i ≤ j) of the train kernel on disk, with the time when they were written."""
     files = run_dir.glob("kernel.zarr/train/gram_unbiased/c/*/*")
     stamps = {(int(file.parent.name), int(file.name)): file.stat().st_mtime for file in files if file.name.isdecimal()}
     return {f"train/{i}/{j}": stamp for (i, j), stamp in stamps.items() if i <= j}
 
 
 def gram_rows(run_dir):
-    """Rows of the gram stage that lie in the ledger."""
+    """Rows of the gram stage in the ledger."""
     return {tile: row for (stage, tile), row in ledger(run_dir).items() if stage == "gram"}
 
 
@@ -106,7 +108,7 @@ def children_of(process):
 
 
 def assert_gone(processes):
-    """None of these is left, apart from Ray's agents, which notice the death of their parent within a minute."""
+    """Check that these processes end, except Ray's agents, which notice their parent's death within a minute."""
     _, alive = psutil.wait_procs([process for process in processes if not named_agent(process)], timeout=WAIT_SECONDS)
     assert alive == []
 
@@ -119,7 +121,7 @@ def named_agent(process):
 
 
 def test_a_started_process_heeds_ctrl_c_although_its_starter_ignores_it():
-    """As shells make their background jobs do."""
+    """Shells start background jobs with Ctrl-C ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         driver = start(
@@ -179,7 +181,7 @@ def test_a_driver_killed_while_it_makes_features(tmp_path):
 
     finished(run_dir, *sets, resume=True)
     assert list(run_dir.rglob("*.partial")) == []
-    assert ("features", "train/0/7") in ledger(run_dir)  # there was more to be made
+    assert ("features", "train/0/7") in ledger(run_dir)  # the run was not finished
     assert_same_bits(finished(undisturbed, *sets, resume=True), run_dir)
 
 
@@ -205,20 +207,20 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     driver = start(*arguments("run", run_dir, *sets), prelude=CALLS_OF_TWO + held_before(4))
     wait_until(lambda: len(gram_tiles(run_dir)) > ENOUGH, driver)
     descendants = children_of(driver)
-    os.killpg(driver.pid, signal.SIGINT)  # what a terminal does: everyone in the group
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to everyone in the group
     _, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 130, err
     assert "--resume" in err
     assert "Traceback" not in err
     assert_gone(descendants)
     stopped_at = gram_rows(run_dir)
-    # Two workers, with two calls each that the driver has not seen the end of, of two tiles each.
+    # Two workers, each with two unfinished calls of two tiles.
     assert len(gram_tiles(run_dir)) - len(stopped_at) <= 8
 
     gate = tmp_path / "gate"
-    prelude = CALLS_OF_TWO + held_before(10, gate)  # a call that reaches the held tiles reports none of its own
+    prelude = CALLS_OF_TWO + held_before(10, gate)  # a call that reaches the held tiles reports nothing
     driver = start(*arguments("run", run_dir, *sets, resume=True), prelude=prelude)
-    # One that has made tiles, as the ledger says, once both are held; and on when a third one is held in its place.
+    # Kill a worker that has made tiles according to the ledger once both are held; go on once its successor is held.
     wait_until(lambda: len(gram_rows(run_dir)) > len(stopped_at) + ENOUGH, driver)
     wait_until(lambda: len([*tmp_path.glob("held-*")]) == 2, driver)
     killed = min(makers_of(gram_rows(run_dir).keys() - stopped_at, run_dir))
@@ -231,7 +233,7 @@ def test_ctrl_c_on_ray_and_a_worker_killed_after_it(undisturbed, tmp_path):
     after = gram_rows(run_dir)
     assert {tile: row["started"] for tile, row in stopped_at.items()} == {t: after[t]["started"] for t in stopped_at}
     pids = makers_of(after.keys() - stopped_at, run_dir)
-    assert len(pids) == 3  # two, and the one that took the killed one's place
+    assert len(pids) == 3  # two, and the successor of the killed one
     assert killed in pids
 
 

@@ -1,5 +1,5 @@
-"""`nntk verify` finds damage and says where; `nntk plan` says what a run will take and refuses what cannot fit; `nntk
-status` and `nntk report` of finished runs.
+"""`nntk verify` finds and locates damage; `nntk plan` states what a run will take and refuses what cannot fit; `nntk
+status` and `nntk report` on finished runs.
 """
 
 import json
@@ -191,10 +191,10 @@ def test_what_cannot_fit_is_refused_with_the_numbers(sets, available, match, tmp
 @pytest.mark.parametrize(
     ("sets", "expected"),
     [
-        ((), 4),  # of what they need
-        (("compute.memory_per_worker=1GiB",), 2),  # of what they may take
-        (("compute.memory_per_worker=4GiB",), 1),  # one at least: that of a cluster may be elsewhere
-        (("compute.memory_per_worker=1GiB", "compute.workers=5"), 5),  # as asked
+        ((), 4),  # by the memory that workers need
+        (("compute.memory_per_worker=1GiB",), 2),  # by the memory that they may use
+        (("compute.memory_per_worker=4GiB",), 1),  # at least one: a cluster's memory may be elsewhere
+        (("compute.memory_per_worker=1GiB", "compute.workers=5"), 5),  # as requested
     ],
 )
 def test_as_many_workers_as_memory_allows(sets, expected, tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_few_rows_of_a_large_model_are_read_in_the_chunks_that_they_are_stored
 
 @pytest.mark.parametrize(("test", "sampled"), [(41, 41 + 99), (2, 2 + 149), (700, 256)])
 def test_the_rows_whose_features_are_sampled_at_once(test, sampled, tmp_path):
-    """4,096 entries in all, 256 of a diagonal: few test rows meet many columns, many are sampled by themselves."""
+    """4,096 entries in all, 256 of a diagonal: few test rows take many columns, many are sampled themselves."""
     sets = [f"run_dir={tmp_path / 'run'}", f"data.test={test}", "compute.stderr=sample"]
     plan = prepare(load_config(config_file(tmp_path / "run"), sets), resume=False).plan
     assert most_sampled_rows(plan.job) == sampled
@@ -227,7 +227,7 @@ def test_what_was_made_of_wrong_values_that_could_be_read_is_done_again_too(dama
     array = zarr.open_array(run_dir / "kernel.zarr/train/gram", mode="r+")
     array[64:128, 0:64] = wrong = array[64:128, 0:64] * 1.01
     array[0:64, 64:128] = wrong.T
-    finished(run_dir, "spectrum.top_k=4", resume=True)  # whose spectrum is that of the wrong values
+    finished(run_dir, "spectrum.top_k=4", resume=True)  # its spectrum comes from the wrong values
     assert "forgot 1 damaged task(s)" in nntk("verify", run_dir, "--forget").out
     assert {stage for stage, _ in ledger(run_dir)} == {"features", "calibration", "gram", "test"}
     assert not open_kernel(run_dir).complete

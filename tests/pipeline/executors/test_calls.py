@@ -1,4 +1,4 @@
-"""How long calls are, and how a worker carries one out."""
+"""The length of calls, and how a worker runs one."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def outcome(task, seconds=0.0):
 
 
 def lengths(seconds, calls, num_workers=2):
-    """The lengths of so many calls where every task takes so long."""
+    """The lengths of `calls` calls when every task takes `seconds`."""
     pace, found = Pace(num_workers), []
     for _ in range(calls):
         found.append(pace.num_tasks())

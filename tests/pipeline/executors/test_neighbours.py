@@ -29,7 +29,7 @@ def test_every_task_is_taken_once(count, workers, most, seed):
     runs, taken = Runs(stream(count)), []
     random = np.random.default_rng(seed)
     idle = 0
-    while idle < 20:  # twenty times nothing, by workers of any number: there is nothing left
+    while idle < 20:  # twenty random workers in a row get nothing: there is nothing left
         worker = int(random.integers(workers))
         tasks = runs.take(worker, most)
         assert len(tasks) <= most
@@ -72,7 +72,7 @@ def test_the_last_tasks_are_shared_by_halves():
     sizes = []
     while tasks := runs.take(f"worker {len(sizes)}", 64):
         sizes.append(len(tasks))
-    assert sizes[0] == 20  # all forty are its run, and the iterator has ended
+    assert sizes[0] == 20  # its run is all forty tasks, and the iterator has ended
     assert sum(sizes) == 40
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) > 4

@@ -1,6 +1,6 @@
-"""The Ray executor with workers of its own kind: killed workers and nodes, failing tasks, what Ray is asked for.
+"""The Ray executor with test workers: killed workers and nodes, failing tasks, and the requests to Ray.
 
-Legend: a task's tile is a number; `folder` holds a line in a file for every attempt at a tile.
+Legend: a task's tile is a number; `folder` holds a file per tile with a line per attempt.
 """
 
 import os
@@ -23,7 +23,7 @@ DEADLY, FAILING = "250", "270"
 
 
 class Worker:
-    """Notes every attempt at a tile; one tile kills it, or fails, as often as it is told."""
+    """Records every attempt at a tile; one tile kills it for the first `deaths` attempts, another fails."""
 
     def __init__(self, folder, deaths, failures, seconds, threads):
         self.folder, self.deaths, self.failures, self.seconds = folder, deaths, failures, seconds
@@ -51,7 +51,7 @@ def tasks(count):
 
 @pytest.fixture
 def executor(tmp_path):
-    """Makes an executor of two workers, and closes it."""
+    """A function that makes an executor of two workers, closed after the test."""
     made = []
 
     def make(deaths=0, failures=0, seconds=0.0, **options):
@@ -65,16 +65,16 @@ def executor(tmp_path):
 
 @pytest.mark.process
 def test_a_task_that_kills_its_workers_is_found_and_its_companions_are_done(executor, tmp_path):
-    """Tasks are so short that calls hold many; three workers die of one of them, and the fourth does it."""
+    """Tasks are so short that calls hold many; one of them kills three workers, and the fourth completes it."""
     sizes, found = [], []
     for outcomes in executor(deaths=3, num_cpus=1).run(tasks(400)):
         sizes.append(len(outcomes))
         found += [outcome.tile for outcome in outcomes]
-    assert max(sizes) > 8  # they did go together
+    assert max(sizes) > 8  # calls did hold many tasks
     assert Counter(found) == Counter(str(number) for number in range(400))
     tried = attempts(tmp_path)
     assert tried.pop(DEADLY) == 4
-    assert max(tried.values()) == 2  # a companion was blamed once at most: when nobody could know better
+    assert max(tried.values()) == 2  # a companion was blamed at most once, while the culprit was unknown
     assert sum(count - 1 for count in tried.values()) <= 2 * MOST_TASKS
 
 
@@ -92,7 +92,7 @@ def test_a_task_that_fails_costs_none_of_those_before_it(executor, tmp_path):
         for outcomes in executor(failures=1).run(tasks(400)):
             found += [outcome.tile for outcome in outcomes]
     assert len(found) == len(set(found))
-    # all that came before it on its worker, and was done once
+    # all tasks that its worker finished before it
     mine = (tmp_path / FAILING).read_text().split()[0]
     before = {tile for tile, count in attempts(tmp_path).items() if mine in (tmp_path / tile).read_text().split()}
     before = {tile for tile in before if int(tile) < int(FAILING)}
@@ -101,7 +101,7 @@ def test_a_task_that_fails_costs_none_of_those_before_it(executor, tmp_path):
 
 
 class Pair:
-    """Each of its tasks waits for another to be carried out at the same time."""
+    """Each of its tasks waits for another one to run at the same time."""
 
     def __init__(self, threads):
         self.barrier = threading.Barrier(2)
@@ -147,7 +147,7 @@ def test_workers_are_stopped_but_for_those_that_are_to_go_on(executor):
 
 
 class Unborn:
-    """Dies, or raises an error of the user's, while it is made."""
+    """Dies, or raises a user's error, in its constructor."""
 
     def __init__(self, folder, dies, threads):
         with (folder / "starts").open("a") as file:
@@ -174,7 +174,7 @@ def test_a_worker_that_cannot_start_ends_the_run(dies, message, starts, tmp_path
 
 @pytest.fixture
 def cluster():
-    """A head without CPUs, and two nodes of one."""
+    """A head without CPUs, and two nodes with one CPU each."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(2):
         made.add_node(num_cpus=1, object_store_memory=80 << 20)
@@ -184,7 +184,7 @@ def cluster():
 
 @pytest.mark.process
 def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path):
-    """Without another in its place the one that is left goes on alone; once there is another, the two of them."""
+    """Without a replacement the remaining node goes on alone; once there is one, both work."""
     found, numbers, alone, since = [], {}, [], 0
     steps = deque([(100, lambda: cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False))])
     steps.append((600, lambda: cluster.add_node(num_cpus=1, object_store_memory=80 << 20)))
@@ -193,7 +193,7 @@ def test_a_lost_node_costs_what_was_in_flight(cluster, executor, tmp_path):
         found += [outcome.tile for outcome in outcomes]
         numbers |= {outcome.worker: outcome.numbers for outcome in outcomes}
         since += len(outcomes)
-        if len(steps) == 1 and since > 500:  # seconds after Ray takes the lost one for dead
+        if len(steps) == 1 and since > 500:  # seconds after Ray declares the lost node dead
             alone += [outcome.worker for outcome in outcomes]
         if steps and since > steps[0][0] and len(numbers) == 2:
             steps.popleft()[1]()
@@ -224,7 +224,7 @@ def test_a_long_first_call_is_left_alone_when_an_idle_node_is_lost(cluster, exec
 
 @pytest.mark.process
 def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path):
-    """Longer than it would take to be given up as often as a task may lose its worker."""
+    """It waits longer than a task that has lost its worker as often as allowed would take to fail."""
     cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
     one, found, steps = executor(num_workers=1, seconds=0.05, address=cluster.address), [], iter(range(100))
     lost_at = None
@@ -233,7 +233,7 @@ def test_a_lone_worker_waits_for_another_node(cluster, executor, tmp_path):
         if len(found) > 10 and lost_at is None:
             cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
             lost_at = len(found)
-        elif lost_at is not None and not outcomes and next(steps) == 15:  # a second each
+        elif lost_at is not None and not outcomes and next(steps) == 15:  # one second per step
             cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     assert lost_at is not None
     assert lost_at < 60

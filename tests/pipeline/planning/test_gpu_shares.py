@@ -1,4 +1,4 @@
-"""Workers that share a GPU, on a machine that need not have one: what is planned, and what is said of it."""
+"""Workers that share a GPU, on a machine that need not have one: the plan and its report."""
 
 import io
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""The ledger: what is on storage after any interruption is what `done` says."""
+"""The ledger: after any interruption, `done` agrees with what is stored."""
 
 import tracemalloc
 from dataclasses import replace
@@ -159,7 +159,7 @@ def test_a_kill_at_any_moment_of_a_rewrite_loses_and_doubles_nothing(tmp_path, o
     newest = replace(rows(1)[0], seconds=99.0)
     ledger = write_parts(storage, rows(2), rows(1, "features"), [newest, *rows(1, "metric")])
     storage.operations_left = operations
-    # gone are a file that holds nothing else, or a row that has others beside it
+    # the forgotten rows are a whole file, or one row among others
     stage, steps = (
         ("features", 2) if operations % 2 else ("metric", 3)
     )  # a file with what is left, an index, a deletion
@@ -178,7 +178,7 @@ def test_a_kill_at_any_moment_of_a_rewrite_loses_and_doubles_nothing(tmp_path, o
         "gram": {"train/0", "train/1"},
         stage: set() if gone else {"train/0"},
     }
-    # What the interrupted clean-up left is taken away by the next rewrite.
+    # The next rewrite removes what the interrupted clean-up left.
     after.append(ROW)
     after.compact()
     assert len(storage.list("ledger")) == 2
@@ -186,7 +186,7 @@ def test_a_kill_at_any_moment_of_a_rewrite_loses_and_doubles_nothing(tmp_path, o
 
 
 def test_a_file_that_no_index_lists_does_not_count(tmp_path):
-    """What a kill left of a rewrite that had come to nothing, beside flushes of later."""
+    """A file left by a rewrite that was killed, beside later flushes."""
     storage = RunStorage(tmp_path)
     write_parts(storage, rows(2))
     storage.write_bytes("ledger/00000001-merged.parquet", storage.read_bytes("ledger/00000000.parquet"))
@@ -218,7 +218,7 @@ def test_merging_rewrites_each_row_a_few_times_and_keeps_their_order(tmp_path, m
     every, ledger = [], Ledger(storage)
     for flush in range(flushes):
         for number in range(1 + flush % 5):
-            # now and then a tile comes again, in this flush or long after
+            # sometimes a tile is repeated, in this flush or much later
             tile = f"train/{flush}/{number}" if number != 3 else f"train/{flush // 2}/0"
             row = replace(ROW, tile=tile, stage="gram" if flush % 3 else "test", seconds=float(len(every)))
             ledger.append(row)
@@ -260,7 +260,7 @@ def test_sums_are_those_of_the_rows_that_count(tmp_path):
 
 @pytest.mark.process
 def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
-    """A hundred thousand rows with the numbers of a real tile; what is kept is the names, as bits, and a list of files.
+    """A hundred thousand rows with the numbers of a real tile; only names, as bits, and a list of files are kept.
 
     As Arrow columns these rows would take 30 MB, and their names as Python strings 7.
     """
@@ -285,7 +285,7 @@ def test_memory_stays_flat_however_many_rows_there_are(tmp_path):
         tracemalloc.stop()
     assert max(kept) < 2e6  # a fifteenth of what the columns would take
     assert kept[1] < kept[0] + 2e5
-    assert reading < 6e7  # the most at any time: rows that wait for a flush, and one portion read
+    assert reading < 6e7  # the peak: rows that wait for a flush, and one portion that is read
     assert "train/399/249" in Ledger(storage).done("gram")
 
 

@@ -32,7 +32,7 @@ with RunLock(RunStorage(sys.argv[1]), beat_seconds=0.05) as lock:
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    """A run directory of which the code believes that it lies in an object store."""
+    """A run directory that appears to the code to be in an object store."""
     monkeypatch.setattr("obstore.store.from_url", lambda url: LocalStore(tmp_path / "bucket", mkdir=True))
     return RunStorage("s3://bucket/run")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.records.tile_names import TileSet
 
-# Names that are nearly one another: a set that read numbers more freely would take some of them for the same.
+# Names that are nearly equal: a set that parsed numbers less strictly would confuse some of them.
 ALIKE = [
     *("", "/", "metric", "train", "0", "/0", "00", "0/0", "/0/0", "//0", "x//0", "x/0", "x/0/0", "x/00", "x/0/00"),
     *("x/00/0", "x/-1", "x/+1", "x/1", "x/1/0", "x/0/1", "x1/0", "x/1_0", "x/10", "x/ 1", "x/1 ", "x/²", "x/١", "x/1/"),

@@ -1,4 +1,4 @@
-"""How the report writes numbers, and which of many it draws."""
+"""How the report formats numbers, and which points it plots if there are many."""
 
 import numpy as np
 import pytest

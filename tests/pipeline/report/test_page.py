@@ -1,4 +1,4 @@
-"""The report page: what it says for each kind of run, that it stands alone, and that its markup is sound."""
+"""The report page: its content for each kind of run, that it needs no other file, and that its markup is valid."""
 
 import re
 from dataclasses import replace
@@ -21,13 +21,13 @@ from tests.pipeline.report.pages import Page, ridge_rows, whole_digits
 
 @pytest.fixture(scope="module")
 def html():
-    """Its page, with every plot: plots take most of the time."""
+    """The run's page with every plot; plots take most of the time."""
     return render_report(whole_digits())
 
 
 @pytest.fixture
 def digits():
-    """The same run without plots, for what the page says in words."""
+    """The same run without plots, for tests of the page's text."""
     return replace(whole_digits(), plots=())
 
 
@@ -51,7 +51,7 @@ def test_figures_take_their_colours_from_the_page(html):
     assert len(figures) == 4
     for figure in figures:
         assert "var(--ink)" in figure
-        assert not re.search(r"(fill|stroke): #0[0-9a-f]0", figure)  # a stand-in that was left
+        assert not re.search(r"(fill|stroke): #0[0-9a-f]0", figure)  # an unreplaced placeholder
     for variable in set(re.findall(r"var\((--[a-z0-9-]+)\)", html)):
         assert html.count(f"{variable}: #") == 2, variable  # one colour for the light scheme and one for the dark
 

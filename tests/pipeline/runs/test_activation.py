@@ -28,7 +28,7 @@ MODELS = {"sign": SIGN, "transformer": TRANSFORMER, "sketched": SKETCHED}
 
 
 def in_memory(run_dir, *sets):
-    """Train kernel by the library's functions, examples named as in the data set."""
+    """The train kernel by the library's functions, with the data set's example ids."""
     config = load_config(config_file(run_dir), [*sets, f"run_dir={run_dir}"])
     dataset, spec = build_dataset(config), build_spec(config.kernel)
     model = prepare_model(build_model(config, dataset), dtype=torch.float32, device="cpu")
@@ -61,7 +61,7 @@ def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path,
 
 
 def test_examples_of_train_and_test_have_noise_of_their_own(tmp_path):
-    """Where both sets count their rows from 0, and hold the same inputs: noise in common would be on the diagonal."""
+    """Both sets count rows from 0 and hold the same inputs: shared noise would show on the diagonal."""
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((40, 16)).astype(np.float32), np.arange(40) % 3
     np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)

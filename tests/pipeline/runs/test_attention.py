@@ -1,5 +1,5 @@
-"""Weighted kernels through the pipeline: the library's numbers from training rows alone, however a run is carried out;
-what the store, the plan and the page say of the weighting; and what is refused.
+"""Weighted kernels through the pipeline: the library's numbers from training rows alone, for every way to run; the
+weighting in the store, the plan and the page; and refusals.
 """
 
 import json
@@ -53,7 +53,7 @@ MODULE = """
 
 @pytest.fixture(autouse=True)
 def scores(tmp_path, monkeypatch):
-    """A module of scores on the path, as the folder of a configuration is."""
+    """A module of scores on the import path, like the folder of a configuration."""
     (tmp_path / "weighting_scores.py").write_text(textwrap.dedent(MODULE))
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -78,7 +78,7 @@ def weighted(name: str) -> tuple[str, ...]:
 )
 def test_runs_give_the_librarys_numbers(name, means, tmp_path, monkeypatch):
     sets = weighted(name)
-    if means:  # block means of gradients, formed
+    if means:  # explicit block means of gradients
         monkeypatch.setattr(nntk_dist.estimators.weight, "METRIC_DRAWS", 0)
         sets = (*sets, "kernel.blocks=4", "kernel.parameters=['*.bias']", "model.args={widths: [2]}")
     place = finished(tmp_path / "run", *sets)
@@ -122,7 +122,7 @@ def test_ray_gives_the_bits_of_a_serial_run(tmp_path, two_cpus):
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["loss", "output, own"])
 def test_tiles_change_rounding_at_most(name, tmp_path):
-    """A row's weights know nothing of tiles: features are the same bits."""
+    """A row's weights do not depend on tiles: features are the same bit for bit."""
     serial = finished(tmp_path / "serial", *weighted(name))
     wide = arrays(finished(tmp_path / "wide", *weighted(name), "compute.tile=64"))
     for path, values in arrays(serial).items():
@@ -153,7 +153,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(stage, tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_a_finished_run_is_recognised_verified_and_another_weighting_refused(tmp_path):
-    """Infinity goes through the manifest too."""
+    """The manifest can also store infinity."""
     sets = (*SMALL, "kernel.weighting={name: loss, temperature: .inf}")
     place = finished(tmp_path / "run", *sets)
     before = snapshot(place)
@@ -194,7 +194,7 @@ def test_the_reference_batch_is_a_seeded_choice_of_training_rows(tmp_path):
     assert np.array_equal(batch.targets.numpy(), dataset.train.targets[rows])
     other = build_spec(config.kernel.model_copy(update={"seed": 1}))
     assert not np.array_equal(reference_rows(other, 29), rows)
-    assert np.array_equal(reference_rows(spec, 5), np.arange(5))  # no more than there are
+    assert np.array_equal(reference_rows(spec, 5), np.arange(5))  # no more than exist
     config = load_config(config_file(tmp_path / "run"), weighted("parameter"))
     assert reference_batch(build_spec(config.kernel), dataset, torch.float32, "cpu") is None
 

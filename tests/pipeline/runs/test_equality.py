@@ -1,7 +1,7 @@
-"""The same numbers however a run is carried out: tiles, executors, workers, features stored or recomputed; and the same
-as the library's functions in memory.
+"""The same numbers for every way to run (tiles, executors, workers, features stored or recomputed), and the same as the
+library's functions in memory.
 
-What a run is carried out with may change the order of sums. Rounding here means: at most √65 ≈ 8 float32 units of the
+The way a run is executed may change the order of sums. Rounding here means: at most √65 ≈ 8 float32 units of the
 largest kernel entry, 65 being the longest sum (the inputs of the first layer, with the bias).
 """
 
@@ -42,13 +42,13 @@ def two_cpus():
 
 @pytest.fixture
 def recomputed(monkeypatch):
-    """No room for features: every tile makes its own, one output at a time."""
+    """No memory for features: every tile computes its own, one output at a time."""
     monkeypatch.setattr(pipeline.decisions.layout, "_STORED_FEATURE_BYTES", 0)
     monkeypatch.setattr(pipeline.decisions.layout, "_OUTPUT_BYTES", 1)
 
 
 def assert_equal(first, second, *, features=True):
-    """Rows' own arrays bit for bit, kernels to rounding."""
+    """Check that per-row arrays are equal bit for bit, and kernels to rounding."""
     left, right = arrays(first), arrays(second)
     kernels = {path for path in left if "gram" in path or "diagonal" in path}
     assert len(kernels) >= 6

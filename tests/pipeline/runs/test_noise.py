@@ -1,4 +1,4 @@
-"""Models with noise from configuration to store: the library's numbers, the same bits however a run is carried out."""
+"""Models with noise from configuration to store: the library's numbers, the same bits for every way to run."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_with_the_same_noise(tmp_path, shared_run, mo
 
 @pytest.mark.process
 def test_projected_passes_count_the_base_passes(tmp_path):
-    """A draw of a pair takes half a base pass beside its own, an independent one a whole."""
+    """A draw of a pair needs half a base pass besides its own pass, an independent draw a whole one."""
     operations = {}
     for design in ("iid", "antithetic"):
         for args in ("{widths: [8, 8]}", "{widths: [8, 8], dropout: 0.25}"):

@@ -115,7 +115,7 @@ def test_what_only_the_model_can_tell_is_refused_in_one_line(sets, message, tmp_
 
 @pytest.mark.process
 def test_the_plan_counts_the_groups_that_are_held(tmp_path):
-    """310 draws of 310 parameters at once, with what is made of them; the rest is the same for both."""
+    """An orthogonal group holds 310 draws of 310 parameters and intermediate arrays; the rest is the same for both."""
     peaks = []
     for design in ("iid", "orthogonal"):
         sets = (*SMALL, "kernel.estimator=weight", "kernel.draws=2480", f"kernel.design={design}")

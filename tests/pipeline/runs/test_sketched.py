@@ -1,4 +1,4 @@
-"""A run whose gradients are sketched, from the plan to its verification: what it says, stores, resumes and checks."""
+"""A run with sketched gradients, from the plan to verification: what it reports, stores, resumes and checks."""
 
 import json
 from typing import Any
@@ -53,11 +53,11 @@ def test_the_projection_counts_the_sketch(tmp_path):
     assert projection["disk_bytes"]["features"] == sum(
         stored[f"{split}/features"].nbytes for split in ("train", "test")
     )
-    products, entries = 8 + 1 + 8, 31 * (31 + 16) / 2  # blocks, their mean, groups; and tiles up to the diagonal
-    assert projection["operations"]["gram"] == 2 * products * 64 * entries  # all outputs in the same numbers
+    products, entries = 8 + 1 + 8, 31 * (31 + 16) / 2  # blocks, their mean, groups; tiles up to the diagonal
+    assert projection["operations"]["gram"] == 2 * products * 64 * entries  # all outputs share the columns
     widths, draws = ((64, 32), (32, 32), (32, 10)), 8
     passes = 3 * sum(i * o for i, o in widths)  # forwards and backwards, at least
-    # both sides of every weight, δ for every output: but for the layer before the readout, whose outputs share it
+    # both sides of every weight, δ for every output; in the layer before the readout, the outputs share δ
     projections = 64 * sum(i + (o if (i, o) == (32, 32) else 10 * o) for i, o in widths)
     assert projection["operations"]["features"] > 2 * (31 + 11) * draws * (passes + projections)
     assert projection["operations"]["features"] < 10 * 2 * (31 + 11) * draws * (passes + projections)

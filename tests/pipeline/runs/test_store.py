@@ -1,4 +1,4 @@
-"""What a run leaves behind, as others read it: plain zarr, xarray, dask, the library's reader; every form of kernel.
+"""The results of a run, read by plain zarr, xarray, dask and the library's reader, for every form of kernel.
 
 Sizes: n train rows, m test rows, C = 10 outputs, S draws.
 """

@@ -1,4 +1,4 @@
-"""How many CPUs there are for a process."""
+"""The number of CPUs available to a process."""
 
 import os
 

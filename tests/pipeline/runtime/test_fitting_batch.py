@@ -1,4 +1,4 @@
-"""Batches that do not fit: halved until they do, remembered, reported; and the refusal where one example does not.
+"""Batches that do not fit: halved until they do, remembered, reported; and the refusal if even one example does not.
 
 Axes: none.
 """
@@ -18,7 +18,7 @@ from pipeline.runtime.fitting_batch import FittingBatch, remembered_batch
 from pipeline.storage.run_storage import RunStorage
 from tests.pipeline.tools import arrays, finished, nntk, run
 
-# A network that takes no more examples at a time than it is told, as a full device would.
+# A network that accepts at most a given number of examples at a time, like a full device.
 HUNGRY = """
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ SETS = ("data.train=61", "data.test=13", "compute.tile=32", "compute.dtype=float
 
 @pytest.fixture
 def hungry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Settings for a network that takes at most so many examples."""
+    """Settings for a network that accepts at most a given number of examples."""
     (tmp_path / "hungry.py").write_text(HUNGRY)
     monkeypatch.syspath_prepend(tmp_path)
     return lambda most: ("model.builder=python:hungry:build", f"model.args={{most: {most}}}")
@@ -134,7 +134,7 @@ def planned_batch(run_dir: Path) -> int:
 
 @pytest.mark.process
 def test_a_run_goes_on_with_batches_that_fit_also_when_continued(tmp_path, hungry):
-    """From batches of 256 to 64 where the model takes no more than 70; the numbers are those of a run with 64."""
+    """From batches of 256 to 64, as the model accepts at most 70; the numbers equal those from a run with 64."""
     small = finished(tmp_path / "small", *SETS, *hungry(10**9), "compute.batch=64")
     assert batches_of(small) == {None}
     sets = (*SETS, *hungry(70), "compute.batch=256")
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_batches_that_fit_also_when_continued(tmp_path, hungr
         assert np.array_equal(kept[name], expected[name]), name
     finished(halved, *sets, "regression.ridge=[0.5]", resume=True)
     assert planned_batch(halved) == 64
-    finished(halved, *sets, "regression.ridge=[0.1]", resume=True)  # with the batch that was asked for, as before
+    finished(halved, *sets, "regression.ridge=[0.1]", resume=True)  # with the requested batch, as before
     assert nntk("verify", halved).code == 0
     refused = run(halved, *sets, "compute.batch=128", resume=True)
     assert refused.code == 2

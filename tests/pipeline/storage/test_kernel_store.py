@@ -1,4 +1,4 @@
-"""The arrays of kernel.zarr: what is written comes back, what is damaged or missing shows, others can open them."""
+"""The arrays of kernel.zarr: written values are read back, damage and gaps are detected, other tools can open them."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +121,7 @@ def test_inner_chunks_divide_the_shard(shard, chunk):
 
 
 def test_no_inner_chunk_is_more_than_its_codec_takes(storage):
-    """Outputs by the ten thousand: axes that are each small enough, and 50,257 = 29 · 1,733."""
+    """Tens of thousands of outputs: axes that are each small enough, and 50,257 = 29 · 1,733."""
     shape, names = (400, 256, 50257), ("row", "draw", "output")
     array = create_array(storage, "large", shape=shape, dtype="f4", shard=(1024, 32, 50257), dimension_names=names)
     assert array.chunks == (100, 32, 50257)

@@ -1,4 +1,4 @@
-"""The run directory on a local disk and behind an address of an object store."""
+"""The run directory on a local disk and in an object store."""
 
 import os
 import pickle
@@ -108,7 +108,7 @@ def test_a_file_in_the_place_of_a_folder(tmp_path):
 
 
 def test_a_place_that_cannot_be_written():
-    # /proc refuses new folders to everybody, root included, whatever its permission bits say.
+    # /proc refuses new folders to everybody, including root, regardless of its permission bits.
     storage = RunStorage("/proc/nntk-run")
     with pytest.raises(NNTKError, match=r"run_dir '/proc/nntk-run' cannot be written \(.+\); choose another"):
         storage.check_writable()

@@ -1,6 +1,6 @@
-"""Shards as `write_block` makes them against those that zarr makes of the same values, chunk by chunk of the file.
+"""Shards from `write_block` against zarr's shards of the same values, chunk by chunk.
 
-Zarr lays the chunks of a file in another order; what counts are the chunks that the index names.
+Zarr stores the chunks of a file in another order; the chunks that the index lists are compared.
 """
 
 import math
@@ -42,7 +42,7 @@ def make(shape, shard, chunk, dtype="f4", *, store=None, **changes):
 
 
 def content(array):
-    """Key of each file -> its chunks, by their places in the index, and the checksum of the index."""
+    """Map the key of each file to its chunks in the order of the index."""
     files = {}
     num_chunks = math.prod(edge // part for edge, part in zip(array.shards, array.chunks, strict=True))
     for key, value in array.store._store_dict.items():
@@ -85,7 +85,7 @@ LAYOUTS = {
 }
 
 
-# Every layout with the type of kernels and with one other; every type at least once.
+# Every layout with the dtype of kernels and with one other; every dtype at least once.
 LAYOUTS_AND_TYPES = [(*layout, "f4") for layout in LAYOUTS.values()] + [
     (*layout, dtype)
     for layout, dtype in zip(LAYOUTS.values(), cycle(["f8", "i8", "i4", "u1", "u2", "?"]), strict=False)
@@ -141,7 +141,7 @@ PARTS = [np.s_[1:3, :], np.s_[:, 0:5], np.s_[4:9, 6:12], np.s_[8:9, 2:13], np.s_
 
 @pytest.mark.parametrize("local", [True, False])
 def test_parts_of_shards_are_read_and_cast(local, tmp_path, monkeypatch):
-    """On a local disk here, elsewhere by zarr."""
+    """By our reader on a local disk, elsewhere by zarr."""
     values = random((9, 13), "f4")
     values[4:6, 6:9] = np.nan
     store = LocalStore(tmp_path) if local else ObjectStore(obstore.store.MemoryStore())
@@ -216,7 +216,7 @@ def test_a_block_is_read_by_several_threads(tmp_path):
 
 
 def test_a_thread_that_compresses_is_one():
-    """Also the main one, in which Blosc would take up to eight."""
+    """Also the main thread, in which Blosc would use up to eight."""
     assert threading.current_thread() is threading.main_thread()
     assert not blosc._get_use_threads()
 
@@ -239,7 +239,7 @@ def test_tiles_of_one_value_leave_their_files(fill):
     files = content(array)
     assert len(files) == 4
     assert files == content(expected)
-    assert files["a/c/1/0"][2:] == [None, None]  # wholly outside of the array
+    assert files["a/c/1/0"][2:] == [None, None]  # entirely outside the array
 
 
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
@@ -270,7 +270,7 @@ def test_a_part_of_a_file_shows(length, end, tmp_path):
 
 @pytest.mark.parametrize("other", [{"dtype": "f8"}, {"dtype": "f4", "chunk": (8, 8), "shard": (32, 32)}])
 def test_a_file_of_another_array_shows(other, tmp_path):
-    """Of as many chunks of another size, whose checksums are right."""
+    """With as many chunks, of another size, and correct checksums."""
     settings = {"shard": (64, 64), "chunk": (16, 16), "dtype": "f4"}
     array = make((64, 64), **settings, store=LocalStore(tmp_path / "own"))
     foreign = make((64, 64), **settings | other, store=LocalStore(tmp_path / "foreign"))
@@ -283,7 +283,7 @@ def test_a_file_of_another_array_shows(other, tmp_path):
 
 @pytest.mark.parametrize("length", [1, 14, 200])
 def test_a_chunk_that_was_cut_short_before_its_checksum_was_made_shows(length, tmp_path):
-    """Decompressing alone would read on, into what lies behind it in memory."""
+    """The decompressor alone would read beyond its end in memory."""
     array = make((16, 16), (16, 16), (16, 16), store=LocalStore(tmp_path))
     write_block(array, np.s_[:, :], random((16, 16), "f4"))
     file = tmp_path / "a/c/0/0"

@@ -1,4 +1,4 @@
-"""A stage of a user's module: run, kept in the ledger, its numbers in the results, done again after what it reads."""
+"""A stage from a user's module: run, kept in the ledger, its numbers in the results, repeated after its inputs."""
 
 import json
 

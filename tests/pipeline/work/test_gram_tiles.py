@@ -1,4 +1,4 @@
-"""Tiles as tasks: their order, how precisely they are multiplied, what of them is written side by side.
+"""Tiles as tasks: their order, the precision of their products, and which of their parts are written in parallel.
 
 Legend: i, j tile rows and columns.
 """
@@ -37,8 +37,8 @@ def test_every_tile_comes_once_and_a_group_s_columns_together(group):
 
 
 def test_groups_of_columns_spare_most_of_the_loads():
-    """A cache of six row sets, whose oldest goes first: 20 × 20 tiles, row by row, and in groups of four columns, which
-    leave room for a row and the one before it. With room for one row alone, every new row would push out a column.
+    """A cache of six row sets that evicts the oldest, for 20 × 20 tiles: row by row, and in groups of four columns,
+    which leave space for a row and the one before it. With space for only one row, every new row would evict a column.
     """
 
     def loads(order: list[tuple[int, int]]) -> int:
@@ -57,7 +57,7 @@ def test_groups_of_columns_spare_most_of_the_loads():
 
 @pytest.mark.parametrize(("stderr", "each_row"), [("sample", 0), ("entry", 1)])
 def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr, each_row, tmp_path, monkeypatch):
-    """Two products with M for the columns of tiles; rows, which change with every tile, take one with sums by block."""
+    """Two products with M for a tile's columns; its rows, which change with every tile, need one for sums by block."""
     made, columns, rows = [], [], []
     times, rows_of = metric_module._times, Context.rows
 
@@ -78,12 +78,12 @@ def test_a_metric_meets_a_row_set_once_as_columns_however_small_the_cache(stderr
     finished(tmp_path / "run", "kernel.estimator=weight", "kernel.draws=16", f"compute.stderr={stderr}")
     of_train = [each for each in columns if each[0][0] == "train"]
     turns = [[count for _, count in turn] for _, turn in groupby(of_train, key=lambda each: each[0])]
-    assert turns == [[2], [2, 0], [2, 0, 0], [2], [2], [2]]  # of the kernel's upper triangle, and of the test rows
+    assert turns == [[2], [2, 0], [2, 0, 0], [2], [2], [2]]  # the kernel's upper triangle, then the test rows
     assert {count for _, count in rows} == {0, each_row}
 
 
 def test_features_that_a_tile_recomputes_are_made_at_full_precision(tmp_path, monkeypatch):
-    """Precisions that passes over the model ran at, in the stage of tiles too, and those of the products there."""
+    """Records the precision of passes over the model, also in the stage of tiles, and of the products there."""
     passes, products = [], []
     forward, matrix = nn.Linear.forward, Meeting.matrix
 
@@ -128,7 +128,7 @@ def test_precision_is_a_choice_that_a_run_keeps(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-@pytest.mark.parametrize("shape", [(300, 500), (3, 5)])  # some stripes and a part of one; less than one
+@pytest.mark.parametrize("shape", [(300, 500), (3, 5)])  # several stripes and a part; less than one stripe
 def test_totals_of_a_tile_are_sums_over_it(shape, dtype):
     rng = np.random.default_rng(0)
     plugin, unbiased, stderr = (rng.standard_normal(shape).astype(dtype) for _ in range(3))

@@ -1,5 +1,5 @@
-"""A worker's threads: for its own tasks, for tasks that have the node to themselves, and afterwards as before; and two
-tasks at once.
+"""A worker's threads: for ordinary tasks, for tasks that use the whole node, and restored afterwards; and two tasks at
+a time.
 """
 
 import os
@@ -29,7 +29,7 @@ THREADS = Threads(own=2, whole_node=3)
 
 
 def threads_seen():
-    """Of torch, of BLAS and of OpenMP; one number for each where all libraries of a kind agree."""
+    """The threads of torch, BLAS and OpenMP: the largest number of each kind."""
     pools = threadpool_info()
     seen = {kind: {pool["num_threads"] for pool in pools if pool["user_api"] == kind} for kind in ("blas", "openmp")}
     assert all(seen.values())
@@ -37,13 +37,13 @@ def threads_seen():
 
 
 def shares(one, other):
-    """Whether two tensors lie in the same memory."""
+    """Whether two tensors share memory."""
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 @pytest.fixture
 def worker(monkeypatch):
-    """A worker of two threads on a node of three, whose stages do nothing but look."""
+    """A worker of two threads on a node of three, whose stages only record the threads."""
 
     def execute(context, task):
         if task.tile == "fails":
@@ -161,7 +161,7 @@ def test_a_task_computes_while_the_one_before_it_is_written_and_never_beside_ano
         seen.append(len(computing))
         if task.tile == "1":
             second_computes.set()
-        time.sleep(0.05)  # for another to come in, if it could
+        time.sleep(0.05)  # gives another task the chance to start
         computing.remove(task.tile)
         written = Written()
         context.write_later(written, "array", (0,), np.zeros(1))
@@ -182,11 +182,11 @@ def test_a_task_computes_while_the_one_before_it_is_written_and_never_beside_ano
 
 
 def test_waiting_for_a_turn_is_not_time_of_the_task(worker, monkeypatch):
-    """A task takes one second of the clock, and does so when the other has asked for its turn."""
+    """A task takes one second of the clock, and only after the other has requested its turn."""
     now, second_asks = 0.0, threading.Event()
 
     class Turn:
-        """A lock that says when somebody waits for it."""
+        """A lock that signals when somebody waits for it."""
 
         def __init__(self):
             self.lock = threading.Lock()
@@ -220,7 +220,7 @@ def test_memory_that_runs_out_in_a_tile_is_told_with_its_name(worker, monkeypatc
     stages = {"gram": SimpleNamespace(uses_all_threads=False, execute=Mock(side_effect=error))}
     monkeypatch.setattr(pipeline.work.worker, "stage_named", lambda name, job: stages[name])
     reason = r"CUDA out of memory\. Tried" if str(error) else "MemoryError"
-    for _ in range(2):  # the turn was given back
+    for _ in range(2):  # the turn was released
         with pytest.raises(NNTKError, match=rf"^gram train/3/4 does not fit into memory \({reason}\); use .*--resume$"):
             worker.execute(Task("gram", "train/3/4"))
     stages["gram"].execute.side_effect = RuntimeError("something else")

@@ -146,7 +146,7 @@ def call(problem, **changes):
 
 
 def test_refuses_an_indefinite_kernel_and_the_ridge_it_names_is_accepted(problem):
-    kernel = problem["kernel"] - 0.2 * np.eye(24)  # as noise of the unbiased statistic does
+    kernel = problem["kernel"] - 0.2 * np.eye(24)  # as the noise of the unbiased statistic can do
     with pytest.raises(NNTKError, match=r"indefinite or nearly singular at ridge 0\.05.*'statistic: plugin'") as error:
         call(problem, kernel=kernel)
     needed = float(str(error.value).rsplit(" ", 1)[1])

@@ -1,4 +1,4 @@
-"""Activations: values, zero derivatives at jumps, and what they refuse."""
+"""Activations: values, zero derivatives at jumps, and refusals."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_every_activation_is_checked():
 
 
 def test_a_brownian_activation_is_a_relu_on_average():
-    """Over 2,000 units, whose paths are independent: four standard errors √(|u|/2000)."""
+    """Within four standard errors √(|u|/2000) over 2,000 units with independent paths."""
     u = POINTS[:, None].expand(-1, 2000)
     values = make_activation({"name": "brownian", "sigma": 1.0, "reach": 4}).eval()(u)
     error = (values.mean(1) - POINTS.relu()).abs()

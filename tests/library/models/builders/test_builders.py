@@ -1,4 +1,4 @@
-"""Every built-in model: shapes, reproducibility, function transforms, and what it refuses."""
+"""Every built-in model: shapes, reproducibility, function transforms, and refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models of `python:module:function`: what is passed to the function, and what is refused."""
+"""Models from `python:module:function`: the arguments of the function, and refusals."""
 
 import textwrap
 

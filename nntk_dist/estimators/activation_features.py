@@ -245,9 +245,20 @@ class ActivationFeatures(DrawnFeatures):
             add_products_(sums, terms, meeting)
         if (name := "readout_columns") in rows:
             _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
-        if self.plan.noisy or self.plan.weight_space:
-            sums.resolved = meeting.both(_changed(first, meeting), _changed(second, meeting))
+        sums.resolved = self.resolved(rows, others, meeting)
         return sums
+
+    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"] | None:
+        """Return a mask of the entries whose examples changed under draws of two different blocks.
+
+        None without noise: then the readout alone is perturbed, and its part is exact.
+        """
+        if not self.plan.noisy and not self.plan.weight_space:
+            return None
+        first, second = (
+            (part["differences"] != 0).unflatten(1, (self.num_blocks, -1)).any(2) for part in (rows, others)
+        )
+        return meeting.in_different_blocks(first, second)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         """Return every block product of few entries, in float64."""
@@ -291,9 +302,3 @@ def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meetin
     ]
     assert spread[0] is not None
     sums.add_(BlockSums(sums.num_blocks, spread[0], spread[1], spread[2]))
-
-
-def _changed(differences: Float[Tensor, "n s c"], meeting: Meeting) -> Bool[Tensor, "n *c"]:
-    """Return which rows (with `full`, which rows and outputs) at least one draw changed."""
-    changed = (differences != 0).any(1)
-    return changed if meeting.full else changed.any(1)

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from nntk_dist.models.evaluation import Evaluator
+from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.feature_description import ArraySpec, FeatureStorage
 from nntk_dist.products.features import Rows
 from nntk_dist.products.wanted import Wanted
@@ -49,6 +50,10 @@ class DrawnFeatures(ABC):
     def num_parameters(self) -> int:
         """P, the number of selected parameters."""
         return self.drawing.num_parameters
+
+    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"] | None:
+        """Return None: every standard error means something, or is 0."""
+        return None
 
     @property
     def num_sketch_groups(self) -> int:

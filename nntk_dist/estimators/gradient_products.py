@@ -283,6 +283,9 @@ class GradientProducts:
         weights = pair_weights(model, self.plan.output_layers.readout, space, self.drawing, self.columns)
         return weights.to(next(iter(space.values(model).values())).dtype)
 
+    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> None:
+        """Return None: a gradient is known from every draw."""
+
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile."""
         rows, others = (self.prepare(part, wanted) for part in (rows, others))

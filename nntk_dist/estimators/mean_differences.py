@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from nntk_dist.estimators.drawn_features import DrawnFeatures
@@ -102,8 +102,7 @@ class DifferenceMeans(DrawnFeatures):
         """Combine the blocks, and note which outputs changed in each block."""
         if "dense" not in rows:
             return dict(rows)
-        changed = (rows["dense"] != 0).any(3)
-        return {"columns": combined(rows["dense"], wanted), "changed": changed.to(rows["dense"].dtype)}
+        return {"columns": combined(rows["dense"], wanted), "changed": (rows["dense"] != 0).any(3)}
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile, and note which entries are resolved."""
@@ -112,22 +111,16 @@ class DifferenceMeans(DrawnFeatures):
         shape = meeting.shape(len(left), len(right), left.shape[2])
         sums = empty_sums(shape, self.num_blocks, wanted, pair_blocks=True, device=left.device)
         add_products_(sums, formed_weighted_products(left, right, self.num_blocks, wanted), meeting)
-        sums.resolved = _resolved(rows["changed"], others["changed"], meeting)
+        sums.resolved = self.resolved(rows, others, meeting)
         return sums
+
+    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"]:
+        """Return a mask of the entries whose examples changed under draws of two different blocks."""
+        first, second = (
+            part["changed"] if "changed" in part else (part["dense"] != 0).any(3) for part in (rows, others)
+        )
+        return meeting.in_different_blocks(first, second)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         """Return every block product of few entries, in float64."""
         return formed_block_products(rows["dense"], others["dense"], meeting)
-
-
-def _resolved(rows: Float[Tensor, "n1 r c"], columns: Float[Tensor, "n2 r c"], meeting: Meeting) -> Tensor:
-    """Return which entries have two examples whose outputs changed in two different blocks.
-
-    In all other entries products of different blocks are 0, but products that cancel leave rounding in their sums.
-    """
-    total, own = meeting.outputs(rows.sum(1)[..., None], columns.sum(1)[..., None]), None
-    for r in range(rows.shape[1]):
-        both = meeting.outputs(rows[:, r, :, None], columns[:, r, :, None])
-        own = both if own is None else own.add_(both)
-    assert own is not None
-    return total > own

@@ -83,11 +83,19 @@ class Meeting:
         width = self.width(num_outputs)
         return (num_rows * width, num_columns * width)
 
-    def both(self, a: Bool[Tensor, "n1 *c"], b: Bool[Tensor, "n2 *c"]) -> Bool[Tensor, "*tile"]:
-        """Return a mask of the entries with `a` true for the row and `b` for the column; with `full`, by output."""
-        if self.paired:
-            return a[:, :, None] & b[:, None, :] if self.full else a & b
-        return a.flatten()[:, None] & b.flatten()[None, :]
+    def in_different_blocks(
+        self, rows: Bool[Tensor, "n1 r c"], columns: Bool[Tensor, "n2 r c"]
+    ) -> Bool[Tensor, "*tile"]:
+        """Return a mask of the entries with an output that is true for the row in one block, for the column in another.
+
+        Masks of outputs that changed give the entries that are resolved: in every other entry all products of two
+        different blocks are 0, though products that cancel leave rounding in their sums.
+        """
+        left, right = rows.float(), columns.float()
+        all_pairs = self.outputs(left.sum(1)[..., None], right.sum(1)[..., None])
+        for r in range(rows.shape[1]):
+            all_pairs -= self.outputs(left[:, r, :, None], right[:, r, :, None])
+        return all_pairs > 0
 
     def same_output(self, values: Float[Tensor, "*lead tile"], num_outputs: int) -> Tensor:
         """Return products that are `values` for each output with itself and 0 for two different outputs."""

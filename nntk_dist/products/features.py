@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BlockSums, Meeting
@@ -51,6 +51,12 @@ class FeatureMap(Protocol):
         """Whether a standard error of exactly 0 means that no draw changed the output, so that it becomes NaN.
 
         If not, 0 means that there is no sampling noise.
+        """
+
+    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"] | None:
+        """Return a mask of the entries whose standard error means something.
+
+        None if every entry's does, or if a standard error of 0 marks the others.
         """
 
     @property

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from nntk_dist.products.block_sums import BETWEEN, WITHIN, BlockSums, Sum
@@ -34,13 +34,14 @@ class Calibration:
 
     Attributes:
         level: Multiplies the jackknife variance.
-        relative_error: √(ΣV/Σ(U²−V)); infinite if there is only noise.
+        relative_error: √(ΣV/Σ(U²−V)); infinite if there is only noise, NaN if no entry is resolved.
         num_entries: Entries of the sample.
-        bound: A bound on the relative error that holds in 95 % of all cases.
+        bound: A bound on the relative error that holds in 95 % of all cases; infinite if no entry is resolved.
         pair_share: The share of pairs of draws, which falls like 1/S², in what ΣV has from draws; the rest falls like
             1/S.
         sketch_share: The share of the sketch in ΣV.
-        bias: ‖plugin − unbiased‖ / ‖unbiased‖ over the sample; 0 if blocks are not paired.
+        bias: ‖plugin − unbiased‖ / ‖unbiased‖ over the sample; 0 if blocks are not paired, NaN if no entry is resolved.
+        resolved_share: The share of the sample's entries that are resolved.
     """
 
     level: float
@@ -50,6 +51,7 @@ class Calibration:
     pair_share: float = 0.0
     sketch_share: float = 0.0
     bias: float = 0.0
+    resolved_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,12 @@ def sketch_variance(by_group: Float64[Tensor, "q *tile"], num_blocks: int) -> Fl
 
 
 def calibrate(
-    products: Float64[Tensor, "r ..."], *, pair_blocks: bool, by_group: Float64[Tensor, "q *sample"] | None = None
+    products: Float64[Tensor, "r ..."],
+    *,
+    pair_blocks: bool,
+    by_group: Float64[Tensor, "q *sample"] | None = None,
+    resolved: Bool[Tensor, "*sample"] | None = None,
+    zero_is_unresolved: bool = False,
 ) -> Calibration:
     """Calibrate from all block products of a sample of entries.
 
@@ -127,6 +134,8 @@ def calibrate(
         products: (R, R, *sample), or (R, *sample) if blocks are not paired.
         pair_blocks: Whether blocks are paired.
         by_group: Of sketched features, what each group of columns adds to the sum over different blocks.
+        resolved: Mask of the entries that are resolved; None for all.
+        zero_is_unresolved: Whether entries without any scatter between blocks are not resolved either.
     """
     blocks, sketch, bias = len(products), 0.0, 0.0
     if pair_blocks:
@@ -141,6 +150,11 @@ def calibrate(
     else:
         value, shape, influences = products.mean(0), products.var(0) / blocks, products
         level, pair_share = 1.0, 0.0
+    if zero_is_unresolved:
+        resolved = shape > 0
+    resolved_share = 1.0 if resolved is None else float(resolved.double().mean())
+    if resolved_share == 0.0:  # zeros that say nothing: neither of the values nor of their errors
+        return Calibration(1.0, math.nan, value.numel(), bound=math.inf, bias=math.nan, resolved_share=0.0)
     noise = level * float(shape.sum())
     sources = [noise_source(noise, influences)]
     if by_group is not None:
@@ -158,6 +172,7 @@ def calibrate(
         pair_share=pair_share,
         sketch_share=sketch / noise if noise > 0 else 0.0,
         bias=bias,
+        resolved_share=resolved_share,
     )
 
 

@@ -235,15 +235,24 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
     """
     products: Tensor | None = None
     by_group: Tensor | None = None
+    resolved: Tensor | None = None
     for rows, others in parts:
         product = features.block_products(rows, others, meeting)
         products = product if products is None else products.add_(product)
         if features.num_sketch_groups:
             grouped = features.block_sums(rows, others, meeting, Wanted(stderr=True)).by_group
             by_group = grouped if by_group is None or grouped is None else by_group + grouped
+        mask = features.resolved(rows, others, meeting)
+        resolved = mask if resolved is None or mask is None else resolved | mask
     if products is None:
         raise ValueError("a sample needs at least one part")
-    return calibrate(products, pair_blocks=features.pair_blocks, by_group=by_group)
+    return calibrate(
+        products,
+        pair_blocks=features.pair_blocks,
+        by_group=by_group,
+        resolved=resolved,
+        zero_is_unresolved=features.zero_stderr_is_unresolved,
+    )
 
 
 def scale_factor(scale: str, num_parameters: int) -> float:

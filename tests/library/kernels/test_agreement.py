@@ -26,7 +26,6 @@ OTHERS = [
     ("relu network", "gaussian", "activation", "iid"),
     ("convnet", "gaussian", "activation", "iid"),
     ("transformer", "fractional", "weight", "orthogonal"),
-    ("transformer", "lowrank", "weight", "antithetic"),
 ]
 DIFFERENCES = [
     (name, law, "weight", design) for name, designs in WEIGHT.items() for law, design in zip(LAWS, designs, strict=True)

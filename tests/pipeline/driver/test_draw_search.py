@@ -122,7 +122,7 @@ def test_a_driver_killed_in_the_pilot(undisturbed, tmp_path):
     assert "pilot" in state.out
     refused = run(run_dir, *SETS)
     assert refused.code == 2
-    assert "holds an unfinished run of this configuration; add --resume" in refused.err
+    assert "holds an unfinished run of this configuration; to continue it, add --resume" in refused.err
     started = {key: row["started"] for key, row in ledger(run_dir).items()}
     finished(run_dir, *SETS, resume=True)
     after = ledger(run_dir)

@@ -68,13 +68,12 @@ def test_tiles_change_rounding_at_most(sets, tmp_path, shared_run):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("sets", [ESTIMATORS["autodiff"], ESTIMATORS["weight"]], ids=["autodiff", "weight"])
-def test_ray_gives_the_bits_of_a_serial_run(sets, tmp_path, two_cpus):
-    serial = finished(tmp_path / "serial", *sets)
+def test_ray_gives_the_bits_of_a_serial_run(tmp_path, two_cpus):
+    serial = finished(tmp_path / "serial")
     for workers in (1, 2):
         place = tmp_path / f"ray{workers}"
-        assert_same_bits(serial, finished(place, *sets, "compute.executor=ray", f"compute.workers={workers}"))
-    assert_equal(serial, finished(tmp_path / "wide", *sets, "compute.executor=ray", "compute.tile=512"))
+        assert_same_bits(serial, finished(place, "compute.executor=ray", f"compute.workers={workers}"))
+    assert_equal(serial, finished(tmp_path / "wide", "compute.executor=ray", "compute.tile=512"))
 
 
 @pytest.mark.process

@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -59,6 +60,7 @@ def test_it_is_a_set():
     assert tiles & {"train/0/1", "x"} == {"train/0/1"}
 
 
+@pytest.mark.statistical
 def test_a_hundred_thousand_tiles_take_under_a_byte_each():
     names = [f"train/{i}/{j}" for i in range(447) for j in range(i, 447)]
     assert len(names) > 99_000

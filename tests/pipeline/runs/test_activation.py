@@ -60,6 +60,7 @@ def test_a_run_is_the_library_s_kernel_however_it_is_carried_out(sets, tmp_path,
     assert_equal(first, finished(tmp_path / "recomputed", *sets), features=False)
 
 
+@pytest.mark.process
 def test_examples_of_train_and_test_have_noise_of_their_own(tmp_path):
     """Both sets count rows from 0 and hold the same inputs: shared noise would show on the diagonal."""
     generator = np.random.default_rng(0)

@@ -338,8 +338,9 @@ def _evidence(probe: JumpProbe) -> str:
         return "along random segments f does not change at all"
     if probe.jump > 0:
         return f"on a long segment through θ f jumps by {probe.jump:.2g} of its range there"
+    bound = "" if probe.differentiable else "at least "
     return (
-        f"along random segments the integrated gradient misses {probe.residual:.2g} of the change of f, "
+        f"along random segments the integrated gradient misses {bound}{probe.residual:.2g} of the change of f, "
         f"at up to {probe.num_gradients} points"
     )
 

@@ -53,7 +53,8 @@ def _jump_fact(probes: ModelProbes) -> ProbeFact:
         taken = f"up to {probes.jump_gradients} gradients a segment"
         value, verdict = f"no change of f; {taken}", "no gradient to trust"
         if probes.jump_residual is not None:
-            value = f"{percent(probes.jump_residual)} missed; {taken}"
+            bound = "at least " if probes.jumps and not probes.jump_size else ""
+            value = f"{bound}{percent(probes.jump_residual)} missed; {taken}"
             verdict = "jumps" if probes.jumps else "locally Lipschitz: gradients may be used"
         if probes.jump_size:
             value = f"{value}; a jump of {percent(probes.jump_size)} of the range"

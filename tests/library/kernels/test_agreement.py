@@ -1,7 +1,7 @@
 """Networks under every distribution: estimators against quadrature or brute force at a corrected 0.1 %, with power.
 
 A part of the table that `scripts/estimators.py` makes in full, by the same code and with the same seeds. Units are left
-to `test_distributions` and `test_unbiased`; for each network only the fast estimators, designs and laws run.
+to `tests/library/statistics/test_unbiased.py`; for each network only the fast estimators, designs and laws run.
 
 Axes: n examples, S draws.
 """

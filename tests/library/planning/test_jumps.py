@@ -23,7 +23,7 @@ from tests.oracles.cases import CASES, case, mlp
 JUMPS = ("sign", "step", "quantize")
 REFUSED = (
     r"estimator is 'autodiff', but the model jumps in its parameters \(along random segments the integrated gradient "
-    r"misses [\d.e+-]+ of the change of f, at up to \d+ points\), and its gradients miss the jumps; "
+    r"misses at least [\d.e+-]+ of the change of f, at up to \d+ points\), and its gradients miss the jumps; "
     r"use estimator: weight or auto"
 )
 

@@ -1,6 +1,6 @@
 """Orthogonal groups: orthonormal directions, lengths as in independent draws, any slice; exact for linear models.
 
-The tests of the distributions check unbiasedness, the tests of the other designs coverage.
+Unbiasedness and coverage are checked in `tests/library/statistics`.
 
 Axes: s draws, g groups, k draws of a group, P parameters.
 """

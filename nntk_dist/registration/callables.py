@@ -55,9 +55,9 @@ def import_object(location: str, *, what: str) -> Any:
             f"{what} 'python:{location}': cannot import '{module_name}' ({reason}); put its folder on PYTHONPATH"
         ) from error
     for name in function_name.split("."):
-        near = nearest_name(name, dir(found))
-        found = getattr(found, name, None)
+        owner, found = found, getattr(found, name, None)
         if found is None:
+            near = nearest_name(name, dir(owner))
             raise ArgumentError(f"{what} 'python:{location}': '{module_name}' has no '{function_name}'{near}")
     return found
 

@@ -139,7 +139,7 @@ class _NonlocalRidge(BaseEstimator):
     def _fit(self, X: Array, targets: Float64[Array, "n T"], labels: Array | None = None) -> None:
         """Kernel and solutions; a weighting by the loss compares with the labels, or with the targets themselves."""
         model = self._module(X, targets.shape[1])
-        placement = Placement.of(model, self.device, self.dtype, self.batch)
+        placement = Placement.of(model, X, device=self.device, dtype=self.dtype, batch=self.batch)
         ridges = _ridges(self.ridge)
         self.kernel_ = train_kernel(model, X, self._spec(targets if labels is None else labels), placement)
         offset = self.kernel_.outputs(X) if self.center_outputs else None

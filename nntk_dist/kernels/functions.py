@@ -36,6 +36,12 @@ def _with_options_of(kind: str | None) -> Callable[[Function], Function]:
     return show
 
 
+def _placed(
+    device: torch.device | str | None, dtype: torch.dtype | None, batch: int | None, output: Any
+) -> dict[str, Any]:
+    return {"device": device, "dtype": dtype, "batch": batch, "output": output}
+
+
 @_with_options_of(Kind.NONLOCAL)
 def nonlocal_kernel(
     model: nn.Module,
@@ -45,6 +51,7 @@ def nonlocal_kernel(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
+    output: Any = None,
     **options: Any,
 ) -> KernelEstimate[Tensor]:
     """Estimate the nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²].
@@ -63,11 +70,12 @@ def nonlocal_kernel(
 
     Args:
         model: the model f.
-        x1: examples, (n1, …), a tensor or NumPy array.
+        x1: examples, (n1, …), a tensor or NumPy array, or a dict or tuple of them, which go to the model's arguments.
         x2: other examples, (n2, …); by default x1.
         device: where to compute; by default the model's device.
-        dtype: in which precision; by default the model's.
+        dtype: in which precision; by default the model's, and float32 for half precision.
         batch: rows in one forward pass, at most 256 by default.
+        output: what of the model's result is f: a key, an index, a word, a function or a mapping (`Output`).
         options: the options of the kernel.
 
     Returns:
@@ -84,7 +92,7 @@ def nonlocal_kernel(
         >>> nonlocal_kernel(model, torch.randn(3, 4), gamma=0.1).kernel.shape
         torch.Size([3, 3])
     """
-    return compute(Kind.NONLOCAL, "nonlocal_kernel", model, x1, x2, (device, dtype, batch), options)
+    return compute(Kind.NONLOCAL, "nonlocal_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
 
 
 @_with_options_of(Kind.COVARIANCE)
@@ -96,6 +104,7 @@ def covariance_kernel(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
+    output: Any = None,
     **options: Any,
 ) -> KernelEstimate[Tensor]:
     """Estimate C(x,x') = P·E[Δ(x)Δ(x')/|z|²], Δ = f(x;θ+z) − f(x;θ).
@@ -105,11 +114,12 @@ def covariance_kernel(
 
     Args:
         model: the model f.
-        x1: examples, (n1, …), a tensor or NumPy array.
+        x1: examples, (n1, …), a tensor or NumPy array, or a dict or tuple of them, which go to the model's arguments.
         x2: other examples, (n2, …); by default x1.
         device: where to compute; by default the model's device.
-        dtype: in which precision; by default the model's.
+        dtype: in which precision; by default the model's, and float32 for half precision.
         batch: rows in one forward pass, at most 256 by default.
+        output: what of the model's result is f: a key, an index, a word, a function or a mapping (`Output`).
         options: the options of the kernel.
 
     Returns:
@@ -118,7 +128,7 @@ def covariance_kernel(
     Raises:
         NNTKError: as `nonlocal_kernel`.
     """
-    return compute(Kind.COVARIANCE, "covariance_kernel", model, x1, x2, (device, dtype, batch), options)
+    return compute(Kind.COVARIANCE, "covariance_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
 
 
 @_with_options_of(Kind.AVERAGED)
@@ -130,17 +140,19 @@ def averaged_kernel(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
+    output: Any = None,
     **options: Any,
 ) -> KernelEstimate[Tensor]:
     """Estimate E_z[NTK(θ + U^{1/P} z)], the NTK averaged over the neighbourhood: PSD and unbiased.
 
     Args:
         model: the model f.
-        x1: examples, (n1, …), a tensor or NumPy array.
+        x1: examples, (n1, …), a tensor or NumPy array, or a dict or tuple of them, which go to the model's arguments.
         x2: other examples, (n2, …); by default x1.
         device: where to compute; by default the model's device.
-        dtype: in which precision; by default the model's.
+        dtype: in which precision; by default the model's, and float32 for half precision.
         batch: rows in one forward pass, at most 256 by default.
+        output: what of the model's result is f: a key, an index, a word, a function or a mapping (`Output`).
         options: the options of the kernel.
 
     Returns:
@@ -149,7 +161,7 @@ def averaged_kernel(
     Raises:
         NNTKError: as `nonlocal_kernel`, or the model has no gradients.
     """
-    return compute(Kind.AVERAGED, "averaged_kernel", model, x1, x2, (device, dtype, batch), options)
+    return compute(Kind.AVERAGED, "averaged_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
 
 
 @_with_options_of(Kind.LOCAL)
@@ -161,17 +173,19 @@ def local_kernel(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
+    output: Any = None,
     **options: Any,
 ) -> Tensor:
     """Compute the empirical NTK ⟨∇f_c(x), ∇f_c'(x')⟩ by automatic differentiation, layer by layer, exact to rounding.
 
     Args:
         model: the model f.
-        x1: examples, (n1, …), a tensor or NumPy array.
+        x1: examples, (n1, …), a tensor or NumPy array, or a dict or tuple of them, which go to the model's arguments.
         x2: other examples, (n2, …); by default x1.
         device: where to compute; by default the model's device.
-        dtype: in which precision; by default the model's.
+        dtype: in which precision; by default the model's, and float32 for half precision.
         batch: rows in one forward pass, at most 256 by default.
+        output: what of the model's result is f: a key, an index, a word, a function or a mapping (`Output`).
         options: the options of the kernel.
 
     Returns:
@@ -180,7 +194,7 @@ def local_kernel(
     Raises:
         NNTKError: the model has no gradients for single examples.
     """
-    return compute(Kind.LOCAL, "local_kernel", model, x1, x2, (device, dtype, batch), options).kernel
+    return compute(Kind.LOCAL, "local_kernel", model, x1, x2, _placed(device, dtype, batch, output), options).kernel
 
 
 @_with_options_of(None)
@@ -191,6 +205,7 @@ def prepare_kernel(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     batch: int | None = None,
+    output: Any = None,
     **options: Any,
 ) -> PreparedKernel:
     """Decide once how the kernel of a model is computed, and return a function of (x1, x2) that keeps the decision.
@@ -202,8 +217,9 @@ def prepare_kernel(
         model: the model f.
         x: examples for the decision, similar to the examples of later calls.
         device: where to compute; by default the model's device.
-        dtype: in which precision; by default the model's.
+        dtype: in which precision; by default the model's, and float32 for half precision.
         batch: rows in one forward pass, at most 256 by default.
+        output: what of the model's result is f: a key, an index, a word, a function or a mapping (`Output`).
         options: the options of the kernel.
 
     Returns:
@@ -221,5 +237,5 @@ def prepare_kernel(
         torch.Size([2, 6])
     """
     spec = make_spec(None, options, called="prepare_kernel")
-    placement = Placement.of(model, device, dtype, batch)
+    placement = Placement.of(model, x, **_placed(device, dtype, batch, output))
     return prepare(model, [placement.take(x, "x")], spec, placement)

@@ -4,7 +4,8 @@ Axes: n1, n2 examples; C outputs.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from nntk_dist.errors import ArgumentError
 from nntk_dist.kernels.estimate import KernelEstimate
 from nntk_dist.kernels.tiles import whole_kernel
+from nntk_dist.models.calling import Calling
 from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.models.output import as_output
+from nntk_dist.models.structured import Layout, is_structured
 from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
@@ -26,42 +30,83 @@ from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec
 from nntk_dist.statistics.required_draws import Look, verdict
 from nntk_dist.statistics.standard_errors import Calibration, Estimates, relative_distance
 
-Examples = Tensor | np.ndarray
+Array = Tensor | np.ndarray
+Examples = Array | Mapping[str, Array] | Sequence[Array]
 BATCH = 256
+_ONE_TENSOR = Calling()
+_HALVES = {"bfloat16", "float16"}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model is evaluated: device, dtype, and rows in one forward pass."""
+    """How a model is evaluated: device, dtype, rows in one forward pass, and how it is called."""
 
     device: torch.device
     dtype: torch.dtype
     batch: int
+    calling: Calling = _ONE_TENSOR
 
     @classmethod
     def of(
-        cls, model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None, batch: int | None
+        cls,
+        model: nn.Module,
+        examples: Examples,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        batch: int | None = None,
+        output: Any = None,
     ) -> "Placement":
-        """Return the placement; device and dtype default to those of the model's first parameter.
+        """Return the placement for examples like these.
+
+        Args:
+            model: the model.
+            examples: a tensor or NumPy array, or a dict or tuple of them with one leading axis.
+            device: by default the model's first parameter's.
+            dtype: by default the model's first parameter's; float32 if that has half precision.
+            batch: rows in one forward pass, 256 by default.
+            output: what of the model's result is f (`nntk_dist.models.output`).
 
         Raises:
-            ArgumentError: the model is no module.
+            ArgumentError: the model is no module, or the output does not fit the examples.
         """
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module, or a BlackBox")
-        first = next(model.parameters(), None)
-        if first is None:
-            return cls(torch.device(device or "cpu"), dtype or torch.float32, batch or BATCH)
-        return cls(torch.device(device or first.device), dtype or first.dtype, batch or BATCH)
+        first = next((p for p in model.parameters() if p.is_floating_point() or p.is_complex()), None)
+        own = torch.float32 if first is None else first.dtype.to_real()
+        dtype = dtype or (torch.float32 if own.itemsize < torch.float32.itemsize else own)
+        layout = Layout.of(examples, "x1", dtype) if is_structured(examples) else None
+        calling = Calling.choose(model, layout, as_output(output))
+        device = device or ("cpu" if first is None else first.device)
+        return cls(torch.device(device), dtype, batch or BATCH, calling)
 
     def take(self, examples: Examples, name: str) -> Tensor:
         """Return a copy of the examples on the device, numbers in the dtype: a model may write to its input.
 
+        Examples of several parts are packed into bytes (`nntk_dist.models.structured`).
+
         Raises:
-            ArgumentError: there are no examples, or they are neither a tensor nor a NumPy array.
+            ArgumentError: there are no examples, or they have other parts than the first ones, or are no arrays.
         """
+        layout = self.calling.layout
+        if (layout is not None) != is_structured(examples):
+            allowed = "a tensor or NumPy array" if layout is None else f"the parts {layout}"
+            raise ArgumentError(f"{name} is a {type(examples).__name__}; allowed: {allowed}, as the first examples")
+        if layout is not None:
+            return layout.pack(examples, name).to(self.device)
         x = as_examples(examples, name)
         return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype, copy=True)
+
+    def reason(self, model: nn.Module) -> str:
+        """Say what a reader of the numbers should know of dtype and output; empty if there is nothing."""
+        notes = []
+        halves = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} & _HALVES
+        if halves and self.dtype.itemsize >= torch.float32.itemsize:
+            kept = str(self.dtype).removeprefix("torch.")
+            notes.append(f"; computed in {kept}, to which {' and '.join(sorted(halves))} parameters were converted")
+        if self.calling.output.text:
+            notes.append(f"; f is the output: {self.calling.output.text}")
+        return "".join(notes)
 
     def batch_for(self, *inputs: Tensor) -> int:
         """Return the rows in one forward pass over these inputs."""
@@ -166,9 +211,10 @@ def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement:
     Raises:
         NNTKError: no kernel of this description can be computed for the model.
     """
-    private = prepare_model(model, dtype=placement.dtype, device=placement.device)
+    private = prepare_model(model, dtype=placement.dtype, device=placement.device, calling=placement.calling)
     batch = placement.batch_for(*inputs)
     decision = decide(private, max(inputs, key=len), spec, batch=batch)  # more rows show more of the model
+    decision = replace(decision, reason=decision.reason + placement.reason(model))
     for caution in () if decision.probes is None else decision.probes.cautions:
         warn_caller(caution)
     accuracy = None
@@ -192,12 +238,12 @@ def compute(
     model: nn.Module,
     x1: Examples,
     x2: Examples | None,
-    placement: tuple[torch.device | str | None, torch.dtype | None, int | None],
+    placement: dict[str, Any],
     options: dict[str, Any],
 ) -> KernelEstimate[Tensor]:
     """Prepare a kernel on its own examples and compute it: what the public functions do."""
     spec = make_spec(kind, options, called=called)
-    place = Placement.of(model, *placement)
+    place = Placement.of(model, x1, **placement)
     named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
     inputs = [place.take(examples, name) for name, examples in named]
     return prepare(model, inputs, spec, place).estimate(inputs)

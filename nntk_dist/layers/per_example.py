@@ -17,7 +17,7 @@ from nntk_dist.errors import Unavailable
 from nntk_dist.layers.recording import Pass
 from nntk_dist.layers.rules import linear_sides, num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
-from nntk_dist.models.evaluation import as_outputs, call_with, trying
+from nntk_dist.models.evaluation import outputs, trying
 
 
 def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) -> None:
@@ -78,7 +78,7 @@ def whole_gradients(
 
     def one_example(example: Tensor) -> dict[str, Tensor]:
         def chosen_outputs(part: dict[str, Tensor]) -> Tensor:
-            return as_outputs(call_with(model, {**parameters, **part}, example[None]), 1)[0, selection]
+            return outputs(model, example[None], {**parameters, **part})[0, selection]
 
         return torch.func.jacrev(chosen_outputs)(chosen)
 

@@ -50,7 +50,7 @@ class BlackBox(nn.Module):
                 f"params is {came}; allowed: finite numbers of shape (P,), P of 1 or more (flatten them)"
             )
         self.fn = fn
-        self.params = nn.Parameter(torch.from_numpy(values.astype(np.float64)), requires_grad=False)
+        self.params = nn.Parameter(torch.from_numpy(values.astype(np.float64)))
 
     def forward(self, x: Tensor) -> Float64[Tensor, "n ..."]:
         """Return fn(params, x), on the device of x."""

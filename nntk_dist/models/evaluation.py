@@ -13,8 +13,9 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from nntk_dist.errors import ModelError, NNTKError, Unavailable, first_line
+from nntk_dist.models.calling import Calling, attach_calling, calling_of, frozen_parameters
+from nntk_dist.models.complex_parameters import split_complex_parameters
 from nntk_dist.models.noise import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
+from nntk_dist.models.output import described
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.runtime.batches import by_batches, in_batches
 from nntk_dist.runtime.memory import is_out_of_memory
@@ -32,14 +36,41 @@ _STACK_ELEMENTS = 1 << 22
 _OUTPUT_ELEMENTS = 1 << 22  # of perturbed models, held at a time
 
 
-def prepare_model(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def prepare_model(
+    model: nn.Module, *, dtype: torch.dtype, device: torch.device | str, calling: Calling | None = None
+) -> nn.Module:
     """Copy a model for private use, in eval mode (torch's dropout off, running statistics), at a dtype and device.
 
-    Modules with noise belong to one fixed random function, unless `fixed_noise` chooses another.
+    Modules with noise belong to one fixed random function, unless `fixed_noise` chooses another. A complex parameter
+    becomes a real one with a last axis of two, its real and imaginary parts.
+
+    Args:
+        model: the model, or a prepared one.
+        dtype: of its real numbers; complex ones have the same precision.
+        device: where it is evaluated.
+        calling: how it is called; by default as before if it is prepared, otherwise with one tensor.
+
+    Raises:
+        ModelError: a lazy module has not been called yet, so that its parameters have no shape.
     """
-    prepared = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(f"parameter '{name}' has no shape yet; call the model once on its inputs before")
+    prepared = copy.deepcopy(model)
+    split_complex_parameters(prepared)
+    before = calling_of(model)
+    frozen = frozen_parameters(prepared) if before is None else before.frozen
+    prepared._apply(lambda values: _converted(values, dtype, device))
+    prepared.eval().requires_grad_(False)
+    attach_calling(prepared, replace(calling or before or Calling(), frozen=frozen))
     fix_noise(prepared)
     return prepared
+
+
+def _converted(values: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if values.is_complex():
+        return values.to(device, dtype.to_complex())
+    return values.to(device, dtype if values.is_floating_point() else None)
 
 
 @contextmanager
@@ -87,16 +118,25 @@ def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None
 
     Raises: ModelError if the output is not a floating tensor of shape (n,) or (n, C).
     """
-    result = model(x) if parameters is None else call_with(model, parameters, x)
-    return as_outputs(result, len(x))
+    calling = calling_of(model)
+    if calling is None or calling.is_plain:
+        return as_outputs(_result(model, parameters, (x,), {}), len(x))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    arguments, named, parts = calling.arguments(x, dtype)
+    result = _result(model, parameters, arguments, named)
+    return as_outputs(calling.function(result, parts), len(x))
 
 
-def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> object:
+def _result(
+    model: nn.Module, parameters: Mapping[str, Tensor] | None, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> object:
     """Call the model with the given parameters in place of its own, under all the names that they have.
 
     Each module that holds a parameter is given it once. `functional_call` could tie names by itself, but if one
     *module* is registered twice it restores the replacement instead of the original, and silently changes the model.
     """
+    if parameters is None:
+        return model(*arguments, **named)
     replaced: dict[str, Tensor] = {}
     first_names: dict[int, str] = {}
     for path, module in model.named_modules():
@@ -105,7 +145,7 @@ def call_with(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> 
             first = first_names.setdefault(id(parameter), name)
             if first in parameters:
                 replaced[name] = parameters[first]
-    return functional_call(model, replaced, (x,), tie_weights=False)
+    return functional_call(model, replaced, arguments, named, tie_weights=False)
 
 
 def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
@@ -115,11 +155,15 @@ def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
         ModelError: it is no floating tensor of shape (n,) or (n, C).
     """
     if not isinstance(result, Tensor):
-        raise ModelError(f"the model returned a {type(result).__name__}; allowed: one tensor of shape (n,) or (n, C)")
+        raise ModelError(
+            f"the model returned {described(result)}; allowed: one tensor of shape (n,) or (n, C). Choose a part with "
+            "the argument output (model.output in a configuration)"
+        )
     if result.ndim not in (1, 2) or result.shape[0] != num_examples:
         raise ModelError(
             f"the model returned shape {tuple(result.shape)} for {num_examples} examples; allowed: ({num_examples},) "
-            f"or ({num_examples}, C): flatten or pool further axes inside the model"
+            f"or ({num_examples}, C): choose a position with the argument output (model.output in a configuration), or "
+            "flatten or pool further axes inside the model"
         )
     if not result.is_floating_point():
         raise ModelError(f"the model returned dtype {result.dtype}; allowed: real floating point")

@@ -7,6 +7,7 @@ Axes: P parameters, in the order of `named_parameters`.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,14 +18,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nntk_dist.errors import ArgumentError, ModelError, nearest_name
+from nntk_dist.models.calling import frozen_parameters
 
 
 @dataclass(frozen=True)
 class ParameterSpace:
-    """Names, shapes and offsets of the selected parameters; together a vector of length P."""
+    """Names, shapes and offsets of the selected parameters; together a vector of length P.
+
+    `num_frozen` counts the parameters that a pattern matches and that are left out because they are frozen.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    num_frozen: int = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -35,6 +41,11 @@ class ParameterSpace:
     def num_parameters(self) -> int:
         """P, the length of the vector."""
         return sum(self.sizes)
+
+    @property
+    def frozen_text(self) -> str:
+        """Say, for the reason of a decision, how many frozen parameters are left out; empty if there are none."""
+        return f"; {self.num_frozen:,} frozen parameters are left out" if self.num_frozen else ""
 
     def split(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Return the named tensors that a long vector holds, as views of it."""
@@ -95,36 +106,52 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def select_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> ParameterSpace:
     """Select the parameters whose name matches one of the patterns.
 
+    Frozen parameters (`requires_grad=False` in the user's model) are left out, unless a pattern is their exact name. A
+    parameter behind a parametrization, `parametrizations.weight.original`, also matches as `weight`.
+
     Args:
         model: the model.
         patterns: shell-style patterns, such as `*.weight`.
 
     Raises:
-        ModelError: the model has no parameters, or a selected one is not real floating point.
-        ArgumentError: a pattern matches no parameter, or there is no pattern.
+        ModelError: the model has no parameters, or a selected one is not floating point.
+        ArgumentError: a pattern matches no parameter, or only frozen ones, or there is no pattern.
 
     Example:
         >>> from torch import nn
         >>> select_parameters(nn.Linear(3, 2), ("w*",))
-        ParameterSpace(names=('weight',), shapes=((2, 3),))
+        ParameterSpace(names=('weight',), shapes=((2, 3),), num_frozen=0)
     """
-    groups = aliases(model)
+    groups, frozen = aliases(model), frozen_parameters(model)
     if not groups:
         raise ModelError(
             "the model has no parameters; a tangent kernel needs at least one (wrap tensors in nn.Parameter)"
         )
-    every_name = [name for group in groups.values() for name in group]
+    known = {first: tuple(dict.fromkeys([*group, *map(_plain_name, group)])) for first, group in groups.items()}
+    every_name = [name for names in known.values() for name in names]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every_name):
             raise ArgumentError(
                 f"parameters: the pattern '{pattern}' matches none of the model's {len(groups)} parameters"
                 f"{nearest_name(pattern, every_name) or '; for example: ' + ', '.join(every_name[:3])}"
             )
-    chosen = [first for first, group in groups.items() if any(fnmatchcase(n, p) for n in group for p in patterns)]
-    if not chosen:
+    matched = [first for first, names in known.items() if any(fnmatchcase(n, p) for n in names for p in patterns)]
+    if not matched:
         raise ArgumentError("parameters is an empty list; allowed: one or more name patterns, ['*'] for all")
+    chosen = [first for first in matched if first not in frozen or not set(patterns).isdisjoint(known[first])]
     parameters = dict(model.named_parameters())
+    if not chosen:
+        raise ArgumentError(
+            f"parameters: all {len(matched)} parameters that match are frozen (requires_grad=False), such as "
+            f"'{matched[0]}'; unfreeze them, or name them exactly in parameters"
+        )
     for name in chosen:
         if not parameters[name].is_floating_point():
-            raise ModelError(f"parameter '{name}' has dtype {parameters[name].dtype}; allowed: real floating point")
-    return ParameterSpace(names=tuple(chosen), shapes=tuple(tuple(parameters[name].shape) for name in chosen))
+            raise ModelError(f"parameter '{name}' has dtype {parameters[name].dtype}; allowed: floating point")
+    left_out = sum(parameters[name].numel() for name in set(matched) - set(chosen))
+    return ParameterSpace(tuple(chosen), tuple(tuple(parameters[name].shape) for name in chosen), left_out)
+
+
+def _plain_name(name: str) -> str:
+    """The name of a parametrized tensor: `0.parametrizations.weight.original` is `0.weight`."""
+    return re.sub(r"(^|\.)parametrizations\.(.+)\.original\d*$", r"\1\2", name)

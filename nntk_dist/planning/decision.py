@@ -153,7 +153,7 @@ def decide(
     else:
         raise Unavailable("; ".join(problems))
     statement = why or _statement(decision, spec, jumps)
-    reason = "; ".join([*problems, statement]) + noise_text(model)
+    reason = "; ".join([*problems, statement]) + noise_text(model) + space.frozen_text
     if not spec.weighting.is_fixed:
         _try_weighting(decision, model, x, spec, reference)
         reason += f"; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"

@@ -90,8 +90,8 @@ def test_inputs_that_are_no_examples(x1, x2, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda x: (x, x), r"the model returned a tuple; allowed: one tensor of shape \(n,\) or \(n, C\)"),
-        (lambda x: x[:, None], r"returned shape \(4, 1, 3\) for 4 examples; allowed: \(4,\) or \(4, C\): flatten"),
+        (lambda x: (x, x), r"the model returned a tuple with 0 \(4, 3\), 1 \(4, 3\); allowed: one tensor"),
+        (lambda x: x[:, None], r"returned shape \(4, 1, 3\) for 4 examples; allowed: \(4,\) or \(4, C\): choose"),
         (lambda x: x.sum(0), r"the model returned shape \(3,\) for 4 examples"),
         (lambda x: x.argmax(1), r"the model returned dtype torch\.int64; allowed: real floating point"),
         (lambda x: x / 0, r"the model's output: NaN or infinity for 4 of 4 examples, the first at row 0"),
@@ -144,14 +144,14 @@ def test_no_patterns():
         select_parameters(relu()[0], [])
 
 
-def test_complex_parameters():
-    class Complex(nn.Module):
+def test_parameters_that_are_no_real_numbers():
+    class Table(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+            self.codes = nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
 
-    with pytest.raises(NNTKError, match=r"parameter 'phase' has dtype torch\.complex64; allowed: real floating point"):
-        select_parameters(Complex())
+    with pytest.raises(NNTKError, match=r"parameter 'codes' has dtype torch\.int64; allowed: floating point"):
+        select_parameters(Table(), ["codes"])
 
 
 def test_exact_kernels_have_no_intervals():

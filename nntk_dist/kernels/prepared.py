@@ -23,10 +23,11 @@ from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows
-from nntk_dist.runtime.arrays import as_examples
+from nntk_dist.runtime.arrays import as_examples, magnitude_caution
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.warning import warn_caller
 from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec
+from nntk_dist.statistics.overflow import check_no_overflow
 from nntk_dist.statistics.required_draws import Look, verdict
 from nntk_dist.statistics.standard_errors import Calibration, Estimates, relative_distance
 
@@ -158,14 +159,16 @@ class PreparedKernel:
         batch = self.placement.batch_for(*inputs)
         parts = [self.rows(x, ids, batch) for x, ids in zip(inputs, example_ids(inputs), strict=True)]
         estimates, calibration = whole_kernel(self.features, parts[0], parts[1] if len(parts) == 2 else None, self.spec)
-        return self._result(estimates, calibration)
+        return self._result(estimates, calibration, symmetric=len(parts) == 1)
 
     def rows(self, x: Tensor, ids: Tensor, batch: int) -> Rows:
         """Compute the features of examples, which `ids` number, under all draws."""
         features = self.features
         return features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
 
-    def _result(self, estimates: Estimates, calibration: Calibration | None) -> KernelEstimate[Tensor]:
+    def _result(
+        self, estimates: Estimates, calibration: Calibration | None, *, symmetric: bool
+    ) -> KernelEstimate[Tensor]:
         plugin, unbiased, dtype = estimates.plugin, estimates.unbiased, self.placement.dtype
         chosen = unbiased if self.spec.statistic == Statistic.UNBIASED and unbiased is not None else plugin
         error = bound = 0.0 if self.spec.kind == Kind.LOCAL else math.nan
@@ -180,8 +183,11 @@ class PreparedKernel:
         def cast(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(dtype)
 
+        kernel = chosen.to(dtype)
+        width = len(self.features.columns) if self.spec.meeting.full else 1
+        check_no_overflow(kernel, ("x1", 0), ("x1" if symmetric else "x2", 0), width)
         return KernelEstimate(
-            kernel=chosen.to(dtype),
+            kernel=kernel,
             stderr=cast(estimates.stderr),
             plugin=cast(plugin) if self.features.pair_blocks else None,
             unbiased=cast(unbiased),
@@ -215,7 +221,8 @@ def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement:
     batch = placement.batch_for(*inputs)
     decision = decide(private, max(inputs, key=len), spec, batch=batch)  # more rows show more of the model
     decision = replace(decision, reason=decision.reason + placement.reason(model))
-    for caution in () if decision.probes is None else decision.probes.cautions:
+    cautions = () if decision.probes is None else decision.probes.cautions
+    for caution in (*cautions, *filter(None, (magnitude_caution(x, "the examples") for x in inputs))):
         warn_caller(caution)
     accuracy = None
     if spec.rtol is not None:

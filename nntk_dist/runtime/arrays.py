@@ -1,4 +1,7 @@
-"""Tensors from NumPy arrays of any memory layout and byte order."""
+"""Tensors from NumPy arrays of any memory layout and byte order, and the magnitudes of their rows.
+
+Axes: n examples.
+"""
 
 from typing import Any
 
@@ -37,6 +40,33 @@ def as_examples(values: Any, name: str, allowed: str = "a tensor or NumPy array"
         return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
     except TypeError:
         raise ArgumentError(f"{name} has dtype {values.dtype}; allowed: {allowed}, of numbers or booleans") from None
+
+
+def magnitude_caution(x: Tensor, name: str) -> str | None:
+    """Say which row is too large for the others, if one is: what is summed or normalised with it loses them.
+
+    That is a row whose largest number exceeds the median row's by more than 1/ε of the dtype.
+
+    Args:
+        x: examples, (n, …).
+        name: what they are called, with which the caution begins.
+
+    Example:
+        >>> magnitude_caution(torch.tensor([[1.0], [2.0], [3.0]]), "x1") is None
+        True
+    """
+    if not x.is_floating_point() or not x.numel():
+        return None
+    largest = x.abs().reshape(len(x), -1).amax(1).double()
+    median, (top, row) = float(largest.median()), largest.max(0)
+    ratio = float(top) / median if median > 0 else 0.0
+    if not ratio > 1.0 / torch.finfo(x.dtype).eps:
+        return None
+    dtype = str(x.dtype).removeprefix("torch.")
+    return (
+        f"{name}: row {int(row)} holds numbers up to {float(top):.3g}, {ratio:.2g} times those of the median row, "
+        f"which {dtype} cannot hold together; sums and norms over rows lose the others to rounding. Check that row"
+    )
 
 
 def _shown(values: object) -> str:

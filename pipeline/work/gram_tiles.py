@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.runtime.precision import multiplying
+from nntk_dist.statistics.overflow import check_no_overflow
 from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
 from pipeline.job.job import Task
@@ -32,9 +33,11 @@ def compute_tile(
     parts = FeatureParts(context, row, column)
     features, dtype = context.features_with_metric, context.dtype
     with multiplying(job.layout.matmul_precision):
-        return tile_estimates(
+        values = tile_estimates(
             features, parts, meeting, calibration, job.spec.scale, dtype=dtype, empty=context.results.empty
         )
+    check_no_overflow(values["plugin"], row[:2], column[:2], kernel_width(job))
+    return values
 
 
 def tile_order(num_rows: int, num_columns: int, group: int, *, upper: bool = False) -> Iterator[tuple[int, int]]:

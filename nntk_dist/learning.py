@@ -2,11 +2,11 @@
 
 `fit` computes the train kernel once and keeps the train features, so that `predict` uses the same kernel (the same
 draws) between new examples and the train examples. Everything is held in memory; use the pipeline for larger data.
-There are no probabilities: the scores of ridge regression on one-hot targets are not probabilities.
 
 Axes: n train examples, m new examples, T target columns (one for each class), C outputs of the model.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -15,6 +15,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Float64
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -72,6 +75,16 @@ class TrainedKernel:
         x = self._taken(inputs)
         ids = torch.arange(self.num_train, self.num_train + len(x), device=x.device)
         return self._meet(self.prepared.rows(x, ids, self._batch)).cpu().numpy()
+
+    @full_precision()
+    def own(self, inputs: Array) -> Float64[Array, "m"]:
+        """Return the kernel of each new example with itself, (m·C,) for `full`."""
+        x = self._taken(inputs)
+        ids = torch.arange(self.num_train, self.num_train + len(x), device=x.device)
+        rows, spec = self.prepared.rows(x, ids, self._batch), self.prepared.spec
+        meeting = replace(spec.meeting, paired=True)
+        values = tile_estimates(self.prepared.features, [(rows, rows)], meeting, None, spec.scale)["plugin"]
+        return (values.diagonal(dim1=1, dim2=2) if values.ndim == 3 else values).reshape(-1).cpu().numpy()
 
     @full_precision()
     def outputs(self, inputs: Array) -> Float64[Array, "m C"]:
@@ -222,10 +235,33 @@ class NNTKRegressor(MultiOutputMixin, RegressorMixin, _NonlocalRidge):
         self._fit(inputs, np.asarray(targets, dtype=np.float64).reshape(len(inputs), -1))
         return self
 
-    def predict(self, X: Any) -> Array:
-        """Return predictions, (m,), or (m, T) if y was (n, T)."""
+    def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
+        """Return predictions, (m,), or (m, T) if y was (n, T), and with `return_std` also their standard deviations.
+
+        These are of the Gaussian process with covariance s²K and noise variance s²μ, μ the ridge in the kernel's unit:
+        s²(k(x,x) − k_xᵀ(K + μI)⁻¹k_x), with the most likely amplitude s² = yᵀ(K + μI)⁻¹y/n of each column. They leave
+        out the noise of an observation and the error of the kernel itself. Cost: the train kernel again, and n³/3
+        operations.
+        """
         scores = self._scores(X)
-        return scores[:, 0] if self._single_ else scores
+        predictions = scores[:, 0] if self._single_ else scores
+        if not return_std:
+            return predictions
+        deviations = np.sqrt(self._variances(X))
+        return predictions, deviations[:, 0] if self._single_ else deviations
+
+    def _variances(self, X: Any) -> Float64[Array, "m T"]:
+        inputs = validate_data(self, X, reset=False, dtype=np.float64, allow_nd=True)
+        gram, cross = self.kernel_.gram(), self.kernel_.cross(inputs)
+        ridge = self.path_.absolute_ridges[self.path_.selected]
+        factor = cho_factor(gram + ridge * np.eye(len(gram)), lower=True, overwrite_a=True)
+        explained = np.einsum("ij,ji->i", cross, cho_solve(factor, cross.T))
+        coefficients = self.path_.coefficients[self.path_.selected]
+        # y = (K + μI)a, and K a = y − μa: so y·a needs no other product
+        wanted = self.path_.residuals[self.path_.selected].reshape(coefficients.shape) + gram @ coefficients
+        amplitudes = (wanted * coefficients).mean(axis=0)
+        left = np.maximum(self.kernel_.own(inputs) - explained, 0.0)
+        return left.reshape(len(inputs), -1) * amplitudes
 
 
 class NNTKClassifier(ClassifierMixin, _NonlocalRidge):
@@ -241,13 +277,21 @@ class NNTKClassifier(ClassifierMixin, _NonlocalRidge):
         self.classes_, indices = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
             raise ArgumentError(f"y holds one class, {self.classes_[0]!r}; allowed: examples of two classes or more")
-        self._fit(inputs, np.eye(len(self.classes_))[indices], indices)
+        targets = np.eye(len(self.classes_))[indices]
+        self._fit(inputs, targets, indices)
+        left_out = targets - self.path_.loo_residuals[self.path_.selected]
+        self.sharpness_ = _sharpness(left_out, indices)
         return self
 
     def decision_function(self, X: Any) -> Array:
         """Return scores (m, T); for two classes (m,), the second's less the first's."""
         scores = self._scores(X)
         return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def predict_proba(self, X: Any) -> Float64[Array, "m T"]:
+        """Return class probabilities, softmax(a·scores): `sharpness_` a maximises the leave-one-out likelihood."""
+        scores = self._scores(X)
+        return softmax(self.sharpness_ * scores, axis=1)
 
     def predict(self, X: Any) -> Array:
         """Return labels, (m,)."""
@@ -259,6 +303,17 @@ def _with_targets(weighting: Weighting, targets: Array) -> Weighting:
     """Add the targets of the train examples, if the reference batch is taken from them."""
     own = weighting.targets is None and isinstance(weighting.reference, int)
     return replace(weighting, targets=torch.from_numpy(targets)) if own else weighting
+
+
+def _sharpness(scores: Float64[Array, "n T"], labels: Array) -> float:
+    """The factor a with the largest likelihood of the labels under softmax(a·scores), from 1e-3 to 1e3."""
+    rows = np.arange(len(labels))
+
+    def loss(exponent: float) -> float:
+        return -float(log_softmax(math.exp(exponent) * scores, axis=1)[rows, labels].mean())
+
+    bounds = (math.log(1e-3), math.log(1e3))
+    return math.exp(float(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
 def _ridges(ridge: Any) -> tuple[float, ...]:

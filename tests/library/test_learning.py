@@ -5,8 +5,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -110,7 +112,6 @@ def test_digits_with_labels_of_any_type():
     assert classifier.score(X[300:600], names[300:600]) > 0.8
     assert classifier.decision_function(X[:5]).shape == (5, 10)
     assert classifier.classes_.tolist() == sorted(set(names))
-    assert not hasattr(classifier, "predict_proba")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -244,3 +245,45 @@ def test_a_reference_batch_of_ones_own_needs_its_own_targets():
     (X, Y), (other, _) = data(), data(5, seed=2)
     with pytest.raises(NNTKError, match=r"weighting is 'loss', which needs targets of the reference batch"):
         NNTKRegressor(network(), gamma=0.3, weighting={"name": "loss", "reference": other}).fit(X, Y)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_standard_deviations_are_a_gaussian_processs(outputs):
+    """Against the formula with an explicit inverse of the library's own kernel."""
+    (X, Y), (new, _) = data(), data(7, seed=1)
+    options = {"gamma": 0.3, "estimator": "weight", "draws": 32, "seed": 4, "outputs": outputs}
+    fitted = NNTKRegressor(network(), ridge=0.1, **options).fit(X, Y)
+    predictions, deviations = fitted.predict(new, return_std=True)
+    assert np.array_equal(predictions, fitted.predict(new))
+    both = torch.from_numpy(np.concatenate([X, new]))
+    whole = nonlocal_kernel(network(), both, **options).plugin.numpy()
+    size = len(whole) // 27
+    gram, cross, own = whole[: 20 * size, : 20 * size], whole[20 * size :, : 20 * size], whole[20 * size :, 20 * size :]
+    inverse = np.linalg.inv(gram + 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    posterior = np.diag(own - cross @ inverse @ cross.T).reshape(7, size)
+    wanted = Y if size == 1 else Y.reshape(-1, 1)
+    amplitude = np.diag(wanted.T @ inverse @ wanted) / len(wanted)
+    np.testing.assert_allclose(deviations, np.sqrt(posterior * amplitude), rtol=1e-8)
+    single = NNTKRegressor(network(), ridge=0.1, **(options | {"outputs": "trace"})).fit(X, Y[:, 0])
+    assert single.predict(new, return_std=True)[1].shape == (7,)
+
+
+def test_probabilities_are_as_sharp_as_left_out_examples_allow():
+    """On the digits: a better log-loss on new examples than scores without a sharpness, and calibrated to 5 points."""
+    X, y = load_digits(return_X_y=True)
+    X = X / 16.0
+    fitted = NNTKClassifier(build, gamma=0.1, estimator="weight", draws=64).fit(X[:400], y[:400])
+    probabilities = fitted.predict_proba(X[400:900])
+    np.testing.assert_allclose(probabilities.sum(1), 1.0)
+    assert np.array_equal(fitted.classes_[probabilities.argmax(1)], fitted.predict(X[400:900]))
+    plain = softmax(fitted.decision_function(X[400:900]), axis=1)
+    assert log_loss(y[400:900], probabilities) < 0.7 * log_loss(y[400:900], plain)
+    hits = fitted.predict(X[400:900]) == y[400:900]
+    assert abs(probabilities.max(1).mean() - hits.mean()) < 0.05
+    for factor in (0.9, 1.1):  # on the examples left out, no other sharpness has a larger likelihood
+        scores = np.eye(10)[y[:400]] - fitted.path_.loo_residuals[fitted.path_.selected]
+        losses = [
+            log_loss(y[:400], softmax(a * scores, axis=1))
+            for a in (1.0 * fitted.sharpness_, factor * fitted.sharpness_)
+        ]
+        assert losses[0] < losses[1]

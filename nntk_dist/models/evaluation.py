@@ -32,6 +32,7 @@ from nntk_dist.runtime.batches import by_batches, in_batches
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing
 
+FAILS_ON_INPUTS = "the model fails on its inputs ({reason}); check their shape and dtype"
 _STACK_ELEMENTS = 1 << 22
 _OUTPUT_ELEMENTS = 1 << 22  # of perturbed models, held at a time
 
@@ -60,17 +61,24 @@ def prepare_model(
     split_complex_parameters(prepared)
     before = calling_of(model)
     frozen = frozen_parameters(prepared) if before is None else before.frozen
-    prepared._apply(lambda values: _converted(values, dtype, device))
-    prepared.eval().requires_grad_(False)
+    converted_(prepared, dtype, device).eval().requires_grad_(False)
     attach_calling(prepared, replace(calling or before or Calling(), frozen=frozen))
     fix_noise(prepared)
     return prepared
 
 
-def _converted(values: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    if values.is_complex():
-        return values.to(device, dtype.to_complex())
-    return values.to(device, dtype if values.is_floating_point() else None)
+def converted_(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """Convert a model in place: real numbers to the dtype, complex ones to the same precision, and return it.
+
+    `nn.Module.to` would drop the imaginary part of complex numbers.
+    """
+
+    def convert(values: Tensor) -> Tensor:
+        if values.is_complex():
+            return values.to(device, dtype.to_complex())
+        return values.to(device, dtype if values.is_floating_point() else None)
+
+    return model._apply(convert)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nntk_dist.errors import ArgumentError, ModelError, Unavailable
 from nntk_dist.estimators.estimator import Estimator, EstimatorPlan, Trial
 from nntk_dist.models.black_box import holds_black_box
-from nntk_dist.models.evaluation import Evaluator, check_finite, trying
+from nntk_dist.models.evaluation import FAILS_ON_INPUTS, Evaluator, check_finite, trying
 from nntk_dist.models.noise import agreement, check_gradients, noise_text
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.planning.jumps import JumpProbe, probe_jumps
@@ -127,7 +127,7 @@ def decide(
     """
     space = select_parameters(model, spec.parameters)
     evaluator = Evaluator(model, space)
-    with trying(ModelError, "the model fails on its inputs ({reason}); check their shape and dtype"):
+    with trying(ModelError, FAILS_ON_INPUTS):
         values = evaluator.base(x[:_EXAMPLES])
     check_finite(values, "the model's output")
     calls = _check_function(evaluator, x[:_EXAMPLES], values)

@@ -30,6 +30,7 @@ from pipeline.config.types import (
     Flag,
     MemoryOrAuto,
     Names,
+    OutputChoice,
     PositiveNumber,
     Section,
     Seed,
@@ -69,6 +70,7 @@ class ModelConfig(Section):
     checkpoint: Annotated[Text | None, Field(description="the path of a checkpoint, or null for fresh parameters")] = (
         None
     )
+    output: OutputChoice = None
 
 
 class ComputeConfig(Section):

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, Strict
 
-from nntk_dist.errors import nearest_name
+from nntk_dist.errors import ArgumentError, nearest_name
+from nntk_dist.models.output import as_output
 from nntk_dist.registration.registry import PYTHON, Registry
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\n]+$", description="text, not empty")]
@@ -40,6 +41,25 @@ def registered(key: str, registry: Registry[Any], *others: str) -> AfterValidato
         return name
 
     return AfterValidator(check)
+
+
+def check_output(value: Any) -> Any:
+    """Return the key `model.output` as it came, if it describes an output of a model."""
+    try:
+        as_output(value)
+    except ArgumentError as error:
+        raise ValueError(f"model.{error}") from error
+    return value
+
+
+OutputChoice = Annotated[
+    Any,
+    AfterValidator(check_output),
+    Field(
+        description="what of the model's result is f: null, a key or index, loss, next_token_loss, margin, last, mean, "
+        "all, python:module:function, or a mapping with part, position, classes, measure"
+    ),
+]
 
 
 class Section(BaseModel):

@@ -11,6 +11,9 @@ from torch import nn
 
 from nntk_dist.models.builders import build_model as build_by_name
 from nntk_dist.models.builders import load_checkpoint
+from nntk_dist.models.calling import Calling
+from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.models.output import as_output
 from nntk_dist.registration.callables import import_function
 from nntk_dist.registration.registry import PYTHON
 from nntk_dist.spec import KernelSpec
@@ -57,6 +60,12 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     return model
 
 
+def build_prepared(config: Config, model: nn.Module, device: str) -> nn.Module:
+    """Return a private copy of the run's model that is ready to be evaluated, as the configuration says."""
+    calling = Calling.choose(model, None, as_output(config.model.output))
+    return prepare_model(model, dtype=DTYPES[config.compute.dtype], device=device, calling=calling)
+
+
 def build_spec(kernel: KernelConfig) -> KernelSpec:
     """Return the kernel's description in the library's terms."""
     return kernel.spec()
@@ -85,6 +94,7 @@ def identity(config: Config, dataset: Dataset, model: nn.Module) -> dict[str, ob
         "model": {
             "builder": config.model.builder,
             "args": json.loads(json.dumps(config.model.args)),
+            "output": config.model.output,
             "parameters": fingerprint(state),
         },
         "kernel": config.kernel.model_dump(mode="json") | _score_content(config.kernel),

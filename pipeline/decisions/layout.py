@@ -13,8 +13,9 @@ import math
 import torch
 from torch import nn
 
+from nntk_dist.errors import ModelError
 from nntk_dist.layers.hooks import hooked
-from nntk_dist.models.evaluation import outputs
+from nntk_dist.models.evaluation import FAILS_ON_INPUTS, outputs, trying
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from nntk_dist.spec import KernelSpec, Outputs
@@ -55,7 +56,7 @@ def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
             count += out.numel()
 
     leaves = {path: add for path, module in model.named_modules() if not list(module.children())}
-    with hooked(model, after=leaves), torch.no_grad():
+    with trying(ModelError, FAILS_ON_INPUTS), hooked(model, after=leaves), torch.no_grad():
         outputs(model, x[:1])
     return max(count, x[:1].numel())
 

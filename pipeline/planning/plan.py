@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nntk_dist.errors import ArgumentError, DataError
-from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.factor_form import WITH_FACTOR
@@ -26,7 +25,7 @@ from nntk_dist.weighting.options import Reference
 from pipeline.config.choices import ExecutorChoice, StandardErrorChoice
 from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
-from pipeline.decisions.build import DTYPES, build_spec, identity, resolve_device
+from pipeline.decisions.build import DTYPES, build_prepared, build_spec, identity, resolve_device
 from pipeline.decisions.layout import choose_batch, make_layout, threads_of
 from pipeline.decisions.solver_choice import choose_solvers
 from pipeline.decisions.weighting_reference import reference_batch
@@ -94,7 +93,7 @@ def make_plan(
     device = resolve_device(config) if job is None else job.layout.device
     check_device(device, config.compute, continued=job is not None)
     dtype = DTYPES[config.compute.dtype]
-    prepared = prepare_model(model, dtype=dtype, device=device)
+    prepared = build_prepared(config, model, device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
     # a copy: a model may write to its input, and the dataset's fingerprint is yet to be taken
     x = x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nntk_dist.models.evaluation import outputs
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.products.weighted_products import product_window_bytes
@@ -119,7 +120,7 @@ def project(
 def pass_operations(model: nn.Module, x: Tensor) -> float:
     """Return the operations of one forward pass over one example: matrix products and convolutions."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x[:1])
+        outputs(model, x[:1])
     return float(max(1, counter.get_total_flops()))
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows, feature_bytes
 from nntk_dist.products.wanted import Side
@@ -25,7 +24,7 @@ from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.reused_memory import ReusedMemory
 from nntk_dist.statistics.tile_estimates import scale_factor
 from pipeline.data import Dataset
-from pipeline.decisions.build import DTYPES, build_architecture
+from pipeline.decisions.build import DTYPES, build_architecture, build_prepared
 from pipeline.decisions.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job
@@ -117,7 +116,7 @@ class Context:
         if built is None:
             built = build_architecture(self.job.config, self.dataset)
             built.load_state_dict(dict(self.state))
-        return prepare_model(built, dtype=self.dtype, device=self.job.layout.device)
+        return build_prepared(self.job.config, built, self.job.layout.device)
 
     @cached_property
     def features(self) -> FeatureMap:

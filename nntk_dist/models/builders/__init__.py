@@ -1,9 +1,9 @@
 """Models by name: the built-in builders, and anyone's own.
 
-A builder maps `(*, input_shape, num_outputs, **args)` to a module that maps (n, *input_shape) to (n, num_outputs). All
-built-in models are free of in-place operations and of batch effects in eval mode, so they work under
-`torch.func.functional_call`, `vmap` over parameters and `jacrev`, in float32 and float64. What is done with a model
-once it is built does not belong here.
+A builder maps `(*, input_shape, num_outputs, **args)` to a module that maps (n, *input_shape) to (n, num_outputs), or
+to a result of which an output is chosen (`nntk_dist.models.output`). All built-in models are free of in-place
+operations and of batch effects in eval mode, so they work under `torch.func.functional_call`, `vmap` over parameters
+and `jacrev`, in float32 and float64. What is done with a model once it is built does not belong here.
 
 Axes: n examples.
 """
@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nntk_dist.errors import ModelError, one_line
+from nntk_dist.errors import ModelError
 from nntk_dist.models.builders.activations import ACTIVATIONS, make_activation
 from nntk_dist.models.checkpoint import load_checkpoint
+from nntk_dist.models.evaluation import converted_
 from nntk_dist.registration.callables import call_checked, check_integer
 from nntk_dist.registration.registry import Registry
 
@@ -52,8 +53,7 @@ def build_model(
 
     Raises:
         ArgumentError: an unknown builder or argument, or a value that a built-in builder refuses.
-        ModelError: the builder fails, returns no `nn.Module`, or its model does not map (n, *input_shape) to
-            (n, outputs).
+        ModelError: the builder fails, or returns no `nn.Module`.
 
     Example:
         >>> model = build_model("mlp", {"widths": [8]}, input_shape=(3,), num_outputs=2, seed=0)
@@ -70,20 +70,4 @@ def build_model(
         model = call_checked(function, args, what=what, offered=offered, failure=ModelError)
         if not isinstance(model, nn.Module):
             raise ModelError(f"{what} returned a {type(model).__name__}; it must return a torch.nn.Module")
-        model = model.to(device="cpu", dtype=torch.float32).eval()
-        _check_shapes(model, what, tuple(input_shape))
-    return model
-
-
-def _check_shapes(model: nn.Module, what: str, input_shape: tuple[int, ...]) -> None:
-    """Run the model once on two blank examples: a misfit is an error here, not a traceback of a worker."""
-    try:
-        with torch.no_grad():
-            output = model(torch.zeros(2, *input_shape, dtype=torch.float32))
-    except Exception as error:  # the model may be anyone's; its exception stays visible as the cause
-        raise ModelError(
-            f"{what} cannot be evaluated on examples of shape {input_shape}: {type(error).__name__}: {one_line(error)}"
-        ) from error
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != 2:
-        came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ModelError(f"{what} returned {came} for 2 examples; it must return a tensor of shape (2, outputs)")
+    return converted_(model, torch.float32, "cpu").eval()

@@ -33,6 +33,9 @@ def no_module():
 def wrong_shape():
     return torch.nn.Linear(8, 8)
 
+def other_width():
+    return torch.nn.Linear(5, 8)
+
 def wide():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
 
@@ -104,7 +107,11 @@ WRONG = {
     ),
     "a model of another input": (
         ("model.builder=python:faulty:wrong_shape", "model.args={}"),
-        "must return a tensor of shape",
+        r"the model returned shape \(1, 1, 8, 8\) for 1 examples; allowed: \(1,\) or \(1, C\): choose a position",
+    ),
+    "a model that cannot take the data": (
+        ("model.builder=python:faulty:other_width", "model.args={}"),
+        r"the model fails on its inputs \(mat1 and mat2 shapes cannot be multiplied",
     ),
     "a model of other outputs": (
         ("model.builder=python:faulty:wide", "model.args={}", "regression.center_outputs=true"),

@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
             "source": "sklearn:digits", "train": None, "test": None, "normalize": True, "seed": 0,
             "input_columns": None, "target_column": None, "args": {},
         },
-        "model": {"builder": "mlp", "args": {}, "seed": 0, "checkpoint": None},
+        "model": {"builder": "mlp", "args": {}, "seed": 0, "checkpoint": None, "output": None},
         "kernel": {
             "kind": "nonlocal",
             "weighting": {

@@ -19,7 +19,7 @@ from nntk_dist.models.builders.activations import ACTIVATIONS, make_activation
 from nntk_dist.models.checkpoint import load_checkpoint
 from nntk_dist.models.evaluation import converted_
 from nntk_dist.registration.callables import call_checked, check_integer
-from nntk_dist.registration.registry import Registry
+from nntk_dist.registration.registry import PYTHON, Registry
 
 __all__ = ["ACTIVATIONS", "BUILDERS", "build_model", "load_checkpoint", "make_activation"]
 
@@ -32,6 +32,7 @@ BUILDERS: Registry[Callable[..., nn.Module]] = Registry(
         "cnn": "nntk_dist.models.builders.cnn:cnn",
         "resnet": "nntk_dist.models.builders.resnet:resnet",
         "transformer": "nntk_dist.models.builders.transformer:transformer",
+        "hf": "nntk_dist.models.builders.hugging_face:hugging_face",
     },
 )
 
@@ -44,7 +45,8 @@ def build_model(
     Torch's global random state does not change.
 
     Args:
-        builder: a name in `BUILDERS`, or `python:module:function` for a function that returns a module.
+        builder: a name in `BUILDERS`, `NAME:LOCATION` for a builder that takes a location, such as `hf:FOLDER`, or
+            `python:module:function` for a function that returns a module.
         args: the builder's own arguments. `input_shape` and `num_outputs` are added if its signature takes them.
         input_shape: shape of one example.
         num_outputs: number of outputs that the data ask for.
@@ -62,8 +64,10 @@ def build_model(
     """
     check_integer("model seed", seed, minimum=0)
     what = f"model {builder}"
-    function = BUILDERS.get(builder)
+    name, _, location = ("", "", "") if builder.startswith(PYTHON) else builder.partition(":")
+    function = BUILDERS.get(name or builder)
     offered = {"input_shape": tuple(input_shape), "num_outputs": num_outputs}
+    args = {**args, "location": location} if location else args
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would also seed every other device's generator
         torch.default_generator.manual_seed(seed)

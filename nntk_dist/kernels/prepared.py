@@ -26,7 +26,7 @@ from nntk_dist.products.features import FeatureMap, Rows
 from nntk_dist.runtime.arrays import as_examples, magnitude_caution
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.warning import warn_caller
-from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec
+from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec, useless_estimate
 from nntk_dist.statistics.overflow import check_no_overflow
 from nntk_dist.statistics.required_draws import Look, verdict
 from nntk_dist.statistics.standard_errors import Calibration, Estimates, relative_distance
@@ -179,6 +179,8 @@ class PreparedKernel:
             # the search knows the error better, from more blocks than the kernel has
             error, bound = self.accuracy.relative_error, self.accuracy.bound
             reached = self.accuracy.reaches(self.spec.rtol)
+        elif calibration is not None and (caution := useless_estimate(self.spec, error, self.features.num_draws)):
+            warn_caller(caution)
 
         def cast(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.to(dtype)

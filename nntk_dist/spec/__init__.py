@@ -7,6 +7,7 @@ Function signatures, the section `kernel` of a configuration, error messages and
 from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Scale, Statistic
 from nntk_dist.spec.kernel_spec import KernelSpec
 from nntk_dist.spec.options import kernel_option_rows, kernel_options, kernel_signature, make_spec
+from nntk_dist.spec.useless_estimates import useless_estimate
 
 __all__ = [
     "ContractionChoice",
@@ -21,4 +22,5 @@ __all__ = [
     "kernel_options",
     "kernel_signature",
     "make_spec",
+    "useless_estimate",
 ]

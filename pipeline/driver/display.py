@@ -44,8 +44,7 @@ def print_choice(out: Console, plan: Plan, *, searching: bool) -> None:
     if decision.stacking:
         out.print(decision.stacking, soft_wrap=True, markup=False, highlight=False)
     for caution in () if decision.probes is None else decision.probes.cautions:
-        out.print("caution:", style="yellow", end=" ")
-        out.print(caution, soft_wrap=True, markup=False, highlight=False)
+        _print_caution(out, caution)
 
 
 def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
@@ -92,6 +91,11 @@ def print_plan(out: Console, plan: Plan, *, searching: bool) -> None:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def _print_caution(out: Console, caution: str) -> None:
+    out.print("caution:", style="yellow", end=" ")
+    out.print(caution, soft_wrap=True, markup=False, highlight=False)
+
+
 def _sharing(job: Job) -> str:
     """How many workers share a GPU, as text to append; empty if none do."""
     share = job.config.compute.workers_per_gpu
@@ -122,6 +126,8 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")
     for line in lines:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
+    if results.get("accuracy_caution") is not None:
+        _print_caution(out, results["accuracy_caution"])
 
 
 def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, heartbeat: Heartbeat | None) -> None:

@@ -127,6 +127,7 @@ def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
         relative_error_bound=results.get("train_relative_error_bound"),
         accuracy=results.get("rtol_verdict"),
         accuracy_reached=results.get("rtol_reached"),
+        accuracy_caution=results.get("accuracy_caution"),
         relative_bias=results.get("train_relative_bias"),
         matmul_precision=manifest.layout["matmul_precision"],
     )

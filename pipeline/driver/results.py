@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nntk_dist.spec import useless_estimate
 from nntk_dist.statistics.required_draws import verdict
 from pipeline.driver.draw_search import looks_of
 from pipeline.job.job import Job
@@ -30,6 +31,9 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         results[f"{row.tile}_stderr_level"] = row.numbers["level"]
         if "bias" in row.numbers and row.tile != "diagonal":
             results[f"{row.tile}_relative_bias"] = row.numbers["bias"]
+        if row.tile == "train":
+            caution = useless_estimate(job.spec, row.numbers["relative_error"], job.sizes.num_draws)
+            results |= {"accuracy_caution": caution} if caution else {}
     if looks := looks_of(ledger):
         assert job.spec.rtol is not None
         last, rtol = looks[-1], job.spec.rtol

@@ -234,7 +234,9 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
         )
     if kernel.accuracy_reached is False:
         yield f"The kernel did not reach the requested accuracy: {kernel.accuracy}."
-    if kernel.relative_error is not None and kernel.relative_error > _NOTABLE_ERROR:
+    if kernel.accuracy_caution is not None:
+        yield f"{kernel.accuracy_caution[:1].upper()}{kernel.accuracy_caution[1:]}."
+    elif kernel.relative_error is not None and kernel.relative_error > _NOTABLE_ERROR:
         yield (
             f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Twice as "
             "many draws divide it by 1.4 or more."

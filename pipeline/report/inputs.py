@@ -38,6 +38,7 @@ class KernelFacts:
     relative_error_bound: float | None = None  # upper bound on the actual error, with 95 % confidence
     accuracy: str | None = None  # how the search for a requested accuracy ended, in words
     accuracy_reached: bool | None = None
+    accuracy_caution: str | None = None  # why the estimate is useless, and what helps
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
     matmul_precision: str = FULL  # precision of the products that form tiles
 

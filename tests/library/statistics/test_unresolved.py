@@ -33,6 +33,7 @@ def sign_unit(num_inputs: int = 1) -> nn.Module:
     return nn.Sequential(linear, Sign())
 
 
+@pytest.mark.filterwarnings("ignore:nothing is known of the kernel", "ignore:the kernel is mostly noise")
 @pytest.mark.parametrize("seeds", few_and_many(3, 12))
 @pytest.mark.parametrize("estimator", ["activation", "weight"])
 def test_an_entry_that_one_block_alone_changed_has_no_error_of_zero(estimator: str, seeds: range) -> None:
@@ -44,6 +45,7 @@ def test_an_entry_that_one_block_alone_changed_has_no_error_of_zero(estimator: s
         assert math.isnan(stderr) == (abs(value) < 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:nothing is known of the kernel")
 def test_the_case_that_was_stated_as_exactly_zero() -> None:
     x = torch.tensor([[0.5]], dtype=torch.float64)
     row = np.array([[0.5, 1.0]])

@@ -70,7 +70,7 @@ class Attention:
 
     def softmax_factors(self, scores: Float64[Tensor, "s m"]) -> Float64[Tensor, "s m"]:
         """Return B·α of whole blocks. Raises: ArgumentError if a score is not finite."""
-        _check_scores(scores, self.weighting)
+        check_scores(scores, self.weighting)
         size = self.drawing.draws_per_block
         blocks = scores.unflatten(0, (-1, size))
         weights = _exponential(blocks - blocks.amax(1, keepdim=True), self.weighting.tau)
@@ -115,12 +115,12 @@ class Attention:
             NNTKError: the score or the model fails.
         """
         if not self.weighting.per_example:
-            _check_scores(self._of_reference(range(1))[:, None], self.weighting)
+            check_scores(self._of_reference(range(1))[:, None], self.weighting)
             return
         rows, draws = x[:2], range(1)
         base = self.evaluator.base(rows)
         z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
-        _check_scores(self.scores(draws, z, base, self.evaluator.perturbed(rows, z)), self.weighting)
+        check_scores(self.scores(draws, z, base, self.evaluator.perturbed(rows, z)), self.weighting)
 
 
 class RunningSoftmax:
@@ -139,7 +139,7 @@ class RunningSoftmax:
 
     def take(self, scores: Float64[Tensor, "s m"]) -> tuple[Float64[Tensor, " m"], Float64[Tensor, "s m"]]:
         """Return (shrink, weights) of the next draws. Raises: ArgumentError if a score is not finite."""
-        _check_scores(scores, self._weighting)
+        check_scores(scores, self._weighting)
         tau, largest = self._weighting.tau, scores.amax(0)
         shrink = torch.ones_like(largest)
         if self._largest is not None:
@@ -157,7 +157,8 @@ def _exponential(differences: Float64[Tensor, "..."], tau: float) -> Float64[Ten
     return (differences / tau).exp()
 
 
-def _check_scores(scores: Float64[Tensor, "s m"], weighting: Weighting) -> None:
+def check_scores(scores: Float64[Tensor, "s m"], weighting: Weighting) -> None:
+    """Check that the scores of draws are finite. Raises: ArgumentError if one is not."""
     bad = ~torch.isfinite(scores)
     if bool(bad.any()):
         raise ArgumentError(

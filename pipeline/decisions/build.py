@@ -3,23 +3,26 @@
 Everything made here is a plain value or a module of torch; nothing here computes a kernel, opens a store or starts Ray.
 """
 
-import inspect
 import json
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nntk_dist.models.builders import build_model as build_by_name
 from nntk_dist.models.builders import load_checkpoint
-from nntk_dist.models.calling import Calling
+from nntk_dist.models.calling import Calling, frozen_parameters
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.output import as_output
-from nntk_dist.registration.callables import import_function
-from nntk_dist.registration.registry import PYTHON
+from nntk_dist.planning.plain import to_plain
 from nntk_dist.spec import KernelSpec
 from pipeline.config.kernel import KernelConfig
 from pipeline.config.schema import Config
 from pipeline.data import Dataset, load_dataset
+from pipeline.decisions.function_values import NUM_ROWS, evaluate
+from pipeline.job.function_values import FunctionValues
 from pipeline.records.manifest import fingerprint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -60,10 +63,25 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     return model
 
 
-def build_prepared(config: Config, model: nn.Module, device: str) -> nn.Module:
-    """Return a private copy of the run's model that is ready to be evaluated, as the configuration says."""
+def build_prepared(config: Config, model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a private copy of the run's model that is ready to be evaluated, in the run's dtype or in another one."""
     calling = Calling.choose(model, None, as_output(config.model.output))
-    return prepare_model(model, dtype=DTYPES[config.compute.dtype], device=device, calling=calling)
+    return prepare_model(model, dtype=dtype or DTYPES[config.compute.dtype], device=device, calling=calling)
+
+
+def function_values(config: Config, dataset: Dataset, model: nn.Module) -> FunctionValues:
+    """Evaluate f and the score of draws on the first training rows, on the CPU.
+
+    Raises:
+        NNTKError: the model or the score fails on them.
+    """
+    return evaluate(
+        lambda dtype: build_prepared(config, model, "cpu", dtype),
+        DTYPES[config.compute.dtype],
+        torch.from_numpy(dataset.train.inputs[:NUM_ROWS]),
+        torch.from_numpy(dataset.train.targets[:NUM_ROWS]),
+        build_spec(config.kernel),
+    )
 
 
 def build_spec(kernel: KernelConfig) -> KernelSpec:
@@ -79,8 +97,8 @@ def resolve_device(config: Config) -> str:
 
 
 def identity(config: Config, dataset: Dataset, model: nn.Module) -> dict[str, object]:
-    """What a kernel is a function of, in nameable parts: content of the data, the model and its parameters, kernel,
-    dtype.
+    """What a kernel is a function of, in nameable parts: content of the data, the model and its parameters, values of f
+    and of the score on a few rows, kernel, dtype.
     """
     splits = {name: getattr(dataset, name) for name in ("train", "test")}
     contents = {
@@ -88,31 +106,34 @@ def identity(config: Config, dataset: Dataset, model: nn.Module) -> dict[str, ob
         for name, split in splits.items()
         for field in ("ids", "inputs", "targets")
     }
-    state = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+    frozen = sorted(frozen_parameters(model))
     return {
         "data": contents,
         "model": {
             "builder": config.model.builder,
             "args": json.loads(json.dumps(config.model.args)),
             "output": config.model.output,
-            "parameters": fingerprint(state),
+            "parameters": fingerprint(_arrays(model.state_dict())),
+            "frozen": _digest(frozen) if frozen else None,
         },
-        "kernel": config.kernel.model_dump(mode="json") | _score_content(config.kernel),
+        "function": to_plain(function_values(config, dataset, model)),
+        "kernel": config.kernel.model_dump(mode="json"),
         "dtype": config.compute.dtype,
     }
 
 
-def _score_content(kernel: KernelConfig) -> dict[str, str]:
-    """The source code of a user's score, without the functions that it calls: the name may later mean another one."""
-    name = kernel.weighting.name
-    if not name.startswith(PYTHON):
-        return {}
-    function = import_function(name.removeprefix(PYTHON), what="weighting")
+def _arrays(state: Mapping[str, Any]) -> dict[str, object]:
+    """The tensors of a state dict as arrays; what else a module keeps there shows in the values of f."""
+    tensors = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: [str(value.dtype), _array(value)] for name, value in tensors.items()}
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """A tensor as an array; types that NumPy lacks as bytes."""
     try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):  # not written in a file, or not in Python
-        source = ""
-    return {"weighting_function": _digest(source)}
+        return values.numpy()
+    except TypeError:
+        return values.reshape(-1).contiguous().view(torch.uint8).numpy()
 
 
 def _digest(array: object) -> str:
@@ -121,4 +142,4 @@ def _digest(array: object) -> str:
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers."""
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return sum(each.numel() * each.element_size() for each in model.state_dict().values() if isinstance(each, Tensor))

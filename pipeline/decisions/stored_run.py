@@ -12,11 +12,13 @@ from nntk_dist.errors import StoreError
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.plain import from_plain
 from nntk_dist.products.feature_description import FeatureStorage
+from nntk_dist.registration.registry import PYTHON
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from pipeline.config.schema import Config, config_from_dict
 from pipeline.decisions.build import build_spec
+from pipeline.job.function_values import FunctionValues
 from pipeline.job.job import Job, Layout, Sizes
-from pipeline.records.manifest import Manifest, describe_difference
+from pipeline.records.manifest import Manifest, describe_difference, environment_versions
 from pipeline.storage.run_storage import RunStorage
 
 Section = TypeVar("Section")
@@ -44,6 +46,7 @@ def stored_job(manifest: Manifest, config: Config | None = None) -> Job:
         layout=_restored(lambda: from_plain(Layout, manifest.layout), "layout"),
         sizes=_restored(lambda: from_plain(Sizes, manifest.sizes), "sizes"),
         features=_restored(lambda: from_plain(FeatureStorage, manifest.features), "features"),
+        function=_stored_values(manifest),
         solvers={stage: _restored_choice(stage, values) for stage, values in manifest.solvers.items()},
     )
 
@@ -55,6 +58,10 @@ def stored_decision(manifest: Manifest) -> Decision:
         StoreError: it is not whole.
     """
     return _restored(lambda: Decision.from_plain(manifest.decision), "decision")
+
+
+def _stored_values(manifest: Manifest) -> FunctionValues:
+    return _restored(lambda: from_plain(FunctionValues, manifest.identity.get("function")), "identity.function")
 
 
 def _restored_choice(stage: str, values: Mapping[str, Any]) -> SolverChoice:
@@ -74,27 +81,65 @@ def _restored(restore: Callable[[], Section], key: str) -> Section:
         raise StoreError(f"manifest.json is broken at {key}.{error}; restore it, or choose another run_dir") from error
 
 
-def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> None:
-    """Check that the stored kernel is the configured one.
+def check_kernel(manifest: Manifest, config: Config, parts: Mapping[str, Any], run_dir: str) -> dict[str, Any]:
+    """Check that the stored kernel is the configured one, and return its parts as they are stored.
+
+    Values of f agree to rounding, everything else exactly.
+
+    Args:
+        manifest: of the run.
+        config: the configuration with which it goes on.
+        parts: what `identity` says of it.
+        run_dir: for messages.
 
     Raises:
         StoreError: it is another one, or is laid out in another way; the message names the first difference.
     """
-    plain = json.loads(json.dumps(parts))
-    if plain != manifest.identity:
-        named = {key: getattr(config, key).model_dump(mode="json") for key in ("data", "model", "kernel")}
-        stored = {key: manifest.config.get(key, {}) for key in named}
-        sections = [key for key in named if plain[key] != manifest.identity.get(key)]
-        old = {key: stored[key] for key in sections}
-        new = {key: named[key] for key in sections}
-        if plain["dtype"] != manifest.identity.get("dtype"):
-            old["compute"], new["compute"] = {"dtype": manifest.identity.get("dtype")}, {"dtype": plain["dtype"]}
-        if old == new:  # the same words, other contents: a changed file
-            old, new = manifest.identity, plain
+    plain, stored = json.loads(json.dumps(parts)), manifest.identity
+    values = _stored_values(manifest)
+    changed = values.difference(from_plain(FunctionValues, plain["function"]))
+    if changed is None:
+        plain["function"] = stored["function"]
+    if plain != stored:
         raise StoreError(
-            f"{run_dir} holds another kernel: {describe_difference(old, new)}; choose another run_dir, or remove "
-            "this one"
+            f"{run_dir} holds another kernel: {_difference(manifest, config, plain, changed)}; choose another run_dir, "
+            "or remove this one"
         )
+    _check_layout(manifest, config, run_dir)
+    return plain
+
+
+def _difference(manifest: Manifest, config: Config, plain: Mapping[str, Any], changed: str | None) -> str:
+    """The first differences between the configured kernel and the stored one, in words that name their cause."""
+    stored = manifest.identity
+    named = {key: getattr(config, key).model_dump(mode="json") for key in ("data", "model", "kernel")}
+    sections = [key for key in named if plain[key] != stored.get(key)]
+    old = {key: manifest.config.get(key, {}) for key in sections}
+    new = {key: named[key] for key in sections}
+    if plain["dtype"] != stored.get("dtype"):
+        old["compute"], new["compute"] = {"dtype": stored.get("dtype")}, {"dtype": plain["dtype"]}
+    if old != new:
+        return describe_difference(old, new)
+    # the same words, other contents: a changed file
+    if "data" in sections:
+        parts = ", ".join(key for key, value in plain["data"].items() if value != stored["data"].get(key))
+        return f"'{config.data.source}' gives other examples ({parts}), so its files or its code have changed since"
+    if plain["model"] != stored.get("model"):
+        source = config.model.checkpoint or config.model.builder
+        return f"'{source}' gives other parameters or freezes others, so its file or its code has changed since"
+    code = [config.model.builder, config.model.output, config.kernel.weighting.name]
+    own = ", ".join(str(each) for each in code if str(each).startswith(PYTHON)) or config.model.builder
+    return f"the code of {own} has changed since: {changed}{_versions(manifest)}; restore it to continue"
+
+
+def _versions(manifest: Manifest) -> str:
+    """The packages that have another version than the run began with."""
+    now = environment_versions()
+    others = [f"{name} {old} -> {now[name]}" for name, old in manifest.versions.items() if now.get(name) != old]
+    return f"; versions have changed too: {', '.join(others)}" if others else ""
+
+
+def _check_layout(manifest: Manifest, config: Config, run_dir: str) -> None:
     compute = config.compute
     asked = {
         "tile": compute.tile,

@@ -100,7 +100,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     job, parts = None, identity(config, dataset, model)
     if stored is not None:
         job = stored_job(stored, config)
-        check_kernel(stored, config, parts, config.run_dir)
+        parts = check_kernel(stored, config, parts, config.run_dir)
         rerun = stages_to_rerun(stored, config, stage_fingerprints(config, parts), config.run_dir, resume=resume)
         rerun = tuple(with_readers(rerun, stages_of(config.stages)))
     elif storage.list(FOLDER) or storage.read_bytes(f"{KERNEL_STORE}/zarr.json") is not None:
@@ -265,6 +265,7 @@ def _attributes(plan: Plan) -> dict[str, Any]:
     }
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's parameters and buffers on the CPU, as workers receive them."""
-    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Return the model's parameters and buffers on the CPU, and what else its modules keep, as workers receive them."""
+    state = model.state_dict()
+    return {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in state.items()}

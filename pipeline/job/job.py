@@ -16,6 +16,7 @@ from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from pipeline.config.choices import StandardErrorChoice
 from pipeline.config.schema import Config
+from pipeline.job.function_values import FunctionValues
 from pipeline.job.task import Outcome, Task
 
 __all__ = ["SPLITS", "Job", "Layout", "Outcome", "Sizes", "Task", "intervals"]
@@ -89,6 +90,7 @@ class Job:
         layout: how it is cut into tasks and stored.
         sizes: how much there is of everything.
         features: how the store keeps features.
+        function: values of f on a few rows, with which a worker compares the model that it builds.
         solvers: the solver of each stage that solves, as the plan chose.
     """
 
@@ -100,6 +102,7 @@ class Job:
     layout: Layout
     sizes: Sizes
     features: FeatureStorage
+    function: FunctionValues
     solvers: Mapping[str, SolverChoice] = field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ from torch import nn
 from nntk_dist.errors import ArgumentError, DataError
 from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.planning.plain import from_plain
 from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
@@ -29,6 +30,7 @@ from pipeline.decisions.build import DTYPES, build_prepared, build_spec, identit
 from pipeline.decisions.layout import choose_batch, make_layout, threads_of
 from pipeline.decisions.solver_choice import choose_solvers
 from pipeline.decisions.weighting_reference import reference_batch
+from pipeline.job.function_values import FunctionValues
 from pipeline.job.job import SPLITS, Job, Layout, Sizes
 from pipeline.planning.projection import BASE_BYTES, Projection, feature_costs, project
 from pipeline.records.manifest import fingerprint
@@ -113,7 +115,8 @@ def make_plan(
         _check_sizes(config, dataset, sizes)
         layout = make_layout(config, spec, features, sizes, batch=batch, device=device)
         url = RunStorage(config.run_dir).url
-        planned = Job(url, prints["kernel"], config, spec, decision, layout, sizes, features.storage)
+        function = from_plain(FunctionValues, parts["function"])
+        planned = Job(url, prints["kernel"], config, spec, decision, layout, sizes, features.storage, function)
         planned, arrays = _with_or_without_tiles(planned, dataset)
     else:
         planned = kept

@@ -6,6 +6,7 @@ neither Ray nor the ledger.
 Axes: n rows, s draws, c outputs.
 """
 
+import socket
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.errors import ModelError
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows, feature_bytes
 from nntk_dist.products.wanted import Side
@@ -24,7 +26,7 @@ from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.reused_memory import ReusedMemory
 from nntk_dist.statistics.tile_estimates import scale_factor
 from pipeline.data import Dataset
-from pipeline.decisions.build import DTYPES, build_architecture, build_prepared
+from pipeline.decisions.build import DTYPES, build_architecture, build_prepared, function_values
 from pipeline.decisions.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job
@@ -112,11 +114,29 @@ class Context:
     @cached_property
     def model(self) -> nn.Module:
         """The prepared model with its parameters."""
-        built = self.built
-        if built is None:
-            built = build_architecture(self.job.config, self.dataset)
-            built.load_state_dict(dict(self.state))
+        built = self._built_again() if self.built is None else self.built
         return build_prepared(self.job.config, built, self.job.layout.device)
+
+    def _built_again(self) -> nn.Module:
+        """Build the model in this process, whose code may differ from the driver's: another place, or a changed file.
+
+        Raises:
+            ModelError: it is another function than the driver's.
+        """
+        config = self.job.config
+        model = build_architecture(config, self.dataset)
+        try:
+            model.load_state_dict(dict(self.state))
+        except RuntimeError as error:  # other names or shapes
+            difference: str | None = " ".join(str(error).split())
+        else:
+            difference = self.job.function.difference(function_values(config, self.dataset, model))
+        if difference is not None:
+            raise ModelError(
+                f"the worker on {socket.gethostname()} builds another model than the driver: {difference}; give all "
+                f"machines the same code of '{config.model.builder}', and leave it unchanged during a run"
+            )
+        return model
 
     @cached_property
     def features(self) -> FeatureMap:

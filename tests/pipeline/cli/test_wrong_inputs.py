@@ -103,11 +103,11 @@ WRONG = {
     "a builder of something else": (("model.builder=python:faulty:no_module", "model.args={}"), "faulty:no_module"),
     "a model that gives NaN": (
         ("model.builder=python:faulty:not_a_number", "model.args={}"),
-        "NaN or infinity for 32 of 32",
+        "NaN or infinity for 4 of 4",
     ),
     "a model of another input": (
         ("model.builder=python:faulty:wrong_shape", "model.args={}"),
-        r"the model returned shape \(1, 1, 8, 8\) for 1 examples; allowed: \(1,\) or \(1, C\): choose a position",
+        r"the model returned shape \(4, 1, 8, 8\) for 4 examples; allowed: \(4,\) or \(4, C\): choose a position",
     ),
     "a model that cannot take the data": (
         ("model.builder=python:faulty:other_width", "model.args={}"),

@@ -6,6 +6,7 @@ continues the run and exit code 130. Any other exception is a bug and keeps its 
 Nothing heavy is imported before a command runs, so that `--help`, `--version` and completion answer at once.
 """
 
+import logging
 import shlex
 import shutil
 import signal
@@ -171,7 +172,8 @@ def main() -> NoReturn:
     if "" not in sys.path:  # python:module:function finds modules of the current folder, also for the console script
         sys.path.insert(0, "")
     try:
-        app(prog_name="nntk")
+        with _notes_shown():
+            app(prog_name="nntk")
     except ValueError as error:
         from nntk_dist.errors import NNTKError
 
@@ -182,6 +184,20 @@ def main() -> NoReturn:
         err.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     sys.exit(0)
+
+
+@contextmanager
+def _notes_shown() -> Iterator[None]:
+    """Print what the library logs, such as how a checkpoint was made to fit, on standard error."""
+    logger, handler = logging.getLogger("nntk_dist"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _out() -> "Console":

@@ -77,6 +77,7 @@ RULES = Registry[LayerRule](
         "batch norm 1d": "nntk_dist.layers.rules.normalisation:BATCH_NORM_1D",
         "batch norm 2d": "nntk_dist.layers.rules.normalisation:BATCH_NORM_2D",
         "embedding": "nntk_dist.layers.rules.embedding:EMBEDDING",
+        "transposed linear": "nntk_dist.layers.rules.transposed_linear:TRANSPOSED_LINEAR",
     },
 )
 

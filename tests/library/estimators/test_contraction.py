@@ -17,6 +17,7 @@ from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.layers.sites import SitePlan
 from nntk_dist.layers.sketch import Sketch
+from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec
 from tests.harness.tools import all_rows, assert_equal, estimates_of, prepared_features
@@ -25,8 +26,9 @@ from tests.oracles.cases import case
 
 
 def chosen(model: nn.Module, x: torch.Tensor, contraction: str, draws: int = 8, columns: int = 1024) -> Contraction:
+    model = prepare_model(model, dtype=torch.float32, device="cpu")
     space = select_parameters(model)
-    plan = plan_sites(model.requires_grad_(False), space, x)
+    plan = plan_sites(model, space, x)
     return choose_contraction(plan, space, contraction, columns, Setting(draws, 8, 10))
 
 
@@ -65,7 +67,8 @@ def test_auto_is_exact_where_that_can_be_afforded():
 def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
     """Block means of the inputs replace pairs of draws, for any contraction of the other layers; not if kept apart."""
     model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(2, 4)
-    model, space = model.requires_grad_(False), select_parameters(model)
+    model = prepare_model(model, dtype=torch.float32, device="cpu")
+    space = select_parameters(model)
     plan = plan_sites(model, space, x)
     texts = [
         choose_contraction(plan, space, "layered", 0, Setting(8, 4, 3, pair_blocks=pair, full=full)).text

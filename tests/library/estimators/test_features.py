@@ -14,7 +14,7 @@ from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.layers.site_trial import plan_sites
-from nntk_dist.models.evaluation import Evaluator, moved_in_place, outputs
+from nntk_dist.models.evaluation import Evaluator, moved_in_place, outputs, prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
@@ -41,7 +41,7 @@ from tests.oracles.cases import case
 
 def contractions(name: str, spec: KernelSpec) -> dict[str, GradientFeatures]:
     """The same gradients as factors, formed layer by layer, as a mixture, and by differentiating the whole model."""
-    model, x = case(name).build().requires_grad_(False), case(name).inputs(3)
+    model, x = prepare_model(case(name).build(), dtype=torch.float64, device="cpu"), case(name).inputs(3)
     space = select_parameters(model, spec.parameters)
     layered = plan_sites(model, space, x)
     assert len(layered.outer) >= 2

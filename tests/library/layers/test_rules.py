@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nntk_dist import local_kernel
+from nntk_dist import local_kernel, prepare_kernel
 from nntk_dist.layers.hooks import hooked
 from nntk_dist.layers.rules import RULES, LayerRule, rule_for
 from nntk_dist.layers.site_trial import plan_sites
@@ -34,7 +34,8 @@ def wrong(module, parameters, h, delta):
 def test_a_class_of_ones_own_brings_its_rule(rule, whole, monkeypatch):
     monkeypatch.setattr(Scale, "nntk_rule", LayerRule(Scale, rule), raising=False)
     model, x = nn.Sequential(nn.Linear(4, 3), Scale(3), nn.Tanh(), nn.Linear(3, 2)).double(), torch.randn(5, 4).double()
-    plan = plan_sites(model.requires_grad_(False), select_parameters(model), x)
+    space = select_parameters(model)
+    plan = plan_sites(model.requires_grad_(False), space, x)
     assert plan.whole == whole
     expected = torch.zeros(5, 5, dtype=torch.float64)
     jacobians = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(dict(model.named_parameters()))
@@ -70,3 +71,22 @@ def test_hooks_are_removed_whatever_happens():
         pass
     assert model(torch.ones(1, 2)).any()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [{"kind": "local"}, {"gamma": 0.1, "contraction": "sketch", "sketch": 64}])
+def test_the_layer_of_gpt2_has_the_kernel_of_a_linear_layer(options):
+    """The same sketch, too."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    linear, transposed = nn.Linear(4, 3).double(), Conv1D(3, 4).double()
+    with torch.no_grad():
+        transposed.weight.copy_(linear.weight.T)
+        transposed.bias.copy_(linear.bias)
+    x, readout = torch.randn(5, 2, 4, dtype=torch.float64), nn.Linear(6, 2).double()
+    kernels = [
+        prepare_kernel(nn.Sequential(layer, nn.Tanh(), nn.Flatten(), readout), x, **options)(x).kernel
+        for layer in (linear, transposed)
+    ]
+    torch.testing.assert_close(*kernels, rtol=1e-10, atol=1e-12)
+    assert rule_for(transposed) is RULES.get("transposed linear")

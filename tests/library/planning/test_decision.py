@@ -193,7 +193,8 @@ def test_a_model_that_fails_is_a_model_error_with_its_cause(error):
 
 @pytest.mark.parametrize("error", [RuntimeError("no second derivative"), TypeError("not a Tensor")])
 def test_a_model_that_cannot_be_differentiated_is_evaluated_instead(error):
-    model, x = Picky(error, if_grad=True).requires_grad_(False), torch.randn(5, 4)
+    model = prepare_model(Picky(error, if_grad=True), dtype=torch.float32, device="cpu")
+    x = torch.randn(5, 4)
     chosen = decide(model, x, KernelSpec(gamma=0.5), batch=5)
     assert chosen.estimator in ("activation", "weight")
     assert f"({error.args[0]})" in chosen.reason

@@ -6,6 +6,7 @@ Axes: n1, n2 examples; C outputs.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from nntk_dist.errors import ArgumentError
 from nntk_dist.kernels.estimate import KernelEstimate
-from nntk_dist.kernels.tiles import whole_kernel
+from nntk_dist.kernels.tiles import ComputedRows, HeldRows, RowSets, feature_limit, output_portions, whole_kernel
 from nntk_dist.models.calling import Calling
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.output import as_output
@@ -156,15 +157,29 @@ class PreparedKernel:
     @full_precision()
     def estimate(self, inputs: list[Tensor]) -> KernelEstimate[Tensor]:
         """Compute the kernel of inputs that the placement has taken: x1, or x1 and x2."""
-        batch = self.placement.batch_for(*inputs)
-        parts = [self.rows(x, ids, batch) for x, ids in zip(inputs, example_ids(inputs), strict=True)]
-        estimates, calibration = whole_kernel(self.features, parts[0], parts[1] if len(parts) == 2 else None, self.spec)
-        return self._result(estimates, calibration, symmetric=len(parts) == 1)
+        batch, ids = self.placement.batch_for(*inputs), example_ids(inputs)
+        portions = output_portions(
+            self.features,
+            sum(map(len, inputs)),
+            self.placement.dtype.itemsize,
+            full=self.spec.meeting.full,
+            limit=feature_limit(self.placement.device),
+        )
+        if portions is None:
+            parts = [self.rows(x, names, batch) for x, names in zip(inputs, ids, strict=True)]
+            source: RowSets = HeldRows(self.features, parts[0], parts[1] if len(parts) == 2 else None)
+        else:
+            source = ComputedRows(partial(self._some_outputs, batch), [*zip(inputs, ids, strict=True)], portions)
+        estimates, calibration = whole_kernel(self.features, source, self.spec)
+        return self._result(estimates, calibration, symmetric=len(inputs) == 1)
+
+    def _some_outputs(self, batch: int, x: Tensor, ids: Tensor, columns: tuple[int, ...]) -> Rows:
+        features, batch = self.features, min(batch, len(x))
+        return features.compute(x, ids, range(features.num_draws), columns, batch=batch)
 
     def rows(self, x: Tensor, ids: Tensor, batch: int) -> Rows:
         """Compute the features of examples, which `ids` number, under all draws."""
-        features = self.features
-        return features.compute(x, ids, range(features.num_draws), features.columns, batch=batch)
+        return self._some_outputs(batch, x, ids, self.features.columns)
 
     def _result(
         self, estimates: Estimates, calibration: Calibration | None, *, symmetric: bool

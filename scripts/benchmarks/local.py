@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from nntk_dist import local_kernel, nonlocal_kernel
-from nntk_dist.kernels.tiles import whole_kernel
+from nntk_dist.kernels.tiles import HeldRows, whole_kernel
 from nntk_dist.layers.sketch import AUTO_COLUMNS
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
@@ -105,7 +105,7 @@ def prepared(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[FeatureMap,
 
     def compute() -> Tensor:
         rows = features.compute(x, ids, draws, features.columns)
-        return whole_kernel(features, rows, None, spec)[0].plugin
+        return whole_kernel(features, HeldRows(features, rows, None), spec)[0].plugin
 
     return features, compute
 

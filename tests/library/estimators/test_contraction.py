@@ -66,8 +66,11 @@ def test_auto_is_exact_where_that_can_be_afforded():
 
 def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
     """Block means of the inputs replace pairs of draws, for any contraction of the other layers; not if kept apart."""
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(2, 4)
-    model = prepare_model(model, dtype=torch.float32, device="cpu")
+    network, x = (
+        nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)),
+        torch.randn(2, 4),
+    )
+    model = prepare_model(network, dtype=torch.float32, device="cpu")
     space = select_parameters(model)
     plan = plan_sites(model, space, x)
     texts = [

@@ -56,7 +56,8 @@ def test_a_prepared_kernel_is_the_kernel_of_its_function_and_decides_once(kind, 
 def test_signatures_show_the_declared_options_and_defaults(kind):
     parameters = inspect.signature(FUNCTIONS[kind]).parameters
     assert list(parameters)[:3] == ["model", "x1", "x2"]
-    assert set(kernel_options(kind)) == set(parameters) - {"model", "x1", "x2", "device", "dtype", "batch"}
+    own = {"model", "x1", "x2", "device", "dtype", "batch", "output"}
+    assert set(kernel_options(kind)) == set(parameters) - own
     assert all(f" {name}: " in FUNCTIONS[kind].__doc__ for name in parameters)
     if kind != "local":
         assert parameters["max_draws"].default == KernelSpec().max_draws

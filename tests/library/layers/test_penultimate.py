@@ -66,7 +66,8 @@ class Turning(nn.Module):
 
 def network(*between: nn.Module, bias: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), *between, nn.Linear(5, 3, bias=bias)).double().eval().requires_grad_(False)
+    model = nn.Sequential(nn.Linear(4, 5), *between, nn.Linear(5, 3, bias=bias))
+    return prepare_model(model, dtype=torch.float64, device="cpu")
 
 
 def found(model: nn.Module) -> OutputLayers | None:

@@ -27,7 +27,7 @@ from tests.docs.markdown import PAGES, REPOSITORY, Block, blocks, name_of
 
 pytestmark = pytest.mark.docs
 
-FREE_MAPPINGS = ("args", "options")  # keys whose values are mappings that the schema does not list
+FREE_MAPPINGS = ("args", "options", "output")  # keys whose values are mappings that the schema does not list
 SMALL_RUN = ("data.train=160", "data.test=40", "compute.executor=serial", "report.plots=false")
 
 

@@ -70,14 +70,15 @@ def build_prepared(config: Config, model: nn.Module, device: str, dtype: torch.d
 
 
 def function_values(config: Config, dataset: Dataset, model: nn.Module) -> FunctionValues:
-    """Evaluate f and the score of draws on the first training rows, on the CPU.
+    """Evaluate f, the score of draws and their distribution on the first training rows.
 
     Raises:
         NNTKError: the model or the score fails on them.
     """
     return evaluate(
-        lambda dtype: build_prepared(config, model, "cpu", dtype),
+        lambda dtype, device: build_prepared(config, model, device, dtype),
         DTYPES[config.compute.dtype],
+        resolve_device(config),
         torch.from_numpy(dataset.train.inputs[:NUM_ROWS]),
         torch.from_numpy(dataset.train.targets[:NUM_ROWS]),
         build_spec(config.kernel),

@@ -127,7 +127,8 @@ def _difference(manifest: Manifest, config: Config, plain: Mapping[str, Any], ch
     if plain["model"] != stored.get("model"):
         source = config.model.checkpoint or config.model.builder
         return f"'{source}' gives other parameters or freezes others, so its file or its code has changed since"
-    code = [config.model.builder, config.model.output, config.kernel.weighting.name]
+    kernel = config.kernel
+    code = [config.model.builder, config.model.output, kernel.weighting.name, kernel.distribution.name]
     own = ", ".join(str(each) for each in code if str(each).startswith(PYTHON)) or config.model.builder
     return f"the code of {own} has changed since: {changed}{_versions(manifest)}; restore it to continue"
 

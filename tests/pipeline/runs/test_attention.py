@@ -177,7 +177,7 @@ def test_a_score_that_was_rewritten_is_another_kernel(tmp_path):
     before = snapshot(place)
     result = run(place, *weighted("function"), resume=True)
     assert result.code == 2
-    assert "the code of python:weighting_scores:nearness has changed since: the weighting gives the score" in result.err
+    assert "the code of python:weighting_scores:nearness has changed since: the weighting gives other scores" in result.err
     assert snapshot(place) == before
 
 

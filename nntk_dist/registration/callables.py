@@ -115,6 +115,17 @@ def call_checked(
         raise failure(f"{what} failed{given_by_user}: {type(error).__name__}: {one_line(error)}") from error
 
 
+def takes_argument(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function takes an argument of this name.
+
+    Example:
+        >>> takes_argument(round, "ndigits")
+        True
+    """
+    parameters = _named_parameters(function)
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
 def check_integer(what: str, value: Any, minimum: int) -> None:
     """Check that `value` is an integer (a boolean is not one) of at least `minimum`.
 

@@ -43,7 +43,7 @@ from pipeline.config.types import (
 class DataConfig(Section):
     """Where the examples come from and which of them take part."""
 
-    source: Annotated[Text, Field(description="KIND:PLACE, such as sklearn:digits, idx:FOLDER or parquet:FOLDER")]
+    source: Annotated[Text, Field(description="KIND:PLACE, such as sklearn:digits, csv:FILE or parquet:FOLDER")]
     train: CountOrAll = None
     test: CountOrAll = None
     normalize: Flag = True

@@ -6,7 +6,9 @@ Axes: n examples of one split, T targets of one example.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Float64, Int64, Num
+
+from nntk_dist.models.structured import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,12 +17,13 @@ class Split:
 
     Attributes:
         ids: row of each example in its source, or in its own file if the source has two sets.
-        inputs: the examples.
+        inputs: the examples: float32; or whole numbers, such as token ids, in their own type; or rows of bytes, which
+            `Dataset.layout` describes.
         targets: labels 0 … C-1, or real values.
     """
 
     ids: Int64[np.ndarray, " n"]
-    inputs: Float32[np.ndarray, "n *input_shape"]
+    inputs: Num[np.ndarray, "n *input_shape"]
     targets: Int64[np.ndarray, " n"] | Float64[np.ndarray, "n T"]
 
 
@@ -34,6 +37,7 @@ class Dataset:
         num_classes: C, or None for regression.
         mean: subtracted from each channel; zeros if the data are not normalised.
         deviation: each channel is divided by it; ones if it is constant or the data are not normalised.
+        layout: the parts of an example, if the source has several; None for one array.
     """
 
     train: Split
@@ -41,10 +45,11 @@ class Dataset:
     num_classes: int | None
     mean: Float64[np.ndarray, " channels"]
     deviation: Float64[np.ndarray, " channels"]
+    layout: Layout | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
+        """Shape of one example; its number of bytes if it has several parts."""
         return self.train.inputs.shape[1:]
 
     @property

@@ -15,7 +15,8 @@ from nntk_dist.errors import ArgumentError, DataError, check_choice
 from nntk_dist.registration.callables import call_checked
 from nntk_dist.registration.registry import Registry
 from pipeline.data.dataset import Dataset, Split
-from pipeline.data.preparation import check_inputs, encode_targets, fit_normalization, normalized, num_channels
+from pipeline.data.packing import pack_inputs
+from pipeline.data.preparation import encode_targets, prepare_inputs
 from pipeline.data.selection import select_rows
 from pipeline.data.source import OpenSource, Source
 
@@ -24,13 +25,15 @@ SOURCES: Registry[OpenSource] = Registry(
     "family of data.source",
     "nntk_dist.data_sources",
     {
-        "sklearn": "pipeline.data.scikit_learn:open_sklearn",
-        "synthetic": "pipeline.data.synthetic:open_synthetic",
-        "npz": "pipeline.data.arrays:open_npz",
-        "idx": "pipeline.data.idx:open_idx",
-        "zarr": "pipeline.data.arrays:open_zarr",
-        "parquet": "pipeline.data.parquet:open_parquet",
-        "python": "pipeline.data.arrays:open_python",
+        "sklearn": "pipeline.data.families.scikit_learn:open_sklearn",
+        "synthetic": "pipeline.data.families.synthetic:open_synthetic",
+        "npz": "pipeline.data.families.arrays:open_npz",
+        "idx": "pipeline.data.families.idx:open_idx",
+        "zarr": "pipeline.data.families.arrays:open_zarr",
+        "parquet": "pipeline.data.families.tables:open_parquet",
+        "csv": "pipeline.data.families.tables:open_csv",
+        "arrow": "pipeline.data.families.tables:open_arrow",
+        "python": "pipeline.data.families.python_function:open_python",
     },
 )
 
@@ -52,7 +55,8 @@ def load_dataset(
         source: `family:location`, with a family of `SOURCES`; each is described in its own file.
         train: number of training examples, or None for all.
         test: number of test examples, 0 for none, or None for all.
-        normalize: subtract one mean and divide by one deviation for each channel, of the selected training examples.
+        normalize: subtract one mean and divide by one deviation for each channel, of the selected training examples;
+            only of floating-point inputs and pixels (uint8).
         seed: of the selection. The id of an example depends on neither sizes nor seed.
         input_columns: columns that hold the inputs, for a source with columns.
         target_column: column that holds the targets, for a source with columns.
@@ -70,25 +74,27 @@ def load_dataset(
     found = _open(source, {name: value for name, value in columns.items() if value is not None} | dict(args or {}))
     train_rows, test_rows = select_rows(found, train=train, test=test, seed=seed)
     train_targets, test_targets, num_classes = encode_targets(found, train_rows, test_rows)
-    train_inputs = found.train.read(train_rows)
-    check_inputs(train_inputs, train_rows, found.train.name)
     test_set = found.train if found.test is None else found.test
-    test_inputs = test_set.read(test_rows) if len(test_rows) else train_inputs[:0]
-    if len(test_rows):
-        check_inputs(test_inputs, test_rows, test_set.name)
-    if test_inputs.shape[1:] != train_inputs.shape[1:]:
-        raise DataError(
-            f"examples of {test_set.name} have shape {test_inputs.shape[1:]}, the training examples "
-            f"{train_inputs.shape[1:]}; give both one shape"
+    train_inputs = found.train.read(train_rows)
+    test_inputs = test_set.read(test_rows) if len(test_rows) else None
+    if isinstance(train_inputs, np.ndarray):
+        assert test_inputs is None or isinstance(test_inputs, np.ndarray)
+        inputs, mean, deviation = prepare_inputs(
+            (train_inputs, train_rows, found.train.name), (test_inputs, test_rows, test_set.name), normalize=normalize
         )
-    channels = num_channels(train_inputs.shape[1:])
-    mean, deviation = fit_normalization(train_inputs) if normalize else (np.zeros(channels), np.ones(channels))
+        layout = None
+    else:
+        inputs, layout = pack_inputs(
+            (train_inputs, train_rows, found.train.name), (test_inputs, test_rows, test_set.name)
+        )
+        mean, deviation = np.zeros(0), np.ones(0)
     return Dataset(
-        train=Split(train_rows, normalized(train_inputs, mean, deviation), train_targets),
-        test=Split(test_rows, normalized(test_inputs, mean, deviation), test_targets),
+        train=Split(train_rows, inputs[0], train_targets),
+        test=Split(test_rows, inputs[1], test_targets),
         num_classes=num_classes,
         mean=mean,
         deviation=deviation,
+        layout=layout,
     )
 
 

@@ -1,4 +1,4 @@
-"""Preparing the arrays of a source for a model: class labels, finite numbers, normalised float32.
+"""Preparing the arrays of a source for a model: class labels, finite numbers, normalised float32 or whole numbers.
 
 A channel is a feature of a vector, or an entry along the first axis of an example with three or more axes (a colour of
 an image); an example with two axes (height, width) is one channel. Sums and differences are taken in float64, a block
@@ -9,6 +9,7 @@ Axes: n examples, T targets of one example, channels.
 
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Num, Shaped
@@ -56,8 +57,58 @@ def encode_targets(
     return train_targets, test_targets, num_classes
 
 
-def check_inputs(inputs: Shaped[np.ndarray, "n *shape"], rows: Int64[np.ndarray, " n"], name: str) -> None:
-    """Check that float32 can hold the inputs.
+Given = tuple[Any, Int64[np.ndarray, " n"], str]  # inputs of some rows, the rows, and their name in messages
+
+
+def prepare_inputs(
+    train: Given, test: Given, *, normalize: bool
+) -> tuple[tuple[np.ndarray, np.ndarray], Float64[np.ndarray, " channels"], Float64[np.ndarray, " channels"]]:
+    """Return the inputs of both sets as a model gets them, and the mean and deviation of each channel.
+
+    Floating-point inputs, pixels (uint8) and booleans become float32 and are normalised. Other whole numbers, such as
+    token ids, keep their type.
+
+    Args:
+        train: the training inputs.
+        test: the test inputs, None if there are none.
+        normalize: whether to subtract the mean and divide by the deviation of the training inputs.
+
+    Raises:
+        DataError: inputs are not finite real numbers, or differ in shape or type between the sets.
+    """
+    inputs, test_inputs = checked_inputs(*train), None if test[0] is None else checked_inputs(*test)
+    if test_inputs is None:
+        test_inputs = inputs[:0]
+    inputs, test_inputs = (each[:, None] if each.ndim == 1 else each for each in (inputs, test_inputs))
+    if test_inputs.shape[1:] != inputs.shape[1:]:
+        raise DataError(
+            f"examples of {test[2]} have shape {test_inputs.shape[1:]}, the training examples {inputs.shape[1:]}; give "
+            "both one shape"
+        )
+    if keeps_type(inputs) != keeps_type(test_inputs):
+        raise DataError(
+            f"examples of {test[2]} have the type {test_inputs.dtype}, the training examples {inputs.dtype}; give both "
+            "floating-point numbers or both whole numbers"
+        )
+    channels = num_channels(inputs.shape[1:])
+    mean, deviation = np.zeros(channels), np.ones(channels)
+    if keeps_type(inputs):
+        common = np.result_type(inputs, test_inputs)
+        return (inputs.astype(common), test_inputs.astype(common)), mean, deviation
+    if normalize:
+        mean, deviation = fit_normalization(inputs)
+    return (normalized(inputs, mean, deviation), normalized(test_inputs, mean, deviation)), mean, deviation
+
+
+def keeps_type(inputs: Shaped[np.ndarray, "..."]) -> bool:
+    """Return whether inputs are whole numbers other than pixels and booleans."""
+    return inputs.dtype.kind in "iu" and inputs.dtype != np.uint8
+
+
+def checked_inputs(
+    inputs: Shaped[np.ndarray, "n *shape"], rows: Int64[np.ndarray, " n"], name: str
+) -> Shaped[np.ndarray, "n *shape"]:
+    """Return inputs in a type that torch has, after checking that float32 can hold floating-point ones.
 
     Args:
         inputs: of the selected rows.
@@ -65,13 +116,19 @@ def check_inputs(inputs: Shaped[np.ndarray, "n *shape"], rows: Int64[np.ndarray,
         name: names the source in messages.
 
     Raises:
-        DataError: they are not real numbers, have no feature, or are not finite in float32.
+        DataError: they are not real numbers, have no feature, or are not finite in float32, or too large for int64.
     """
     if inputs.dtype.kind not in "biuf":
         raise DataError(f"inputs of {name} have the type {inputs.dtype}; give real numbers")
     if inputs[0].size == 0:
         raise DataError(f"inputs of {name} have the shape {inputs.shape}: examples without a value; give at least one")
-    _check_finite(inputs, rows, f"inputs of {name}", np.float32)
+    if inputs.dtype.kind == "f":
+        _check_finite(inputs, rows, f"inputs of {name}", np.float32)
+    if inputs.dtype.kind == "u" and inputs.dtype != np.uint8:
+        if inputs.max() > np.iinfo(np.int64).max:
+            raise DataError(f"inputs of {name} hold {inputs.max()}; give whole numbers that int64 can hold")
+        return inputs.astype(np.int64)
+    return inputs.astype(inputs.dtype.newbyteorder("="), copy=False)
 
 
 def fit_normalization(

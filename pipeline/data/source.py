@@ -5,7 +5,7 @@ A family locates and reads rows; the loader selects, labels, checks and normalis
 Axes: n examples, rows of a source.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,9 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 from nntk_dist.errors import DataError
+
+# One array of examples; or several, a dict or tuple, such as token ids and a mask.
+Inputs = np.ndarray | Mapping[str, np.ndarray] | tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class SourceRows:
 
     name: str
     targets: Shaped[np.ndarray, "rows *target_shape"]
-    read: Callable[[Int64[np.ndarray, " n"]], Shaped[np.ndarray, "n *input_shape"]]
+    read: Callable[[Int64[np.ndarray, " n"]], Inputs]
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,11 @@ def build_model(config: Config, dataset: Dataset) -> nn.Module:
     return model
 
 
-def build_prepared(config: Config, model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
+def build_prepared(
+    config: Config, dataset: Dataset, model: nn.Module, device: str, dtype: torch.dtype | None = None
+) -> nn.Module:
     """Return a private copy of the run's model that is ready to be evaluated, in the run's dtype or in another one."""
-    calling = Calling.choose(model, None, as_output(config.model.output))
+    calling = Calling.choose(model, dataset.layout, as_output(config.model.output))
     return prepare_model(model, dtype=dtype or DTYPES[config.compute.dtype], device=device, calling=calling)
 
 
@@ -76,7 +78,7 @@ def function_values(config: Config, dataset: Dataset, model: nn.Module) -> Funct
         NNTKError: the model or the score fails on them.
     """
     return evaluate(
-        lambda dtype, device: build_prepared(config, model, device, dtype),
+        lambda dtype, device: build_prepared(config, dataset, model, device, dtype),
         DTYPES[config.compute.dtype],
         resolve_device(config),
         torch.from_numpy(dataset.train.inputs[:NUM_ROWS]),
@@ -107,6 +109,8 @@ def identity(config: Config, dataset: Dataset, model: nn.Module) -> dict[str, ob
         for name, split in splits.items()
         for field in ("ids", "inputs", "targets")
     }
+    if dataset.layout is not None:
+        contents["parts"] = str(dataset.layout)
     frozen = sorted(frozen_parameters(model))
     return {
         "data": contents,

@@ -95,7 +95,7 @@ def make_plan(
     device = resolve_device(config) if job is None else job.layout.device
     check_device(device, config.compute, continued=job is not None)
     dtype = DTYPES[config.compute.dtype]
-    prepared = build_prepared(config, model, device)
+    prepared = build_prepared(config, dataset, model, device)
     x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
     # a copy: a model may write to its input, and the dataset's fingerprint is yet to be taken
     x = x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)

@@ -115,7 +115,7 @@ class Context:
     def model(self) -> nn.Module:
         """The prepared model with its parameters."""
         built = self._built_again() if self.built is None else self.built
-        return build_prepared(self.job.config, built, self.job.layout.device)
+        return build_prepared(self.job.config, self.dataset, built, self.job.layout.device)
 
     def _built_again(self) -> nn.Module:
         """Build the model in this process, whose code may differ from the driver's: another place, or a changed file.

@@ -180,7 +180,7 @@ BAD_DATA = [
     ({"x": X, "y": Y.astype(complex)}, r"targets of .* have the type complex128; give integers, class names or floats"),
     ({"x": X, "y": np.eye(3, dtype=int)[Y]}, r"are int64 of shape \(20, 3\); labels must have the shape \(n,\)"),
     ({"x": X, "y": X[:, :, None]}, r"are float64 of shape \(20, 4, 1\); labels must"),
-    ({"x": 3, "y": 4}, r"are a single value; give arrays whose first axis is the examples"),
+    ({"x": 3, "y": 4}, r"has a single value as its targets; give one target for each row"),
 ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn import datasets
 
 from nntk_dist.errors import check_choice
-from pipeline.data.arrays import source_from_arrays
+from pipeline.data.families.arrays import source_from_arrays
 from pipeline.data.source import Source
 
 LOADERS = MappingProxyType(

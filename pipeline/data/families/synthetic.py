@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from nntk_dist.errors import check_choice
-from pipeline.data.arrays import source_from_arrays
+from pipeline.data.families.arrays import source_from_arrays
 from pipeline.data.source import Source
 
 GRID_POINTS = 65_536

@@ -1,7 +1,8 @@
-"""Sources that are named arrays: NumPy archives, Zarr groups, and what a Python function returns.
+"""Sources that are named arrays: NumPy archives, Zarr groups, and arrays in memory.
 
 They hold `x` and `y` (one set, split by the loader), or `x_train`, `y_train`, `x_test` and `y_test`. Inputs are taken
-as they are, images channels first: (n, features), (n, channels, height, width) or (n, height, width).
+as they are, images channels first: (n, features), (n, channels, height, width) or (n, height, width). In memory, inputs
+may be a dict or tuple of arrays.
 
 Axes: n examples.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 import zarr
 from jaxtyping import Int64, Shaped
 from numpy.lib.npyio import NpzFile
@@ -20,8 +22,7 @@ from obstore.store import from_url
 from zarr.storage import ObjectStore
 
 from nntk_dist.errors import DataError, first_line, one_line
-from nntk_dist.registration.callables import call_checked, import_function
-from pipeline.data.source import Source, SourceRows, existing_path
+from pipeline.data.source import Inputs, Source, SourceRows, existing_path
 
 # Raised by stores, checksum codecs and decompressors.
 _UNREADABLE = (BaseError, OSError, ValueError, RuntimeError)
@@ -108,40 +109,61 @@ def open_zarr(location: str) -> Source:
     return source_from_arrays(arrays, what=what)
 
 
-def open_python(location: str, /, **args: Any) -> Source:
-    """Open what a function returns: a mapping of named arrays, or the pair (x, y).
+def as_array(values: Any, name: str) -> Shaped[np.ndarray, "..."]:
+    """Return an array, a tensor, a table or a list as a NumPy array.
 
     Args:
-        location: `module:function`.
-        **args: the function's arguments.
+        values: what came; a table of pandas becomes one array of its columns.
+        name: names it in messages.
 
     Raises:
-        ArgumentError: it cannot be imported, or does not take these arguments.
-        DataError: it fails, or returns something else.
+        DataError: it has no such form.
     """
-    what = f"python:{location}"
-    function = import_function(location, what="data source")
-    result = call_checked(function, args, what=f"data source {what}", failure=DataError)
-    if isinstance(result, tuple | list) and len(result) == 2:
-        result = dict(zip(SINGLE_KEYS, result, strict=True))
-    if not isinstance(result, Mapping):
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().resolve_conj()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if hasattr(values, "columns") and hasattr(values, "to_numpy"):
+        # column by column: together, numbers and booleans would be objects
+        columns = {column: np.asarray(values[column]) for column in values.columns}
+        for column, each in columns.items():
+            if each.dtype.kind not in "biuf":
+                raise DataError(f"{name}: column '{column}' has the type {each.dtype}; give numbers without gaps")
+        return np.column_stack(list(columns.values()))
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:  # lists of different lengths, among others
         raise DataError(
-            f"data source {what} returned a {type(result).__name__}; "
-            f"it must return (x, y), or a mapping with {' and '.join(SINGLE_KEYS)}, or {', '.join(SPLIT_KEYS)}"
-        )
-    return source_from_arrays(result, what=what)
+            f"{name} is no array ({one_line(error)}); give numbers of one shape for each example"
+        ) from error
 
 
 def _rows(inputs: Any, targets: Any, name: str) -> SourceRows:
-    inputs, targets = (each if isinstance(each, zarr.Array) else np.asarray(each) for each in (inputs, targets))
-    if inputs.ndim == 0 or targets.ndim == 0:
-        raise DataError(f"{name} or its targets are a single value; give arrays whose first axis is the examples")
+    targets = targets if isinstance(targets, zarr.Array) else as_array(targets, f"targets of {name}")
+    if targets.ndim == 0:
+        raise DataError(f"{name} has a single value as its targets; give one target for each row")
     targets = _read(targets, slice(None), name) if isinstance(targets, zarr.Array) else targets
-    if inputs.shape[0] != targets.shape[0]:
+    parts = dict(enumerate(inputs)) if isinstance(inputs, tuple) else inputs
+    if not isinstance(parts, Mapping):
+        whole = _array(inputs, targets, name)
+        return SourceRows(name, targets, lambda rows: _taken(whole, rows, name))
+    arrays = {key: _array(values, targets, f"{name}[{key!r}]") for key, values in parts.items()}
+
+    def read(rows: Int64[np.ndarray, " n"]) -> Inputs:
+        taken = {key: values[rows] for key, values in arrays.items()}
+        return tuple(taken.values()) if isinstance(inputs, tuple) else {str(key): taken[key] for key in taken}
+
+    return SourceRows(name, targets, read)
+
+
+def _array(values: Any, targets: Shaped[np.ndarray, "..."], name: str) -> Any:
+    array = values if isinstance(values, zarr.Array) else as_array(values, name)
+    if array.ndim == 0:
+        raise DataError(f"{name} is a single value; give an array whose first axis is the examples")
+    if array.shape[0] != targets.shape[0]:
         raise DataError(
-            f"{name} has {inputs.shape[0]} rows but its targets have {targets.shape[0]}; give one target per row"
+            f"{name} has {array.shape[0]} rows but its targets have {targets.shape[0]}; give one target per row"
         )
-    return SourceRows(name, targets, lambda rows: _take(inputs, rows, name))
+    return array
 
 
 def _read(array: zarr.Array, selection: Any, name: str) -> Shaped[np.ndarray, "..."]:
@@ -153,6 +175,6 @@ def _read(array: zarr.Array, selection: Any, name: str) -> Shaped[np.ndarray, ".
         ) from error
 
 
-def _take(inputs: Any, rows: Int64[np.ndarray, " n"], name: str) -> Shaped[np.ndarray, "n *input_shape"]:
-    taken = _read(inputs, rows, name) if isinstance(inputs, zarr.Array) else np.asarray(inputs[rows])
-    return taken[:, None] if taken.ndim == 1 else taken
+def _taken(values: Any, rows: Int64[np.ndarray, " n"], name: str) -> Shaped[np.ndarray, "n ..."]:
+    taken: np.ndarray = _read(values, rows, name) if isinstance(values, zarr.Array) else values[rows]
+    return taken

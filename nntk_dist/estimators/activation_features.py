@@ -29,7 +29,7 @@ from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sketch import Sketch
 from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.models.noise import fixed_noise
-from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
+from nntk_dist.products.block_sums import BlockSums, Changes, Meeting, empty_sums
 from nntk_dist.products.feature_description import ArraySpec, FeatureCosts
 from nntk_dist.products.features import Rows, block_range, join_batches
 from nntk_dist.products.formed import (
@@ -255,10 +255,19 @@ class ActivationFeatures(DrawnFeatures):
         """
         if not self.plan.noisy and not self.plan.weight_space:
             return None
-        first, second = (
-            (part["differences"] != 0).unflatten(1, (self.num_blocks, -1)).any(2) for part in (rows, others)
-        )
+        first, second = (self._counts(part) > 0 for part in (rows, others))
         return meeting.in_different_blocks(first, second)
+
+    def changes(self, rows: Rows) -> Changes | None:
+        """Return how often draws changed the outputs; what changes without noise is exact."""
+        if not self.plan.noisy and not self.plan.weight_space:
+            return None
+        largest = float(rows["differences"].abs().max()) / min(self.drawing.scales, default=1.0)  # over σ already
+        return Changes(self._counts(rows), largest, self.num_groups)
+
+    def _counts(self, rows: Rows) -> Float[Tensor, "n r c"]:
+        """The draws of each block that changed an output."""
+        return (rows["differences"] != 0).unflatten(1, (self.num_blocks, -1)).sum(2, dtype=torch.float32)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         """Return every block product of few entries, in float64."""

@@ -3,6 +3,7 @@
 Axes: n rows, s draws, c outputs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from nntk_dist.models.evaluation import Evaluator
-from nntk_dist.products.block_sums import Meeting
+from nntk_dist.products.block_sums import Changes, Meeting
 from nntk_dist.products.feature_description import ArraySpec, FeatureStorage
 from nntk_dist.products.features import Rows
 from nntk_dist.products.wanted import Wanted
@@ -54,6 +55,25 @@ class DrawnFeatures(ABC):
     def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"] | None:
         """Return None: every standard error means something, or is 0."""
         return None
+
+    def changes(self, rows: Rows) -> Changes | None:
+        """Return None: every entry is resolved."""
+        return None
+
+    @property
+    def num_groups(self) -> int:
+        """The number of independent groups of draws."""
+        return self.num_draws // self.drawing.group_size
+
+    @property
+    def direction_spread(self) -> float:
+        """The largest entry of D⁻¹ over its root mean square: how unevenly directions spread over the tensors."""
+        drawing = self.drawing
+        if not drawing.scales:
+            return 1.0
+        sizes = map(math.prod, drawing.shapes)
+        squares = sum(size / scale**2 for size, scale in zip(sizes, drawing.scales, strict=True))
+        return 1.0 / min(drawing.scales) / math.sqrt(squares / self.num_parameters)
 
     @property
     def num_sketch_groups(self) -> int:

@@ -286,6 +286,9 @@ class GradientProducts:
     def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> None:
         """Return None: a gradient is known from every draw."""
 
+    def changes(self, rows: Rows) -> None:
+        """Return None: every entry is resolved."""
+
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile."""
         rows, others = (self.prepare(part, wanted) for part in (rows, others))

@@ -7,6 +7,7 @@ to rounding. Nonlocal kernel only. With attention the means are weighted: g_r = 
 Axes: n rows, s draws, r blocks, c outputs, k parameters.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nntk_dist.estimators.drawn_features import DrawnFeatures
 from nntk_dist.models.evaluation import check_finite, output_index
-from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
+from nntk_dist.products.block_sums import BlockSums, Changes, Meeting, empty_sums
 from nntk_dist.products.feature_description import ArraySpec, FeatureCosts
 from nntk_dist.products.features import Rows, block_range
 from nntk_dist.products.formed import (
@@ -47,9 +48,12 @@ class DifferenceMeans(DrawnFeatures):
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """One array: the block means."""
-        shape = (self.num_blocks, len(self.columns), self.num_parameters)
-        return (ArraySpec("dense", ("block", "output", "parameter"), shape),)
+        """The block means, and of each output the number of draws that changed it and its largest change times |v|."""
+        shape = (self.num_blocks, len(self.columns))
+        return (
+            ArraySpec("dense", ("block", "output", "parameter"), (*shape, self.num_parameters)),
+            ArraySpec("changes", ("block", "output", "change"), (*shape, 2)),
+        )
 
     def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
         """Return the costs: a product of length P for each block, and one more with standard errors."""
@@ -70,33 +74,40 @@ class DifferenceMeans(DrawnFeatures):
         """Compute the block means; see `FeatureMap.compute`."""
         base = self.evaluator.base(x, batch)
         check_finite(base, "the model's output")
-        means = [
-            self._block_mean(x, base, block, columns, batch)
+        blocks = [
+            self._one_block(x, base, block, columns, batch)
             for block in block_range(draws, self.drawing.draws_per_block)
         ]
-        dense = torch.stack(means, dim=1)
+        dense, changes = (torch.stack(parts, dim=1) for parts in zip(*blocks, strict=True))
         check_finite(dense, f"the model's output under draws {draws.start} to {draws.stop - 1}")
-        return {"dense": dense.to(base.dtype)}
+        return {"dense": dense.to(base.dtype), "changes": changes.to(base.dtype)}
 
-    def _block_mean(
+    def _one_block(
         self, x: Tensor, base: Tensor, block: int, columns: Sequence[int], batch: int | None
-    ) -> Float64[Tensor, "n c k"]:
-        """Compute g_r of one block, a chunk of draws at a time, summed in float64."""
+    ) -> tuple[Float64[Tensor, "n c k"], Float64[Tensor, "n c two"]]:
+        """Compute g_r and the changes of one block, a chunk of draws at a time, summed in float64."""
         size, numbers = self.drawing.draws_per_block, max(self.num_parameters, len(x) * base.shape[1])
         chunks = draw_chunks(range(block * size, (block + 1) * size), numbers, self.drawing.group_size)
         total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
+        counts, largest = torch.zeros_like(total[:, :, 0]), torch.zeros_like(total[:, :, 0])
         softmax = None if self.attention is None else RunningSoftmax(self.attention.weighting)
         for draws in chunks:
             z = self.drawing.perturbations(draws, dtype=base.dtype, device=base.device)
             for members, unmoved, moved in self.evaluator.pairs(x, base, self.drawing, draws, z, batch):
                 own = z[members.start - draws.start : members.stop - draws.start]
-                difference = (moved - unmoved)[:, :, output_index(columns)].double()
+                difference, directions = (
+                    (moved - unmoved)[:, :, output_index(columns)].double(),
+                    self.drawing.directions(own),
+                )
+                counts += (difference != 0).sum(0)
+                largest = (difference.abs() * directions.norm(dim=1)[:, None, None]).amax(0).maximum(largest)
                 if self.attention is not None and softmax is not None:
                     shrink, weights = softmax.take(self.attention.scores(members, own, unmoved, moved))
                     total *= shrink[:, None, None]
                     difference *= weights[:, :, None]
-                total += torch.einsum("snc,sk->nck", difference, self.drawing.directions(own))
-        return total / (size if softmax is None or softmax.mass is None else softmax.mass[:, None, None])
+                total += torch.einsum("snc,sk->nck", difference, directions)
+        mass = size if softmax is None or softmax.mass is None else softmax.mass[:, None, None]
+        return total / mass, torch.stack((counts, largest), dim=2)
 
     def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
         """Combine the blocks, and note which outputs changed in each block."""
@@ -120,6 +131,12 @@ class DifferenceMeans(DrawnFeatures):
             part["changed"] if "changed" in part else (part["dense"] != 0).any(3) for part in (rows, others)
         )
         return meeting.in_different_blocks(first, second)
+
+    def changes(self, rows: Rows) -> Changes:
+        """Return how often draws changed the outputs in each block."""
+        counts, largest = rows["changes"].unbind(3)
+        size = self.direction_spread / math.sqrt(self.num_parameters)
+        return Changes(counts, size * float(largest.max()), self.num_groups)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         """Return every block product of few entries, in float64."""

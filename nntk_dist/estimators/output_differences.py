@@ -24,7 +24,7 @@ from nntk_dist.errors import ArgumentError
 from nntk_dist.estimators.drawn_features import DrawnFeatures
 from nntk_dist.layers.low_rank_passes import LowRankPasses
 from nntk_dist.models.evaluation import check_finite, output_index
-from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
+from nntk_dist.products.block_sums import BlockSums, Changes, Meeting, empty_sums
 from nntk_dist.products.factor_form import METRIC_DRAWS
 from nntk_dist.products.feature_description import ArraySpec, FeatureCosts, FeatureStorage
 from nntk_dist.products.features import Rows, num_rows
@@ -162,6 +162,18 @@ class DifferenceFeatures(DrawnFeatures):
     def _block_metric(self) -> Float64[Tensor, "s s"]:
         """M for products of single block means, ⟨g_r, g_r'⟩, instead of the mean over all pairs of blocks."""
         return (self.make_metric() if self.metric is None else self.metric) * self.num_blocks**2
+
+    def changes(self, rows: Rows) -> Changes:
+        """Return how often draws changed the outputs, by block; of the covariance kernel, by draw."""
+        differences = rows["differences"]
+        counts = (differences != 0).to(torch.float32)
+        if not self.pair_blocks:
+            sizes = (self._weights * self.num_draws).sqrt().to(differences.dtype)
+            return Changes(counts, float((differences.abs() * sizes[:, None]).max()), self.num_groups)
+        lengths = self._block_metric.diagonal().sqrt() * self.drawing.draws_per_block
+        sizes = (lengths * (self.direction_spread / math.sqrt(self.num_parameters))).to(differences.dtype)
+        counts = counts.unflatten(1, (self.num_blocks, -1)).sum(2)
+        return Changes(counts, float((differences.abs() * sizes[:, None]).max()), self.num_groups)
 
     def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
         """Multiply M to rows that are columns of tiles; without pairs, weight the differences."""

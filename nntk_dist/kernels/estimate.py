@@ -46,6 +46,7 @@ class KernelEstimate(Generic[Array]):
         relative_bias: ‖plugin − unbiased‖/‖unbiased‖.
         relative_error_bound: an upper bound on ‖U − Θ‖/‖Θ‖ with 95 % confidence.
         reached: whether the bound is below `rtol`; None if no accuracy was requested.
+        unresolved_share: the share of entries whose standard error is NaN; what they could hold is part of the bound.
         probes: what the probes of the model found. Numbers that cannot be trusted are also warned of.
     """
 
@@ -62,13 +63,15 @@ class KernelEstimate(Generic[Array]):
     relative_bias: float | None
     relative_error_bound: float = math.nan
     reached: bool | None = None
+    unresolved_share: float = 0.0
     probes: ModelProbes | None = None
 
     def __repr__(self) -> str:
         shape: Any = self.kernel
         draws = "exact" if self.relative_error == 0.0 else f"{self.draws} draws"
         error = "" if self.relative_error == 0.0 else f", relative error {self.relative_error:.2g}"
-        return f"KernelEstimate(shape {tuple(shape.shape)}, {self.estimator}, {draws}{error})"
+        unresolved = f", {100 * self.unresolved_share:.2g} % of entries unresolved" if self.unresolved_share else ""
+        return f"KernelEstimate(shape {tuple(shape.shape)}, {self.estimator}, {draws}{error}{unresolved})"
 
     def interval(self, confidence: float = 0.95) -> tuple[Array, Array]:
         """Return the ends of two-sided intervals around the unbiased estimate.

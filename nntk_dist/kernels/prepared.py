@@ -217,6 +217,7 @@ class PreparedKernel:
             relative_bias=None if unbiased is None else relative_distance(plugin, unbiased),
             relative_error_bound=bound,
             reached=reached,
+            unresolved_share=0.0 if estimates.stderr is None else float(estimates.stderr.isnan().double().mean()),
             probes=self.decision.probes,
         )
 

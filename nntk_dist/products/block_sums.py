@@ -107,6 +107,21 @@ class Meeting:
         return torch.kron(values.contiguous(), identity)
 
 
+@dataclass(frozen=True)
+class Changes:
+    """How often draws changed the outputs of rows, and by how much at most.
+
+    Attributes:
+        counts: The draws that changed an output, in each block; by draw if blocks are not paired.
+        largest: The largest change D, times the size τ of its direction's component along a unit vector.
+        num_groups: The independent groups of draws.
+    """
+
+    counts: Float[Tensor, "n r c"]
+    largest: float
+    num_groups: int
+
+
 def block(number: int) -> Sum:
     """Return the name of `by_block[number]`."""
     return "block", number

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from nntk_dist.products.block_sums import BlockSums, Meeting
+from nntk_dist.products.block_sums import BlockSums, Changes, Meeting
 from nntk_dist.products.feature_description import ArraySpec, FeatureCosts, FeatureStorage
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.products.weighted_products import WeightedProduct
@@ -57,6 +57,12 @@ class FeatureMap(Protocol):
         """Return a mask of the entries whose standard error means something.
 
         None if every entry's does, or if a standard error of 0 marks the others.
+        """
+
+    def changes(self, rows: Rows) -> Changes | None:
+        """Return how often draws changed the outputs of rows, as `compute` returns them.
+
+        From this follows what unresolved entries could hold. None if every entry is resolved.
         """
 
     @property

@@ -36,7 +36,8 @@ class Calibration:
         level: Multiplies the jackknife variance.
         relative_error: √(ΣV/Σ(U²−V)); infinite if there is only noise, NaN if no entry is resolved.
         num_entries: Entries of the sample.
-        bound: A bound on the relative error that holds in 95 % of all cases; infinite if no entry is resolved.
+        bound: A bound on the relative error that holds in 95 % of all cases, with what unresolved entries could hold;
+            infinite if no entry is resolved.
         pair_share: The share of pairs of draws, which falls like 1/S², in what ΣV has from draws; the rest falls like
             1/S.
         sketch_share: The share of the sketch in ΣV.
@@ -125,6 +126,7 @@ def calibrate(
     by_group: Float64[Tensor, "q *sample"] | None = None,
     resolved: Bool[Tensor, "*sample"] | None = None,
     zero_is_unresolved: bool = False,
+    hidden: Float64[Tensor, "*sample"] | None = None,
 ) -> Calibration:
     """Calibrate from all block products of a sample of entries.
 
@@ -136,6 +138,7 @@ def calibrate(
         by_group: Of sketched features, what each group of columns adds to the sum over different blocks.
         resolved: Mask of the entries that are resolved; None for all.
         zero_is_unresolved: Whether entries without any scatter between blocks are not resolved either.
+        hidden: A 97.5 % bound of what unresolved outputs could add to each entry; None if all are resolved.
     """
     blocks, sketch, bias = len(products), 0.0, 0.0
     if pair_blocks:
@@ -163,7 +166,9 @@ def calibrate(
         noise += sketch
     size = float(value.square().sum())
     relative = math.sqrt(_ratio(noise, size - noise))
-    error = bound_factor(sources) * math.sqrt(noise)  # of U − Θ, by 95 %: then ‖Θ‖ is at least ‖U‖ less that
+    missed = 0.0 if hidden is None else float(hidden.square().sum())
+    factor = bound_factor(sources, 0.95 if missed == 0 else 0.975)  # two bounds of 97.5 % hold together in 95 %
+    error = math.sqrt(factor**2 * noise + missed)  # of U − Θ, by 95 %: then ‖Θ‖ is at least ‖U‖ less that
     return Calibration(
         level=level,
         relative_error=relative,

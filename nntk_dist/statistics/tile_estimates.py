@@ -15,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
+from nntk_dist.products.block_sums import BlockSums, Changes, Meeting, empty_sums
 from nntk_dist.products.features import FeatureMap, Rows, num_rows, slice_rows
 from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import ProductSums, WeightedProduct, can_multiply_into, multiply_into_
 from nntk_dist.statistics.standard_errors import Calibration, calibrate, estimate, shares_of_sums
+from nntk_dist.statistics.unresolved import bound_of_unresolved, joined_changes
 
 # Kernel rows and columns of a window: large enough for the full rate of a matrix product on two threads, small enough
 # for its sums (2 MiB each in float64) to stay in a cache. A GPU needs windows that keep all of it busy.
@@ -236,6 +237,7 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
     products: Tensor | None = None
     by_group: Tensor | None = None
     resolved: Tensor | None = None
+    changes: list[tuple[Changes, Changes]] = []
     for rows, others in parts:
         product = features.block_products(rows, others, meeting)
         products = product if products is None else products.add_(product)
@@ -244,14 +246,21 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
             by_group = grouped if by_group is None or grouped is None else by_group + grouped
         mask = features.resolved(rows, others, meeting)
         resolved = mask if resolved is None or mask is None else resolved | mask
+        if (own := features.changes(rows)) is not None and (other := features.changes(others)) is not None:
+            changes.append((own, other))
     if products is None:
         raise ValueError("a sample needs at least one part")
+    hidden = None
+    if changes:
+        left, right = (joined_changes(part) for part in zip(*changes, strict=True))
+        hidden = bound_of_unresolved(left, right, meeting, pair_blocks=features.pair_blocks)
     return calibrate(
         products,
         pair_blocks=features.pair_blocks,
         by_group=by_group,
         resolved=resolved,
         zero_is_unresolved=features.zero_stderr_is_unresolved,
+        hidden=hidden,
     )
 
 

@@ -114,6 +114,11 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
     if results.get("train_relative_error") is not None:
         which = "unbiased kernel" if "train_relative_bias" in results else "kernel"
         lines.append(f"estimated relative error of the {which}: {results['train_relative_error']:.3g}")
+    if results.get("train_unresolved_share"):
+        lines.append(
+            f"unresolved: {100 * results['train_unresolved_share']:.2g} % of the entries; what they could hold is part "
+            "of the bound of the error"
+        )
     if results.get("rtol_verdict") is not None:
         lines.append(results["rtol_verdict"])
     for stage in ("spectrum", "regression"):

@@ -64,7 +64,7 @@ def collect_inputs(storage: RunStorage, manifest: Manifest) -> ReportInputs:
         gram=_thumbnail(store, manifest, full=kernel["outputs"] == Outputs.FULL),
         eigenvalues=eigenvalues,
         regression=_regression(storage, manifest),
-        standard_errors=_standard_errors(store, results)
+        standard_errors=_standard_errors(store)
         if tiles and manifest.layout["stderr"] == StandardErrorChoice.ENTRY
         else None,
         stages=[
@@ -129,6 +129,7 @@ def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
         accuracy_reached=results.get("rtol_reached"),
         accuracy_caution=results.get("accuracy_caution"),
         relative_bias=results.get("train_relative_bias"),
+        unresolved_share=results.get("train_unresolved_share") or 0.0,
         matmul_precision=manifest.layout["matmul_precision"],
     )
 
@@ -267,7 +268,7 @@ def _regression(storage: RunStorage, manifest: Manifest) -> RegressionFacts | No
     return RegressionFacts(rows, num_classes)
 
 
-def _standard_errors(store: KernelArrays, results: dict[str, Any]) -> StandardErrors | None:
+def _standard_errors(store: KernelArrays) -> StandardErrors | None:
     """Summary over the first rows of the kernel, about a quarter of a million entries."""
     gram = store.array("train/gram")
     rows = gram.shape[0]
@@ -282,6 +283,5 @@ def _standard_errors(store: KernelArrays, results: dict[str, Any]) -> StandardEr
         percentile_90=float(np.quantile(resolved, 0.9)),
         largest=float(resolved.max()),
         mean_diagonal=float(diagonal.mean()),
-        unresolved_share=float(results.get("train_unresolved_entries") or 0.0) / gram.size,
         num_rows=None if stripe.stop == rows else stripe.stop,
     )

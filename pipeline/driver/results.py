@@ -12,6 +12,7 @@ from nntk_dist.statistics.required_draws import verdict
 from pipeline.driver.draw_search import looks_of
 from pipeline.job.job import Job
 from pipeline.records.ledger import Ledger
+from pipeline.storage.array_table import kernel_width
 from pipeline.work.stages import stages_of
 
 
@@ -29,6 +30,8 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         results[f"{row.tile}_relative_error_bound"] = row.numbers["bound"]
         results[f"{row.tile}_relative_error"] = row.numbers["relative_error"]
         results[f"{row.tile}_stderr_level"] = row.numbers["level"]
+        if row.tile != "diagonal":
+            results[f"{row.tile}_unresolved_share"] = row.numbers["unresolved_share"]  # of the sample
         if "bias" in row.numbers and row.tile != "diagonal":
             results[f"{row.tile}_relative_bias"] = row.numbers["bias"]
         if row.tile == "train":
@@ -47,9 +50,9 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         }
     for stage, prefix in (("gram", "train/gram"), ("test", "test/gram")):
         sums = ledger.sums(stage, f"{prefix}:")
-        results |= _tile_results(
-            {name.split(":")[1]: total for name, total in sums.items()}, stage if stage == "test" else "train"
-        )
+        split = stage if stage == "test" else "train"
+        num_entries = job.sizes.rows(split) * job.sizes.num_train * kernel_width(job) ** 2
+        results |= _tile_results({name.split(":")[1]: total for name, total in sums.items()}, split, num_entries)
     for row in ledger.rows("spectrum"):
         numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
         results |= {f"spectrum_{key.replace(':', '_')}": value for key, value in numbers.items()}
@@ -64,13 +67,14 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
     return {key: _plain(value) for key, value in results.items()}
 
 
-def _tile_results(sums: Mapping[str, float], split: str) -> dict[str, float]:
-    """The relative bias, from sums of squares over all tiles of an array, and the number of unresolved entries."""
+def _tile_results(sums: Mapping[str, float], split: str, num_entries: int) -> dict[str, float]:
+    """The relative bias, from sums of squares over all tiles of an array, and how many entries are unresolved."""
     results = {}
     if sums.get("squared_unbiased", 0.0) > 0:
         results[f"{split}_relative_bias"] = math.sqrt(sums["squared_difference"] / sums["squared_unbiased"])
     if "squared_stderr" in sums:
         results[f"{split}_unresolved_entries"] = sums["unresolved"]
+        results[f"{split}_unresolved_share"] = sums["unresolved"] / num_entries
     return results
 
 

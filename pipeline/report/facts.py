@@ -219,7 +219,7 @@ def _bound_text(bound: float | None) -> str:
 
 
 def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
-    kernel, errors = inputs.kernel, inputs.standard_errors
+    kernel = inputs.kernel
     for caution in () if inputs.probes is None else inputs.probes.cautions:
         yield f"{caution[:1].upper()}{caution[1:]}."
     if kernel.relative_bias is not None and kernel.relative_bias > _NOTABLE_BIAS:
@@ -241,10 +241,11 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
             f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Twice as "
             "many draws divide it by 1.4 or more."
         )
-    if errors is not None and errors.unresolved_share > 0:
+    if kernel.unresolved_share > 0:
         yield (
-            f"{percent(errors.unresolved_share)} of the entries are unresolved: no draw changed the model's output "
-            "there. Their standard error is NaN; a larger γ or more draws would resolve them."
+            f"{percent(kernel.unresolved_share)} of the entries are unresolved: no draw changed the model's output "
+            "there. Their standard error is NaN; what they could hold is part of the 95 % bound of the kernel's error, "
+            "and of no other number. A larger γ or more draws would resolve them."
         )
     unbiased = inputs.eigenvalues.get("unbiased")
     if unbiased is not None and (mass := _spectrum(unbiased).negative_mass) > _NOTABLE_NEGATIVE_MASS:

@@ -40,6 +40,7 @@ class KernelFacts:
     accuracy_reached: bool | None = None
     accuracy_caution: str | None = None  # why the estimate is useless, and what helps
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
+    unresolved_share: float = 0.0  # of the entries of the train kernel
     matmul_precision: str = FULL  # precision of the products that form tiles
 
 
@@ -62,7 +63,6 @@ class StandardErrors:
         percentile_90: 90 % of them are below it.
         largest: their maximum.
         mean_diagonal: the mean of the kernel's diagonal.
-        unresolved_share: the share of entries of the whole kernel that are unresolved.
         num_rows: how many of the first rows all other numbers cover; None for all rows.
     """
 
@@ -70,7 +70,6 @@ class StandardErrors:
     percentile_90: float
     largest: float
     mean_diagonal: float
-    unresolved_share: float
     num_rows: int | None = None
 
     @property

@@ -35,6 +35,7 @@ class Calibration(Stage):
             "relative_error": result.relative_error,
             "bound": result.bound,
             "num_entries": float(result.num_entries),
+            "unresolved_share": 1.0 - result.resolved_share,
         }
         if not context.job.layout.write_tiles and context.job.spec.statistic == Statistic.BOTH:
             numbers["bias"] = result.bias  # if there are tiles, it is taken from all of their entries

@@ -98,7 +98,7 @@ def whole_digits() -> ReportInputs:
         gram=Thumbnail(values, "ordered by class", boundaries=(10, 20), labels=("0", "1", "2")),
         eigenvalues={"plugin": np.geomspace(900, 1, 1437), "unbiased": np.linspace(800, -300, 1437)},
         regression=RegressionFacts(ridge_rows(selected=1e-2), num_classes=10),
-        standard_errors=StandardErrors(0.31, 0.62, 2.2, 126.0, 0.0),
+        standard_errors=StandardErrors(0.31, 0.62, 2.2, 126.0),
         stages=(
             StageTiming("gram", 3, 14.2, 26.5, 33 << 20, 820 << 20),
             StageTiming("test", 2, 4.0, 7.5, 1 << 20, 1 << 30),

@@ -107,8 +107,7 @@ def test_a_requested_accuracy_is_shown_with_a_caution_if_it_was_not_reached(digi
 def test_cautions_of_a_worse_run(digits):
     worse = replace(
         digits,
-        kernel=replace(digits.kernel, relative_error=0.6, relative_bias=0.01),
-        standard_errors=replace(digits.standard_errors, unresolved_share=0.125),
+        kernel=replace(digits.kernel, relative_error=0.6, relative_bias=0.01, unresolved_share=0.125),
         regression=RegressionFacts(ridge_rows(selected=1.0), 10),
     )
     text = Page(render_report(worse)).text

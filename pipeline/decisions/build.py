@@ -26,6 +26,7 @@ from pipeline.job.function_values import FunctionValues
 from pipeline.records.manifest import fingerprint
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_MOST_EXACT = 1 << 26  # parameters of a model that is tried in float64: with gradients, 1 GiB
 
 
 def build_dataset(config: Config) -> Dataset:
@@ -84,6 +85,7 @@ def function_values(config: Config, dataset: Dataset, model: nn.Module) -> Funct
         torch.from_numpy(dataset.train.inputs[:NUM_ROWS]),
         torch.from_numpy(dataset.train.targets[:NUM_ROWS]),
         build_spec(config.kernel),
+        exact=sum(parameter.numel() for parameter in model.parameters()) <= _MOST_EXACT,
     )
 
 

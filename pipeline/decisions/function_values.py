@@ -1,8 +1,8 @@
 """Evaluating f, the score of draws and their distribution on a few training rows, so that changed code is noticed.
 
-In float64 on the CPU if the model runs there: rounding then cannot decide whether a unit jumps. At the parameters θ and
-at θ' near them, where branches show that are zero at θ, such as adapters and residual branches with a zero last layer.
-At θ' the gradient too, since a model may define its own. All is free of random numbers.
+In float64 on the CPU if the model runs there and is not too large: rounding then cannot decide whether a unit jumps. At
+the parameters θ and at θ' near them, where branches show that are zero at θ, such as adapters and residual branches
+with a zero last layer. At θ' the gradient too, since a model may define its own. All is free of random numbers.
 
 Axes: n rows, C outputs, k numbers of an output, P parameters.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nntk_dist.errors import ModelError
@@ -44,6 +44,8 @@ def evaluate(
     x: Tensor,
     targets: Tensor,
     spec: KernelSpec,
+    *,
+    exact: bool,
 ) -> FunctionValues:
     """Evaluate f, the score and the distribution: a pure function of code, parameters and rows, up to rounding.
 
@@ -54,21 +56,24 @@ def evaluate(
         x: the rows.
         targets: their targets.
         spec: the kernel.
+        exact: whether to try float64, which takes twice the memory and time of float32.
 
     Raises:
         NNTKError: the model or the score fails on these rows.
     """
-    try:
-        exact = prepare(torch.float64, "cpu")
-        with _CoarsestPrecision() as seen:
-            values = _values(exact, x, targets, spec)
-        # what a black box computes with is unknown
-        precision = torch.float32 if holds_black_box(exact) else seen.precision
-    except Exception:  # of any kind; what also fails as the run evaluates it is raised there
-        with trying(ModelError, FAILS_ON_INPUTS):
-            values = _values(prepare(dtype, device), x, targets, spec)
-        precision = torch.float32
-    return replace(values, precision=str(precision).removeprefix("torch."))
+    if exact:
+        try:
+            model = prepare(torch.float64, "cpu")
+            with _CoarsestPrecision() as seen:
+                values = _values(model, x, targets, spec)
+        except Exception:  # of any kind; what also fails as the run evaluates it is raised there
+            pass
+        else:
+            # what a black box computes with is unknown
+            precision = torch.float32 if holds_black_box(model) else seen.precision
+            return replace(values, precision=str(precision).removeprefix("torch."))
+    with trying(ModelError, FAILS_ON_INPUTS):
+        return replace(_values(prepare(dtype, device), x, targets, spec), precision="float32")
 
 
 def _values(model: nn.Module, x: Tensor, targets: Tensor, spec: KernelSpec) -> FunctionValues:
@@ -107,9 +112,13 @@ def _moved(model: nn.Module, space: ParameterSpace, x: Tensor) -> tuple[Tensor |
         moved = result.detach() if bool(torch.isfinite(result).all()) else None
         mixture = torch.arange(1.0, result.numel() + 1, dtype=torch.float64).cos().to(result.device)
         gradients = torch.autograd.grad(result.flatten() @ mixture, parameters, allow_unused=True)
-        pairs = [(g.double(), p.detach().double()) for g, p in zip(gradients, parameters, strict=True) if g is not None]
-        squares = sum((float(g.square().sum()) for g, _ in pairs), 0.0)
-        numbers = (squares**0.5, sum((float((g * p).sum()) for g, p in pairs), 0.0))
+        squares, products = 0.0, 0.0
+        for gradient, parameter in zip(gradients, parameters, strict=True):
+            if gradient is not None:  # one after the other, since float64 copies of all would take much memory
+                exact = gradient.double()
+                squares += float(exact.square().sum())
+                products += float((exact * parameter.detach()).sum())
+        numbers = (squares**0.5, products)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -154,17 +163,21 @@ def _scores(
     return tuple(scores.reshape(-1).tolist())
 
 
-class _CoarsestPrecision(TorchDispatchMode):
-    """Notes the coarsest floating-point type of all results inside the context."""
+class _CoarsestPrecision(TorchFunctionMode):
+    """Notes the coarsest floating-point type of all results inside the context.
+
+    It sees the functions that Python calls. A `TorchDispatchMode` would also see what they call, and imports the
+    compiler of torch: seconds in every worker.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.precision = torch.float64
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operation of torch and note the types of its results."""
         result = func(*args, **(kwargs or {}))
-        if _floating(args):  # a new tensor or a conversion from integers is exact
+        if _floating((args, kwargs)):  # a new tensor or a conversion from integers is exact
             for each in _floating(result):
                 self.precision = max(self.precision, each.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         return result

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import ArgumentError
+from nntk_dist.errors import ArgumentError, ModelError, first_line
 from nntk_dist.kernels.estimate import KernelEstimate
 from nntk_dist.kernels.tiles import ComputedRows, HeldRows, RowSets, feature_limit, output_portions, whole_kernel
 from nntk_dist.models.calling import Calling
-from nntk_dist.models.evaluation import prepare_model
+from nntk_dist.models.evaluation import FAILS_ON_INPUTS, prepare_model, trying
 from nntk_dist.models.output import as_output
 from nntk_dist.models.structured import Layout, is_structured
 from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows
+from nntk_dist.registration.callables import check_integer
 from nntk_dist.runtime.arrays import as_examples, magnitude_caution
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.warning import warn_caller
@@ -70,11 +71,16 @@ class Placement:
             output: what of the model's result is f (`nntk_dist.models.output`).
 
         Raises:
-            ArgumentError: the model is no module, or the output does not fit the examples.
+            ArgumentError: the model is no module, the output does not fit the examples, or device, dtype or batch is
+                not allowed.
+            ModelError: the model's parameters have no values.
         """
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module, or a BlackBox")
+        _check_places(device, dtype, batch)
         first = next((p for p in model.parameters() if p.is_floating_point() or p.is_complex()), None)
+        if first is not None and first.is_meta:
+            raise ModelError("the model's parameters are on the device meta, without values; load or initialise them")
         own = torch.float32 if first is None else first.dtype.to_real()
         dtype = dtype or (torch.float32 if own.itemsize < torch.float32.itemsize else own)
         layout = Layout.of(examples, "x1", dtype) if is_structured(examples) else None
@@ -175,7 +181,8 @@ class PreparedKernel:
 
     def _some_outputs(self, batch: int, x: Tensor, ids: Tensor, columns: tuple[int, ...]) -> Rows:
         features, batch = self.features, min(batch, len(x))
-        return features.compute(x, ids, range(features.num_draws), columns, batch=batch)
+        with trying(ModelError, FAILS_ON_INPUTS):
+            return features.compute(x, ids, range(features.num_draws), columns, batch=batch)
 
     def rows(self, x: Tensor, ids: Tensor, batch: int) -> Rows:
         """Compute the features of examples, which `ids` number, under all draws."""
@@ -251,10 +258,37 @@ def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement:
     return PreparedKernel(spec, decision, features, placement, tuple(inputs[0].shape[1:]), accuracy)
 
 
+def _check_places(device: Any, dtype: Any, batch: Any) -> None:
+    """Check the arguments that place a computation, before torch does."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype is {dtype!r}; allowed: a floating-point dtype, such as torch.float64")
+    if batch is not None:
+        check_integer("batch", batch, 1)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ArgumentError(
+                f"device is {str(device)!r}, which cannot be used here ({first_line(error)}); allowed: cpu, or one "
+                "that torch sees, such as cuda:0"
+            ) from error
+
+
 def example_ids(inputs: list[Tensor]) -> list[Tensor]:
     """Number the examples of all inputs one after the other; the noise of an example is a function of its number."""
     total = sum(map(len, inputs))
     return list(torch.arange(total, device=inputs[0].device).split([len(x) for x in inputs]))
+
+
+def check_same_kind(inputs: list[Tensor]) -> None:
+    """Check that the examples of x2 have the shape and the dtype of those of x1.
+
+    Raises:
+        ArgumentError: they differ.
+    """
+    kinds = [f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape[1:])}" for x in inputs]
+    if kinds[0] != kinds[-1]:
+        raise ArgumentError(f"x2 has examples of {kinds[-1]}; allowed: {kinds[0]}, as x1")
 
 
 def compute(
@@ -271,4 +305,5 @@ def compute(
     place = Placement.of(model, x1, **placement)
     named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
     inputs = [place.take(examples, name) for name, examples in named]
+    check_same_kind(inputs)
     return prepare(model, inputs, spec, place).estimate(inputs)

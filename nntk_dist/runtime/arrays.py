@@ -32,6 +32,9 @@ def as_examples(values: Any, name: str, allowed: str = "a tensor or NumPy array"
     allowed = f"{allowed} with one example or more along its first axis"
     if not isinstance(values, Tensor | np.ndarray):
         raise ArgumentError(f"{name} is {_shown(values)}; allowed: {allowed}")
+    if isinstance(values, Tensor) and (values.is_nested or values.is_meta or values.layout != torch.strided):
+        form = "nested" if values.is_nested else "without values" if values.is_meta else "sparse"
+        raise ArgumentError(f"{name} is a tensor that is {form}; allowed: {allowed}, dense")
     if values.ndim < 1 or len(values) == 0:
         raise ArgumentError(f"{name} is shape {tuple(values.shape)}; allowed: {allowed}")
     if isinstance(values, Tensor):

@@ -86,6 +86,19 @@ def function_values(config: Config, dataset: Dataset, model: nn.Module) -> Funct
         torch.from_numpy(dataset.train.targets[:NUM_ROWS]),
         build_spec(config.kernel),
         exact=sum(parameter.numel() for parameter in model.parameters()) <= _MOST_EXACT,
+        advice=_advice(dataset),
+    )
+
+
+def _advice(dataset: Dataset) -> str:
+    """What to know of inputs that are no floating-point numbers, if a model fails on them."""
+    if dataset.layout is not None:
+        return f"; the examples have the parts {dataset.layout}"
+    if dataset.train.inputs.dtype == np.float32:
+        return ""
+    return (
+        f"; they are whole numbers ({dataset.train.inputs.dtype}), as the source holds them: if they are features and "
+        "no ids, store them as floating-point numbers, or set data.args={dtype: float32} for a table"
     )
 
 

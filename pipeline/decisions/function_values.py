@@ -46,6 +46,7 @@ def evaluate(
     spec: KernelSpec,
     *,
     exact: bool,
+    advice: str = "",
 ) -> FunctionValues:
     """Evaluate f, the score and the distribution: a pure function of code, parameters and rows, up to rounding.
 
@@ -57,6 +58,7 @@ def evaluate(
         targets: their targets.
         spec: the kernel.
         exact: whether to try float64, which takes twice the memory and time of float32.
+        advice: about the inputs, for the message if the model fails on them.
 
     Raises:
         NNTKError: the model or the score fails on these rows.
@@ -72,7 +74,7 @@ def evaluate(
             # what a black box computes with is unknown
             precision = torch.float32 if holds_black_box(model) else seen.precision
             return replace(values, precision=str(precision).removeprefix("torch."))
-    with trying(ModelError, FAILS_ON_INPUTS):
+    with trying(ModelError, FAILS_ON_INPUTS + advice):
         return replace(_values(prepare(dtype, device), x, targets, spec), precision="float32")
 
 

@@ -2,11 +2,13 @@
 and a layout; arrays of any memory layout and byte order.
 """
 
+import re
 import sys
 import textwrap
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +22,7 @@ from nntk_dist.models.evaluation import outputs
 from pipeline.config.schema import load_config
 from pipeline.data import load_dataset
 from pipeline.decisions.build import build_dataset, build_model, build_prepared, identity
-from tests.pipeline.tools import config_file, finished, nntk
+from tests.pipeline.tools import config_file, finished, nntk, run
 
 RANDOM = np.random.default_rng(0)
 IDS = RANDOM.integers(0, 50, (23, 6))
@@ -218,6 +220,19 @@ def test_a_run_is_the_kernel_of_the_model_on_ids(function, tmp_path):
     prepared = build_prepared(config, dataset, build_model(config, dataset), "cpu")
     assert outputs(prepared, torch.from_numpy(dataset.train.inputs)).shape == (13, 3)
     assert nntk("verify", place).code == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("tokens", r"fails on its inputs .*; they are whole numbers \(int64\), .*set data.args={dtype: float32}"),
+        ("parts", r"fails on its inputs .*; the examples have the parts ids int64\[6\], mask int64\[6\], scale"),
+    ],
+)
+def test_a_model_of_floating_point_numbers_is_refused_with_advice(function, message, tmp_path):
+    result = run(tmp_path / "run", f"data.source=python:own_tokens:{function}", "data.train=13", "data.test=5")
+    assert result.code == 2
+    assert re.search(message, " ".join(result.err.split())), result.err
 
 
 def test_the_layout_is_part_of_the_identity(tmp_path):

@@ -49,8 +49,8 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example; its number of bytes if it has several parts."""
-        return self.train.inputs.shape[1:]
+        """Shape of one example, or of its first part if it has several."""
+        return self.train.inputs.shape[1:] if self.layout is None else self.layout.parts[0].shape
 
     @property
     def num_outputs(self) -> int:

@@ -6,14 +6,18 @@ Axes: n examples, b bytes of an example.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from torch import Tensor
 
 from nntk_dist.errors import ArgumentError, DataError
+from nntk_dist.models.output import LABELS
 from nntk_dist.models.structured import Layout
+from pipeline.data.dataset import Dataset, Split
 from pipeline.data.preparation import Given, checked_inputs
 
 
@@ -36,6 +40,28 @@ def pack_inputs(train: Given, test: Given) -> tuple[tuple[UInt8[np.ndarray, "n b
         return (packed, layout.pack(_checked(*test), f"inputs of {test[2]}").numpy()), layout
     except ArgumentError as error:  # other parts than those of the training set
         raise DataError(str(error)) from error
+
+
+def with_labels(dataset: Dataset) -> Dataset:
+    """Return the dataset with its targets as the part `labels` of every example, for outputs that compare with them.
+
+    A dataset whose examples have such a part stays as it is.
+    """
+    if dataset.layout is not None and any(part.name == LABELS for part in dataset.layout.parts):
+        return dataset
+    train, test = (_labelled_parts(split, dataset.layout) for split in (dataset.train, dataset.test))
+    layout = Layout.of(train, "inputs of the training set", torch.float32)
+    splits = [
+        replace(split, inputs=layout.pack(parts, "inputs").numpy() if len(split.ids) else np.empty((0, 0), np.uint8))
+        for split, parts in ((dataset.train, train), (dataset.test, test))
+    ]
+    return replace(dataset, train=splits[0], test=splits[1], layout=layout)
+
+
+def _labelled_parts(split: Split, layout: Layout | None) -> dict[str, Tensor]:
+    inputs = torch.from_numpy(split.inputs)
+    parts = {"inputs": inputs} if layout is None else layout.unpack(inputs, torch.float32)
+    return {**parts, LABELS: torch.from_numpy(split.targets)}
 
 
 def _checked(inputs: Any, rows: np.ndarray, name: str) -> Any:

@@ -21,6 +21,7 @@ from nntk_dist.spec import KernelSpec
 from pipeline.config.kernel import KernelConfig
 from pipeline.config.schema import Config
 from pipeline.data import Dataset, load_dataset
+from pipeline.data.packing import with_labels
 from pipeline.decisions.function_values import NUM_ROWS, evaluate
 from pipeline.job.function_values import FunctionValues
 from pipeline.records.manifest import fingerprint
@@ -32,7 +33,7 @@ _MOST_EXACT = 1 << 26  # parameters of a model that is tried in float64: with gr
 def build_dataset(config: Config) -> Dataset:
     """The examples of a run, selected, split and normalised. Raises `NNTKError` for a source that cannot be used."""
     data = config.data
-    return load_dataset(
+    dataset = load_dataset(
         data.source,
         train=data.train,
         test=data.test,
@@ -42,6 +43,7 @@ def build_dataset(config: Config) -> Dataset:
         target_column=data.target_column,
         args=data.args,
     )
+    return with_labels(dataset) if as_output(config.model.output).needs_labels else dataset
 
 
 def build_architecture(config: Config, dataset: Dataset) -> nn.Module:

@@ -176,8 +176,9 @@ def stages_to_rerun(
     if changed and not resume:
         asked = config.model_dump(mode="json")
         old, new = ({key: each.get(key, {}) for key in (*changed, "stages")} for each in (manifest.config, asked))
+        difference = describe_difference(old, new) or "the code has changed since"
         raise StoreError(
-            f"{run_dir} was finished with another {' and '.join(changed)}: {describe_difference(old, new)}; "
+            f"{run_dir} was finished with another {' and '.join(changed)}: {difference}; "
             f"--resume (in Python resume=True) reruns only {' and '.join(changed)}"
         )
     if not resume and manifest.completed is None:

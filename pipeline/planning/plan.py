@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import nn
 
+from nntk_dist.analysis.solvers import REGRESSION_SOLVERS, SPECTRUM_SOLVERS
 from nntk_dist.errors import ArgumentError, DataError
 from nntk_dist.planning.decision import Decision, decide, with_draws
 from nntk_dist.planning.feature_maps import make_feature_map
@@ -20,6 +21,7 @@ from nntk_dist.planning.plain import from_plain
 from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
+from nntk_dist.registration.registry import PYTHON, Registry
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.spec import KernelSpec, Outputs
 from nntk_dist.weighting.options import Reference
@@ -27,6 +29,7 @@ from pipeline.config.choices import ExecutorChoice, StandardErrorChoice
 from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_prepared, build_spec, identity, resolve_device
+from pipeline.decisions.code_digest import code_digest
 from pipeline.decisions.layout import choose_batch, make_layout, threads_of
 from pipeline.decisions.solver_choice import choose_solvers
 from pipeline.decisions.weighting_reference import reference_batch
@@ -197,18 +200,26 @@ def describe_arrays(job: Job, dataset: Dataset) -> tuple[StoredArray, ...]:
 
 
 def stage_fingerprints(config: Config, parts: Mapping[str, Any]) -> dict[str, str]:
-    """One hash for the kernel and one for each later stage, which adds its own section."""
+    """One hash for the kernel and one for each later stage, which adds its own section and a user's code."""
     kernel = fingerprint(parts)
     added = stages_of(config.stages)[len(stages_of()) :]
+    spectrum, regression = config.spectrum.model_dump(mode="json"), config.regression.model_dump(mode="json")
+    spectrum_code = _code(config.spectrum.method, SPECTRUM_SOLVERS)
+    regression_code = _code(config.regression.method, REGRESSION_SOLVERS)
     return {
         "kernel": kernel,
-        "spectrum": fingerprint({"kernel": kernel, "spectrum": config.spectrum.model_dump(mode="json")}),
-        "regression": fingerprint({"kernel": kernel, "regression": config.regression.model_dump(mode="json")}),
+        "spectrum": fingerprint({"kernel": kernel, "spectrum": spectrum} | spectrum_code),
+        "regression": fingerprint({"kernel": kernel, "regression": regression} | regression_code),
         **{
-            stage.name: fingerprint({"kernel": kernel, "stage": location})
+            stage.name: fingerprint({"kernel": kernel, "stage": location, "code": code_digest(type(stage))})
             for location, stage in zip(config.stages, added, strict=True)
         },
     }
+
+
+def _code(name: str, table: Registry[Any]) -> dict[str, str]:
+    """The digest of a user's own solver; nothing for others."""
+    return {"code": code_digest(table.get(name))} if name.startswith(PYTHON) else {}
 
 
 def _fit(

@@ -1,12 +1,13 @@
 """A stage from a user's module: run, kept in the ledger, its numbers in the results, repeated after its inputs."""
 
 import json
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 
 from nntk_dist.errors import NNTKError
-from pipeline.work.stages import stages_of, with_readers
+from pipeline.work.stages import _make, stages_of, with_readers
 from tests.pipeline.tools import arguments, finished, ledger, nntk, run
 
 MODULE = """
@@ -14,13 +15,18 @@ from pipeline.storage.tables import write_table
 from pipeline.work.context import Written
 from pipeline.work.stage import Stage
 
+SCALE = 1.0
+
+def scale():
+    return SCALE
+
 class Trace(Stage):
     name = "trace"
     reads = ("gram",)
     uses_all_threads = True
 
     def execute(self, context, task):
-        trace = float(context.store.read("train/gram").trace())
+        trace = scale() * float(context.store.read("train/gram").trace())
         written = write_table(context.storage, "trace", {"trace": [trace]})
         return Written(num_bytes=written, numbers={"value": trace})
 
@@ -35,11 +41,22 @@ def not_a_stage():
 """
 
 
+def write(folder, text):
+    """Write the module of stages; the next import reads it."""
+    (folder / "my_stages.py").write_text(text)
+    sys.modules.pop("my_stages", None)
+    _make.cache_clear()
+    stages_of.cache_clear()
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_stages.py").write_text(MODULE)
-    return 'stages=["python:my_stages:Trace"]'
+    # a cache of bytecode does not notice a file that changes within a second
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    write(tmp_path, MODULE)
+    yield 'stages=["python:my_stages:Trace"]'
+    write(tmp_path, MODULE)
 
 
 def results(run_dir):
@@ -60,6 +77,28 @@ def test_a_stage_is_added_to_a_finished_run(module, own_run):
     assert trace == pytest.approx(results(own_run)["spectrum_plugin_trace"], rel=1e-6)
     assert "trace" in {line.split()[0] for line in nntk("status", own_run).out.splitlines()[1:]}
     assert "nothing was done" in run(own_run, module, resume=True).out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "factor"),
+    [(".trace())", ".trace()) * 2.0", 2.0), ("SCALE = 1.0", "SCALE = 3.0", 3.0), ("return SCALE", "return 4.0", 4.0)],
+)
+def test_a_stage_whose_code_changed_runs_again_alone(old, new, factor, module, own_run, tmp_path):
+    finished(own_run, module, resume=True)
+    rows, value = ledger(own_run), results(own_run)["trace_value"]
+    assert value == pytest.approx(results(own_run)["spectrum_plugin_trace"], rel=1e-6)
+
+    write(tmp_path, "# a comment\n" + MODULE)
+    assert "nothing was done" in run(own_run, module).out
+    write(tmp_path, MODULE.replace(old, new))
+    refused = run(own_run, module)
+    assert refused.code == 2
+    assert "was finished with another trace: the code has changed since" in " ".join(refused.err.split())
+    finished(own_run, module, resume=True)
+    assert results(own_run)["trace_value"] == pytest.approx(factor * value)
+    changed = {key for key, row in ledger(own_run).items() if row["started"] != rows[key]["started"]}
+    assert changed == {("trace", "trace")}
+    assert "nothing was done" in run(own_run, module).out
 
 
 def test_what_is_damaged_is_read_by_these(module):

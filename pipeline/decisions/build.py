@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.errors import ModelError
 from nntk_dist.models.builders import build_model as build_by_name
 from nntk_dist.models.builders import load_checkpoint
 from nntk_dist.models.calling import Calling, frozen_parameters
@@ -59,10 +60,20 @@ def build_architecture(config: Config, dataset: Dataset) -> nn.Module:
 
 
 def build_model(config: Config, dataset: Dataset) -> nn.Module:
-    """The network of a run with its initial or checkpointed parameters, float32 on the CPU."""
+    """The network of a run with its initial or checkpointed parameters, float32 on the CPU.
+
+    Raises:
+        NNTKError: the builder or the checkpoint fails, or a lazy module has not been called.
+    """
     model = build_architecture(config, dataset)
     if config.model.checkpoint is not None:
         load_checkpoint(model, config.model.checkpoint)
+    lazy = next((name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ModelError(
+            f"parameter '{lazy}' of model {config.model.builder} has no shape yet; call the model once on an example "
+            "in its builder, or give a checkpoint"
+        )
     return model
 
 

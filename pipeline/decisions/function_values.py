@@ -33,6 +33,10 @@ from pipeline.job.function_values import FunctionValues
 
 NUM_ROWS = 4
 _NUM_NUMBERS = 4  # of each output, at most; more outputs are projected
+_NOT_COPIED = (
+    "the model cannot be copied ({reason}); build it without what copy.deepcopy refuses, such as locks, open files and "
+    "tensors computed from parameters"
+)
 _STEP = 0.01  # relative distance from θ to θ'
 
 
@@ -74,8 +78,10 @@ def evaluate(
             # what a black box computes with is unknown
             precision = torch.float32 if holds_black_box(model) else seen.precision
             return replace(values, precision=str(precision).removeprefix("torch."))
+    with trying(ModelError, _NOT_COPIED):
+        model = prepare(dtype, device)
     with trying(ModelError, FAILS_ON_INPUTS + advice):
-        return replace(_values(prepare(dtype, device), x, targets, spec), precision="float32")
+        return replace(_values(model, x, targets, spec), precision="float32")
 
 
 def _values(model: nn.Module, x: Tensor, targets: Tensor, spec: KernelSpec) -> FunctionValues:

@@ -39,6 +39,16 @@ def other_width():
 def wide():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
 
+def lazy():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+
+def locked():
+    import threading
+
+    model = wide()
+    model.lock = threading.Lock()
+    return model
+
 def data():
     raise OSError("no such disk")
 """
@@ -112,6 +122,14 @@ WRONG = {
     "a model that cannot take the data": (
         ("model.builder=python:faulty:other_width", "model.args={}"),
         r"the model fails on its inputs \(mat1 and mat2 shapes cannot be multiplied",
+    ),
+    "a lazy model": (
+        ("model.builder=python:faulty:lazy", "model.args={}"),
+        "parameter '1.weight' of model python:faulty:lazy has no shape yet; call the model once",
+    ),
+    "a model that cannot be copied": (
+        ("model.builder=python:faulty:locked", "model.args={}"),
+        r"the model cannot be copied \(cannot pickle '_thread.lock' object\); build it without what",
     ),
     "a model of other outputs": (
         ("model.builder=python:faulty:wide", "model.args={}", "regression.center_outputs=true"),

@@ -1,28 +1,56 @@
-"""Leave-one-out residuals without the inverse: estimated from a low-rank approximation and a few exact columns.
+"""Leave-one-out errors without the inverse: a few examples exactly, drawn with probabilities that follow a guess.
 
-Example i, left out, has the residual `S_i a_i`. Here `S_i = [(A⁻¹)_ii]⁻¹` is the Schur complement of `A = K + μI`: the
-part of the example's own block that the other examples do not explain. The low-rank approximation `B ≤ K` gives
-`S_i⁰ ≤ S_i` for all examples; for a few sampled ones `A⁻¹ e_i` is solved, so S_i is exact. For the others
-`S_i⁰ + κ (K − B)_ii` is used. It would be exact with κ = 1 if B lacked only example i; κ is fitted on the sample. The
-mean square over all examples is then corrected by the ratio of exact and estimated mean squares over the sample, a
-ratio estimator (Cochran 1977, Sampling Techniques, §6): its bias falls like 1/s, however good B is. The standard error
-is a jackknife over the sample, κ included. If the sample misses a few extreme examples, the standard error does too.
-Random probes of the whole diagonal (Bekas, Kokiopoulou & Saad 2007) were tried and fail: at small ridges the entries
-off the diagonal are so large that single diagonal entries are lost in them.
+Example i, left out, has the residual `S_i a_i`. Here `S_i = [(A⁻¹)_ii]⁻¹` is the Schur complement of `A = K + μI`:
+the part of the example's own block that the other examples do not explain. For sampled examples `A⁻¹ e_i` is solved, so
+the residual is exact up to the solves. Examples are drawn with replacement. Half of the probability p_i is even, half
+is in proportion to guessed squared residuals, averaged over ridges and two guesses. An example weighs `1/(N p_i)` in
+the mean square (Hansen & Hurwitz 1943), at most 2. All ridges share the sample: their errors move together, and the
+selection of a ridge suffers least.
+A regression on the guess was tried and fails: a quarter of its intervals missed.
+
+The weighed squares are skewed to the right: a sample that misses large ones has a small mean and a small spread. The
+standard error is therefore widened by `1 + ¾ γ/√s`, γ the sample's skewness. At two standard errors below the truth,
+Johnson's t asks for this (1978, Modified t tests and confidence intervals for asymmetrical populations).
+The 95 % intervals of 32 samples then cover in 95 to 97 % of the cases (digits, 600 rows, ridges 1e-4 and 1e-2, 100 to
+550 pivots). The standard error misses extreme examples that both guesses miss: with a smooth kernel of 150 rows, ridge
+1e-4 and only 30 pivots, a quarter of the intervals missed. A higher rank helps there.
+
+The guesses take S_i from a low-rank approximation `B ≤ K`: from `B + (μ + m)I`, m the mean diagonal entry of `K − B`,
+and from `B + μI` with `(K − B)_ii` added. The second alone fails: examples that are pivots of B have nothing missing,
+so their S_i comes out near μ, hundreds of times too small. Random probes of the whole diagonal (Bekas, Kokiopoulou &
+Saad 2007) fail too: at small ridges the entries off the diagonal are so large that diagonal entries are lost in them.
 
 Axes: N examples of d kernel rows, n = N·d, t target columns, s sampled examples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from nntk_dist.analysis.regression.shifted_systems import ShiftedSolution
 from nntk_dist.sampling.philox import uniform
 from nntk_dist.sampling.streams import LEAVE_ONE_OUT_SAMPLE, Stream
 
 _LEAST = 8
+_EVENLY = 0.5  # of the probability; with less, rare examples that the guess misses spoil the error bars
+
+
+@dataclass(frozen=True)
+class ExampleSample:
+    """Sampled examples and what each counts for in a mean over all.
+
+    Attributes:
+        examples: their numbers in ascending order; some may appear several times.
+        weights: `1/(N p_i)`; 1 if all examples are taken.
+        is_whole: whether every example is taken once.
+    """
+
+    examples: Int[np.ndarray, " s"]
+    weights: Float[np.ndarray, " s"]
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -30,9 +58,9 @@ class LeaveOneOutEstimate:
     """Leave-one-out residuals of all examples, and their mean square with its standard error.
 
     Attributes:
-        residuals: exact for sampled examples.
+        residuals: exact up to the solves for sampled examples; for the others the guess, scaled to fit the sample.
         error: the mean square.
-        stderr: its standard error; NaN if fewer than two examples are sampled.
+        stderr: its standard error; a bound of what unfinished solves contribute is added in quadrature.
     """
 
     residuals: Float[np.ndarray, "N d t"]
@@ -45,10 +73,26 @@ def num_sampled_examples(num_examples: int, count: int) -> int:
     return min(num_examples, max(_LEAST, count))
 
 
-def sampled_examples(num_examples: int, count: int, seed: int) -> Int[np.ndarray, " s"]:
-    """Draw `num_sampled_examples` examples, in ascending order; the draw depends only on the seed."""
-    keys = uniform(seed, Stream.SAMPLE, torch.tensor([LEAVE_ONE_OUT_SAMPLE]), num_examples)[0]
-    return np.sort(keys.argsort()[: num_sampled_examples(num_examples, count)].numpy())
+def sampled_examples(guesses: Sequence[Float[np.ndarray, "N d t"]], count: int, seed: int) -> ExampleSample:
+    """Draw `num_sampled_examples` examples with replacement, or take all; the draw depends on guesses and seed only.
+
+    Args:
+        guesses: guessed leave-one-out residuals.
+        count: how many are requested.
+        seed: of the draw.
+    """
+    num_examples = len(guesses[0])
+    size = num_sampled_examples(num_examples, count)
+    if size == num_examples:
+        return ExampleSample(np.arange(size), np.ones(size), True)
+    chances = np.full(num_examples, _EVENLY / num_examples)
+    for guessed in guesses:
+        squares = np.square(guessed).sum(axis=(1, 2))
+        chances += (1.0 - _EVENLY) / len(guesses) * squares / max(squares.sum(), np.finfo(np.float64).tiny)
+    chances /= chances.sum()
+    points = uniform(seed, Stream.SAMPLE, torch.tensor([LEAVE_ONE_OUT_SAMPLE]), size)[0].numpy()
+    chosen = np.sort(np.searchsorted(np.cumsum(chances), points)).clip(max=num_examples - 1)
+    return ExampleSample(chosen, 1.0 / (num_examples * chances[chosen]), False)
 
 
 def unit_vectors(num_rows: int, sampled: Int[np.ndarray, " s"], size: int) -> Float[np.ndarray, "n s_d"]:
@@ -60,58 +104,54 @@ def unit_vectors(num_rows: int, sampled: Int[np.ndarray, " s"], size: int) -> Fl
 
 
 def estimate_leave_one_out(
-    solved: Float[np.ndarray, "N d t"],
-    columns: Float[np.ndarray, "N d s d"],
-    sampled: Int[np.ndarray, " s"],
-    known: Float[np.ndarray, "N d d"],
-    missing: Float[np.ndarray, "N d d"],
+    guessed: Float[np.ndarray, "N d t"],
+    targets: ShiftedSolution,
+    units: ShiftedSolution,
+    sample: ExampleSample,
+    ridge: float,
 ) -> LeaveOneOutEstimate:
     """Estimate the leave-one-out residuals of all examples and their mean square.
 
+    The solves are not exact. Let r be the residual of the targets and r_i that of a unit vector, x_i its solution. The
+    coefficient is corrected to `a_i + x_iᵀ r`, which leaves at most `‖r_i‖ ‖r‖ / μ`, and `(A⁻¹)_ii` errs by at most
+    `‖r_i‖² / μ`.
+
     Args:
-        solved: the coefficients a.
-        columns: `A⁻¹ e_i` for the sampled examples.
-        sampled: their numbers.
-        known: diagonal blocks of `(B + μI)⁻¹`.
-        missing: diagonal blocks of `K − B`.
+        guessed: guessed leave-one-out residuals, scaled to fit the sample for the other examples.
+        targets: the coefficients a.
+        units: `A⁻¹ e_i` for the sampled examples.
+        sample: the examples.
+        ridge: μ.
     """
-    exact = columns[sampled, :, np.arange(len(sampled))]
-    exact = 0.5 * (exact + exact.transpose(0, 2, 1))
-    complements = np.linalg.inv(known)
-    gained = _traces(np.linalg.inv(exact) - complements[sampled])
-    left = _traces(missing[sampled])
-    seen = np.square(np.linalg.solve(exact, solved[sampled])).mean(axis=(1, 2))
-    base, added = complements @ solved, missing @ solved
-    # The mean square of an example's residual is a polynomial in κ with these coefficients.
-    squares = np.stack([(base * base), 2 * (base * added), (added * added)]).mean(axis=(2, 3))
-    share, error = _estimates(
-        gained.sum(), left.sum(), seen.sum(), squares[:, sampled].sum(axis=1), squares.mean(axis=1)
-    )
-    residuals = base + share * added
-    residuals[sampled] = np.linalg.solve(exact, solved[sampled])
-    count = len(sampled)
-    if count < 2:
-        return LeaveOneOutEstimate(residuals, float(error), float("nan"))
-    _, others = _estimates(
-        gained.sum() - gained,
-        left.sum() - left,
-        seen.sum() - seen,
-        squares[:, sampled].sum(axis=1, keepdims=True) - squares[:, sampled],
-        squares.mean(axis=1, keepdims=True),
-    )
-    variance = (1.0 - count / len(solved)) * (count - 1) * float(np.var(others))
-    return LeaveOneOutEstimate(residuals, float(error), float(np.sqrt(variance)))
+    num_examples, size, num_right = guessed.shape
+    count = len(sample.examples)
+    columns = units.x.reshape(num_examples, size, count, size)
+    diagonal = columns[sample.examples, :, np.arange(count)]
+    complements = np.linalg.inv(0.5 * (diagonal + diagonal.transpose(0, 2, 1)))
+    corrected = targets.x.reshape(guessed.shape)[sample.examples]
+    corrected = corrected + (units.x.T @ targets.missed).reshape(count, size, num_right)
+    exact = complements @ corrected
+    squares = np.square(exact).mean(axis=(1, 2))
+    unsolved = np.linalg.norm(np.linalg.norm(units.missed, axis=0).reshape(count, size), axis=1)
+    lengths = np.linalg.norm(complements, ord=2, axis=(1, 2))
+    missed = np.linalg.norm(targets.missed) / np.sqrt(size * num_right)
+    off = np.sqrt(squares) * unsolved**2 * lengths / ridge + lengths * unsolved * missed / ridge
+    from_solves = float((sample.weights * (2.0 * np.sqrt(squares) * off + np.square(off))).mean())
+    weighed = sample.weights * squares
+    from_sample = 0.0 if sample.is_whole else _standard_error(weighed)
+    own = guessed[sample.examples]
+    fitted = float((sample.weights * (own * own).sum(axis=(1, 2))).sum())
+    scale = float((sample.weights * (own * exact).sum(axis=(1, 2))).sum()) / fitted if fitted > 0 else 0.0
+    residuals = scale * guessed
+    residuals[sample.examples] = exact
+    return LeaveOneOutEstimate(residuals, float(weighed.mean()), float(np.hypot(from_sample, from_solves)))
 
 
-def _estimates(
-    gained: np.ndarray, left: np.ndarray, seen: np.ndarray, sampled: np.ndarray, everywhere: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """κ and the mean square over all examples, from sums over one sample or over several samples together."""
-    share = np.maximum(gained, 0.0) / np.where(left > 0, left, 1.0)
-    powers = np.stack([np.ones_like(share), share, np.square(share)])
-    guessed, mean = (sampled * powers).sum(axis=0), (everywhere * powers).sum(axis=0)
-    return share, np.where(guessed > 0, seen / np.where(guessed > 0, guessed, 1.0), 1.0) * mean
-
-
-def _traces(blocks: Float[np.ndarray, "s d d"]) -> Float[np.ndarray, " s"]:
-    return np.trace(blocks, axis1=1, axis2=2)
+def _standard_error(values: Float[np.ndarray, " s"]) -> float:
+    """Standard error of the mean, widened for skewness to the right."""
+    deviations = values - values.mean()
+    count, variance = len(values), float(values.var(ddof=1))
+    if variance == 0.0:
+        return 0.0
+    skewness = count**2 / ((count - 1) * (count - 2)) * float((deviations**3).mean()) / variance**1.5
+    return float(np.sqrt(variance / count)) * (1.0 + 0.75 * max(skewness, 0.0) / float(np.sqrt(count)))

@@ -31,11 +31,17 @@ class ShiftedSolution:
         x: one column for each right-hand side.
         residuals: true relative residuals `‖b − (K + μI) x‖ / ‖b‖`, in float64.
         passes: passes over K.
+        missed: `b − (K + μI) x`.
     """
 
     x: Float[np.ndarray, "n j"]
     residuals: Float[np.ndarray, " j"]
     passes: int
+    missed: Float[np.ndarray, "n j"]
+
+    def part(self, columns: slice) -> "ShiftedSolution":
+        """Return the solution of some of the systems."""
+        return ShiftedSolution(self.x[:, columns], self.residuals[columns], self.passes, self.missed[:, columns])
 
 
 def solve_shifted_systems(
@@ -75,7 +81,7 @@ def solve_shifted_systems(
         gained = (found <= _PROGRESS * before)[open_columns].any()
         if not open_columns.any() or passes >= max_passes or not gained:
             safe = np.where(lengths > 0, lengths, 1.0)
-            return ShiftedSolution(x, found / safe, passes)
+            return ShiftedSolution(x, found / safe, passes, missed)
         before = found
         passes += _descend(
             product, x, missed, ridges, preconditioner, allowed, open_columns, max_passes=max_passes - passes - 1

@@ -9,9 +9,9 @@ from scipy import stats
 from scipy.stats import ortho_group
 
 from nntk_dist.analysis import BlockKrylov, ConjugateGradients, StreamedKernel, StreamedRectangle, ridge, spectrum
-from nntk_dist.analysis.regression.leave_one_out import estimate_leave_one_out, sampled_examples
+from nntk_dist.analysis.regression.leave_one_out import estimate_leave_one_out, sampled_examples, unit_vectors
 from nntk_dist.analysis.regression.pivoted_cholesky import low_rank_approximation
-from nntk_dist.analysis.regression.shifted_systems import solve_shifted_systems
+from nntk_dist.analysis.regression.shifted_systems import ShiftedSolution, solve_shifted_systems
 from nntk_dist.analysis.spectra.dense import kernel_spectrum
 from nntk_dist.errors import NNTKError
 
@@ -192,20 +192,22 @@ def test_regression_is_that_of_the_kernel(kind, width):
     train, test, points = kernels(width)
     given = arguments(kind, points)
     found = streamed(width, given, ridges, rank=60, tolerance=1e-6)
-    expected = ridge(train, given.pop("targets"), test, given.pop("test_targets"), ridges=ridges, **given)
+    targets, test_targets = given.pop("targets"), given.pop("test_targets")
+    expected = ridge(train, targets, test, test_targets, ridges=ridges, **given)
+    same = ridge(train, targets, test, test_targets, ridges=(found.selected.ridge,), **given)
     quantile = stats.t.isf(1e-4 / 48, 32 // width - 1)
     assert found.convergence.converged
-    assert found.selected.ridge == expected.selected.ridge
+    exact = {row.ridge: row.loo_error for row in expected.rows}
+    assert exact[found.selected.ridge] <= expected.selected.loo_error + quantile * found.selected.loo_stderr
     for row, other in zip(found.rows, expected.rows, strict=True):
         assert row.solve_residual <= 1e-6
         assert row.absolute_ridge == pytest.approx(other.absolute_ridge, rel=1e-6)
         assert row.train_error == pytest.approx(other.train_error, rel=1e-4)
         assert row.test_error == pytest.approx(other.test_error, rel=1e-4)
         assert row.test_accuracy == other.test_accuracy
-        # A solve for an exact column errs by 1e-4, the square of its tolerance.
-        assert abs(row.loo_error - other.loo_error) < quantile * row.loo_stderr + 1e-3 * other.loo_error
-        assert row.loo_stderr < 0.2 * other.loo_error
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+        assert abs(row.loo_error - other.loo_error) < quantile * row.loo_stderr
+        assert row.loo_stderr < 0.6 * other.loo_error
+    np.testing.assert_allclose(found.scores, same.scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [1, 3], ids=["trace", "full"])
@@ -216,21 +218,32 @@ def test_leave_one_out_is_exact_where_every_example_is_sampled(width):
     expected = ridge(train, given["targets"], test, given["test_targets"], ridges=(1e-2,)).selected
     assert found.loo_error == pytest.approx(expected.loo_error, rel=2e-3)
     assert found.loo_accuracy == expected.loo_accuracy
-    assert found.loo_stderr == 0.0
+    assert abs(found.loo_error - expected.loo_error) <= found.loo_stderr  # only the solves err, by a bound
+    assert found.loo_stderr < 0.05 * expected.loo_error
 
 
-def test_the_error_bars_of_leave_one_out_cover_it():
-    """30 samples: their mean lies within four standard errors of the truth, and their spread is as stated."""
+@pytest.mark.parametrize("rank", [60, 140])
+@pytest.mark.parametrize("relative", [1e-4, 0.1])
+def test_the_error_bars_of_leave_one_out_cover_it(relative, rank):
+    """40 samples: unbiased, at most seven 95 % intervals miss (2e-3 if 5 % do); also if most rows are pivots."""
     train, test, points = kernels()
     given = arguments("labels", points)
-    truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(0.1,)).selected.loo_error
-    rows = [streamed(1, given, (0.1,), rank=30, seed=seed).selected for seed in range(30)]
-    errors = np.array([row.loo_error for row in rows])
+    truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(relative,)).selected.loo_error
+    rows = [streamed(1, given, (relative,), rank=rank, seed=seed).selected for seed in range(40)]
+    errors, stderr = np.array([[row.loo_error, row.loo_stderr] for row in rows]).T
     spread = errors.std(ddof=1)
-    assert abs(errors.mean() - truth) < 4 * spread / np.sqrt(30)
-    claimed = np.sqrt(np.mean([row.loo_stderr**2 for row in rows]))
-    assert 0.5 < claimed / spread < 2
-    assert spread < 0.05 * truth
+    assert abs(errors.mean() - truth) < 4 * spread / np.sqrt(40)
+    assert (np.abs(errors - truth) > stats.t.isf(0.025, 31) * stderr).sum() <= 7
+    assert np.sqrt(np.square(stderr).mean()) < 2 * spread
+    assert spread < 0.3 * truth
+
+
+def test_solves_that_are_cut_short_widen_the_error_bar_of_leave_one_out():
+    train, test, points = kernels()
+    given = arguments("labels", points)
+    truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(1e-4,)).selected.loo_error
+    found = streamed(1, given, (1e-4,), rank=20, num_sampled=NUM_TRAIN, tolerance=1e-2, max_passes=12).selected
+    assert 0 < abs(found.loo_error - truth) <= found.loo_stderr
 
 
 @pytest.mark.parametrize("rank", [0, 20, 60, 140])
@@ -256,17 +269,24 @@ def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
     assert (energies / np.diagonal(inverse)).max() < 1e-3
 
 
-def test_estimates_without_a_low_rank_approximation():
-    """A diagonal kernel without a low-rank part B: κ = 1 is right for all examples, sampled or not."""
-    diagonal = np.linspace(1.0, 2.0, 20)
-    solved = np.linspace(-1.0, 1.0, 40).reshape(20, 1, 2)
-    sampled = sampled_examples(20, 5, seed=0)
-    columns = np.zeros((20, 1, 8, 1))
-    columns[sampled, 0, np.arange(8), 0] = 1 / (diagonal[sampled] + 0.5)
-    known, missing = np.full((20, 1, 1), 1 / 0.5), diagonal[:, None, None]
-    found = estimate_leave_one_out(solved, columns, sampled, known, missing)
-    np.testing.assert_allclose(found.residuals[:, 0], solved[:, 0] * (diagonal + 0.5)[:, None], rtol=1e-12)
-    assert found.stderr == pytest.approx(0.0, abs=1e-12)
+def test_a_wrong_guess_costs_accuracy_and_no_bias():
+    """A diagonal kernel: residuals are known. The guess is opposite to them, and the mean over 400 samples is right."""
+    ridge, diagonal = 0.5, np.linspace(1.0, 2.0, 40)
+    solved = np.linspace(0.1, 1.0, 40)[:, None]
+    shape, ones = (40, 1, 1), np.ones((40, 1))
+    targets = ShiftedSolution(solved, np.zeros(1), 1, 0.0 * ones)
+    guessed = solved[::-1].reshape(shape)
+    errors = []
+    for seed in range(400):
+        sample = sampled_examples([guessed], 8, seed)
+        units = unit_vectors(40, sample.examples, 1) / (diagonal + ridge)[:, None]
+        exact = ShiftedSolution(units, np.zeros(8), 1, 0.0 * units)
+        found = estimate_leave_one_out(guessed, targets, exact, sample, ridge)
+        own = sample.examples
+        np.testing.assert_allclose(found.residuals[own, 0, 0], solved[own, 0] * (diagonal[own] + ridge), rtol=1e-12)
+        errors.append(found.error)
+    truth = np.square(solved[:, 0] * (diagonal + ridge)).mean()
+    assert abs(np.mean(errors) - truth) < 4 * np.std(errors) / 20
 
 
 def test_a_solve_that_is_cut_short_says_so():

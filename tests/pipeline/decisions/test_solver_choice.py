@@ -90,11 +90,11 @@ def test_passes_over_tiles_give_the_numbers_of_the_dense_form(dense_run, tmp_pat
         if expected[key].dtype.kind == "f":
             np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, err_msg=key)
     assert (found["solve_residual"] <= 1e-6).all()
-    # Student's quantile of 1e-4 over 12 rows, eight sampled examples or more; exact columns err by 1e-4 themselves.
+    # Student's quantile of 1e-4 over 12 rows, eight sampled examples or more.
     sampled = 8 if name == "full" else 32
-    allowed = stats.t.isf(1e-4 / 24, sampled - 1) * found["loo_stderr"] + 1e-3 * expected["loo_error"]
+    allowed = stats.t.isf(1e-4 / 24, sampled - 1) * found["loo_stderr"]
     assert (np.abs(found["loo_error"] - expected["loo_error"]) < allowed).all()
-    assert found["loo_stderr"][1] < 0.1 * found["loo_error"][1]
+    assert found["loo_stderr"][1] < 0.6 * found["loo_error"][1]
     spectrum, whole = table(iterative, "eigenvalues"), table(dense, "eigenvalues")
     for key in [each for each in whole if each.startswith("eigenvalue")]:
         assert len(spectrum[key]) == 5
@@ -278,7 +278,7 @@ def test_the_choice_of_a_method(tmp_path, shared_run):
 @pytest.mark.parametrize("width", [1, 10, 100])
 def test_columns_for_leave_one_out_are_counted_as_they_are_solved(width):
     solver = ConjugateGradients()
-    sampled = sampled_examples(90, solver.num_sampled // width, 0)
+    sampled = sampled_examples([np.ones((90, width, 1))], solver.num_sampled // width, 0).examples
     assert solver.num_unit_columns(90 * width, width) == unit_vectors(90 * width, sampled, width).shape[1]
 
 

@@ -123,12 +123,21 @@ def _difference(manifest: Manifest, config: Config, plain: Mapping[str, Any], ch
     # the same words, other contents: a changed file
     if "data" in sections:
         parts = ", ".join(key for key, value in plain["data"].items() if value != stored["data"].get(key))
-        return f"'{config.data.source}' gives other examples ({parts}), so its files or its code have changed since"
+        source, unfixed = config.data.source, ""
+        if source.startswith(PYTHON):
+            unfixed = ", or it draws random numbers without a fixed seed"
+        return f"'{source}' gives other examples ({parts}), so its files or its code have changed since{unfixed}"
     if plain["model"] != stored.get("model"):
-        source = config.model.checkpoint or config.model.builder
-        return f"'{source}' gives other parameters or freezes others, so its file or its code has changed since"
-    kernel = config.kernel
-    code = [config.model.builder, config.model.output, kernel.weighting.name, kernel.distribution.name]
+        source, unfixed = config.model.checkpoint or config.model.builder, ""
+        if source.startswith(PYTHON):
+            unfixed = ", or it draws random numbers that model.seed does not fix"
+        return (
+            f"'{source}' gives other parameters or freezes others, so its file or its code has changed since{unfixed}"
+            f"{_versions(manifest)}"
+        )
+    kernel, output = config.kernel, config.model.output
+    function = output.get("function") if isinstance(output, Mapping) else output
+    code = [config.model.builder, function, kernel.weighting.name, kernel.distribution.name]
     own = ", ".join(str(each) for each in code if str(each).startswith(PYTHON)) or config.model.builder
     return f"the code of {own} has changed since: {changed}{_versions(manifest)}; restore it to continue"
 

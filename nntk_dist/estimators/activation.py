@@ -69,7 +69,7 @@ class Activation:
         for name, number in (("draws", drawing.num_draws), ("max_draws", searched)):
             if number > most:
                 raise Unavailable(f"{name} is {number}; allowed for estimator activation: up to {most} ({spec.design})")
-        with trying(Unavailable, "its layers cannot be given noise ({reason}); use estimator: weight"):
+        with trying(Unavailable, "its layers cannot be given noise ({reason})"):
             noise = plan_noise(trial.evaluator.model, space, trial.x)
         if spec.estimator == EstimatorChoice.AUTO and 2 * noise.num_parameters(space)[2] > space.num_parameters:
             raise Unavailable("noise in pre-activations would reach less than half of the parameters")

@@ -28,8 +28,13 @@ class GradientPlan(EstimatorPlan):
 
     @property
     def contraction_text(self) -> str:
-        """The contraction of each layer, in words."""
-        return self.contraction.text
+        """The contraction of each layer, in words, and which gradients take a loop over the examples."""
+        names = self.sites.whole if self.sites.whole_in_turn else ()
+        if not names:
+            return self.contraction.text
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        slow = f"{names[0]}{others}: differentiated one example after the other, since vmap cannot take the model"
+        return "; ".join(filter(None, (self.contraction.text, slow)))
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Autodiff:
             Unavailable: per-example gradients cannot be separated for this model.
         """
         space, spec = trial.evaluator.space, trial.spec
-        with trying(Unavailable, "its gradients cannot be taken layer by layer ({reason}); use estimator: weight"):
+        with trying(Unavailable, "its gradients cannot be taken layer by layer ({reason})"):
             sites = plan_sites(trial.evaluator.model, space, trial.x)
         sizes = {"num_draws": trial.num_draws, "num_outputs": trial.num_kernel_outputs}
         return GradientPlan(sites, contraction_of(sites, space, spec, **sizes))

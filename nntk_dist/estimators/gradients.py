@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nntk_dist.errors import ModelError
 from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.layers.per_example import add_dense_gradients_, write_extended_input
 from nntk_dist.layers.readout import activation_derivatives_of_pass, add_readout_, derivatives_of_pass
@@ -27,7 +28,7 @@ from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.sites import Site
 from nntk_dist.layers.sketch import Projector
 from nntk_dist.layers.sketched_gradients import sketched_gradients
-from nntk_dist.models.evaluation import check_finite, moved_in_place
+from nntk_dist.models.evaluation import FAILS_ON_INPUTS, check_finite, moved_in_place, trying
 from nntk_dist.models.noise import fixed_noise
 from nntk_dist.products.features import block_range
 from nntk_dist.runtime.batches import in_batches
@@ -59,7 +60,7 @@ class GradientFeatures(GradientProducts):
         result = self._empty(x, draws, columns)
         projector = None if self.sketch is None else Projector(self.sketch, columns)
         batches = list(in_batches(x, batch))
-        with self._parameters_of(draws) as moved:
+        with trying(ModelError, FAILS_ON_INPUTS), self._parameters_of(draws) as moved:
             for draw in moved:
                 if projector is not None:
                     projector.forget_weights()
@@ -113,6 +114,7 @@ class GradientFeatures(GradientProducts):
         """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding."""
         model, slot = self.evaluator.model, place // self.draws_per_slot
         recording = Recording(model, self._sites, x)
+        self._check_routes(recording, len(x))
         passed = self._passed(x, recording, columns)
         for index, site in enumerate(self.plan.outer):
             (call,), (delta,) = recording.calls[site.module], passed.deltas[site.module]
@@ -136,6 +138,18 @@ class GradientFeatures(GradientProducts):
         if projector is not None and self.sketched is not None:
             sketch = rows["sketch"][:, slot]
             sketch += sketched_gradients(model, self.sketched, projector, passed)[: len(sketch)]
+
+    def _check_routes(self, recording: Recording, num_rows: int) -> None:
+        """Refuse a pass in which a module gets other rows than in the trial that found its rule."""
+        once = {site.module for site in self.plan.outer}
+        for module, calls in recording.calls.items():
+            counts = [len(call.h) for call in calls]
+            if any(count != num_rows for count in counts) or (module in once and len(counts) != 1):
+                raise ModelError(
+                    f"module '{module}' gets {' and '.join(map(str, counts)) or 'no'} rows of {num_rows}, and got all "
+                    "rows of the examples that the kernel was planned on; put examples that take every way through the "
+                    "model among the first 32"
+                )
 
     @property
     def _sites(self) -> tuple[Site, ...]:

@@ -160,6 +160,7 @@ class PreparedKernel:
     def __repr__(self) -> str:
         return f"PreparedKernel({self.spec.kind}, {self.decision.estimator}, {self.features.num_draws} draws)"
 
+    @torch.inference_mode(False)  # the caller's would forbid gradients
     @full_precision()
     def estimate(self, inputs: list[Tensor]) -> KernelEstimate[Tensor]:
         """Compute the kernel of inputs that the placement has taken: x1, or x1 and x2."""
@@ -229,6 +230,7 @@ class PreparedKernel:
         )
 
 
+@torch.inference_mode(False)  # the caller's would forbid gradients
 @full_precision()
 def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement: Placement) -> PreparedKernel:
     """Decide how the kernel of a model is computed.

@@ -105,6 +105,6 @@ def shifted_outputs(
         if count != 1:
             raise Unavailable(
                 f"estimator is 'activation', but module '{path}' is called {count} times for some inputs and once for "
-                "others; use estimator: weight, or leave its parameters out by kernel.parameters"
+                "others; use estimator: weight, or leave its parameters out"
             )
     return values

@@ -68,8 +68,7 @@ def plan_noise(model: nn.Module, space: ParameterSpace, x: Tensor) -> NoisePlan:
     if not covered:
         raise Unavailable(
             f"estimator is 'activation', but none of the selected parameters ('{space.names[0]}' and so on) lies in a "
-            "Linear layer or convolution that is called once with fewer vectors than their length; use estimator: "
-            "weight"
+            "Linear layer or convolution that is called once with fewer vectors than their length"
         )
     return NoisePlan(noisy, readout, tuple(name for name in space.names if name not in covered))
 
@@ -177,5 +176,5 @@ def _check(model: nn.Module, space: ParameterSpace, site: Site, x: Tensor) -> No
             raise Unavailable(
                 f"estimator is 'activation', but the output does not follow the parameters of module '{site.module}' "
                 "as noise in its pre-activations would (is its weight used elsewhere too, or its output changed by a "
-                "hook?); use estimator: weight, or leave its parameters out by kernel.parameters"
+                "hook?); leave its parameters out"
             )

@@ -1,12 +1,12 @@
 """Per-example gradients of the parameters of a plan, from one recorded pass.
 
-A site's rule gives them from its input and output gradient; parameters without a rule are differentiated as a whole
-under vmap. No draws and no kernels here.
+A site's rule gives them from its input and output gradient; parameters without a rule are differentiated as a whole,
+under vmap or one example after the other. No draws and no kernels here.
 
 Axes: n examples, m first of them, c outputs, j length of h̃.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from nntk_dist.layers.recording import Pass
 from nntk_dist.layers.rules import linear_sides, num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.models.evaluation import outputs, trying
+from nntk_dist.models.passes import twice_differentiable
+
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) -> None:
@@ -61,19 +64,28 @@ def add_dense_gradients_(
                 part = sums[name]
                 part += gradients[attribute][: len(part)]
     if plan.whole:
-        for name, gradient in whole_gradients(model, plan.whole, passed.x, passed.parameters, passed.columns).items():
-            part = sums[name]
-            part += gradient[: len(part)]
+        count = len(next(iter(sums.values())))
+        for rows, gradients in whole_gradients(model, plan, passed.x[:count], passed.parameters, passed.columns):
+            for name, gradient in gradients.items():
+                sums[name][rows] += gradient
 
 
 def whole_gradients(
-    model: nn.Module, names: Sequence[str], x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
-) -> dict[str, Float[Tensor, "n c ..."]]:
-    """Differentiate the model one example at a time under vmap, by the named parameters.
+    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
+) -> Iterator[tuple[slice, dict[str, Float[Tensor, "m c ..."]]]]:
+    """Differentiate the model one example at a time by the whole parameters of a plan; yield some rows at a time.
 
-    Raises: Unavailable if vmap cannot take the model (data-dependent control flow, in-place writes).
+    Under vmap, several examples at once; if the plan says that vmap cannot take the model, one after the other. A loop
+    costs a forward pass for each example and a backward pass for each of its outputs. A portion holds 2^22 numbers, or
+    one example.
+
+    Raises: Unavailable if vmap cannot take the model (recurrent layers, control flow that depends on data).
     """
-    chosen = {name: parameters[name] for name in names}
+    chosen = {name: parameters[name] for name in plan.whole}
+    if plan.whole_in_turn:
+        for row in range(len(x)):
+            yield slice(row, row + 1), _gradients_of_example(model, x[row : row + 1], chosen, parameters, columns)
+        return
     selection = torch.tensor(columns, device=x.device)
 
     def one_example(example: Tensor) -> dict[str, Tensor]:
@@ -82,9 +94,32 @@ def whole_gradients(
 
         return torch.func.jacrev(chosen_outputs)(chosen)
 
-    with trying(
-        Unavailable,
-        f"per-example gradients of {', '.join(names[:3])} need torch.func.vmap, which cannot take this model "
-        "({reason}); use estimator: weight, or leave these parameters out by kernel.parameters",
-    ):
-        return vmap(one_example)(x)
+    numbers = len(columns) * sum(values.numel() for values in chosen.values())
+    step = max(1, _NUMBERS_AT_ONCE // max(1, numbers))
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        with trying(Unavailable, "torch.func.vmap cannot take this model ({reason})"), twice_differentiable():
+            part = vmap(one_example)(x[rows])
+        yield rows, part
+
+
+def _gradients_of_example(
+    model: nn.Module,
+    example: Float[Tensor, "1 ..."],
+    chosen: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    columns: Sequence[int],
+) -> dict[str, Float[Tensor, "1 c ..."]]:
+    """Every output's gradient for a single example."""
+    leaves = {name: value.detach().requires_grad_() for name, value in chosen.items()}
+    with torch.enable_grad():
+        values = outputs(model, example, {**parameters, **leaves})[0]
+    if not values.requires_grad:
+        return {name: leaf.new_zeros(1, len(columns), *leaf.shape) for name, leaf in leaves.items()}
+    rows = [
+        torch.autograd.grad(
+            values[column], list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for column in columns
+    ]
+    return {name: torch.stack(own)[None] for name, own in zip(leaves, zip(*rows, strict=True), strict=True)}

@@ -69,5 +69,5 @@ def readout_weight(model: nn.Module, pair: OutputLayers) -> Float[Tensor, "C o"]
 def _another_way(module: str) -> Unavailable:
     return Unavailable(
         f"the model goes another way from layer '{module}' to its output for these examples than for those that it was "
-        "tried on; use estimator: weight"
+        "tried on; put examples of both kinds among the first 32, or leave the layer's parameters out"
     )

@@ -37,6 +37,8 @@ class Recording:
         self, model: nn.Module, sites: Sequence[Site], x: Tensor, parameters: Mapping[str, Tensor] | None = None
     ) -> None:
         self.calls: dict[str, list[Call]] = {site.module: [] for site in sites}
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._dtype = own if parameters is None else next((p.dtype for p in parameters.values()), own)
         with hooked(model, after={name: self._keep(name) for name in self.calls}), torch.enable_grad():
             self.outputs = outputs(model, x, parameters)
 
@@ -45,7 +47,8 @@ class Recording:
             if not out.requires_grad:
                 out = out.detach().requires_grad_()
             # Copies: an in-place activation or residual would otherwise overwrite what is kept here.
-            self.calls[name].append(Call(h.detach().clone(), out))
+            kept = h.detach().clone()
+            self.calls[name].append(Call(kept.to(self._dtype) if kept.is_floating_point() else kept, out))
             return out.clone()
 
         return keep
@@ -53,7 +56,8 @@ class Recording:
     def gradients(self, columns: Sequence[int]) -> dict[str, list[Float[Tensor, "n c ..."]]]:
         """∂f_c/∂(module output) for every call of every site, all output columns in one backward pass.
 
-        They lie in memory column by column. If vmap cannot differentiate the model, each column takes a pass.
+        They lie in memory column by column, in the dtype of the parameters, whatever the module computes in. If vmap
+        cannot differentiate the model, each column takes a pass.
         """
         outs = [call.out for calls in self.calls.values() for call in calls]
         parts: Sequence[Tensor | None] = [None] * len(outs)
@@ -63,7 +67,7 @@ class Recording:
             parts = self._products(outs, directions)
         zeros = (out.new_zeros(1).expand(len(columns), *out.shape) for out in outs)
         filled = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
-        iterator = iter([part.transpose(0, 1) for part in filled])
+        iterator = iter([part.transpose(0, 1).to(self._dtype) for part in filled])
         return {name: [next(iterator) for _ in calls] for name, calls in self.calls.items()}
 
     def outs(self, modules: Sequence[str]) -> dict[str, Tensor]:

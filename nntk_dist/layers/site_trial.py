@@ -3,7 +3,7 @@
 A Linear layer that is applied once, to one vector per example, has the gradient δ ⊗ h̃, which need never be formed
 (`outer`). Other sites, and parameters that several modules share, give dense per-example gradients. A parameter without
 a rule, or whose rule does not fit (its weight is used outside its module, its batch is folded into positions), is
-differentiated as a whole with vmap (`whole`).
+differentiated as a whole (`whole`): with vmap, or in a loop over the examples if vmap cannot take the model.
 
 Axes: n examples, c outputs.
 """
@@ -19,7 +19,7 @@ from nntk_dist.errors import Unavailable
 from nntk_dist.layers.hooks import BeforeHook, hooked
 from nntk_dist.layers.penultimate import find_output_layers, find_readout
 from nntk_dist.layers.per_example import dense_gradients, whole_gradients
-from nntk_dist.layers.recording import Pass, Recording
+from nntk_dist.layers.recording import Call, Pass, Recording
 from nntk_dist.layers.rules import num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.models.evaluation import in_float64, outputs
@@ -28,6 +28,7 @@ from nntk_dist.sampling.philox import normal, signs
 from nntk_dist.sampling.streams import Stream
 
 _PROBE_EXAMPLES = 3
+_CLASSIFIED_EXAMPLES = 32  # more of them show more of a model that routes its examples
 _AGREEMENT = 1e-8  # relative, float64: far above rounding, far below any wrong formula
 
 
@@ -40,20 +41,50 @@ def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
     Raises:
         Unavailable: per-example gradients cannot be separated, as in a model whose outputs depend on their batch.
     """
-    trial = x[:_PROBE_EXAMPLES] if len(x) > 1 else torch.cat([x, x])
-    exact, trial = in_float64(model, trial)
+    own = x[:_CLASSIFIED_EXAMPLES] if len(x) > 1 else torch.cat([x, x])
+    exact, x = in_float64(model, own)
+    trial = x[:_PROBE_EXAMPLES]
     parameters = _probe_parameters(exact, space)
-    plan = _classify(exact, space, trial, parameters)
-    wrong = _disagreeing(exact, plan, trial, parameters)
+    plan, wrong = _checked(exact, _classify(exact, space, x, parameters), trial, parameters)
     if wrong:
-        plan = _without(plan, frozenset(wrong))
-        still = _disagreeing(exact, plan, trial, parameters)
-        if still:
+        plan, wrong = _checked(exact, _without(plan, frozenset(wrong)), trial, parameters)
+        if wrong and not plan.whole_in_turn:
+            plan, wrong = _checked(exact, replace(plan, whole_in_turn=True), trial, parameters)
+        if wrong:
             raise Unavailable(
-                f"the gradient of parameter '{sorted(still)[0]}' does not separate by example: the model's output for "
-                "one example depends on its batch, or it leaves the autograd graph; use estimator: weight"
+                f"the gradient of parameter '{sorted(wrong)[0]}' does not separate by example: the model's output for "
+                "one example depends on its batch, or it leaves the autograd graph"
             )
+    plan = _with_ends_of(model, plan, own)
     return replace(plan, input_layers=_input_layers(exact, plan, trial))
+
+
+def _with_ends_of(model: nn.Module, plan: SitePlan, x: Tensor) -> SitePlan:
+    """The plan without the last layers if the model in its own precision ends in another way, behind a cast, say."""
+    if plan.output_layers is None and plan.readout is None:
+        return plan
+    recording = Recording(model, plan.outer, x)
+    outs = recording.outs([site.module for site in plan.outer])
+    same_layers = find_output_layers(recording.outputs, outs) == plan.output_layers
+    same_readout = find_readout(recording.outputs, outs) == plan.readout
+    return replace(
+        plan,
+        output_layers=plan.output_layers if same_layers else None,
+        readout=plan.readout if same_readout else None,
+    )
+
+
+def _checked(
+    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor]
+) -> tuple[SitePlan, set[str]]:
+    """The plan, in a loop over the examples if vmap cannot take the model, and the parameters that it has wrong."""
+    try:
+        return plan, _disagreeing(model, plan, x, parameters)
+    except Unavailable:
+        if not plan.whole or plan.whole_in_turn:
+            raise
+    in_turn = replace(plan, whole_in_turn=True)
+    return in_turn, _disagreeing(model, in_turn, x, parameters)
 
 
 def _input_layers(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[str]:
@@ -70,17 +101,21 @@ def layers_fed_with_input(model: nn.Module, modules: Iterable[str], x: Tensor) -
     An input that a module computed anew is not recognised, even if it is computed from the model's input alone.
     """
     seen = dict.fromkeys(modules, False)
-    x = x.clone()  # the model may write to its input
-    whole = x.clone()
+    given: list[Tensor] = []  # the copy that the model gets; its values may be overwritten
+
+    def keep(h: object) -> None:
+        given[:] = [h] if isinstance(h, Tensor) else []
 
     def compare(name: str) -> BeforeHook:
         def before(h: Tensor) -> None:
-            same_memory = h.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-            seen[name] = same_memory and torch.equal(h.reshape(len(x), -1), whole.reshape(len(x), -1))
+            if name == "":
+                keep(h)
+            same_memory = bool(given) and h.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()
+            seen[name] = same_memory and torch.equal(h.reshape(len(x), -1), x.reshape(len(x), -1))
 
         return before
 
-    with hooked(model, before={name: compare(name) for name in seen}), torch.no_grad():
+    with hooked(model, before={"": keep, **{name: compare(name) for name in seen}}), torch.no_grad():
         outputs(model, x)
     return frozenset(name for name, is_input in seen.items() if is_input)
 
@@ -117,6 +152,9 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
         calls = recording.calls[site.module]
         if any(call.h.ndim == 0 or len(call.h) != len(x) or len(call.out) != len(x) for call in calls):
             whole.update(name for _, name in site.parameters)
+        elif calls:
+            given = _attributes_of_rule(model.get_submodule(site.module), parameters, calls[0])
+            whole.update(name for attribute, name in site.parameters if attribute not in given)
     outer: list[Site] = []
     dense: list[Site] = []
     for site in sites:
@@ -138,6 +176,13 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
     )
 
 
+def _attributes_of_rule(module: nn.Module, parameters: Mapping[str, Tensor], call: Call) -> frozenset[str]:
+    """The attributes whose gradients a module's rule gives: not `weight_g`, say, from which a hook makes the weight."""
+    rule, h, out = rule_for(module), call.h[:1], call.out[:1]
+    assert rule is not None
+    return frozenset(rule.gradients(module, parameters, h, torch.zeros_like(out)[:, None]))
+
+
 def _weighted_gradients(
     model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], weights: Float[Tensor, "n c"]
 ) -> dict[str, Tensor]:
@@ -155,8 +200,10 @@ def _weighted_gradients(
     summed = dense_gradients(model, sites, Pass(x, recording, deltas, parameters, range(1)))
     result = {name: part[:, 0].sum(0) for name, part in summed.items()}
     if plan.whole:
-        for name, part in whole_gradients(model, plan.whole, x, parameters, range(weights.shape[1])).items():
-            result[name] = torch.einsum("nc,nc...->...", weights, part)
+        for rows, gradients in whole_gradients(model, plan, x, parameters, range(weights.shape[1])):
+            for name, part in gradients.items():
+                own = torch.einsum("nc,nc...->...", weights[rows], part)
+                result[name] = result[name] + own if name in result else own
     return result
 
 
@@ -171,8 +218,7 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
         weights = normal(1, Stream.PROBE, count, 0, values.numel()).reshape(values.shape)
         if not values.requires_grad:
             raise Unavailable(
-                "the model's output carries no gradient (does its forward pass run under no_grad, or detach?); "
-                "use estimator: weight"
+                "the model's output carries no gradient (does its forward pass run under no_grad, or detach?)"
             )
         expected = torch.autograd.grad(
             (values * weights).sum(), list(leaves.values()), materialize_grads=True, allow_unused=True

@@ -34,12 +34,13 @@ class SitePlan:
     Attributes:
         outer: Linear sites called once, on one vector per example: their gradient is δ ⊗ h̃ and stays in two factors.
         dense: sites whose per-example gradient a rule forms.
-        whole: parameters that are differentiated as a whole, under vmap.
+        whole: parameters that are differentiated as a whole, one example at a time.
         output_layers: the last two Linear layers, if both are outer and all outputs share the former's derivatives
             (`nntk_dist.layers.penultimate`).
         readout: the outer site whose output is the model's output; its δ is the identity.
         input_layers: outer sites whose h̃ no parameter changes, because it is the model's input itself, or 1 if the
             bias alone is selected.
+        whole_in_turn: whether the examples are differentiated one after the other, because vmap cannot take the model.
     """
 
     outer: tuple[Site, ...]
@@ -48,6 +49,7 @@ class SitePlan:
     output_layers: OutputLayers | None = None
     readout: str | None = None
     input_layers: frozenset[str] = frozenset()
+    whole_in_turn: bool = False
 
     def dense_names(self) -> tuple[str, ...]:
         """Parameters whose gradient is formed, in a fixed order."""

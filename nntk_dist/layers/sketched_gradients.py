@@ -29,8 +29,9 @@ def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, p
         for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
             _add_site_(total, model.get_submodule(site.module), site, projector, passed, call, delta, uses)
     if plan.whole:
-        for name, gradient in whole_gradients(model, plan.whole, passed.x, passed.parameters, passed.columns).items():
-            projector.add_gradient_(total, name, gradient)
+        for rows, gradients in whole_gradients(model, plan, passed.x, passed.parameters, passed.columns):
+            for name, gradient in gradients.items():
+                projector.add_gradient_(total[rows], name, gradient)
     return projector.finished(total)
 
 

@@ -8,6 +8,7 @@ Axes: n examples, b bytes of a packed example.
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from nntk_dist.errors import ArgumentError
 from nntk_dist.models.output import LABELS, Output
+from nntk_dist.models.passes import model_pass
 from nntk_dist.models.structured import Layout
 
 _ATTRIBUTE = "nntk_calling"
@@ -41,12 +43,18 @@ class Calling:
         output: what of the result is f.
         passing: how the parts are passed.
         frozen: names of the parameters with `requires_grad=False`.
+        factory_dtype: the dtype of new tensors for which the model's code names none; None for torch's default.
+        widened: whether the model computes in float64 also where its code asks for less.
+        without_cudnn: whether it avoids cuDNN.
     """
 
     layout: Layout | None = None
     output: Output = _WHOLE_RESULT
     passing: Passing = Passing.SINGLE
     frozen: frozenset[str] = frozenset()
+    factory_dtype: torch.dtype | None = None
+    widened: bool = False
+    without_cudnn: bool = False
 
     @classmethod
     def choose(cls, model: nn.Module, layout: Layout | None, output: Output) -> "Calling":
@@ -92,6 +100,10 @@ class Calling:
         if self.layout.named:
             return LABELS if LABELS in names else None
         return names[-1] if len(names) > 1 else None
+
+    def model_pass(self) -> AbstractContextManager[None]:
+        """Surround one forward pass (`nntk_dist.models.passes`)."""
+        return model_pass(factory_dtype=self.factory_dtype, widened=self.widened, without_cudnn=self.without_cudnn)
 
     def arguments(self, x: Tensor, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
         """Return what the model is called with, positional and by keyword, and all parts of the examples by name.

@@ -9,10 +9,9 @@ sequentially, as one fixed function of θ that the caller chooses. No gradients 
 Axes: n examples, s draws, c outputs, P parameters.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,15 +23,17 @@ from torch.func import functional_call, vmap
 
 from nntk_dist.errors import ModelError, NNTKError, Unavailable, first_line
 from nntk_dist.models.calling import Calling, attach_calling, calling_of, frozen_parameters
-from nntk_dist.models.complex_parameters import split_complex_parameters
 from nntk_dist.models.noise import MEAN_FUNCTIONS, fix_noise, fixed_noise, is_random
 from nntk_dist.models.output import described
 from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.models.passes import recorded_precisions
+from nntk_dist.models.private_copy import private_copy
 from nntk_dist.runtime.batches import by_batches, in_batches
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing
 
 FAILS_ON_INPUTS = "the model fails on its inputs ({reason}); check their shape and dtype"
+_ONE_TENSOR = Calling()
 _STACK_ELEMENTS = 1 << 22
 _OUTPUT_ELEMENTS = 1 << 22  # of perturbed models, held at a time
 
@@ -57,14 +58,30 @@ def prepare_model(
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ModelError(f"parameter '{name}' has no shape yet; call the model once on its inputs before")
-    prepared = copy.deepcopy(model)
-    split_complex_parameters(prepared)
-    before = calling_of(model)
-    frozen = frozen_parameters(prepared) if before is None else before.frozen
-    converted_(prepared, dtype, device).eval().requires_grad_(False)
-    attach_calling(prepared, replace(calling or before or Calling(), frozen=frozen))
+    with torch.inference_mode(False):
+        prepared = private_copy(model)
+        before = calling_of(model)
+        own = _real_dtype(prepared)
+        frozen = frozen_parameters(prepared) if before is None else before.frozen
+        factory_dtype = torch.get_default_dtype() if before is None else before.factory_dtype
+        if own == factory_dtype != dtype:  # new tensors had the model's dtype, and still have
+            factory_dtype = dtype
+        converted_(prepared, dtype, device).eval().requires_grad_(False)
+        recurrent = any(isinstance(module, nn.RNNBase) for module in prepared.modules())
+    attached = replace(
+        calling or before or Calling(),
+        frozen=frozen,
+        factory_dtype=factory_dtype,
+        without_cudnn=recurrent and torch.device(device).type == "cuda",
+    )
+    attach_calling(prepared, attached)
     fix_noise(prepared)
     return prepared
+
+
+def _real_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the model's first real parameter; None if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def converted_(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -109,11 +126,16 @@ def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     """
     exact = prepare_model(model, dtype=torch.float64, device=x.device)
     x = x.to(torch.float64) if x.is_floating_point() else x
+    if _computes_in_float64(exact, x):
+        return exact, x
+    calling = calling_of(exact)
+    assert calling is not None
+    attach_calling(exact, replace(calling, widened=True))
     with (
         trying(
             Unavailable,
             "the model does not run in float64, in which its derivatives are checked ({reason}); keep its constants in "
-            "buffers and make new tensors in the dtype of its inputs, or use estimator: weight",
+            "buffers and make new tensors in the dtype of its inputs",
         ),
         torch.no_grad(),
     ):
@@ -121,18 +143,37 @@ def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     return exact, x
 
 
+def _computes_in_float64(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model runs at x and computes all numbers in float64."""
+    with recorded_precisions() as found, torch.no_grad():
+        try:
+            outputs(model, x)
+        except NNTKError:
+            raise
+        except Exception as error:  # a model's code may raise anything
+            if is_out_of_memory(error):
+                raise
+            return False
+    return found <= {torch.float64, torch.complex128}
+
+
 def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Float[Tensor, "n c"]:
     """Return f(x; θ) with the given parameters in place of the model's own; one number per example gives c = 1.
 
+    The model gets a copy of x, to which it may write. Outputs of less precision than its parameters are widened.
+
     Raises: ModelError if the output is not a floating tensor of shape (n,) or (n, C).
     """
-    calling = calling_of(model)
-    if calling is None or calling.is_plain:
-        return as_outputs(_result(model, parameters, (x,), {}), len(x))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    arguments, named, parts = calling.arguments(x, dtype)
-    result = _result(model, parameters, arguments, named)
-    return as_outputs(calling.function(result, parts), len(x))
+    calling, dtype, count = calling_of(model) or _ONE_TENSOR, _real_dtype(model) or torch.float32, len(x)
+    with calling.model_pass():
+        if calling.is_plain:
+            values = as_outputs(_result(model, parameters, (x.clone(),), {}), count)
+        else:
+            arguments, named, parts = calling.arguments(x.clone(), dtype)
+            values = as_outputs(calling.function(_result(model, parameters, arguments, named), parts), count)
+    if not torch.is_grad_enabled():  # the model may switch gradients on
+        values = values.detach()
+    return values.to(dtype) if values.dtype.itemsize < dtype.itemsize else values
 
 
 def _result(
@@ -157,7 +198,7 @@ def _result(
 
 
 def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
-    """Return the model's return value as (n, c).
+    """Return the model's return value as (n, c); of a single example, its axis may be squeezed away.
 
     Raises:
         ModelError: it is no floating tensor of shape (n,) or (n, C).
@@ -167,6 +208,8 @@ def as_outputs(result: object, num_examples: int) -> Float[Tensor, "n c"]:
             f"the model returned {described(result)}; allowed: one tensor of shape (n,) or (n, C). Choose a part with "
             "the argument output (model.output in a configuration)"
         )
+    if num_examples == 1 and (result.ndim == 0 or (result.ndim == 1 and len(result) != 1)):
+        result = result[None]
     if result.ndim not in (1, 2) or result.shape[0] != num_examples:
         raise ModelError(
             f"the model returned shape {tuple(result.shape)} for {num_examples} examples; allowed: ({num_examples},) "
@@ -197,6 +240,10 @@ def check_finite(values: Tensor, what: str) -> None:
         )
 
 
+class StackingFailed(Exception):
+    """Perturbed models of this kind cannot be evaluated in one call."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """f at perturbed parameters for a prepared model; `stacked` fixes how many draws are evaluated."""
@@ -212,7 +259,7 @@ class Evaluator:
 
     def base(self, x: Tensor, batch: int | None = None) -> Float[Tensor, "n c"]:
         """Return f(x; θ); a model with noise is its present random function."""
-        with torch.no_grad():
+        with trying(ModelError, FAILS_ON_INPUTS), torch.no_grad():
             return by_batches(lambda rows: outputs(self.model, rows), x, batch)
 
     def expected(self, x: Tensor, seed: int, batch: int | None = None) -> Float[Tensor, "n c"]:
@@ -253,17 +300,26 @@ class Evaluator:
     def perturbed(
         self, x: Tensor, displacements: Float[Tensor, "s P"], batch: int | None = None
     ) -> Float[Tensor, "s n c"]:
-        """Return f(x; θ + z) for each displacement z."""
+        """Return f(x; θ + z) for each displacement z.
+
+        In turn also if stacking fails: control flow may depend on these examples. Both ways are equal to rounding.
+        """
         batches = list(in_batches(x, batch))
         with torch.no_grad():
-            parts = self._stacked(batches, displacements) if self.stacked else self._in_turn(batches, displacements)
-            result: Tensor | None = None
-            for draws, rows, values in parts:
-                if result is None:
-                    result = values.new_empty(len(displacements), len(x), values.shape[2])
-                result[draws, rows] = values[:, : rows.stop - rows.start]
-        assert result is not None
-        return result
+            if self.stacked:
+                with suppress(StackingFailed):
+                    return _collected(self._stacked(batches, displacements), len(displacements), len(x))
+            with trying(ModelError, "the model fails at perturbed parameters ({reason})"):
+                return _collected(self._in_turn(batches, displacements), len(displacements), len(x))
+
+    def try_stacked(self, x: Tensor, displacements: Float[Tensor, "s P"]) -> None:
+        """Evaluate perturbed models in one call, and never in turn.
+
+        Raises:
+            StackingFailed: vmap cannot take the model.
+        """
+        with torch.no_grad():
+            _collected(self._stacked([(x, slice(0, len(x)))], displacements), len(displacements), len(x))
 
     def _in_turn(
         self, batches: list[tuple[Tensor, slice]], displacements: Float[Tensor, "s P"]
@@ -288,7 +344,26 @@ class Evaluator:
 
             for start in range(0, len(displacements), step):
                 part = displacements[start : start + step]
-                yield slice(start, start + len(part)), rows, vmap(one, randomness="error")(part)
+                try:
+                    values = vmap(one, randomness="error")(part)
+                except Exception as error:  # a model's code may raise anything
+                    if is_out_of_memory(error):
+                        raise
+                    raise StackingFailed(f"vmap cannot take the model ({first_line(error)})") from error
+                yield slice(start, start + len(part)), rows, values
+
+
+def _collected(
+    parts: Iterator[tuple[slice, slice, Float[Tensor, "s n c"]]], num_draws: int, num_examples: int
+) -> Float[Tensor, "s n c"]:
+    """All values, from parts for some draws and some rows, which padding may follow."""
+    result: Tensor | None = None
+    for draws, rows, values in parts:
+        if result is None:
+            result = values.new_empty(num_draws, num_examples, values.shape[2])
+        result[draws, rows] = values[:, : rows.stop - rows.start]
+    assert result is not None
+    return result
 
 
 def draws_at_once(numbers: int, x: Tensor) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nntk_dist.errors import ArgumentError, ModelError, Unavailable
@@ -23,8 +22,9 @@ from nntk_dist.models.black_box import holds_black_box
 from nntk_dist.models.evaluation import FAILS_ON_INPUTS, Evaluator, check_finite, trying
 from nntk_dist.models.noise import agreement, check_gradients, noise_text
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
+from nntk_dist.models.passes import lowest_precision, recorded_precisions
 from nntk_dist.planning.jumps import JumpProbe, probe_jumps
-from nntk_dist.planning.model_probes import ModelProbes, call_changes, probe_model
+from nntk_dist.planning.model_probes import NOTABLE_CHANGE, ModelProbes, call_changes, probe_model
 from nntk_dist.planning.plain import from_plain
 from nntk_dist.planning.stacking import try_stacking
 from nntk_dist.registration.estimators import AUTO_ORDER, ESTIMATORS
@@ -127,10 +127,11 @@ def decide(
     """
     space = select_parameters(model, spec.parameters)
     evaluator = Evaluator(model, space)
-    with trying(ModelError, FAILS_ON_INPUTS):
+    with trying(ModelError, FAILS_ON_INPUTS), recorded_precisions() as found:
         values = evaluator.base(x[:_EXAMPLES])
     check_finite(values, "the model's output")
-    calls = _check_function(evaluator, x[:_EXAMPLES], values)
+    unit = lowest_precision(found, values.dtype)
+    calls = _check_function(evaluator, x[:_EXAMPLES], values, unit)
     num_outputs = values.shape[1]
     if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
         raise ArgumentError(
@@ -148,10 +149,10 @@ def decide(
             break
         except Unavailable as error:
             if len(names) == 1:
-                raise
+                raise Unavailable(f"{error}{_next_step(spec)}") from error.__cause__ or error
             problems.append(f"{name} is unavailable: {error}")
     else:
-        raise Unavailable("; ".join(problems))
+        raise Unavailable("; ".join(problems) + _next_step(spec))
     statement = why or _statement(decision, spec, jumps)
     reason = "; ".join([*problems, statement]) + noise_text(model) + space.frozen_text
     if not spec.weighting.is_fixed:
@@ -243,10 +244,13 @@ def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec, why: str 
         )
 
 
-def _check_function(evaluator: Evaluator, x: Tensor, values: Tensor) -> tuple[float, float | None]:
-    """Reject a model whose output depends on more than one example and the parameters; return the changes measured."""
+def _check_function(evaluator: Evaluator, x: Tensor, values: Tensor, unit: float) -> tuple[float, float | None]:
+    """Reject a model whose output depends on more than one example and the parameters; return the changes measured.
+
+    `unit` is the largest rounding unit of the numbers that the model computes: it may compute a norm in float32.
+    """
     repeat_change, batch_change = call_changes(evaluator, x, values)
-    tolerance = agreement(evaluator.model, _ROUNDING * torch.finfo(values.dtype).eps)
+    tolerance = agreement(evaluator.model, min(_ROUNDING * unit, NOTABLE_CHANGE))
     if repeat_change > tolerance:
         raise ModelError(
             "the model's output changes from call to call: it draws random numbers even in eval mode, which are not "
@@ -258,6 +262,15 @@ def _check_function(evaluator: Evaluator, x: Tensor, values: Tensor) -> tuple[fl
             "can express; normalise with running statistics, or over each example"
         )
     return repeat_change, batch_change
+
+
+def _next_step(spec: KernelSpec) -> str:
+    """What to do if no estimator that is allowed works, for the end of a message."""
+    if spec.kind in (Kind.LOCAL, Kind.AVERAGED):
+        return f"; the kind '{spec.kind}' needs gradients: use another, nonlocal or covariance, or other parameters"
+    if spec.kind == Kind.NONLOCAL and spec.estimator not in (EstimatorChoice.AUTO, EstimatorChoice.WEIGHT):
+        return "; use estimator: weight or auto"
+    return ""
 
 
 def _candidates(model: nn.Module, spec: KernelSpec) -> tuple[tuple[str, ...], str]:
@@ -319,7 +332,7 @@ def _try_gradients(
     if spec.estimator != EstimatorChoice.AUTO:
         return probe, Unavailable(
             f"estimator is '{spec.estimator}', but the model jumps in its parameters ({_evidence(probe)}), and its "
-            "gradients miss the jumps; use estimator: weight or auto"
+            "gradients miss the jumps"
         )
     return probe, Unavailable(f"the model jumps in its parameters, and gradients miss the jumps: {_evidence(probe)}")
 

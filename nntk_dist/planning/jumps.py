@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from nntk_dist.errors import Unavailable
 from nntk_dist.models.evaluation import in_float64, outputs, trying
 from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.models.passes import twice_differentiable
 from nntk_dist.planning.chords import largest_jump
+from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing
+from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
 
 _SEGMENTS = 4
@@ -30,6 +33,7 @@ _LONG_REACH = 0.1
 _EXAMPLES = 32
 _FIRST_INTERVALS = 16
 _MOST_GRADIENTS = 256
+_SUMS = 8
 # A kink's defect falls with the interval that holds it: bisecting the worst interval makes it vanish. A jump keeps its
 # size however short the interval.
 _TOLERANCE = 0.01
@@ -67,7 +71,7 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     A model whose output no segment moves does not pass: it shows no gradient to trust.
 
     Raises:
-        Unavailable: the model does not run in float64, or cannot be differentiated twice.
+        Unavailable: the model does not run in float64, or cannot be differentiated.
     """
     exact, x = in_float64(model, x[:_EXAMPLES])
     base = space.values(exact)
@@ -76,14 +80,25 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     reach = _LONG_REACH * torch.cat([value.flatten() for value in base.values()]).norm()
     lengths = segments[_SEGMENTS:].norm(dim=1, keepdim=True)
     segments[_SEGMENTS:] *= torch.clamp(reach / lengths, min=1.0)
-    with trying(Unavailable, "the model cannot be differentiated twice, which shows whether it jumps ({reason})"):
-        tried = [_Segment(exact, space, base, z, x) for z in segments]
-        found = _probe_segments(tried[:_SEGMENTS])
-        if not found.residual > _TOLERANCE:  # also if no segment moved the output
-            longer = _probe_segments(tried[_SEGMENTS:])
-            residuals = [each.residual for each in (found, longer) if not math.isnan(each.residual)]
-            found = JumpProbe(max(residuals, default=math.nan), max(found.num_gradients, longer.num_gradients))
+    tried = [_Segment(exact, space, base, z, x) for z in segments]
+    try:
+        found = _probe_all(tried)
+    except Exception as error:  # a model's code may raise anything
+        if is_out_of_memory(error):
+            raise
+        # a function without a second derivative, such as EmbeddingBag
+        with trying(Unavailable, "the model cannot be differentiated, which shows whether it jumps ({reason})"):
+            found = _probe_all([replace(each, projected=True) for each in tried])
     return replace(found, jump=largest_jump(exact, space, x, drawing.seed)) if found.differentiable else found
+
+
+def _probe_all(segments: Sequence["_Segment"]) -> JumpProbe:
+    found = _probe_segments(segments[:_SEGMENTS])
+    if found.residual > _TOLERANCE:
+        return found
+    longer = _probe_segments(segments[_SEGMENTS:])  # also if no segment moved the output
+    residuals = [each.residual for each in (found, longer) if not math.isnan(each.residual)]
+    return JumpProbe(max(residuals, default=math.nan), max(found.num_gradients, longer.num_gradients))
 
 
 def _probe_segments(segments: Sequence["_Segment"]) -> JumpProbe:
@@ -101,13 +116,17 @@ def _probe_segments(segments: Sequence["_Segment"]) -> JumpProbe:
 
 @dataclass
 class _Segment:
-    """f along one segment θ + tz, 0 ≤ t ≤ 1."""
+    """f along one segment θ + tz, 0 ≤ t ≤ 1; `projected`: eight random sums of all its outputs instead.
+
+    Slopes of f take second derivatives, slopes of sums first ones only.
+    """
 
     model: nn.Module
     space: ParameterSpace
     base: Mapping[str, Tensor]
     z: Tensor
     x: Tensor
+    projected: bool = False
 
     def change(self) -> float:
         """‖f(θ+z) − f(θ)‖ over the examples."""
@@ -141,22 +160,41 @@ class _Segment:
 
     def _value(self, t: float) -> Float64[Tensor, "n c"]:
         with torch.no_grad():
-            return outputs(self.model, self.x, self.space.moved(self.base, t * self.z))
+            return self._function(self.space.moved(self.base, t * self.z))
+
+    def _function(self, parameters: Mapping[str, Tensor]) -> Float64[Tensor, "n c"]:
+        values = outputs(self.model, self.x, parameters)
+        if not self.projected:
+            return values
+        sums = torch.arange(_SUMS, dtype=torch.int64, device=values.device)
+        return normal(0, Stream.PROBE, sums, 0, values.numel()).to(values.dtype) @ values.flatten()[:, None]
 
     def _slope(self, t: float) -> Float64[Tensor, "n c"]:
         """∇f(x; θ+tz)·z, by double reverse mode, which follows custom backward rules too."""
         moved = self.space.moved(self.base, t * self.z)
         parameters = {name: value.requires_grad_() for name, value in moved.items()}
-        with torch.enable_grad():
-            values = outputs(self.model, self.x, parameters)
+        with torch.enable_grad(), twice_differentiable():
+            values = self._function(parameters)
             if not values.requires_grad:
                 return torch.zeros_like(values)
+            if self.projected:
+                return torch.stack([self._along(value, parameters) for value in values])[:, None]
             weights = torch.zeros_like(values, requires_grad=True)
             gradients = torch.autograd.grad(
                 values, list(parameters.values()), weights, create_graph=True, allow_unused=True, materialize_grads=True
             )
-            directions = self.space.split(self.z).values()
-            along = torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
+            along = self._dot(gradients)
             if not along.requires_grad:
                 return torch.zeros_like(values)
             return torch.autograd.grad(along, weights, allow_unused=True, materialize_grads=True)[0].detach()
+
+    def _along(self, value: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """One number's slope."""
+        gradients = torch.autograd.grad(
+            value, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return self._dot(gradients)
+
+    def _dot(self, gradients: Sequence[Tensor]) -> Tensor:
+        directions = self.space.split(self.z).values()
+        return torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()

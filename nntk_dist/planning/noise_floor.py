@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from nntk_dist.models.evaluation import Evaluator, output_index, prepare_model
+from nntk_dist.errors import Unavailable
+from nntk_dist.models.evaluation import Evaluator, in_float64, output_index
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing, draw_chunks
 from nntk_dist.sampling.laws import LowRank
@@ -66,7 +67,10 @@ def probe_noise(
     base, chosen = evaluator.base(x), output_index(columns)
     exact = None
     if any(p.dtype != torch.float64 for p in evaluator.model.parameters() if p.is_floating_point()):
-        exact = Evaluator(prepare_model(evaluator.model, dtype=torch.float64, device=x.device), evaluator.space)
+        try:
+            exact = Evaluator(in_float64(evaluator.model, x)[0], evaluator.space)
+        except Unavailable:
+            return None
     squares = torch.zeros(2, dtype=torch.float64, device=x.device)  # of changes, of noise
     weights = _weights(single, x.device)
     for part in draw_chunks(range(_DRAWS), drawing.num_parameters):

@@ -11,23 +11,23 @@ Units: seconds, for one draw on one batch.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import first_line
 from nntk_dist.layers.low_rank_passes import find_low_rank_passes
 from nntk_dist.models.black_box import holds_black_box
-from nntk_dist.models.evaluation import Evaluator, draws_at_once
+from nntk_dist.models.evaluation import Evaluator, StackingFailed, draws_at_once
 from nntk_dist.models.noise import is_random
 from nntk_dist.models.parameters import ParameterSpace
-from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.runtime.threads import torch_threads
 from nntk_dist.sampling.designs import Design
 from nntk_dist.sampling.draws import Drawing
+from nntk_dist.sampling.laws import LowRank
 
 _LONG_SECONDS = 5e-3  # a pass to which the overhead of a call, about 0.1 ms, is nothing
 _WORTH = 0.8  # of the time in turn: below it stacking is taken, so that near ties always end the same way
@@ -70,12 +70,47 @@ def try_stacking(
     if is_random(model):
         return StackingTrial(False, why="noise is fixed for one random function after the other")
     drawing = _timed(drawing)
-    described = (repr(model), space, tuple(x.shape), x.dtype, next(model.parameters()).dtype, drawing)
+    setting = (space, tuple(x.shape), x.dtype, next(model.parameters()).dtype, drawing)
     with torch_threads(threads):
-        known = _remembered(repr((described, x.device, torch.get_num_threads())))
+        known = _remembered(_function(model), repr((setting, x.device, torch.get_num_threads())))
         if not known:
             known.append(_measure(model, space, x, drawing))
-    return known[0]
+        return _confirmed(known[0], model, space, x, drawing)
+
+
+def _function(model: nn.Module) -> tuple[Hashable, ...]:
+    """What identifies f but for its parameters: classes themselves, the code of forward passes, plain attributes.
+
+    Two models may print alike and differ in them: a class that was defined again, in a notebook, say. Classes are held
+    by weak references.
+    """
+    return tuple(
+        (path, ref(type(module)), getattr(type(module).forward, "__code__", None), _plain_attributes(module))
+        for path, module in model.named_modules()
+    )
+
+
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    kinds = (bool, int, float, str, tuple, type(None))
+    own = vars(module).items()
+    return tuple((name, repr(value)) for name, value in own if name[0] != "_" and isinstance(value, kinds))
+
+
+def _confirmed(
+    trial: StackingTrial, model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawing
+) -> StackingTrial:
+    """The remembered trial if it holds for this model: attributes that are no plain values may make another function.
+
+    Cost: one stacked pass of one group of draws, if stacking was chosen.
+    """
+    if not trial.stacked or isinstance(drawing.distribution, LowRank):
+        return trial
+    z = drawing.perturbations(range(drawing.group_size), dtype=next(model.parameters()).dtype, device=x.device)
+    try:
+        Evaluator(model, space, stacked=True).try_stacked(x, z)
+    except StackingFailed as error:
+        return StackingTrial(False, why=str(error))
+    return trial
 
 
 def _timed(drawing: Drawing) -> Drawing:
@@ -90,8 +125,8 @@ def _timed(drawing: Drawing) -> Drawing:
 
 
 @lru_cache(maxsize=256)
-def _remembered(_signature: str) -> list[StackingTrial]:
-    """The list that holds the remembered trial of this signature, if there is one."""
+def _remembered(_function: tuple[Hashable, ...], _setting: str) -> list[StackingTrial]:
+    """The list that holds the remembered trial of this function and setting, if there is one."""
     return []
 
 
@@ -112,12 +147,12 @@ def _measure(model: nn.Module, space: ParameterSpace, x: Tensor, drawing: Drawin
     seconds_in_turn = _seconds(lambda: pass_with(in_turn, first), x.device) / len(first)
     if seconds_in_turn > _LONG_SECONDS and shared is None:
         return StackingTrial(False, why=f"a pass takes {1e3 * seconds_in_turn:.2g} ms, far above a call's overhead")
-    try:
-        pass_with(stacked, first)
-    except Exception as error:  # a model's code may raise anything
-        if is_out_of_memory(error):
-            raise
-        return StackingTrial(False, why=f"vmap cannot take the model ({first_line(error)})")
+    if shared is None:
+        z = drawing.perturbations(first, dtype=next(model.parameters()).dtype, device=x.device)
+        try:
+            stacked.try_stacked(x, z)
+        except StackingFailed as error:
+            return StackingTrial(False, why=str(error))
     most = min(_DRAWS, draws_at_once(space.num_parameters if shared is None else shared.numbers_of_a_draw, x))
     several = range(max(unit, most // unit * unit))
     seconds_in_turn = _seconds(lambda: pass_with(in_turn, several), x.device) / len(several)

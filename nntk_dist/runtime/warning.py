@@ -5,7 +5,7 @@ import warnings
 
 from nntk_dist.errors import NNTKWarning
 
-_OWN = ("nntk_dist.", "contextlib")
+_OWN = ("nntk_dist.", "contextlib.", "torch.utils._contextlib.")
 
 
 def warn_caller(message: str) -> None:

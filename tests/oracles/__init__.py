@@ -8,6 +8,7 @@ Written from the definitions alone. Nothing here imports the library, so that no
     quantised      a network with rounded weights and its nonlocal gradient
     sampling       kernels of any model from very many draws of the definition
     quadrature     nonlocal gradients and kernels of any function of at most three parameters
+    autograd_loop  the local kernel by a plain autograd loop, one example at a time
     brute_force    gradients one at a time by automatic differentiation; block statistics by plain loops
     cases          a table of small models with their inputs
     statistics     assertions about random numbers: agreement, coverage, power

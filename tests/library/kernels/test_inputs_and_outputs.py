@@ -14,27 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from nntk_dist import local_kernel, nonlocal_kernel, prepare_kernel
 from nntk_dist.errors import ArgumentError, ModelError
+from tests.oracles.autograd_loop import kernel_by_loop
 
 N, T, V = 4, 6, 7
 EXACT = {"rtol": 1e-10, "atol": 0.0}
-
-
-def kernel_by_loop(model, function, num_examples, parameters=None):
-    """Σ_c ⟨∇f_c(x), ∇f_c(x')⟩ from `function(model, i)`, f of example i; all parameters, or those named."""
-    named = {name: p for name, p in model.named_parameters() if parameters is None or name in parameters}
-    rows = []
-    for i in range(num_examples):
-        values = function(model, i).reshape(-1)
-        gradients = [
-            torch.autograd.grad(v, list(named.values()), retain_graph=True, materialize_grads=True, allow_unused=True)
-            for v in values
-        ]
-        flat = [
-            torch.cat([(torch.view_as_real(g) if g.is_complex() else g).reshape(-1) for g in own]) for own in gradients
-        ]
-        rows.append(torch.stack(flat))
-    jacobian = torch.stack(rows)
-    return torch.einsum("icp,jcp->ij", jacobian, jacobian)
 
 
 class Tagger(nn.Module):

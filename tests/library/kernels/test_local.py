@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nntk_dist import NNTKError, local_kernel, nonlocal_kernel
 from nntk_dist.layers.per_example import whole_gradients
 from nntk_dist.layers.site_trial import plan_sites
+from nntk_dist.layers.sites import SitePlan
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.runtime.memory import is_out_of_memory
@@ -276,13 +277,12 @@ class Full(nn.Module):
 def test_memory_that_runs_out_under_vmap_is_said_to_be_so(message: str):
     model, x = Full(message), torch.ones(4, 3)
     with pytest.raises(RuntimeError, match=message.partition("(")[0]) as caught:
-        whole_gradients(model, ["scale"], x, dict(model.named_parameters()), range(3))
+        list(whole_gradients(model, SitePlan((), (), ("scale",)), x, dict(model.named_parameters()), range(3)))
     assert is_out_of_memory(caught.value)
     assert not isinstance(caught.value, NNTKError)
 
 
-def test_models_that_vmap_cannot_take_are_refused():
-    with pytest.raises(
-        NNTKError, match=r"per-example gradients of scale need torch.func.vmap, .* use estimator: weight"
-    ):
-        local_kernel(Undecided(), torch.ones(4, 3))
+def test_models_that_vmap_cannot_take_are_differentiated_one_example_at_a_time():
+    model = Undecided()
+    assert_equal(local_kernel(model, torch.ones(4, 3)), torch.full((4, 4), 3.0))
+    assert plan_sites(model, select_parameters(model), torch.ones(4, 3)).whole_in_turn

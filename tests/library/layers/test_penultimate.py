@@ -299,7 +299,7 @@ def test_a_readout_that_another_function_follows_is_refused():
     features, _ = gradients_of(model, x[:3])
     assert (features.penultimate, features.readout) == (None, 1)
     features.compute(x, torch.arange(6), range(8), features.columns, batch=3)
-    with pytest.raises(NNTKError, match=r"another way from layer 'readout' to its output .*; use estimator: weight"):
+    with pytest.raises(NNTKError, match=r"another way from layer 'readout' to its output .*; put examples of both"):
         features.compute(x, torch.arange(6), range(8), features.columns)
 
 
@@ -310,9 +310,7 @@ def test_a_model_that_goes_another_way_is_refused():
     model, x = prepare_model(Turning(), dtype=torch.float64, device="cpu"), torch.randn(6, 4, dtype=torch.float64)
     features, _ = prepared_features(model, x[:3], KernelSpec(kind="local", statistic="plugin"))
     features.compute(x, torch.arange(6), range(1), features.columns, batch=3)
-    with pytest.raises(
-        NNTKError, match=r"goes another way from layer 'hidden' to its output .*; use estimator: weight"
-    ):
+    with pytest.raises(NNTKError, match=r"goes another way from layer 'hidden' to its output .*; put examples of both"):
         features.compute(x, torch.arange(6), range(1), features.columns)
 
 

@@ -62,12 +62,12 @@ def test_the_change_from_call_to_call_is_that_of_the_largest_output():
 
 
 def test_the_change_with_the_batch_is_that_of_the_outputs():
-    """Without the last row the mean goes from 2 to 1; the largest output is 5 + share·2."""
+    """With the last row alone the mean goes from 2 to 5; the largest output is 5 + share·2."""
     x = torch.tensor([[0.0], [2.0], [1.0], [5.0]], dtype=torch.float64)
     share = 2.0**-46
-    assert changes(Together(share), x)[1] == pytest.approx(share / 5.0, rel=0.1)
+    assert changes(Together(share), x)[1] == pytest.approx(3.0 * share / 5.0, rel=0.1)
     assert covariance_kernel(Together(share), x, gamma=0.1).probes.batch_change > 0
-    assert changes(Together(1.0), x)[1] == pytest.approx(1.0 / 7.0)
+    assert changes(Together(1.0), x)[1] == pytest.approx(3.0 / 7.0)
     with pytest.raises(NNTKError, match="depends on the other examples of its batch"):
         covariance_kernel(Together(1.0), x, gamma=0.1)
 

@@ -47,11 +47,14 @@ class OneNumber(nn.Module):
         return self.theta.expand(len(x))
 
 
+EYE = torch.eye(2)
+
+
 class Single(nn.Linear):
-    """Runs only in float32: a constant in its forward pass has that type."""
+    """Runs only in float32: a constant that is no buffer has that type."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) @ torch.eye(self.out_features)
+        return super().forward(x) @ EYE
 
 
 def floor_of(model: nn.Module, x: torch.Tensor, *, dtype=torch.float32, columns=None, still=(), **options):

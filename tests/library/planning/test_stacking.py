@@ -136,3 +136,58 @@ def test_what_cannot_be_stacked_is_evaluated_in_turn_and_says_why():
 def test_models_that_write_in_place_are_tried_like_any_other():
     model, x = case("relu_mlp_in_place").build(), case("relu_mlp_in_place").inputs(4)
     assert tried(model, x).text.startswith("perturbed models are evaluated")
+
+
+def redefined(*, branches: bool) -> type[nn.Module]:
+    """A class of the same name each time, as a notebook cell that is run again makes."""
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(5))
+
+    def plain(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.weight)
+
+    def branching(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.weight) if self.weight.sum() > 0 else x
+
+    Cell.forward = branching if branches else plain
+    return Cell
+
+
+class OfFunction(nn.Module):
+    """Any function of a parameter, which no plain attribute tells from another."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(5)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.function(self.weight)
+
+
+def test_two_models_that_print_alike_share_no_choice(monkeypatch):
+    Clock(monkeypatch, in_turn=1e-3, stacked=1e-4)
+    first, second, x = redefined(branches=False)(), redefined(branches=True)(), torch.randn(2, 5)
+    assert repr(first) == repr(second)
+    assert tried(first, x).stacked
+    assert "vmap cannot take the model" in tried(second, x).text
+    assert tried(first, x).stacked
+
+
+def test_a_remembered_choice_that_fails_is_not_taken(monkeypatch):
+    Clock(monkeypatch, in_turn=1e-3, stacked=1e-4)
+    x = torch.randn(2, 5)
+    assert tried(OfFunction(torch.tanh), x).stacked
+    again = tried(OfFunction(lambda weight: weight if weight.sum() > 0 else -weight), x)
+    assert not again.stacked
+    assert "vmap cannot take the model" in again.text
+
+
+def test_stacked_evaluation_falls_back_to_in_turn():
+    model = prepare_model(Branching(), dtype=torch.float64, device="cpu")
+    space, x = select_parameters(model), torch.randn(3, 2, dtype=torch.float64)
+    z = torch.randn(4, 2, dtype=torch.float64)
+    stacked, in_turn = (Evaluator(model, space, stacked).perturbed(x, z) for stacked in (True, False))
+    assert torch.equal(stacked, in_turn)

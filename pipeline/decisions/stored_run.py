@@ -131,6 +131,8 @@ def _difference(manifest: Manifest, config: Config, plain: Mapping[str, Any], ch
         source, unfixed = config.model.checkpoint or config.model.builder, ""
         if source.startswith(PYTHON):
             unfixed = ", or it draws random numbers that model.seed does not fix"
+        if config.model.checkpoint is None:  # torch rounds random numbers by the instructions of the processor
+            unfixed += ", or this is another kind of processor, whose initial parameters differ in their last bits"
         return (
             f"'{source}' gives other parameters or freezes others, so its file or its code has changed since{unfixed}"
             f"{_versions(manifest)}"

@@ -126,7 +126,11 @@ CASES = {
     "a branch that is zero": ("model.builder=python:own_code:branch", (".tanh()", ".relu()"), "f has other values"),
     "a model with noise": ("model.builder=python:own_code:noisy", ("0.1 *", "0.2 *"), "f has other values"),
     "a black box": ("model.builder=python:own_code:box", ("np.tanh(x.", "np.sin(x."), "f has other values"),
-    "frozen layers": ("model.builder=python:own_code:frozen", ("grad_(True", "grad_(False"), "or freezes others"),
+    "frozen layers": (
+        "model.builder=python:own_code:frozen",
+        ("grad_(True", "grad_(False"),
+        "or freezes others.*another kind of processor",
+    ),
     "first parameters": (
         "model.builder=python:own_code:plain",
         ("return nn", "torch.rand(1); return nn"),

@@ -23,7 +23,7 @@ NAMES = [case.name for case in CASES]
 EVERY = pytest.mark.parametrize("case", CASES, ids=NAMES)
 OTHERS = {
     "covariance": lambda model, x, **options: covariance_kernel(model, x, gamma=0.01, draws=16, **options).kernel,
-    "averaged": lambda model, x, **options: averaged_kernel(model, x, gamma=1e-3, draws=4, **options).kernel,
+    "averaged": lambda model, x, **options: averaged_kernel(model, x, gamma=1e-3, draws=8, **options).kernel,
 }
 
 

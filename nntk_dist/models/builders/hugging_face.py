@@ -54,6 +54,9 @@ def hugging_face(location: str, *, architecture: str | None = None, random: bool
     if found is None:
         known = [each for each in dir(transformers) if each.endswith(("Model", "LM", "Classification"))]
         raise ArgumentError(f"model hf:{location}: transformers has no class '{name}'{nearest_name(str(name), known)}")
+    log = transformers.utils.logging
+    shows_progress = log.is_progress_bar_enabled()
+    log.disable_progress_bar()  # a worker writes to the driver's display
     try:
         if random:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -62,5 +65,8 @@ def hugging_face(location: str, *, architecture: str | None = None, random: bool
             model = found.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # transformers raises anything
         raise ModelError(f"model hf:{location} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        if shows_progress:
+            log.enable_progress_bar()
     assert isinstance(model, nn.Module)
     return model

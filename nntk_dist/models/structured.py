@@ -9,7 +9,7 @@ Axes: n examples, b bytes of an example.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,12 @@ class Layout:
             values = values.reshape(len(packed), *part.shape)
             parts[part.name] = values.to(dtype) if values.is_floating_point() else values
         return parts
+
+    def converted(self, packed: UInt8[Tensor, "n b"], dtype: torch.dtype) -> tuple["Layout", UInt8[Tensor, "n c"]]:
+        """Return the same examples with floating-point parts in another dtype, and their layout."""
+        parts = self.unpack(packed, dtype)
+        layout = replace(Layout.of(parts, "the examples", dtype), named=self.named)
+        return layout, replace(layout, named=True).pack(parts, "the examples")
 
     @property
     def _floating(self) -> torch.dtype:

@@ -50,6 +50,17 @@ def test_floating_parts_take_the_dtype_of_the_model():
     assert halved.unpack(halved.pack(parts, "x1"), torch.float64)["x"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_floating_parts_in_another_dtype(named):
+    parts = examples() if named else tuple(examples().values())
+    layout = Layout.of(parts, "x1", torch.float32)
+    wide, packed = layout.converted(layout.pack(parts, "x1"), torch.float64)
+    assert wide.named == named
+    assert [part.dtype for part in wide.parts] == ["int64", "bool", "float64", "uint8", "complex64"]
+    for before, after in zip(examples().values(), wide.unpack(packed, torch.float32).values(), strict=True):
+        assert torch.equal(before, after)
+
+
 def test_a_tuple_has_numbered_parts():
     layout = Layout.of((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), "x1", torch.float32)
     assert not layout.named

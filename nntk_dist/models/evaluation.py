@@ -126,10 +126,14 @@ def in_float64(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     """
     exact = prepare_model(model, dtype=torch.float64, device=x.device)
     x = x.to(torch.float64) if x.is_floating_point() else x
-    if _computes_in_float64(exact, x):
-        return exact, x
     calling = calling_of(exact)
     assert calling is not None
+    if calling.layout is not None:
+        layout, x = calling.layout.converted(x, torch.float64)
+        calling = replace(calling, layout=layout)
+        attach_calling(exact, calling)
+    if _computes_in_float64(exact, x):
+        return exact, x
     attach_calling(exact, replace(calling, widened=True))
     with (
         trying(
@@ -165,12 +169,9 @@ def outputs(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor] | None
     Raises: ModelError if the output is not a floating tensor of shape (n,) or (n, C).
     """
     calling, dtype, count = calling_of(model) or _ONE_TENSOR, _real_dtype(model) or torch.float32, len(x)
+    arguments, named, parts = calling.arguments(x.clone(), dtype)
     with calling.model_pass():
-        if calling.is_plain:
-            values = as_outputs(_result(model, parameters, (x.clone(),), {}), count)
-        else:
-            arguments, named, parts = calling.arguments(x.clone(), dtype)
-            values = as_outputs(calling.function(_result(model, parameters, arguments, named), parts), count)
+        values = as_outputs(calling.function(_result(model, parameters, arguments, named), parts), count)
     if not torch.is_grad_enabled():  # the model may switch gradients on
         values = values.detach()
     return values.to(dtype) if values.dtype.itemsize < dtype.itemsize else values

@@ -44,6 +44,7 @@ def test_local_kernels(case: Case):
     assert (kernel - expected).abs().max() <= case.right.tolerance * expected.abs().max()
 
 
+@pytest.mark.statistical
 @EVERY
 def test_nonlocal_kernels_at_a_small_range(case: Case):
     """At γ = 1e-3 the nonlocal kernel of a smooth model is the local one, but for a term of order γ²."""
@@ -67,6 +68,7 @@ def state(model: object) -> str:
     return str(model.state_dict()) if isinstance(model, nn.Module) else ""
 
 
+@pytest.mark.statistical
 @EVERY
 @pytest.mark.parametrize("function", OTHERS)
 def test_every_other_kernel_is_finite_or_refused(case: Case, function: str):

@@ -3,6 +3,7 @@
 Axes: n examples.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ def as_examples(values: Any, name: str, allowed: str = "a tensor or NumPy array"
         raise ArgumentError(f"{name} has dtype {values.dtype}; allowed: {allowed}, of numbers or booleans") from None
 
 
-def magnitude_caution(x: Tensor, name: str) -> str | None:
+def magnitude_caution(
+    x: Tensor, name: str, *, rows: Sequence[int] | np.ndarray | None = None, dtype: torch.dtype | None = None
+) -> str | None:
     """Say which row is too large for the others, if one is: what is summed or normalised with it loses them.
 
     That is a row whose largest number exceeds the median row's by more than 1/ε of the dtype.
@@ -53,6 +56,8 @@ def magnitude_caution(x: Tensor, name: str) -> str | None:
     Args:
         x: examples, (n, …).
         name: what they are called, with which the caution begins.
+        rows: the numbers of the rows, if they do not count from 0.
+        dtype: the dtype that holds them later, if not their own.
 
     Example:
         >>> magnitude_caution(torch.tensor([[1.0], [2.0], [3.0]]), "x1") is None
@@ -60,15 +65,17 @@ def magnitude_caution(x: Tensor, name: str) -> str | None:
     """
     if not x.is_floating_point() or not x.numel():
         return None
-    largest = x.abs().reshape(len(x), -1).amax(1).double()
+    flat, dtype = x.reshape(len(x), -1), dtype or x.dtype
+    largest = torch.maximum(flat.amax(1), -flat.amin(1)).double()
     median, (top, row) = float(largest.median()), largest.max(0)
     ratio = float(top) / median if median > 0 else 0.0
-    if not ratio > 1.0 / torch.finfo(x.dtype).eps:
+    if not ratio > 1.0 / torch.finfo(dtype).eps:
         return None
-    dtype = str(x.dtype).removeprefix("torch.")
+    number = int(row) if rows is None else int(rows[int(row)])
     return (
-        f"{name}: row {int(row)} holds numbers up to {float(top):.3g}, {ratio:.2g} times those of the median row, "
-        f"which {dtype} cannot hold together; sums and norms over rows lose the others to rounding. Check that row"
+        f"{name}: row {number} holds numbers up to {float(top):.3g}, {ratio:.2g} times those of the median row, "
+        f"which {str(dtype).removeprefix('torch.')} cannot hold together; sums and norms over rows lose the others to "
+        "rounding. Check that row"
     )
 
 

@@ -10,10 +10,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from nntk_dist.errors import ArgumentError, DataError, check_choice
 from nntk_dist.registration.callables import call_checked
 from nntk_dist.registration.registry import Registry
+from nntk_dist.runtime.arrays import magnitude_caution
+from nntk_dist.runtime.warning import warn_caller
 from pipeline.data.dataset import Dataset, Split
 from pipeline.data.packing import pack_inputs
 from pipeline.data.preparation import encode_targets, prepare_inputs
@@ -83,6 +86,9 @@ def load_dataset(
             (train_inputs, train_rows, found.train.name), (test_inputs, test_rows, test_set.name), normalize=normalize
         )
         layout = None
+        _warn_of_magnitudes(train_inputs, train_rows, found.train.name)
+        if test_inputs is not None:
+            _warn_of_magnitudes(test_inputs, test_rows, test_set.name)
     else:
         inputs, layout = pack_inputs(
             (train_inputs, train_rows, found.train.name), (test_inputs, test_rows, test_set.name)
@@ -96,6 +102,16 @@ def load_dataset(
         deviation=deviation,
         layout=layout,
     )
+
+
+def _warn_of_magnitudes(inputs: np.ndarray, rows: np.ndarray, name: str) -> None:
+    """Warn of a row of floating-point inputs that is too large for the others in float32, normalised or not."""
+    if inputs.dtype.kind == "f" and inputs.size:
+        flat = inputs.reshape(len(inputs), -1)
+        largest = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)[:, None]
+        caution = magnitude_caution(torch.from_numpy(largest), f"inputs of {name}", rows=rows, dtype=torch.float32)
+        if caution is not None:
+            warn_caller(caution)
 
 
 def _open(source: str, options: Mapping[str, Any]) -> Source:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from nntk_dist.errors import ArgumentError, NNTKError
+from nntk_dist.errors import ArgumentError, NNTKError, NNTKWarning
 from pipeline.data import load_dataset
 from pipeline.data.selection import shuffled
 
@@ -263,3 +263,13 @@ def test_negative_seed():
 def test_columns_of_sources_without_columns(columns):
     with pytest.raises(ArgumentError, match=r"data source 'sklearn:iris' takes no argument '(input|target)_column"):
         load_dataset("sklearn:iris", train=1, test=1, **columns)
+
+
+def test_a_row_that_drowns_the_others_is_warned_of(tmp_path):
+    inputs = np.linspace(1.0, 2.0, 40).reshape(10, 4)
+    inputs[7] *= 1e30
+    np.savez(tmp_path / "large.npz", x=inputs, y=np.arange(10) % 2)
+    with pytest.warns(
+        NNTKWarning, match=r"inputs of .*large.npz.*: row 7 holds numbers up to 1\.79e\+30, .* float32 cann"
+    ):
+        load_dataset(f"npz:{tmp_path / 'large.npz'}", train=8, test=2)

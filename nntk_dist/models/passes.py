@@ -75,7 +75,15 @@ def lowest_precision(found: set[torch.dtype], otherwise: torch.dtype) -> float:
     return max((torch.finfo(dtype).eps for dtype in found), default=torch.finfo(otherwise).eps)
 
 
-class _Recording(TorchDispatchMode):
+class _EagerMode(TorchDispatchMode):
+    """A dispatch mode that does not import torch's compiler, which takes seconds, to be left alone by it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Recording(_EagerMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: set[torch.dtype] = set()
@@ -90,7 +98,7 @@ class _Recording(TorchDispatchMode):
         return result
 
 
-class _Widening(TorchDispatchMode):
+class _Widening(_EagerMode):
     """Replaces the dtypes that a model's code, or autocast, asks for by float64."""
 
     def __torch_dispatch__(

@@ -42,7 +42,7 @@ def imported(package: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("package", "extras"), [("nntk_dist", ("sklearn", "analysis")), ("pipeline", ("pipeline", "analysis"))]
+    ("package", "extras"), [("nntk_dist", ("sklearn", "analysis", "hf")), ("pipeline", ("pipeline", "analysis"))]
 )
 def test_every_import_is_declared(package: str, extras: tuple[str, ...]) -> None:
     undeclared = {(name, path) for name, path in imported(package) if name not in declared(*extras)}
@@ -56,7 +56,7 @@ def test_every_declared_dependency_is_imported() -> None:
     assert declared() <= library
 
 
-def test_everything_is_in_all_but_the_cluster() -> None:
+def test_everything_is_in_all_but_what_is_large() -> None:
     (everything,) = PROJECT["optional-dependencies"]["all"]
     extras = set(re.search(r"\[(.*)\]", everything).group(1).split(","))
-    assert extras == set(PROJECT["optional-dependencies"]) - {"all", "cluster", "docs", "test"}
+    assert extras == set(PROJECT["optional-dependencies"]) - {"all", "cluster", "docs", "hf", "test"}

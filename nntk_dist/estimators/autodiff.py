@@ -74,7 +74,7 @@ class Autodiff:
         spec, chosen = setting.spec, plan.contraction
         sketch = None
         if chosen.sketched is not None:
-            groups = groups_of_columns(chosen.num_columns, spec.blocks)
+            groups = groups_of_columns(chosen.num_columns, spec.blocks if spec.pair_blocks else 1)
             names = setting.evaluator.space.names
             sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint=not spec.meeting.full)
         outer = chosen.exact.outer if spec.pair_blocks else ()

@@ -8,7 +8,8 @@
            summed, share the same k numbers: (R + 1)·k.
 
 Multiplying and adding up the two products of a pair of draws has a separate cost. The first two ways are exact.
-`auto` takes the cheaper of them, and a sketch only if exactness is too expensive. Nothing is computed here.
+`auto` takes the cheaper of them, and a sketch only if exactness is too expensive; for kind `local`, whose exact kernel
+has no error, only if a sketch is asked for. Nothing is computed here.
 
 The same three ways exist for the noisy layers of `activation`:
 
@@ -139,8 +140,9 @@ def contraction_of(
     """Choose the contraction of a kernel of gradients with `num_outputs` model outputs."""
     blocks = 1 if spec.kind == Kind.LOCAL else spec.blocks
     setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == Outputs.FULL)
-    num_columns = columns_of_sketch(spec.sketch) if spec.pair_blocks else 0
-    return choose_contraction(plan, space, spec.contraction, num_columns, setting)
+    num_columns = columns_of_sketch(spec.sketch) if spec.may_sketch else 0
+    asked = ContractionChoice.SKETCH if spec.kind == Kind.LOCAL and num_columns else spec.contraction
+    return choose_contraction(plan, space, asked, num_columns, setting)
 
 
 def choose_contraction(

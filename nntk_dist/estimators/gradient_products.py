@@ -27,6 +27,7 @@ from nntk_dist.products.feature_description import ArraySpec, FeatureCosts, Feat
 from nntk_dist.products.features import Rows, num_rows
 from nntk_dist.products.formed import (
     alone_block_products,
+    alone_weighted_products,
     column_weighted_products,
     combined,
     formed_block_products,
@@ -53,7 +54,8 @@ class GradientProducts:
         columns: The indices of the model outputs in the kernel.
         pair_blocks: Whether products pair all blocks, or each draw only with itself.
         zero_stderr_is_unresolved: Whether a standard error of 0 means that no draw changed the output.
-        sketch: The sketch; None without one. Only paired blocks have one.
+        sketch: The sketch; None without one. Paired blocks have one, or the one gradient at θ. The groups of columns of
+            the latter are independent sketches of it, and so the blocks whose scatter gives the error.
         sketched: The layers that are in the sketch alone, a plan without outer sites.
         sums_outputs: Whether products are summed over outputs. What outputs share is then kept once.
         shared: Indices of the outer sites whose h̃ no draw changes (`nntk_dist.layers.site_trial`). If blocks are
@@ -83,8 +85,10 @@ class GradientProducts:
 
     @property
     def num_blocks(self) -> int:
-        """R, the number of independent blocks of draws."""
-        return 1 if self.drawing is None else self.drawing.num_blocks
+        """R, the number of independent blocks of draws, or of groups of columns if the gradient at θ is sketched."""
+        if self.drawing is not None:
+            return self.drawing.num_blocks
+        return 1 if self.sketch is None else self.sketch.num_groups
 
     @property
     def num_parameters(self) -> int:
@@ -93,8 +97,13 @@ class GradientProducts:
 
     @property
     def draws_per_block(self) -> int:
-        """Draws of one block."""
-        return self.num_draws // self.num_blocks
+        """Draws of one block; the groups of columns of a sketch share the one gradient at θ."""
+        return max(1, self.num_draws // self.num_blocks)
+
+    @property
+    def _num_sketched(self) -> int:
+        """Gradients of one row that are sketched: R block means, or the one at θ."""
+        return self.num_blocks if self.pair_blocks else 1
 
     @property
     def draws_per_slot(self) -> int:
@@ -109,8 +118,8 @@ class GradientProducts:
 
     @property
     def num_sketch_groups(self) -> int:
-        """Q, the number of independent groups of sketch columns; 0 if products are exact."""
-        return 0 if self.sketch is None else self.sketch.num_groups
+        """Q, the number of independent groups of sketch columns; 0 if products are exact, or if they are the blocks."""
+        return self.sketch.num_groups if self.sketch is not None and self.pair_blocks else 0
 
     # Arrays and costs -------------------------------------------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class GradientProducts:
             shape = (self.num_draws // self.draws_per_slot, num_outputs, self.num_dense)
             specs.append(ArraySpec("dense", (axis, "output", "parameter"), shape))
         if self.sketch is not None:
-            blocks, numbers = self.num_blocks, self.sketch.num_columns
+            blocks, numbers = self._num_sketched, self.sketch.num_columns
             if self.sketch.joint:
                 specs.append(ArraySpec("sketch", ("block", "column"), (blocks, numbers)))
             else:
@@ -152,7 +161,7 @@ class GradientProducts:
         arrays = self.arrays
         if [spec.name for spec in arrays] != ["sketch"]:
             return FeatureStorage(arrays)
-        metric = ArraySpec("metric", ("block", "block_col"), (self.num_blocks, self.num_blocks))
+        metric = ArraySpec("metric", ("block", "block_col"), (self._num_sketched, self._num_sketched))
         return FeatureStorage(arrays, is_single=True, metric=metric)
 
     def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
@@ -170,7 +179,7 @@ class GradientProducts:
             prepared_share=prepared,
             copies_sample=bool(layered),
             product_bytes=_PAIR_BYTES * self.num_draws**2 * len(layered) if self.pair_blocks else 0,
-            allows_sketch=self.pair_blocks and self.sketch is None,
+            allows_sketch=(self.pair_blocks or self.drawing is None) and self.sketch is None,
         )
 
     def _entry_operations(self, meeting: Meeting, wanted: Wanted) -> float:
@@ -193,7 +202,8 @@ class GradientProducts:
             total += 2.0 * formed * (draws // self.draws_per_slot) * (outputs * self.num_dense) * copies
         if self.sketch is not None:
             width = self.sketch.num_columns * (1 if self.sketch.joint else outputs)
-            total += 2.0 * (formed + (1.0 if wanted.stderr else 0.0)) * blocks * width * copies
+            of_groups = 1.0 if wanted.stderr and self.pair_blocks else 0.0
+            total += 2.0 * (formed + of_groups) * self._num_sketched * width * copies
         return total
 
     def _widths(self, index: int) -> tuple[int, int]:
@@ -242,7 +252,10 @@ class GradientProducts:
             prepared["readout_columns"] = combined(prepared.pop("readout"), wanted)
         if "sketch" in prepared:
             prepared.pop("sketch")
-            prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, wanted)
+            if self.pair_blocks:
+                prepared |= prepared_sketch(self._sketches(rows), self.num_sketch_groups, wanted)
+            else:
+                prepared["sketch_blocks"] = self._sketch_blocks(rows)
         for index in self.shared if self.pair_blocks else ():
             if f"gradient_{index}" in prepared:
                 gradients = prepared.pop(f"gradient_{index}")
@@ -256,6 +269,10 @@ class GradientProducts:
         """Return sketches with an axis of outputs, of length 1 if they are joint."""
         assert self.sketch is not None
         return rows["sketch"][:, :, None] if self.sketch.joint else rows["sketch"]
+
+    def _sketch_blocks(self, rows: Rows) -> Float[Tensor, "n r c _"]:
+        """Return the groups of columns of the one sketch at θ as blocks: a view, 1/√R of R independent sketches."""
+        return self._sketches(rows)[:, 0].unflatten(2, (self.num_blocks, -1)).transpose(1, 2)
 
     def _columns(self, gradients: Float[Tensor, "n q c k"], wanted: Wanted) -> Float[Tensor, "n w c _"]:
         """Return formed gradients as products take them; without pairs, the draws of a block side by side."""
@@ -316,6 +333,9 @@ class GradientProducts:
             inputs = Inputs(rows[shared], others[shared])
             of_layer = formed_weighted_products(rows[name], others[name], blocks, wanted)
             products += [replace(product, inputs=inputs) for product in of_layer]
+        if "sketch_blocks" in rows:
+            for each in alone_weighted_products(rows["sketch_blocks"], others["sketch_blocks"], wanted):
+                products.append(replace(each, factors={name: factor * blocks for name, factor in each.factors.items()}))
         names = ("readout_columns", "dense_columns")
         return products + column_weighted_products(rows, others, names, blocks, wanted, pair_blocks=pair_blocks)
 
@@ -333,6 +353,9 @@ class GradientProducts:
             else:
                 own, other = (self._columns(part["dense"], Wanted(stderr=True)) for part in (rows, others))
                 parts.append(alone_block_products(own, other, meeting))
-        if "sketch" in rows:
+        if "sketch" in rows and self.pair_blocks:
             parts.append(formed_block_products(self._sketches(rows), self._sketches(others), meeting))
+        elif "sketch" in rows:
+            own, other = self._sketch_blocks(rows), self._sketch_blocks(others)
+            parts.append(self.num_blocks * alone_block_products(own, other, meeting))
         return torch.stack(parts).sum(0)

@@ -42,7 +42,8 @@ class GradientFeatures(GradientProducts):
 
     def make_metric(self) -> Float64[Tensor, "r r"]:
         """Make M of a kernel that is sketched as a whole: plugin = Φ (M ⊗ I) Φᵀ, Φ the sketches of the block means."""
-        return torch.full((self.num_blocks, self.num_blocks), self.num_blocks**-2, dtype=torch.float64)
+        count = self._num_sketched
+        return torch.full((count, count), count**-2, dtype=torch.float64)
 
     def with_metric(self, metric: Float64[Tensor, "r r"]) -> Self:
         """Return the same features: products need no metric."""

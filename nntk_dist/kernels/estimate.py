@@ -40,7 +40,7 @@ class KernelEstimate(Generic[Array]):
         estimator: the estimator that was used.
         reason: why, in words.
         draws: perturbed models evaluated.
-        blocks: independent blocks of draws.
+        blocks: independent blocks of draws; of a sketched local kernel, independent groups of the sketch's numbers.
         num_parameters: P.
         relative_error: estimate of ‖U − Θ‖/‖Θ‖; NaN without error bars.
         relative_bias: ‖plugin − unbiased‖/‖unbiased‖.
@@ -68,7 +68,7 @@ class KernelEstimate(Generic[Array]):
 
     def __repr__(self) -> str:
         shape: Any = self.kernel
-        draws = "exact" if self.relative_error == 0.0 else f"{self.draws} draws"
+        draws = "exact" if self.relative_error == 0.0 else "1 draw" if self.draws == 1 else f"{self.draws} draws"
         error = "" if self.relative_error == 0.0 else f", relative error {self.relative_error:.2g}"
         unresolved = f", {100 * self.unresolved_share:.2g} % of entries unresolved" if self.unresolved_share else ""
         return f"KernelEstimate(shape {tuple(shape.shape)}, {self.estimator}, {draws}{error}{unresolved})"
@@ -86,7 +86,7 @@ class KernelEstimate(Generic[Array]):
         """
         if self.stderr is None:
             raise ArgumentError(
-                "this kernel has no standard error: it is exact (kind local), or has fewer than "
+                "this kernel has no standard error: it is exact (kind local without a sketch), or has fewer than "
                 f"{MINIMUM_BLOCKS} blocks"
             )
         centre: Any = self.kernel if self.unbiased is None else self.unbiased

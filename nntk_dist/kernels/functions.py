@@ -178,6 +178,9 @@ def local_kernel(
 ) -> Tensor:
     """Compute the empirical NTK ⟨∇f_c(x), ∇f_c'(x')⟩ by automatic differentiation, layer by layer, exact to rounding.
 
+    With `sketch`, gradients are replaced by that many random numbers: right on average, with an error of √(2/k) to
+    √(6/k) of a diagonal entry and memory of k numbers a row.
+
     Args:
         model: the model f.
         x1: examples, (n1, …), a tensor or NumPy array, or a dict or tuple of them, which go to the model's arguments.
@@ -189,7 +192,8 @@ def local_kernel(
         options: the options of the kernel.
 
     Returns:
-        The kernel as a tensor; `prepare_kernel(model, x, kind="local")` keeps the decision for later calls.
+        The kernel as a tensor; `prepare_kernel(model, x, kind="local")` keeps the decision for later calls, and states
+        the standard error of a sketch.
 
     Raises:
         NNTKError: the model has no gradients for single examples.

@@ -15,7 +15,8 @@ AISTATS 2023). Projections of both sides to b×b blocks would cost less for a co
 
 The probes are a function of (seed, parameter, side, coordinate, column): the same for all rows, draws and processes.
 Columns form Q independent groups; their scatter gives the error of the sketch
-(`nntk_dist.statistics.standard_errors`). No models, no draws and no kernels here.
+(`nntk_dist.statistics.standard_errors`). The local kernel, which has no draws, takes them as its blocks.
+No models, no draws and no kernels here.
 
 Axes: n examples, c outputs, e sketches (1 if joint, else c), t positions, o/i units out/in, r rows of a parameter's
 gradient ((output, unit) if joint, else unit), k columns, m = k/2 complex columns.

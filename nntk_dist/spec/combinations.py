@@ -38,7 +38,7 @@ def check_combinations(spec: "KernelSpec") -> None:
 
 
 def _check_contraction(spec: "KernelSpec") -> None:
-    """A contraction needs gradients; a sketch needs pairs of blocks, whose scatter shows its error."""
+    """A contraction needs gradients; a sketch needs a kind that knows its error."""
     if spec.contraction != ContractionChoice.AUTO and (
         spec.kind == Kind.COVARIANCE or spec.estimator == EstimatorChoice.WEIGHT
     ):
@@ -46,15 +46,16 @@ def _check_contraction(spec: "KernelSpec") -> None:
         raise ArgumentError(
             f"contraction is '{spec.contraction}'; allowed for {what}, which uses differences of outputs: auto"
         )
-    if spec.contraction == ContractionChoice.SKETCH and not spec.pair_blocks:
+    sketches = spec.kind in (Kind.NONLOCAL, Kind.LOCAL)
+    if spec.contraction == ContractionChoice.SKETCH and not sketches:
         raise ArgumentError(
-            f"contraction is 'sketch'; allowed for kind {spec.kind}: auto, layered, means (only kind nonlocal knows "
-            "the error of a sketch)"
+            f"contraction is 'sketch'; allowed for kind {spec.kind}: auto, layered, means (only the kinds nonlocal and "
+            "local know the error of a sketch)"
         )
     if spec.sketch == "auto":
         return
-    if spec.contraction not in (ContractionChoice.AUTO, ContractionChoice.SKETCH) or not spec.pair_blocks:
-        what = f"kind {spec.kind}" if not spec.pair_blocks else f"contraction {spec.contraction}"
+    if spec.contraction not in (ContractionChoice.AUTO, ContractionChoice.SKETCH) or not sketches:
+        what = f"contraction {spec.contraction}" if sketches else f"kind {spec.kind}"
         raise ArgumentError(f"sketch is {spec.sketch}; allowed for {what}, which sketches nothing: auto")
     columns_of_sketch(spec.sketch)
 

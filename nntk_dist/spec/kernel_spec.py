@@ -38,6 +38,7 @@ _ALL = frozenset(Kind)
 _DRAWN = frozenset((Kind.NONLOCAL, Kind.COVARIANCE, Kind.AVERAGED))
 _NONLOCAL = frozenset((Kind.NONLOCAL,))
 _GRADIENTS = frozenset((Kind.NONLOCAL, Kind.AVERAGED, Kind.LOCAL))
+_SKETCHED = frozenset((Kind.NONLOCAL, Kind.LOCAL))
 _LARGEST_SEED = 2**63
 
 
@@ -137,7 +138,10 @@ class KernelSpec:
         kinds=_GRADIENTS,
     )
     sketch: int | str = option(
-        Automatic.AUTO, WholeNumber(1, choices=Automatic), "numbers of a sketch for each block", kinds=_NONLOCAL
+        Automatic.AUTO,
+        WholeNumber(1, choices=Automatic),
+        "numbers of a sketch for each block; for kind local a number asks for a sketch",
+        kinds=_SKETCHED,
     )
     parameters: Sequence[str] = option(
         ("*",),
@@ -149,7 +153,7 @@ class KernelSpec:
         0,
         WholeNumber(0, below=_LARGEST_SEED, text="a whole number from 0 to 2^63 - 1"),
         "seed of all random numbers",
-        kinds=_DRAWN,
+        kinds=_ALL,
     )
 
     def __post_init__(self, gamma: float | None) -> None:
@@ -163,6 +167,12 @@ class KernelSpec:
     def pair_blocks(self) -> bool:
         """Whether products of different blocks count: only in the nonlocal kernel."""
         return self.kind == Kind.NONLOCAL
+
+    @property
+    def may_sketch(self) -> bool:
+        """Whether a sketch may be made: of kind nonlocal also if `contraction` is auto, of kind local only if asked."""
+        asked = self.contraction == ContractionChoice.SKETCH or self.sketch != Automatic.AUTO
+        return self.kind == Kind.NONLOCAL or (self.kind == Kind.LOCAL and asked)
 
     @property
     def meeting(self) -> Meeting:

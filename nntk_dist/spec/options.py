@@ -23,7 +23,7 @@ def kernel_options(kind: str | None = None) -> dict[str, Option]:
 
     Example:
         >>> list(kernel_options("local"))
-        ['outputs', 'contraction', 'parameters']
+        ['outputs', 'contraction', 'sketch', 'parameters', 'seed']
     """
     declared = options_of(KernelSpec)
     return {name: each for name, each in declared.items() if kind is None or kind in each.facts["kinds"]}

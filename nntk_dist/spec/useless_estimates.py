@@ -20,7 +20,7 @@ def useless_estimate(spec: KernelSpec, relative_error: float, draws: int) -> str
     It is also empty if an accuracy was requested: then the end of the search says whether it was reached.
 
     Args:
-        spec: the kernel; it must have draws.
+        spec: the kernel; it must have draws or a sketch.
         relative_error: the estimate of ‖U − Θ‖/‖Θ‖, for a kernel with error bars.
         draws: the number of draws that were made.
 
@@ -39,6 +39,8 @@ def useless_estimate(spec: KernelSpec, relative_error: float, draws: int) -> str
             f"output; take more draws,{others} or a larger gamma"
         )
     found = "infinite" if math.isinf(relative_error) else f"{100 * relative_error:.0f} %"
+    if spec.kind == Kind.LOCAL:
+        return f"the kernel is mostly noise: its sketch's estimated relative error is {found}; make sketch larger"
     return (
         f"the kernel is mostly noise: with {draws} draws its estimated relative error is {found}; take more draws,"
         f"{others} or set rtol"

@@ -128,7 +128,7 @@ def check_accuracy(rtol: float | None, max_draws: int, *, kind: str, blocks: int
     if rtol is None:
         return
     if kind == "local":
-        raise ArgumentError(f"rtol is {rtol:g}; allowed for kind local, which is exact: none")
+        raise ArgumentError(f"rtol is {rtol:g}; allowed for kind local, which has no draws: none")
     if blocks < MINIMUM_BLOCKS:
         raise ArgumentError(
             f"rtol is {rtol:g}; allowed for blocks {blocks}, which give no error bars: none (or take "

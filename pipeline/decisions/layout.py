@@ -120,7 +120,7 @@ def make_layout(
     fewest, most = _SHARD_ROWS
     wanted_rows = max(fewest, min(most, sizes.num_train // _SHARDS, _CHUNK_BYTES * sizes.num_blocks // row_bytes))
     shard_rows = batch * max(1, wanted_rows // batch)
-    draws_per_block = sizes.num_draws // sizes.num_blocks
+    draws_per_block = sizes.draws_per_block
     block_bytes = max(1, shard_rows * row_bytes // sizes.num_blocks)
     wanted = max(1, min(_CHUNK_DRAWS // draws_per_block, _CHUNK_BYTES // block_bytes))
     blocks = max(d for d in range(1, sizes.num_blocks + 1) if sizes.num_blocks % d == 0 and d <= wanted)
@@ -141,7 +141,7 @@ def make_layout(
         tile=compute.tile,
         batch=batch,
         shard_rows=shard_rows,
-        chunk_draws=blocks * draws_per_block,
+        chunk_draws=min(sizes.num_draws, blocks * draws_per_block),
         threads=threads_of(compute),
         device=device,
         dtype=compute.dtype,

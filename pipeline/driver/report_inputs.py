@@ -120,7 +120,7 @@ def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
         num_test=sizes["num_test"],
         num_parameters=sizes["num_parameters"],
         num_draws=None if local else sizes["num_draws"],
-        num_blocks=None if local else sizes["num_blocks"],
+        num_blocks=sizes["num_blocks"],
         distribution=None if local else _distribution_text(distribution),
         weighting=_weighting_text(kernel["weighting"], sizes["num_train"]),
         relative_error=results.get("train_relative_error"),

@@ -72,6 +72,11 @@ class Sizes:
     num_blocks: int
     num_classes: int | None
 
+    @property
+    def draws_per_block(self) -> int:
+        """Draws of one block; the blocks of a sketched local kernel share its one gradient."""
+        return max(1, self.num_draws // self.num_blocks)
+
     def rows(self, split: str) -> int:
         """Return the number of examples of a split, `train` or `test`."""
         return self.num_train if split == "train" else self.num_test

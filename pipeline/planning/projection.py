@@ -135,10 +135,10 @@ def row_operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: n
     They follow from the forward passes, or are counted on one example and one block if features take more than passes.
     """
     if costs.passes_per_draw is None:
-        block, names = range(job.sizes.num_draws // job.sizes.num_blocks), torch.zeros(1, dtype=torch.int64)
+        block, names = range(job.sizes.draws_per_block), torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             features.compute(x[:1], names.to(x.device), block, features.columns)
-        return float(counter.get_total_flops()) * job.sizes.num_blocks
+        return float(counter.get_total_flops()) * job.sizes.num_draws / len(block)
     return pass_operations(model, x) * job.sizes.num_draws * costs.passes_per_draw
 
 
@@ -164,7 +164,7 @@ def weighting_bytes(job: Job, x: Tensor) -> int:
     count = num_reference(job.spec, sizes.num_train)
     inputs = count * x[:1].numel()
     numbers = max(sizes.num_parameters, inputs, count * sizes.num_outputs)
-    at_once = max(numbers, min(DRAW_ELEMENTS, numbers * sizes.num_draws // sizes.num_blocks))
+    at_once = max(numbers, min(DRAW_ELEMENTS, numbers * sizes.draws_per_block))
     parts = 1 if not weighting.compares_outputs else 3  # perturbations; outputs, their copy in float64, the scores
     return x.element_size() * inputs + 8 * (2 * sizes.num_parameters + (1 + parts) * at_once)
 
@@ -194,7 +194,7 @@ def group_bytes(job: Job) -> int:
     if job.spec.design != Design.ORTHOGONAL:
         return 0
     sizes = job.sizes
-    group = group_size("orthogonal", sizes.num_draws // sizes.num_blocks, sizes.num_parameters)
+    group = group_size("orthogonal", sizes.draws_per_block, sizes.num_parameters)
     return 3 * 8 * group * sizes.num_parameters
 
 

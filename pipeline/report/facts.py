@@ -194,11 +194,12 @@ def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
 def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
     if kernel.relative_error is not None:
         subject = "unbiased kernel" if kernel.kind == Kind.NONLOCAL else "kernel"
+        parts = "groups of the sketch's numbers" if kernel.kind == Kind.LOCAL else "blocks of draws"
         yield Fact(
             "Kernel error",
             percent(kernel.relative_error),
             f"Estimated relative error of the {subject} in the Frobenius norm, from the spread between "
-            f"{'' if kernel.accuracy else f'{kernel.num_blocks} '}independent blocks of draws."
+            f"{'' if kernel.accuracy else f'{kernel.num_blocks} '}independent {parts}."
             f"{_bound_text(kernel.relative_error_bound)}",
         )
     if kernel.accuracy is not None:
@@ -210,7 +211,7 @@ def _trust_headline(kernel: KernelFacts) -> Iterator[Fact]:
             percent(kernel.relative_bias),
             "‖plugin − unbiased‖ / ‖unbiased‖: how much noise inflates the kernel that the regression uses.",
         )
-    if kernel.kind == Kind.LOCAL:
+    if kernel.kind == Kind.LOCAL and kernel.relative_error is None:
         yield Fact("Kernel error", "none", "The local kernel comes from automatic differentiation, without sampling.")
 
 

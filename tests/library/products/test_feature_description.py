@@ -27,13 +27,19 @@ KINDS = {
     "layered": {"estimator": "autodiff", "contraction": "layered"},
     "means": {"estimator": "autodiff", "contraction": "means"},
     "sketch": {"estimator": "autodiff", "contraction": "sketch", "sketch": 64},
+    "local sketch": {"kind": "local", "sketch": 64},
     "averaged": {"kind": "averaged", "contraction": "means"},
     "weight": {"estimator": "weight"},
     "covariance": {"kind": "covariance"},
     "activation": {"estimator": "activation", "contraction": "layered"},
     "activation means": {"estimator": "activation", "contraction": "means"},
 }
-FACTORS = {"sketch": ("block", "column"), "weight": ("draw", "output"), "covariance": ("draw", "output")}
+FACTORS = {
+    "sketch": ("block", "column"),
+    "local sketch": ("block", "column"),
+    "weight": ("draw", "output"),
+    "covariance": ("draw", "output"),
+}
 
 
 def features_of(kind: str, outputs: str = "trace", **options: Any) -> tuple[KernelSpec, FeatureMap]:
@@ -95,7 +101,7 @@ def test_a_given_metric_gives_the_same_products(kind):
 
 @pytest.mark.parametrize("stderr", [False, True])
 @pytest.mark.parametrize("outputs", ["trace", "full"])
-@pytest.mark.parametrize("kind", ["means", "sketch", "averaged", "weight", "covariance"])
+@pytest.mark.parametrize("kind", ["means", "sketch", "local sketch", "averaged", "weight", "covariance"])
 def test_operations_of_an_entry_are_the_lengths_of_its_products(kind, outputs, stderr):
     """For kernels of plain matrix products, not counting elementwise multiplications of the products."""
     spec, features = features_of(kind, outputs)

@@ -111,7 +111,7 @@ def test_looks_survive_the_ledger():
         ({"rtol": math.nan}, r"rtol is nan; allowed"),
         ({"rtol": True}, r"rtol is True; allowed"),
         ({"rtol": "5%"}, r"rtol is '5%'; allowed"),
-        ({"rtol": 0.1, "kind": "local"}, r"rtol is 0\.1; allowed for kind local, which is exact: none"),
+        ({"rtol": 0.1, "kind": "local"}, r"rtol is 0\.1; allowed for kind local, which has no draws: none"),
         (
             {"rtol": 0.1, "blocks": 2, "design": "orthogonal"},
             r"rtol is 0\.1; allowed for blocks 2, which give no error bars: none \(or take 4 blocks or more\)",

@@ -28,6 +28,7 @@ KERNELS = {
     "weight": ("kernel.estimator=weight", "kernel.draws=32"),
     "sketch": ("kernel.contraction=sketch", "kernel.sketch=64", "kernel.outputs=2"),
     "full": ("kernel.estimator=weight", "kernel.draws=32", "kernel.outputs=full", "data.train=23", "data.test=7"),
+    "local": ("kernel.kind=local", "kernel.sketch=64"),
     "covariance": ("kernel.kind=covariance", "kernel.draws=64", "regression.center_outputs=true"),
 }
 

@@ -179,7 +179,7 @@ def test_another_accuracy_is_another_kernel(undisturbed):
     [
         ("kernel.rtol=2", "kernel.rtol is 2; allowed: null, or a number above 0 and below 1, such as 0.05"),
         ("kernel.draws=131072", "kernel.draws is 131072, the start of the search for rtol; allowed: auto, or up to"),
-        ("kernel.kind=local", "kernel.rtol is 0.1; allowed for kind local, which is exact: none"),
+        ("kernel.kind=local", "kernel.rtol is 0.1; allowed for kind local, which has no draws: none"),
         ("kernel.max_draws=4", "max_draws is 4; allowed: 8 or more, one group of design iid in each of 8 blocks"),
     ],
 )

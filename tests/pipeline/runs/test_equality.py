@@ -13,7 +13,7 @@ import ray
 import torch
 
 import pipeline.decisions.layout
-from nntk_dist import averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel
+from nntk_dist import averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel, prepare_kernel
 from nntk_dist.models.evaluation import prepare_model
 from pipeline.decisions.build import build_dataset, build_model
 from pipeline.config.schema import load_config
@@ -120,10 +120,16 @@ def in_memory(run_dir, function, **options):
     return function(model, train, **options), function(model, test, train, **options)
 
 
+def sketched_local_kernel(model, x1, x2=None, **options):
+    """The local kernel with its error: `local_kernel` returns a tensor alone."""
+    return prepare_kernel(model, x1, kind="local", **options)(x1, x2)
+
+
 FUNCTIONS = {
     "autodiff": ((), nonlocal_kernel, {"gamma": 0.05, "statistic": "both"}),
     "weight": (ESTIMATORS["weight"], nonlocal_kernel, {"gamma": 0.05, "estimator": "weight", "draws": 64}),
     "sketch": (ESTIMATORS["sketch"], nonlocal_kernel, {"gamma": 0.05, "contraction": "sketch", "sketch": 64}),
+    "local": (("kernel.kind=local", "kernel.sketch=64"), sketched_local_kernel, {"sketch": 64}),
     "covariance": (ESTIMATORS["covariance"], covariance_kernel, {"gamma": 0.05, "draws": 64}),
     "averaged": (("kernel.kind=averaged", "kernel.seed=3"), averaged_kernel, {"gamma": 0.05, "seed": 3}),
 }

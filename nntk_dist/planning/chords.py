@@ -10,14 +10,14 @@ Axes: n examples, c outputs, k intervals, P parameters.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from nntk_dist.models.evaluation import outputs
+from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import CHORD_GROUP, Stream
@@ -30,27 +30,34 @@ _HALVINGS = 30  # a kink is then worth less than 1e-9 of what it was
 # Relative to an output's range over the chord: far above rounding, even of parts that compute in float32.
 _VISIBLE = 1e-3
 
-Values = Callable[[float], Float64[Tensor, "n c"]]
+Values = Callable[[Sequence[float]], Float64[Tensor, "k n c"]]
 
 
-def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int) -> float:
+def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int, *, stacked: bool = False) -> float:
     """Return the size of a jump of f on one of four chords, relative to that output's range there; 0 without one.
 
-    `model` and `x` in float64. Chords on which f is not finite are skipped. Cost: at most 4·93 forward passes of 8
-    examples, about half as many for a model with kinks. A jump smaller than 1/1000 of the range is not seen.
+    Chords on which f is not finite are skipped. A jump smaller than 1/1000 of the range is not seen. Cost: at most 4·93
+    forward passes of 8 examples, about half as many for a model with kinks.
+
+    Args:
+        model: a model in float64.
+        space: the parameters that the chords move.
+        x: examples in float64; at most 8 are used.
+        seed: of the chords' directions.
+        stacked: whether several points are evaluated in one call, if vmap takes the model.
     """
     x = x[:_EXAMPLES]
-    base = space.values(model)
-    scale = _scales(base)
+    evaluator = Evaluator(model, space, stacked)
+    scale = _scales(space.values(model))
     for number in range(CHORD_GROUP, CHORD_GROUP + _CHORDS):
         group = torch.tensor([number], dtype=torch.int64, device=x.device)
         direction = normal(seed, Stream.PROBE, group, 0, space.num_parameters)[0] * scale
 
-        def value(t: float, direction: Tensor = direction) -> Tensor:
-            with torch.no_grad():
-                return outputs(model, x, space.moved(base, t * direction)).double()
+        def values(points: Sequence[float], direction: Tensor = direction) -> Tensor:
+            steps = torch.tensor(points, dtype=direction.dtype, device=direction.device)
+            return evaluator.perturbed(x, steps[:, None] * direction).double()
 
-        jump = _jump_along(value)
+        jump = _jump_along(values)
         if jump > 0:
             return jump
     return 0.0
@@ -65,10 +72,10 @@ def _scales(base: dict[str, Tensor]) -> Float64[Tensor, " P"]:
     )
 
 
-def _jump_along(value: Values) -> float:
+def _jump_along(values_at: Values) -> float:
     """The relative second difference that halving leaves, 0 if it becomes invisible."""
     points = [step / _FIRST_INTERVALS - 1.0 for step in range(2 * _FIRST_INTERVALS + 1)]
-    values = torch.stack([value(t) for t in points])
+    values = values_at(points)
     if not bool(torch.isfinite(values).all()):
         return 0.0
     ranges = values.amax(0) - values.amin(0)
@@ -87,9 +94,9 @@ def _jump_along(value: Values) -> float:
     for _ in range(_HALVINGS):
         if largest <= _VISIBLE:
             return 0.0
-        halves = []
-        for (a, first), (b, last) in pairwise(kept):
-            middle = value(0.5 * (a + b))
+        halves, intervals = [], list(pairwise(kept))
+        middles = values_at([0.5 * (a + b) for (a, _), (b, _) in intervals])
+        for ((a, first), (b, last)), middle in zip(intervals, middles, strict=True):
             halves.append((bend(first, middle, last), [(a, first), (0.5 * (a + b), middle), (b, last)]))
         largest, kept = max(halves, key=lambda half: half[0])
     return largest if math.isfinite(largest) else 0.0

@@ -9,8 +9,7 @@ resumed run and a check of a run get this value; none of them decides again. No 
 Axes: n examples, c outputs.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,20 +138,13 @@ def decide(
         )
     names, why = _candidates(model, spec)
     jumps, obstacle = _try_gradients(model, space, spec, x, names, settled=bool(why))
-    problems: list[str] = []
-    for name in names:
-        try:
-            if obstacle is not None and _estimator(name).uses_gradients:
-                raise obstacle
-            _check_contraction(_estimator(name), name, spec, "; ".join(problems) or why)
-            decision = plan_for(name, model, x, spec, num_outputs=num_outputs, batch=batch, threads=threads)
-            break
-        except Unavailable as error:
-            if len(names) == 1:
-                raise Unavailable(f"{error}{_next_step(spec)}") from error.__cause__ or error
-            problems.append(f"{name} is unavailable: {error}")
-    else:
-        raise Unavailable("; ".join(problems) + _next_step(spec))
+    decision, problems = _first_valid(
+        names,
+        why,
+        obstacle,
+        lambda name: plan_for(name, model, x, spec, num_outputs=num_outputs, batch=batch, threads=threads),
+        spec,
+    )
     statement = why or _statement(decision, spec, jumps)
     reason = "; ".join([*problems, statement]) + noise_text(model) + space.frozen_text
     if not spec.weighting.is_fixed:
@@ -329,33 +321,42 @@ def _try_gradients(
         return None, error
     if probe.differentiable:
         return probe, None
-    if spec.estimator != EstimatorChoice.AUTO:
-        return probe, Unavailable(
-            f"estimator is '{spec.estimator}', but the model jumps in its parameters ({_evidence(probe)}), and its "
-            "gradients miss the jumps"
-        )
-    return probe, Unavailable(f"the model jumps in its parameters, and gradients miss the jumps: {_evidence(probe)}")
+    asked = "" if spec.estimator == EstimatorChoice.AUTO else f"estimator is '{spec.estimator}', but "
+    return probe, Unavailable(f"{asked}{probe.distrust}: {probe.evidence}")
+
+
+def _first_valid(
+    names: Sequence[str],
+    why: str,
+    obstacle: Unavailable | None,
+    plan: Callable[[str], Decision],
+    spec: KernelSpec,
+) -> tuple[Decision, list[str]]:
+    """The decision for the first estimator that is valid, and why those before it are not.
+
+    `why` is the reason for a single one, `obstacle` what speaks against gradients.
+    """
+    problems: list[str] = []
+    for name in names:
+        try:
+            if obstacle is not None and _estimator(name).uses_gradients:
+                raise obstacle
+            _check_contraction(_estimator(name), name, spec, "; ".join(problems) or why)
+            return plan(name), problems
+        except Unavailable as error:
+            if len(names) == 1:
+                raise Unavailable(f"{error}{_next_step(spec)}") from error.__cause__ or error
+            problems.append(f"{name} is unavailable: {error}")
+    raise Unavailable("; ".join(problems) + _next_step(spec))
 
 
 def _statement(decision: Decision, spec: KernelSpec, jumps: JumpProbe | None) -> str:
     """Why the estimator of a decision is valid, in words."""
     chosen = _estimator(decision.estimator)
     if chosen.uses_gradients and jumps is not None:
-        return f"the model is locally Lipschitz in its parameters: {_evidence(jumps)}"
+        return f"the model is locally Lipschitz in its parameters: {jumps.evidence}"
     statement = chosen.statement(decision.plan, decision.space)
     return statement if spec.estimator == EstimatorChoice.AUTO else f"asked for: {statement}"
-
-
-def _evidence(probe: JumpProbe) -> str:
-    if math.isnan(probe.residual):
-        return "along random segments f does not change at all"
-    if probe.jump > 0:
-        return f"on a long segment through θ f jumps by {probe.jump:.2g} of its range there"
-    bound = "" if probe.differentiable else "at least "
-    return (
-        f"along random segments the integrated gradient misses {bound}{probe.residual:.2g} of the change of f, "
-        f"at up to {probe.num_gradients} points"
-    )
 
 
 def _try_weighting(

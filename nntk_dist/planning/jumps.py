@@ -1,10 +1,11 @@
 """Find out whether f jumps in its parameters, so that `autodiff` would be silently wrong.
 
 On a segment from θ to θ + z a locally Lipschitz f satisfies f(θ+z) − f(θ) = ∫₀¹ ∇f(θ+tz)·z dt; a jump (sign, round,
-argmax, also behind a straight-through gradient) breaks the equality for any number of points. A model that passes is
-tried on long chords too, which find rare jumps (`nntk_dist.planning.chords`). Everything runs in float64.
+argmax, also behind a straight-through gradient) breaks the equality for any number of points, and so does a gradient
+that the model's code cuts off. Long chords find rare jumps, and tell a jump from a wrong gradient
+(`nntk_dist.planning.chords`). Everything runs in float64.
 
-Axes: n examples, c outputs, P parameters.
+Axes: n examples, c outputs, k points of a segment, P parameters.
 """
 
 import math
@@ -15,9 +16,11 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
+from torch.func import vmap
 
 from nntk_dist.errors import Unavailable
 from nntk_dist.models.evaluation import in_float64, outputs, trying
+from nntk_dist.models.noise import is_random
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.models.passes import twice_differentiable
 from nntk_dist.planning.chords import largest_jump
@@ -32,11 +35,16 @@ _LONG_SEGMENTS = 2
 _LONG_REACH = 0.1
 _EXAMPLES = 32
 _FIRST_INTERVALS = 16
+_FIRST_POINTS = tuple(step / _FIRST_INTERVALS for step in range(_FIRST_INTERVALS + 1))
 _MOST_GRADIENTS = 256
+_NARROWEST = 2.0**-30  # an interval whose defect is worth nothing there if it holds a kink
 _SUMS = 8
+# Points of a segment are evaluated in one call if parameters and inputs are no more numbers: the overhead of a call
+# is then most of its time. The rule is not timed, so that a model is always judged by the same numbers.
+_STACKED_NUMBERS = 1 << 14
 # A kink's defect falls with the interval that holds it: bisecting the worst interval makes it vanish. A jump keeps its
 # size however short the interval.
-_TOLERANCE = 0.01
+JUMP_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class JumpProbe:
             segment moved the output.
         num_gradients: gradients that the hardest segment took.
         jump: the size of a jump found by values alone, relative to the range of an output along a long chord; 0 if none
-            was found, or if no chord was tried.
+            was found.
     """
 
     residual: float
@@ -58,16 +66,43 @@ class JumpProbe:
     @property
     def differentiable(self) -> bool:
         """Whether f passed as locally Lipschitz in θ along the segments tried."""
-        return self.residual <= _TOLERANCE and self.jump == 0.0
+        return self.residual <= JUMP_TOLERANCE and self.jump == 0.0
+
+    @property
+    def distrust(self) -> str:
+        """Why gradients are not to be trusted if f did not pass, in words."""
+        if self.jump > 0:
+            return "the model jumps in its parameters, and gradients miss the jumps"
+        if math.isnan(self.residual):
+            return "the model shows no gradient to trust"
+        return (
+            "the model's gradients do not account for the changes of its output, and no jump was met: its code cuts "
+            "them off (detach, no_grad) or replaces them, or it is rougher than Lipschitz"
+        )
+
+    @property
+    def evidence(self) -> str:
+        """What was measured, in words."""
+        if self.jump > 0 and not self.residual > JUMP_TOLERANCE:
+            return f"on a long segment through θ f jumps by {self.jump:.2g} of its range there"
+        if math.isnan(self.residual):
+            return "along random segments f does not change at all"
+        bound = "at least " if self.residual > JUMP_TOLERANCE else ""
+        return (
+            f"along random segments the integrated gradient misses {bound}{self.residual:.2g} of the change of f, "
+            f"at up to {self.num_gradients} points"
+        )
 
 
 def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Tensor) -> JumpProbe:
     """Compare increments and integrated gradients on segments drawn like the perturbations, and on longer ones.
 
-    Adaptive midpoint rule: the interval with the largest defect is halved until the whole defect is small, or 256
-    gradients are spent. No further segment is tried once the model cannot pass. Cost: at most 6·256 gradients of 32
-    examples, about a third as many forward passes; for a model with many jumps usually 256 gradients. A model that
-    passes takes up to 372 forward passes of 8 examples more, in search of jumps on long chords.
+    Adaptive midpoint rule: the interval with the largest defect is halved until the whole defect is small, an interval
+    that keeps its defect is 2^-30 of the segment, or 256 gradients are spent. No further segment is tried once the
+    model cannot pass. Cost: at most 6·256 gradients of 32 examples, about a third as many forward passes; for a model
+    with many jumps usually 70 gradients. Up to 372 forward passes of 8 examples more search for a jump on long chords.
+    Points of a small model are evaluated in one call.
+
     A model whose output no segment moves does not pass: it shows no gradient to trust.
 
     Raises:
@@ -80,7 +115,8 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     reach = _LONG_REACH * torch.cat([value.flatten() for value in base.values()]).norm()
     lengths = segments[_SEGMENTS:].norm(dim=1, keepdim=True)
     segments[_SEGMENTS:] *= torch.clamp(reach / lengths, min=1.0)
-    tried = [_Segment(exact, space, base, z, x) for z in segments]
+    stacked = space.num_parameters + x.numel() <= _STACKED_NUMBERS and not is_random(exact)
+    tried = [_Segment(exact, space, base, z, x, stacked) for z in segments]
     try:
         found = _probe_all(tried)
     except Exception as error:  # a model's code may raise anything
@@ -89,12 +125,12 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
         # a function without a second derivative, such as EmbeddingBag
         with trying(Unavailable, "the model cannot be differentiated, which shows whether it jumps ({reason})"):
             found = _probe_all([replace(each, projected=True) for each in tried])
-    return replace(found, jump=largest_jump(exact, space, x, drawing.seed)) if found.differentiable else found
+    return replace(found, jump=largest_jump(exact, space, x, drawing.seed, stacked=stacked))
 
 
 def _probe_all(segments: Sequence["_Segment"]) -> JumpProbe:
     found = _probe_segments(segments[:_SEGMENTS])
-    if found.residual > _TOLERANCE:
+    if found.residual > JUMP_TOLERANCE:
         return found
     longer = _probe_segments(segments[_SEGMENTS:])  # also if no segment moved the output
     residuals = [each.residual for each in (found, longer) if not math.isnan(each.residual)]
@@ -103,22 +139,24 @@ def _probe_all(segments: Sequence["_Segment"]) -> JumpProbe:
 
 def _probe_segments(segments: Sequence["_Segment"]) -> JumpProbe:
     """The joint residual of segments; of the first ones alone if their defects are already too large for all."""
-    change = math.hypot(*(segment.change() for segment in segments))
+    values = [segment.values(_FIRST_POINTS) for segment in segments]
+    change = math.hypot(*(float(torch.linalg.vector_norm(each[-1] - each[0])) for each in values))
     defects, counts = [], []
-    for segment in segments:
-        defect, count = segment.refine()
+    for segment, own in zip(segments, values, strict=True):
+        defect, count = segment.refine(own)
         defects.append(defect)
         counts.append(count)
-        if math.hypot(*defects) > _TOLERANCE * change:
+        if math.hypot(*defects) > JUMP_TOLERANCE * change:
             break
     return JumpProbe(math.hypot(*defects) / change if change > 0 else math.nan, max(counts))
 
 
 @dataclass
 class _Segment:
-    """f along one segment θ + tz, 0 ≤ t ≤ 1; `projected`: eight random sums of all its outputs instead.
+    """f along one segment θ + tz, 0 ≤ t ≤ 1.
 
-    Slopes of f take second derivatives, slopes of sums first ones only.
+    `stacked`: several points in one call, as long as vmap takes the model. `projected`: eight random sums of all
+    outputs in place of f; slopes of f take second derivatives, slopes of sums first ones only.
     """
 
     model: nn.Module
@@ -126,41 +164,61 @@ class _Segment:
     base: Mapping[str, Tensor]
     z: Tensor
     x: Tensor
+    stacked: bool = False
     projected: bool = False
 
-    def change(self) -> float:
-        """‖f(θ+z) − f(θ)‖ over the examples."""
-        return float(torch.linalg.vector_norm(self._value(1.0) - self._value(0.0)))
-
-    def refine(self) -> tuple[float, int]:
-        """(‖defect‖, gradients taken) once the defect is small or the gradients are spent."""
-        edges = [step / _FIRST_INTERVALS for step in range(_FIRST_INTERVALS + 1)]
-        values = {t: self._value(t) for t in edges}
-        defects = {(a, b): self._defect(a, b, values) for a, b in pairwise(edges)}
+    def refine(self, first: Float64[Tensor, "k n c"]) -> tuple[float, int]:
+        """(‖defect‖, gradients taken) once the defect is small or the gradients are spent; `first` at 17 points."""
+        values = dict(zip(_FIRST_POINTS, first, strict=True))
+        defects = self._defects(list(pairwise(_FIRST_POINTS)), values)
         change = float(torch.linalg.vector_norm(values[1.0] - values[0.0]))
         count = _FIRST_INTERVALS
         sizes = {interval: float(torch.linalg.vector_norm(defect)) for interval, defect in defects.items()}
         total = torch.stack(list(defects.values())).sum(0)
-        while float(torch.linalg.vector_norm(total)) > 0.9 * _TOLERANCE * change and count < _MOST_GRADIENTS:
+        while float(torch.linalg.vector_norm(total)) > 0.9 * JUMP_TOLERANCE * change and count < _MOST_GRADIENTS:
             a, b = max(sizes, key=sizes.__getitem__)
+            if b - a < _NARROWEST and sizes[a, b] > JUMP_TOLERANCE * change:
+                return max(sizes[a, b], float(torch.linalg.vector_norm(total))), count  # a jump
             del sizes[a, b]
             middle = 0.5 * (a + b)
-            values[middle] = self._value(middle)
+            values[middle] = self.values([middle])[0]
             total = total - defects.pop((a, b))
-            for half in ((a, middle), (middle, b)):
-                defects[half] = self._defect(*half, values)
-                sizes[half] = float(torch.linalg.vector_norm(defects[half]))
-                total = total + defects[half]
+            for half, defect in self._defects([(a, middle), (middle, b)], values).items():
+                defects[half] = defect
+                sizes[half] = float(torch.linalg.vector_norm(defect))
+                total = total + defect
             count += 2
         return float(torch.linalg.vector_norm(total)), count
 
-    def _defect(self, a: float, b: float, values: Mapping[float, Tensor]) -> Float64[Tensor, "n c"]:
-        """Increment less integrated gradient on one interval, by the midpoint rule."""
-        return values[b] - values[a] - (b - a) * self._slope(0.5 * (a + b))
+    def _defects(
+        self, intervals: Sequence[tuple[float, float]], values: Mapping[float, Tensor]
+    ) -> dict[tuple[float, float], Float64[Tensor, "n c"]]:
+        """Increment less integrated gradient on each interval, by the midpoint rule."""
+        slopes = self._slopes([0.5 * (a + b) for a, b in intervals])
+        return {
+            (a, b): values[b] - values[a] - (b - a) * slope for (a, b), slope in zip(intervals, slopes, strict=True)
+        }
 
-    def _value(self, t: float) -> Float64[Tensor, "n c"]:
+    def values(self, points: Sequence[float]) -> Float64[Tensor, "k n c"]:
+        """Return f at some points."""
         with torch.no_grad():
-            return self._function(self.space.moved(self.base, t * self.z))
+            return self._functions(self._parameters(points))
+
+    def _parameters(self, points: Sequence[float]) -> dict[str, Float64[Tensor, "k ..."]]:
+        steps = torch.tensor(points, dtype=self.z.dtype, device=self.z.device)
+        return self.space.moved(self.base, steps[:, None] * self.z)
+
+    def _functions(self, parameters: Mapping[str, Float64[Tensor, "k ..."]]) -> Float64[Tensor, "k n c"]:
+        """f, or its sums, at the parameters of several points."""
+        if self.stacked:
+            try:
+                return vmap(self._function, randomness="error")(parameters)
+            except Exception as error:  # a model's code may raise anything
+                if is_out_of_memory(error):
+                    raise
+                self.stacked = False
+        count = len(next(iter(parameters.values())))
+        return torch.stack([self._function({name: v[i] for name, v in parameters.items()}) for i in range(count)])
 
     def _function(self, parameters: Mapping[str, Tensor]) -> Float64[Tensor, "n c"]:
         values = outputs(self.model, self.x, parameters)
@@ -169,32 +227,44 @@ class _Segment:
         sums = torch.arange(_SUMS, dtype=torch.int64, device=values.device)
         return normal(0, Stream.PROBE, sums, 0, values.numel()).to(values.dtype) @ values.flatten()[:, None]
 
-    def _slope(self, t: float) -> Float64[Tensor, "n c"]:
-        """∇f(x; θ+tz)·z, by double reverse mode, which follows custom backward rules too."""
-        moved = self.space.moved(self.base, t * self.z)
-        parameters = {name: value.requires_grad_() for name, value in moved.items()}
+    def _slopes(self, points: Sequence[float]) -> Float64[Tensor, "k n c"]:
+        """∇f(x; θ+tz)·z at some points: together if they are stacked, otherwise one graph at a time."""
+        if self.stacked:
+            try:
+                return self._slopes_of(points)
+            except Exception as error:  # a model's code may raise anything
+                if is_out_of_memory(error):
+                    raise
+                self.stacked = False
+        return torch.cat([self._slopes_of([point]) for point in points])
+
+    def _slopes_of(self, points: Sequence[float]) -> Float64[Tensor, "k n c"]:
+        """Slopes by double reverse mode, which follows custom backward rules too."""
+        parameters = {name: value.requires_grad_() for name, value in self._parameters(points).items()}
         with torch.enable_grad(), twice_differentiable():
-            values = self._function(parameters)
+            values = self._functions(parameters)
             if not values.requires_grad:
                 return torch.zeros_like(values)
             if self.projected:
-                return torch.stack([self._along(value, parameters) for value in values])[:, None]
+                sums = values.sum(0).flatten()  # a point's sum depends on its own parameters alone
+                return torch.stack([self._along(each, parameters) for each in sums], dim=1)[:, :, None]
             weights = torch.zeros_like(values, requires_grad=True)
             gradients = torch.autograd.grad(
                 values, list(parameters.values()), weights, create_graph=True, allow_unused=True, materialize_grads=True
             )
-            along = self._dot(gradients)
+            along = self._dot(gradients).sum()
             if not along.requires_grad:
                 return torch.zeros_like(values)
             return torch.autograd.grad(along, weights, allow_unused=True, materialize_grads=True)[0].detach()
 
-    def _along(self, value: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """One number's slope."""
+    def _along(self, value: Tensor, parameters: Mapping[str, Tensor]) -> Float64[Tensor, " k"]:
+        """The slopes of one sum."""
         gradients = torch.autograd.grad(
             value, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         return self._dot(gradients)
 
-    def _dot(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _dot(self, gradients: Sequence[Float64[Tensor, "k ..."]]) -> Float64[Tensor, " k"]:
         directions = self.space.split(self.z).values()
-        return torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()
+        parts = [(g * d).reshape(len(g), -1).sum(1) for g, d in zip(gradients, directions, strict=True)]
+        return torch.stack(parts).sum(0)

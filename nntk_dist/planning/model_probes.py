@@ -54,11 +54,14 @@ class ModelProbes:
     cautions: tuple[str, ...] = ()
 
     @property
-    def jumps(self) -> bool | None:
-        """Whether f was found to jump in θ; None if that was not probed, or if nothing changed f."""
+    def differentiable(self) -> bool | None:
+        """Whether the gradient of f was found to account for its changes; None if not probed, or if nothing changed f.
+
+        If it does not, f jumps (then `jump_size` is above 0), or its gradient is cut off, or replaced by another.
+        """
         if self.jump_residual is None or self.jump_gradients is None:
             return None
-        return not JumpProbe(self.jump_residual, self.jump_gradients, self.jump_size or 0.0).differentiable
+        return JumpProbe(self.jump_residual, self.jump_gradients, self.jump_size or 0.0).differentiable
 
     @property
     def noise(self) -> float | None:

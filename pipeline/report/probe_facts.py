@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nntk_dist.planning.jumps import JUMP_TOLERANCE
 from nntk_dist.planning.model_probes import NOTABLE_NOISE, ModelProbes
 from pipeline.report.formatting import number, percent
 
@@ -53,17 +54,18 @@ def _jump_fact(probes: ModelProbes) -> ProbeFact:
         taken = f"up to {probes.jump_gradients} gradients a segment"
         value, verdict = f"no change of f; {taken}", "no gradient to trust"
         if probes.jump_residual is not None:
-            bound = "at least " if probes.jumps and not probes.jump_size else ""
+            bound = "" if probes.jump_residual <= JUMP_TOLERANCE else "at least "
             value = f"{bound}{percent(probes.jump_residual)} missed; {taken}"
-            verdict = "jumps" if probes.jumps else "locally Lipschitz: gradients may be used"
+            verdict = "locally Lipschitz: gradients may be used" if probes.differentiable else "gradients are wrong"
         if probes.jump_size:
+            verdict = "jumps"
             value = f"{value}; a jump of {percent(probes.jump_size)} of the range"
     return ProbeFact(
         "Jumps in θ",
         value,
         verdict,
         "Share of the change of f along random segments that the integrated gradient misses, and jumps found along "
-        "long chords. If f jumps, gradients are wrong.",
+        "long chords. Gradients miss jumps; without a jump they are cut off, or replaced by others.",
     )
 
 

@@ -104,18 +104,23 @@ def test_modules_that_look_at_the_mode(modules, named):
 def test_what_was_probed_depends_on_what_is_asked():
     model, x = case("relu_mlp").build(), case("relu_mlp").inputs(6)
     smooth = nonlocal_kernel(model, x, gamma=0.1).probes
-    assert smooth.jumps is False
+    assert smooth.differentiable is True
     assert smooth.jump_residual <= 0.01
     assert smooth.jump_gradients >= 16
     assert smooth.jump_size == 0.0
     jumping = nonlocal_kernel(case("sign_mlp").build(), x, gamma=0.5).probes
-    assert jumping.jumps is True
+    assert jumping.differentiable is False
     assert jumping.jump_residual > 0.1
     asked = nonlocal_kernel(model, x, gamma=0.1, estimator="weight").probes
-    assert (asked.jumps, asked.jump_residual, asked.jump_gradients, asked.jump_size) == (None, None, None, None)
+    assert (asked.differentiable, asked.jump_residual, asked.jump_gradients, asked.jump_size) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert asked.noise == pytest.approx(smooth.noise)
     box = covariance_kernel(BlackBox(lambda params, x: x @ params, [1.0, 2.0, 3.0, 4.0]), x, gamma=0.1).probes
-    assert (box.repeat_change, box.jumps, box.noise_measured) == (0.0, None, False)
+    assert (box.repeat_change, box.differentiable, box.noise_measured) == (0.0, None, False)
     assert local_kernel(model, x).shape == (6, 6)
 
 

@@ -174,7 +174,13 @@ class _NonlocalRidge(BaseEstimator):
             given["gamma"] = KernelSpec().distribution.gamma
         if "statistic" in applies:
             given["statistic"] = Statistic.PLUGIN
-        return make_spec(None, given, called=type(self).__name__)
+        spec = make_spec(None, given, called=type(self).__name__)
+        if spec.groups:
+            raise ArgumentError(
+                f"parameters is a mapping of groups, each with a kernel; allowed for {type(self).__name__}: a list of "
+                "name patterns"
+            )
+        return spec
 
     def _module(self, X: Array, num_outputs: int) -> nn.Module:
         """The model, or what its builder makes for these data, initialised from the seed."""

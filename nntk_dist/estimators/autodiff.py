@@ -5,12 +5,15 @@ backward pass a draw. The kinds `averaged` and `local` use gradients too. Its fe
 `nntk_dist.estimators.gradients`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from nntk_dist.errors import Unavailable
 from nntk_dist.estimators.contraction import Contraction, contraction_of, shares_derivatives
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
-from nntk_dist.estimators.gradients import GradientFeatures
+from nntk_dist.estimators.gradients import GradientFeatures, compute_together
 from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.layers.sites import SitePlan
 from nntk_dist.layers.sketch import Sketch, groups_of_columns
@@ -64,6 +67,40 @@ class Autodiff:
         """Contract the same sites for another number of draws."""
         chosen = contraction_of(plan.sites, space, spec, num_draws=num_draws, num_outputs=num_outputs)
         return GradientPlan(plan.sites, chosen)
+
+    def of_group(
+        self,
+        plan: GradientPlan,
+        names: frozenset[str],
+        space: ParameterSpace,
+        spec: KernelSpec,
+        *,
+        num_draws: int,
+        num_outputs: int,
+    ) -> GradientPlan:
+        """Keep the gradients of these parameters, and contract them by their own costs."""
+        sites = plan.sites.only(names)
+        modules, pair = {site.module for site in sites.outer}, sites.output_layers
+        if pair is not None and not {pair.module, pair.readout} <= modules:
+            sites = replace(sites, output_layers=None)
+        if sites.readout not in modules:
+            sites = replace(sites, readout=None)
+        own = GradientPlan(sites, plan.contraction)
+        return self.contracted(own, space, spec, num_draws=num_draws, num_outputs=num_outputs)
+
+    def compute_groups(
+        self,
+        groups: Mapping[str, GradientFeatures],
+        x: Tensor,
+        ids: Tensor,
+        draws: range,
+        columns: Sequence[int],
+        *,
+        batch: int | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute the gradients of all groups in the same passes; parameters without a rule take their own."""
+        found = compute_together([*groups.values()], x, draws, columns, batch=batch)
+        return dict(zip(groups, found, strict=True))
 
     def statement(self, plan: GradientPlan, space: ParameterSpace) -> str:
         """Say what it needs."""

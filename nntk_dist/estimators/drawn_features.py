@@ -5,6 +5,7 @@ Axes: n rows, s draws, c outputs.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Self
 
@@ -65,15 +66,17 @@ class DrawnFeatures(ABC):
         """The number of independent groups of draws."""
         return self.num_draws // self.drawing.group_size
 
-    @property
-    def direction_spread(self) -> float:
-        """The largest entry of D⁻¹ over its root mean square: how unevenly directions spread over the tensors."""
-        drawing = self.drawing
-        if not drawing.scales:
-            return 1.0
-        sizes = map(math.prod, drawing.shapes)
-        squares = sum(size / scale**2 for size, scale in zip(sizes, drawing.scales, strict=True))
-        return 1.0 / min(drawing.scales) / math.sqrt(squares / self.num_parameters)
+    def component_share(self, counted: Collection[str] = ()) -> float:
+        """Return the largest component of a direction along a unit vector over its length: 1/√P if γ is not scaled.
+
+        Args:
+            counted: the tensors whose part of directions counts; all by default.
+        """
+        drawing, space = self.drawing, self.evaluator.space
+        scales = drawing.scales or (1.0,) * len(space.names)
+        each = zip(space.names, space.sizes, scales, strict=True)
+        kept = [(size, scale) for name, size, scale in each if name in counted or not counted]
+        return 1.0 / min(scale for _, scale in kept) / math.sqrt(sum(size / scale**2 for size, scale in kept))
 
     @property
     def num_sketch_groups(self) -> int:

@@ -7,8 +7,9 @@ manifest can hold it. Which estimator computes a kernel is decided in `nntk_dist
 Axes: n examples, c outputs.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -121,3 +122,32 @@ class Estimator(Protocol):
 
     def features(self, plan: Any, setting: FeatureSetting) -> FeatureMap:
         """Make the object that computes features; nothing is tried or decided here."""
+
+
+@runtime_checkable
+class GroupEstimator(Estimator, Protocol):
+    """An estimator of a kernel that is a sum over parameters, so that groups of them have kernels of their own."""
+
+    def of_group(
+        self,
+        plan: Any,
+        names: frozenset[str],
+        space: ParameterSpace,
+        spec: KernelSpec,
+        *,
+        num_draws: int,
+        num_outputs: int,
+    ) -> EstimatorPlan:
+        """Return the plan of some tensors' part of the kernel: from values alone. All parameters move as before."""
+
+    def compute_groups(
+        self,
+        groups: Mapping[str, Any],
+        x: Tensor,
+        ids: Tensor,
+        draws: range,
+        columns: Sequence[int],
+        *,
+        batch: int | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute what `FeatureMap.compute` of each group returns, in the same passes over the model."""

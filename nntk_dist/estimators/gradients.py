@@ -57,22 +57,7 @@ class GradientFeatures(GradientProducts):
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
     ) -> dict[str, Tensor]:
         """Compute the arrays; see `FeatureMap.compute`."""
-        block_range(draws, self.draws_per_block)
-        result = self._empty(x, draws, columns)
-        projector = None if self.sketch is None else Projector(self.sketch, columns)
-        batches = list(in_batches(x, batch))
-        with trying(ModelError, FAILS_ON_INPUTS), self._parameters_of(draws) as moved:
-            for draw in moved:
-                if projector is not None:
-                    projector.forget_weights()
-                with self._noise_of(draw):
-                    for inputs, rows in batches:
-                        own = {name: array[rows] for name, array in result.items()}
-                        self._add_pass_(own, draw - draws.start, inputs, columns, projector)
-        for name, array in result.items():
-            if name in _AVERAGED:
-                array /= self.draws_per_slot
-            check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
+        (result,) = compute_together([self], x, draws, columns, batch=batch)
         return result
 
     def _empty(self, x: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
@@ -109,14 +94,11 @@ class GradientFeatures(GradientProducts):
             return nullcontext()
         return fixed_noise(self.evaluator.model, self.drawing.seed, draw // self.drawing.group_size)
 
-    def _add_pass_(
-        self, rows: dict[str, Tensor], place: int, x: Tensor, columns: Sequence[int], projector: Projector | None
-    ) -> None:
+    def _add_pass_(self, rows: dict[str, Tensor], place: int, passed: Pass, projector: Projector | None) -> None:
         """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding."""
         model, slot = self.evaluator.model, place // self.draws_per_slot
-        recording = Recording(model, self._sites, x)
-        self._check_routes(recording, len(x))
-        passed = self._passed(x, recording, columns)
+        passed = self._with_derivatives(passed)
+        recording, columns = passed.recording, passed.columns
         for index, site in enumerate(self.plan.outer):
             (call,), (delta,) = recording.calls[site.module], passed.deltas[site.module]
             if index == self.readout:
@@ -143,8 +125,8 @@ class GradientFeatures(GradientProducts):
     def _check_routes(self, recording: Recording, num_rows: int) -> None:
         """Refuse a pass in which a module gets other rows than in the trial that found its rule."""
         once = {site.module for site in self.plan.outer}
-        for module, calls in recording.calls.items():
-            counts = [len(call.h) for call in calls]
+        for module in {site.module for site in self.sites}:
+            counts = [len(call.h) for call in recording.calls[module]]
             if any(count != num_rows for count in counts) or (module in once and len(counts) != 1):
                 raise ModelError(
                     f"module '{module}' gets {' and '.join(map(str, counts)) or 'no'} rows of {num_rows}, and got all "
@@ -153,7 +135,8 @@ class GradientFeatures(GradientProducts):
                 )
 
     @property
-    def _sites(self) -> tuple[Site, ...]:
+    def sites(self) -> tuple[Site, ...]:
+        """The modules that a pass records."""
         return (*self.plan.outer, *self.plan.dense, *(() if self.sketched is None else self.sketched.dense))
 
     def _activation_derivatives(self, recording: Recording, passed: Pass, delta: Tensor) -> Float[Tensor, "n o"]:
@@ -164,15 +147,14 @@ class GradientFeatures(GradientProducts):
             (delta,) = recording.gradients(self.columns)[pair.module]
         return activation_derivatives_of_pass(model, pair, recording, delta, self.columns)
 
-    def _passed(self, x: Tensor, recording: Recording, columns: Sequence[int]) -> Pass:
-        """Return what one pass gives, with the derivatives of the layer before the readout."""
-        deltas, parameters = recording.gradients(columns), self.evaluator.space.values(self.evaluator.model)
-        plain, pair = Pass(x, recording, deltas, parameters, columns), self.plan.output_layers
+    def _with_derivatives(self, passed: Pass) -> Pass:
+        """Return a pass with the derivatives of the layer before the readout, if outputs share them."""
+        pair = self.plan.output_layers
         if pair is None or not self.sums_outputs:
-            return plain
-        (delta,) = deltas[pair.module]
-        derivatives, shares = derivatives_of_pass(self.evaluator.model, pair, recording, delta, columns)
-        return replace(plain, penultimate=pair.module, derivatives=derivatives, shares=shares)
+            return passed
+        (delta,) = passed.deltas[pair.module]
+        found = derivatives_of_pass(self.evaluator.model, pair, passed.recording, delta, passed.columns)
+        return replace(passed, penultimate=pair.module, derivatives=found[0], shares=found[1])
 
     def _named(self, dense: Float[Tensor, "n c k"]) -> dict[str, Float[Tensor, "n c ..."]]:
         """Return the formed gradients of one slot by parameter, as views."""
@@ -181,3 +163,59 @@ class GradientFeatures(GradientProducts):
         parts = dense.split([math.prod(shapes[name]) for name in names], dim=2)
         named = zip(names, parts, strict=True)
         return {name: part.unflatten(2, shapes[name]) if shapes[name] else part[..., 0] for name, part in named}
+
+
+def compute_together(
+    maps: Sequence[GradientFeatures], x: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Compute the arrays of several feature maps that move the same parameters in the same draws, in the same passes.
+
+    Args:
+        maps: they differ in which parameters' gradients they keep, and how.
+        x: as `FeatureMap.compute`.
+        draws: as `FeatureMap.compute`.
+        columns: as `FeatureMap.compute`.
+        batch: as `FeatureMap.compute`.
+
+    Raises:
+        ModelError: the model fails, or a gradient is not finite.
+    """
+    first = maps[0]
+    block_range(draws, first.draws_per_block)
+    results = [each._empty(x, draws, columns) for each in maps]
+    projectors = [None if each.sketch is None else Projector(each.sketch, columns) for each in maps]
+    batches = list(in_batches(x, batch))
+    with trying(ModelError, FAILS_ON_INPUTS), first._parameters_of(draws) as moved:
+        for draw in moved:
+            for projector in projectors:
+                if projector is not None:
+                    projector.forget_weights()
+            with first._noise_of(draw):
+                for inputs, rows in batches:
+                    own = [{name: array[rows] for name, array in result.items()} for result in results]
+                    _add_passes_(maps, own, projectors, draw - draws.start, inputs, columns)
+    for each, result in zip(maps, results, strict=True):
+        for name, array in result.items():
+            if name in _AVERAGED:
+                array /= each.draws_per_slot
+            check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
+    return results
+
+
+def _add_passes_(
+    maps: Sequence[GradientFeatures],
+    rows: Sequence[dict[str, Tensor]],
+    projectors: Sequence[Projector | None],
+    place: int,
+    x: Tensor,
+    columns: Sequence[int],
+) -> None:
+    """Make one pass over a batch under draw number `place`, and add it to the arrays of all feature maps."""
+    evaluator = maps[0].evaluator
+    recording = Recording(evaluator.model, [site for each in maps for site in each.sites], x)
+    for each in maps:
+        each._check_routes(recording, len(x))
+    parameters = evaluator.space.values(evaluator.model)
+    passed = Pass(x, recording, recording.gradients(columns), parameters, columns)
+    for each, own, projector in zip(maps, rows, projectors, strict=True):
+        each._add_pass_(own, place, passed, projector)

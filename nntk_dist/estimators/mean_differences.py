@@ -7,7 +7,6 @@ to rounding. Nonlocal kernel only. With attention the means are weighted: g_r = 
 Axes: n rows, s draws, r blocks, c outputs, k parameters.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -135,8 +134,7 @@ class DifferenceMeans(DrawnFeatures):
     def changes(self, rows: Rows) -> Changes:
         """Return how often draws changed the outputs in each block."""
         counts, largest = rows["changes"].unbind(3)
-        size = self.direction_spread / math.sqrt(self.num_parameters)
-        return Changes(counts, size * float(largest.max()), self.num_groups)
+        return Changes(counts, self.component_share() * float(largest.max()), self.num_groups)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         """Return every block product of few entries, in float64."""

@@ -49,6 +49,7 @@ class DifferenceFeatures(DrawnFeatures):
         attention: Weights of the draws; None weights them equally.
         product: Evaluates low-rank draws without forming their weights; None if the model does not allow it, or if
             attention scores need the weights.
+        counted: The tensors whose gradients count, of all that are perturbed; empty if all do. Paired blocks only.
     """
 
     zero_stderr_is_unresolved: ClassVar[bool] = True  # 0 means that no draw changed the output
@@ -57,6 +58,7 @@ class DifferenceFeatures(DrawnFeatures):
     metric: Float64[Tensor, "s s"] | None = None
     attention: Attention | None = None
     product: LowRankPasses | None = None
+    counted: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -127,7 +129,8 @@ class DifferenceFeatures(DrawnFeatures):
         """
         if not self.pair_blocks:
             return torch.diag(self._weights)
-        products = self.drawing.direction_products(device=self._device)
+        counted = self.evaluator.space.intervals(self.counted) if self.counted else None
+        products = self.drawing.direction_products(counted, device=self._device)
         self._check_fits(float(products.abs().max()) / self.drawing.draws_per_block**2)
         return products.div_(self.num_draws**2)
 
@@ -171,7 +174,7 @@ class DifferenceFeatures(DrawnFeatures):
             sizes = (self._weights * self.num_draws).sqrt().to(differences.dtype)
             return Changes(counts, float((differences.abs() * sizes[:, None]).max()), self.num_groups)
         lengths = self._block_metric.diagonal().sqrt() * self.drawing.draws_per_block
-        sizes = (lengths * (self.direction_spread / math.sqrt(self.num_parameters))).to(differences.dtype)
+        sizes = (lengths * self.component_share(self.counted)).to(differences.dtype)
         counts = counts.unflatten(1, (self.num_blocks, -1)).sum(2)
         return Changes(counts, float((differences.abs() * sizes[:, None]).max()), self.num_groups)
 

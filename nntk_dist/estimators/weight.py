@@ -5,7 +5,10 @@ draw. Its features are output differences (`nntk_dist.estimators.output_differen
 parameters are few (`nntk_dist.estimators.mean_differences`).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
 from nntk_dist.estimators.mean_differences import DifferenceMeans
@@ -23,10 +26,12 @@ class DifferencePlan(EstimatorPlan):
     Attributes:
         low_rank_passes: whether low-rank draws share the product with the weights (`nntk_dist.layers.low_rank_passes`).
         forms_means: whether block-mean gradients are formed, being shorter than differences and their metric.
+        counted: the tensors whose gradients count, of all that are perturbed; empty if all do.
     """
 
     low_rank_passes: bool = False
     forms_means: bool = False
+    counted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Weight:
         self, plan: DifferencePlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
     ) -> DifferencePlan:
         """Form means if they are shorter than the differences of a block, and the metric of the draws is large."""
+        if plan.counted:
+            return replace(plan, forms_means=False)
         few_parameters = spec.blocks * space.num_parameters <= num_draws
         return replace(plan, forms_means=spec.pair_blocks and few_parameters and num_draws > METRIC_DRAWS)
 
@@ -73,7 +80,35 @@ class Weight:
             setting.metric,
             attention=attention,
             product=product,
+            counted=plan.counted,
         )
+
+    def of_group(
+        self,
+        plan: DifferencePlan,
+        names: frozenset[str],
+        space: ParameterSpace,
+        spec: KernelSpec,
+        *,
+        num_draws: int,
+        num_outputs: int,
+    ) -> DifferencePlan:
+        """Count a part of the directions: the differences are the same for all groups, their metric is not."""
+        return replace(plan, forms_means=False, counted=tuple(name for name in space.names if name in names))
+
+    def compute_groups(
+        self,
+        groups: Mapping[str, DifferenceFeatures],
+        x: Tensor,
+        ids: Tensor,
+        draws: range,
+        columns: Sequence[int],
+        *,
+        batch: int | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute the differences once, for all groups."""
+        rows = next(iter(groups.values())).compute(x, ids, draws, columns, batch=batch)
+        return dict.fromkeys(groups, rows)
 
 
 WEIGHT = Weight()

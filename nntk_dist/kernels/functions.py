@@ -1,22 +1,27 @@
 """The public functions: `nonlocal_kernel`, `covariance_kernel`, `averaged_kernel`, `local_kernel`, `prepare_kernel`.
 
-They compute the same features, sums and statistics as the pipeline, in one process. The features of all rows are held
-in memory. Their options are declared in `nntk_dist.spec.KernelSpec`, from which signatures and docstrings are made.
+They compute the same features, sums and statistics as the pipeline, in one process. Features of all rows are held in
+memory if they fit. With `parameters` as a mapping they return a dict with a kernel for each group. Their
+options are declared in `nntk_dist.spec.KernelSpec`, from which signatures and docstrings are made.
 
 Axes: n1, n2 examples, C outputs; `full` kernels are indexed i·C + c.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from nntk_dist.kernels.estimate import KernelEstimate
-from nntk_dist.kernels.prepared import Examples, Placement, PreparedKernel, compute, prepare
+from nntk_dist.kernels.groups import PreparedGroups, prepare_groups
+from nntk_dist.kernels.prepared import Examples, Placement, PreparedKernel, check_same_kind, prepare
 from nntk_dist.spec import Kind, kernel_option_rows, kernel_signature, make_spec
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Patterns = str | Sequence[str]
+Groups = Mapping[str, Patterns]
+Estimates = KernelEstimate[Tensor] | dict[str, KernelEstimate[Tensor]]
 _OPTIONS_LINE = "        options: the options of the kernel.\n"
 
 
@@ -42,6 +47,34 @@ def _placed(
     return {"device": device, "dtype": dtype, "batch": batch, "output": output}
 
 
+def _computed(
+    kind: Kind,
+    called: str,
+    model: nn.Module,
+    x1: Examples,
+    x2: Examples | None,
+    placement: dict[str, Any],
+    options: dict[str, Any],
+) -> Estimates:
+    """Prepare a kernel, or one for each group of parameters, on its own examples and compute it."""
+    spec = make_spec(kind, options, called=called)
+    place = Placement.of(model, x1, **placement)
+    named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
+    inputs = [place.take(examples, name) for name, examples in named]
+    check_same_kind(inputs)
+    if spec.groups:
+        return prepare_groups(model, inputs, spec, place).estimate(inputs)
+    return prepare(model, inputs, spec, place).estimate(inputs)
+
+
+@overload
+def nonlocal_kernel(
+    model: nn.Module, x1: Examples, x2: Examples | None = None, *, parameters: Patterns = ..., **options: Any
+) -> KernelEstimate[Tensor]: ...
+@overload
+def nonlocal_kernel(
+    model: nn.Module, x1: Examples, x2: Examples | None = None, *, parameters: Groups, **options: Any
+) -> dict[str, KernelEstimate[Tensor]]: ...
 @_with_options_of(Kind.NONLOCAL)
 def nonlocal_kernel(
     model: nn.Module,
@@ -53,7 +86,7 @@ def nonlocal_kernel(
     batch: int | None = None,
     output: Any = None,
     **options: Any,
-) -> KernelEstimate[Tensor]:
+) -> Estimates:
     """Estimate the nonlocal NTK Θ(x,x')[c,c'] = ⟨g_c(x), g_c'(x')⟩, g = P·E[(f(x;θ+z) − f(x;θ)) z/|z|²].
 
     `unbiased` is right on average and not PSD; `plugin` is PSD and inflated by noise: solve with `plugin`, compare
@@ -79,7 +112,8 @@ def nonlocal_kernel(
         options: the options of the kernel.
 
     Returns:
-        The kernel (n1, n2), or (n1·C, n2·C) for outputs full, with its standard error.
+        The kernel (n1, n2), or (n1·C, n2·C) for outputs full, with its standard error; a dict of kernels if
+        `parameters` is a mapping.
 
     Raises:
         ArgumentError: an option is not allowed.
@@ -92,7 +126,7 @@ def nonlocal_kernel(
         >>> nonlocal_kernel(model, torch.randn(3, 4), gamma=0.1).kernel.shape
         torch.Size([3, 3])
     """
-    return compute(Kind.NONLOCAL, "nonlocal_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
+    return _computed(Kind.NONLOCAL, "nonlocal_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
 
 
 @_with_options_of(Kind.COVARIANCE)
@@ -128,9 +162,20 @@ def covariance_kernel(
     Raises:
         NNTKError: as `nonlocal_kernel`.
     """
-    return compute(Kind.COVARIANCE, "covariance_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
+    place = _placed(device, dtype, batch, output)
+    found = _computed(Kind.COVARIANCE, "covariance_kernel", model, x1, x2, place, options)
+    assert isinstance(found, KernelEstimate)  # it has no groups of parameters
+    return found
 
 
+@overload
+def averaged_kernel(
+    model: nn.Module, x1: Examples, x2: Examples | None = None, *, parameters: Patterns = ..., **options: Any
+) -> KernelEstimate[Tensor]: ...
+@overload
+def averaged_kernel(
+    model: nn.Module, x1: Examples, x2: Examples | None = None, *, parameters: Groups, **options: Any
+) -> dict[str, KernelEstimate[Tensor]]: ...
 @_with_options_of(Kind.AVERAGED)
 def averaged_kernel(
     model: nn.Module,
@@ -142,7 +187,7 @@ def averaged_kernel(
     batch: int | None = None,
     output: Any = None,
     **options: Any,
-) -> KernelEstimate[Tensor]:
+) -> Estimates:
     """Estimate E_z[NTK(θ + U^{1/P} z)], the NTK averaged over the neighbourhood: PSD and unbiased.
 
     Args:
@@ -156,14 +201,22 @@ def averaged_kernel(
         options: the options of the kernel.
 
     Returns:
-        The kernel with its standard error.
+        The kernel with its standard error; a dict of kernels if `parameters` is a mapping.
 
     Raises:
         NNTKError: as `nonlocal_kernel`, or the model has no gradients.
     """
-    return compute(Kind.AVERAGED, "averaged_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
+    return _computed(Kind.AVERAGED, "averaged_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
 
 
+@overload
+def local_kernel(
+    model: nn.Module, x1: Examples, x2: Examples | None = None, *, parameters: Patterns = ..., **options: Any
+) -> Tensor: ...
+@overload
+def local_kernel(
+    model: nn.Module, x1: Examples, x2: Examples | None = None, *, parameters: Groups, **options: Any
+) -> dict[str, Tensor]: ...
 @_with_options_of(Kind.LOCAL)
 def local_kernel(
     model: nn.Module,
@@ -175,7 +228,7 @@ def local_kernel(
     batch: int | None = None,
     output: Any = None,
     **options: Any,
-) -> Tensor:
+) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK ⟨∇f_c(x), ∇f_c'(x')⟩ by automatic differentiation, layer by layer, exact to rounding.
 
     With `sketch`, gradients are replaced by that many random numbers: right on average, with an error of √(2/k) to
@@ -193,14 +246,19 @@ def local_kernel(
 
     Returns:
         The kernel as a tensor; `prepare_kernel(model, x, kind="local")` keeps the decision for later calls, and states
-        the standard error of a sketch.
+        the standard error of a sketch. A dict of tensors if `parameters` is a mapping.
 
     Raises:
         NNTKError: the model has no gradients for single examples.
     """
-    return compute(Kind.LOCAL, "local_kernel", model, x1, x2, _placed(device, dtype, batch, output), options).kernel
+    found = _computed(Kind.LOCAL, "local_kernel", model, x1, x2, _placed(device, dtype, batch, output), options)
+    return {name: each.kernel for name, each in found.items()} if isinstance(found, dict) else found.kernel
 
 
+@overload
+def prepare_kernel(model: nn.Module, x: Examples, *, parameters: Patterns = ..., **options: Any) -> PreparedKernel: ...
+@overload
+def prepare_kernel(model: nn.Module, x: Examples, *, parameters: Groups, **options: Any) -> PreparedGroups: ...
 @_with_options_of(None)
 def prepare_kernel(
     model: nn.Module,
@@ -211,7 +269,7 @@ def prepare_kernel(
     batch: int | None = None,
     output: Any = None,
     **options: Any,
-) -> PreparedKernel:
+) -> PreparedKernel | PreparedGroups:
     """Decide once how the kernel of a model is computed, and return a function of (x1, x2) that keeps the decision.
 
     A call of that function plans and probes nothing. It gives the same numbers as the function of its kind if that
@@ -227,7 +285,7 @@ def prepare_kernel(
         options: the options of the kernel.
 
     Returns:
-        A function of (x1, x2=None) that returns a `KernelEstimate`.
+        A function of (x1, x2=None) that returns a `KernelEstimate`, or a dict of them if `parameters` is a mapping.
 
     Raises:
         NNTKError: as the function of the kind.
@@ -242,4 +300,5 @@ def prepare_kernel(
     """
     spec = make_spec(None, options, called="prepare_kernel")
     placement = Placement.of(model, x, **_placed(device, dtype, batch, output))
-    return prepare(model, [placement.take(x, "x")], spec, placement)
+    inputs = [placement.take(x, "x")]
+    return prepare_groups(model, inputs, spec, placement) if spec.groups else prepare(model, inputs, spec, placement)

@@ -28,7 +28,7 @@ from nntk_dist.registration.callables import check_integer
 from nntk_dist.runtime.arrays import as_examples, magnitude_caution
 from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.warning import warn_caller
-from nntk_dist.spec import KernelSpec, Kind, Statistic, make_spec, useless_estimate
+from nntk_dist.spec import KernelSpec, Kind, Statistic, useless_estimate
 from nntk_dist.statistics.overflow import check_no_overflow
 from nntk_dist.statistics.required_draws import Look, verdict
 from nntk_dist.statistics.standard_errors import Calibration, Estimates, relative_distance
@@ -148,6 +148,14 @@ class PreparedKernel:
             ArgumentError: the examples have another shape than those that the kernel was prepared for.
             NNTKError: the model's output or gradient is not finite.
         """
+        return self.estimate(self.taken(x1, x2))
+
+    def taken(self, x1: Examples, x2: Examples | None) -> list[Tensor]:
+        """Return copies of the examples on the device, as `Placement.take`.
+
+        Raises:
+            ArgumentError: the examples have another shape than those that the kernel was prepared for.
+        """
         named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
         inputs = [self.placement.take(examples, name) for name, examples in named]
         for (name, _), x in zip(named, inputs, strict=True):
@@ -155,7 +163,7 @@ class PreparedKernel:
                 raise ArgumentError(
                     f"{name} has examples of shape {tuple(x.shape[1:])}; allowed: {self.example_shape}, as prepared"
                 )
-        return self.estimate(inputs)
+        return inputs
 
     def __repr__(self) -> str:
         return f"PreparedKernel({self.spec.kind}, {self.decision.estimator}, {self.features.num_draws} draws)"
@@ -164,6 +172,15 @@ class PreparedKernel:
     @full_precision()
     def estimate(self, inputs: list[Tensor]) -> KernelEstimate[Tensor]:
         """Compute the kernel of inputs that the placement has taken: x1, or x1 and x2."""
+        return self.estimate_of(self._source(inputs))
+
+    def estimate_of(self, source: RowSets) -> KernelEstimate[Tensor]:
+        """Compute the kernel from features of its rows and columns."""
+        estimates, calibration = whole_kernel(self.features, source, self.spec)
+        return self._result(estimates, calibration, symmetric=source.symmetric)
+
+    def _source(self, inputs: list[Tensor]) -> RowSets:
+        """Compute the features of all rows, or defer it to the tiles if they do not fit into memory."""
         batch, ids = self.placement.batch_for(*inputs), example_ids(inputs)
         portions = output_portions(
             self.features,
@@ -174,11 +191,8 @@ class PreparedKernel:
         )
         if portions is None:
             parts = [self.rows(x, names, batch) for x, names in zip(inputs, ids, strict=True)]
-            source: RowSets = HeldRows(self.features, parts[0], parts[1] if len(parts) == 2 else None)
-        else:
-            source = ComputedRows(partial(self._some_outputs, batch), [*zip(inputs, ids, strict=True)], portions)
-        estimates, calibration = whole_kernel(self.features, source, self.spec)
-        return self._result(estimates, calibration, symmetric=len(inputs) == 1)
+            return HeldRows(self.features, parts[0], parts[1] if len(parts) == 2 else None)
+        return ComputedRows(partial(self._some_outputs, batch), [*zip(inputs, ids, strict=True)], portions)
 
     def _some_outputs(self, batch: int, x: Tensor, ids: Tensor, columns: tuple[int, ...]) -> Rows:
         features, batch = self.features, min(batch, len(x))
@@ -238,12 +252,21 @@ def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement:
     Args:
         model: the model; a private copy of it is evaluated.
         inputs: the examples to decide on, which the placement has taken: x1, or x1 and x2.
-        spec: the kernel.
+        spec: the kernel; its parameters are in no groups.
         placement: device, dtype and batch.
 
     Raises:
         NNTKError: no kernel of this description can be computed for the model.
     """
+    private, decision, accuracy = decided(model, inputs, spec, placement)
+    features = make_feature_map(private, inputs[0], spec, decision)
+    return PreparedKernel(spec, decision, features, placement, tuple(inputs[0].shape[1:]), accuracy)
+
+
+def decided(
+    model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement: Placement
+) -> tuple[nn.Module, Decision, Look | None]:
+    """Return the private copy of a model, the decision, and how the search for `rtol` ended; see `prepare`."""
     private = prepare_model(model, dtype=placement.dtype, device=placement.device, calling=placement.calling)
     batch = placement.batch_for(*inputs)
     decision = decide(private, max(inputs, key=len), spec, batch=batch)  # more rows show more of the model
@@ -256,8 +279,7 @@ def prepare(model: nn.Module, inputs: list[Tensor], spec: KernelSpec, placement:
         decision, accuracy = find_draws(private, inputs, example_ids(inputs), spec, decision, batch=batch)
         if not accuracy.reaches(spec.rtol):
             warn_caller(verdict(accuracy, rtol=spec.rtol, max_draws=spec.max_draws))
-    features = make_feature_map(private, inputs[0], spec, decision)
-    return PreparedKernel(spec, decision, features, placement, tuple(inputs[0].shape[1:]), accuracy)
+    return private, decision, accuracy
 
 
 def _check_places(device: Any, dtype: Any, batch: Any) -> None:
@@ -291,21 +313,3 @@ def check_same_kind(inputs: list[Tensor]) -> None:
     kinds = [f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape[1:])}" for x in inputs]
     if kinds[0] != kinds[-1]:
         raise ArgumentError(f"x2 has examples of {kinds[-1]}; allowed: {kinds[0]}, as x1")
-
-
-def compute(
-    kind: Kind,
-    called: str,
-    model: nn.Module,
-    x1: Examples,
-    x2: Examples | None,
-    placement: dict[str, Any],
-    options: dict[str, Any],
-) -> KernelEstimate[Tensor]:
-    """Prepare a kernel on its own examples and compute it: what the public functions do."""
-    spec = make_spec(kind, options, called=called)
-    place = Placement.of(model, x1, **placement)
-    named = [("x1", x1)] if x2 is None else [("x1", x1), ("x2", x2)]
-    inputs = [place.take(examples, name) for name, examples in named]
-    check_same_kind(inputs)
-    return prepare(model, inputs, spec, place).estimate(inputs)

@@ -6,9 +6,10 @@ evaluated here and no number is drawn.
 Axes: P parameters, in the order of `named_parameters`.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -25,12 +26,14 @@ from nntk_dist.models.calling import frozen_parameters
 class ParameterSpace:
     """Names, shapes and offsets of the selected parameters; together a vector of length P.
 
-    `num_frozen` counts the parameters that a pattern matches and that are left out because they are frozen.
+    `num_frozen` counts the parameters that a pattern matches and that are left out because they are frozen. `groups`
+    are the names of groups of parameters and of their tensors, which may be in several; empty without groups.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     num_frozen: int = 0
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -46,6 +49,15 @@ class ParameterSpace:
     def frozen_text(self) -> str:
         """Say, for the reason of a decision, how many frozen parameters are left out; empty if there are none."""
         return f"; {self.num_frozen:,} frozen parameters are left out" if self.num_frozen else ""
+
+    def intervals(self, names: Collection[str]) -> tuple[tuple[int, int], ...]:
+        """Return where some tensors lie in the long vector, as half-open intervals; neighbours are joined."""
+        found: list[tuple[int, int]] = []
+        for name, stop, size in zip(self.names, itertools.accumulate(self.sizes), self.sizes, strict=True):
+            if name in names:
+                start = found.pop()[0] if found and found[-1][1] == stop - size else stop - size
+                found.append((start, stop))
+        return tuple(found)
 
     def split(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Return the named tensors that a long vector holds, as views of it."""
@@ -103,15 +115,18 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {group[0]: tuple(group) for group in names.values()}
 
 
-def select_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> ParameterSpace:
-    """Select the parameters whose name matches one of the patterns.
+def select_parameters(
+    model: nn.Module, patterns: Sequence[str] | Mapping[str, Sequence[str]] = ("*",)
+) -> ParameterSpace:
+    """Select the parameters whose name matches one of the patterns, or of the patterns of one of several groups.
 
     Frozen parameters (`requires_grad=False` in the user's model) are left out, unless a pattern is their exact name. A
     parameter behind a parametrization, `parametrizations.weight.original`, also matches as `weight`.
 
     Args:
         model: the model.
-        patterns: shell-style patterns, such as `*.weight`.
+        patterns: shell-style patterns, such as `*.weight`; or a mapping of group names to patterns. A parameter may be
+            in several groups.
 
     Raises:
         ModelError: the model has no parameters, or a selected one is not floating point.
@@ -120,8 +135,24 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Par
     Example:
         >>> from torch import nn
         >>> select_parameters(nn.Linear(3, 2), ("w*",))
-        ParameterSpace(names=('weight',), shapes=((2, 3),), num_frozen=0)
+        ParameterSpace(names=('weight',), shapes=((2, 3),), num_frozen=0, groups=())
     """
+    if isinstance(patterns, Mapping):
+        return _grouped(model, {group: _selected(model, own, f"parameters.{group}") for group, own in patterns.items()})
+    return _selected(model, patterns, "parameters")
+
+
+def _grouped(model: nn.Module, spaces: Mapping[str, ParameterSpace]) -> ParameterSpace:
+    """Return the space of all groups together, in the model's order."""
+    shapes = {name: shape for space in spaces.values() for name, shape in zip(space.names, space.shapes, strict=True)}
+    names = tuple(name for name, _ in model.named_parameters() if name in shapes)
+    groups = tuple((group, space.names) for group, space in spaces.items())
+    left_out = max(space.num_frozen for space in spaces.values())
+    return ParameterSpace(names, tuple(shapes[name] for name in names), left_out, groups)
+
+
+def _selected(model: nn.Module, patterns: Sequence[str], what: str) -> ParameterSpace:
+    """Select the parameters of one list of patterns; `what` names it in messages."""
     groups, frozen = aliases(model), frozen_parameters(model)
     if not groups:
         raise ModelError(
@@ -132,18 +163,18 @@ def select_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> Par
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in every_name):
             raise ArgumentError(
-                f"parameters: the pattern '{pattern}' matches none of the model's {len(groups)} parameters"
+                f"{what}: the pattern '{pattern}' matches none of the model's {len(groups)} parameters"
                 f"{nearest_name(pattern, every_name) or '; for example: ' + ', '.join(every_name[:3])}"
             )
     matched = [first for first, names in known.items() if any(fnmatchcase(n, p) for n in names for p in patterns)]
     if not matched:
-        raise ArgumentError("parameters is an empty list; allowed: one or more name patterns, ['*'] for all")
+        raise ArgumentError(f"{what} is an empty list; allowed: one or more name patterns, ['*'] for all")
     chosen = [first for first in matched if first not in frozen or not set(patterns).isdisjoint(known[first])]
     parameters = dict(model.named_parameters())
     if not chosen:
         raise ArgumentError(
-            f"parameters: all {len(matched)} parameters that match are frozen (requires_grad=False), such as "
-            f"'{matched[0]}'; unfreeze them, or name them exactly in parameters"
+            f"{what}: all {len(matched)} parameters that match are frozen (requires_grad=False), such as "
+            f"'{matched[0]}'; unfreeze them, or name them exactly in {what}"
         )
     for name in chosen:
         if not parameters[name].is_floating_point():

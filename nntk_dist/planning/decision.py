@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nntk_dist.errors import ArgumentError, ModelError, Unavailable
-from nntk_dist.estimators.estimator import Estimator, EstimatorPlan, Trial
+from nntk_dist.estimators.estimator import Estimator, EstimatorPlan, GroupEstimator, Trial
 from nntk_dist.models.black_box import holds_black_box
 from nntk_dist.models.evaluation import FAILS_ON_INPUTS, Evaluator, check_finite, trying
 from nntk_dist.models.noise import agreement, check_gradients, noise_text
@@ -50,6 +50,7 @@ class Decision:
         stacked: whether perturbed models are evaluated many in one call.
         stacking: why, in words; empty if the estimator does not move the parameters.
         probes: what the model was found to be like; None if it was not probed.
+        group: the group of parameters whose part of the kernel this is; empty for the whole kernel.
     """
 
     estimator: str
@@ -61,6 +62,7 @@ class Decision:
     stacked: bool = False
     stacking: str = ""
     probes: ModelProbes | None = None
+    group: str = ""
 
     @property
     def num_parameters(self) -> int:
@@ -216,6 +218,24 @@ def with_draws(decision: Decision, spec: KernelSpec, num_draws: int) -> Decision
     return replace(decision, num_draws=num_draws, plan=plan)
 
 
+def of_group(decision: Decision, spec: KernelSpec, name: str) -> Decision:
+    """Return the decision for one group of parameters: its part of the kernel under the same draws, from values alone.
+
+    Args:
+        decision: the decision for all groups together.
+        spec: the kernel.
+        name: the group.
+    """
+    chosen, space, outputs = _estimator(decision.estimator), decision.space, decision.columns(spec.outputs)
+    assert isinstance(chosen, GroupEstimator)
+    names = frozenset(dict(space.groups)[name])
+    sizes = {"num_draws": decision.num_draws, "num_outputs": len(outputs)}
+    plan = chosen.of_group(decision.plan, names, space, spec, **sizes)
+    count = sum(stop - start for start, stop in space.intervals(names))
+    reason = f"{decision.reason}; group '{name}' has {count:,} of the {space.num_parameters:,} parameters"
+    return replace(decision, plan=plan, group=name, reason=reason)
+
+
 def _estimator(name: str) -> Estimator:
     found: Estimator = ESTIMATORS.get(name)
     return found
@@ -234,6 +254,12 @@ def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec, why: str 
             f"contraction is '{spec.contraction}', but the estimator is {name}{reason}, which forms no gradients; use "
             "contraction: auto"
         )
+
+
+def _check_groups(chosen: Estimator, name: str, spec: KernelSpec) -> None:
+    """Refuse groups of parameters for an estimator that cannot tell their parts of the kernel apart."""
+    if spec.groups and not isinstance(chosen, GroupEstimator):
+        raise Unavailable(f"estimator {name} has no kernels of groups of parameters")
 
 
 def _check_function(evaluator: Evaluator, x: Tensor, values: Tensor, unit: float) -> tuple[float, float | None]:
@@ -342,6 +368,7 @@ def _first_valid(
             if obstacle is not None and _estimator(name).uses_gradients:
                 raise obstacle
             _check_contraction(_estimator(name), name, spec, "; ".join(problems) or why)
+            _check_groups(_estimator(name), name, spec)
             return plan(name), problems
         except Unavailable as error:
             if len(names) == 1:

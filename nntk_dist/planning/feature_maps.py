@@ -1,13 +1,16 @@
 """From a description (`KernelSpec`) and a decision (`Decision`) to an object that computes features.
 
-Nothing is tried, decided or computed here.
+Nothing is tried or decided here.
+
+Axes: n rows.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from nntk_dist.estimators.estimator import Estimator, FeatureSetting
+from nntk_dist.estimators.estimator import Estimator, FeatureSetting, GroupEstimator
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.planning.decision import Decision
 from nntk_dist.products.features import FeatureMap
@@ -48,3 +51,24 @@ def make_feature_map(
     estimator: Estimator = ESTIMATORS.get(decision.estimator)
     setting = FeatureSetting(evaluator, spec, drawing, decision.columns(spec.outputs), metric, attention)
     return estimator.features(decision.plan, setting)
+
+
+@dataclass(frozen=True)
+class FeatureGroups:
+    """The features of groups of parameters, which are computed in the same passes over the model.
+
+    Attributes:
+        estimator: the name of their estimator.
+        maps: the features of each group, by its name.
+    """
+
+    estimator: str
+    maps: Mapping[str, FeatureMap]
+
+    def compute(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute what `FeatureMap.compute` of each group returns; see there."""
+        estimator: Estimator = ESTIMATORS.get(self.estimator)
+        assert isinstance(estimator, GroupEstimator)
+        return estimator.compute_groups(self.maps, x, ids, draws, columns, batch=batch)

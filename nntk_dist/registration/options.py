@@ -7,6 +7,7 @@ of the configuration, error messages and reference pages read the same declarati
 import dataclasses
 import math
 import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from nntk_dist.registration.registry import PYTHON, Registry
 
 REQUIRED = dataclasses.MISSING
 _METADATA = "option"
+_GROUP_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 class Automatic(StrEnum):
@@ -218,6 +220,19 @@ class Names(Check):
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError
         return names
+
+
+@dataclass(frozen=True)
+class NamesOrGroups(Names):
+    """Names as `Names` takes them, or a mapping of group names to names; a group's name can be a folder's."""
+
+    def take(self, value: Any) -> Any:
+        """Return a tuple of names, or a dict of such tuples."""
+        if not isinstance(value, Mapping):
+            return super().take(value)
+        if not value or not all(isinstance(group, str) and _GROUP_NAME.fullmatch(group) for group in value):
+            raise ValueError
+        return {group: super(NamesOrGroups, self).take(names) for group, names in value.items()}
 
 
 @dataclass(frozen=True)

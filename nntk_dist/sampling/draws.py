@@ -11,7 +11,7 @@ Axes: s draws, r blocks, P parameters; m members: independent vectors before sca
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -186,14 +186,21 @@ class Drawing:
         squares = self._member_squares(members) * self._multipliers(members).square()
         return squares.repeat_interleave(2) if self.design == Design.ANTITHETIC else squares
 
-    def direction_products(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, "s s"]:
+    def direction_products(
+        self, counted: Sequence[tuple[int, int]] | None = None, *, device: torch.device | str = "cpu"
+    ) -> Float64[Tensor, "s s"]:
         """Return ⟨v_s, v_t⟩ for all draws s, t, from regenerated slices of the perturbations.
 
         Cost: 2·S²·P operations; memory O(S² + 2^24).
+
+        Args:
+            counted: half-open intervals of the parameters over which products are summed; all by default.
+            device: where to compute.
         """
         if self.design == Design.ORTHOGONAL and needs_whole_vectors(self.group_size, self.num_parameters):
             z = self.perturbations(range(self.num_draws), dtype=torch.float64, device=device)
             v = self.directions(z)  # no larger than the result: P < 2k ≤ S
+            v = v if counted is None else torch.cat([v[:, start:stop] for start, stop in counted], dim=1)
             return v @ v.T
         members = self._members(range(self.num_draws), device)
         squares = torch.zeros(len(members), dtype=torch.float64, device=device)
@@ -207,7 +214,9 @@ class Drawing:
                 grams += rows @ rows.mT
             if self.scales:
                 part /= self._scale_vector(start, stop, device)
-            products.addmm_(part, part.T)
+            for low, high in [(start, stop)] if counted is None else counted:
+                some = part[:, max(low - start, 0) : max(high - start, 0)]
+                products.addmm_(some, some.T)
         if grams is not None:
             inverses = inverse_factors(triangular_factors(grams))
             for _ in range(2):  # L⁻¹ from the left, then from the right

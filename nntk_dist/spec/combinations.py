@@ -33,6 +33,7 @@ def check_combinations(spec: "KernelSpec") -> None:
     if spec.kind != Kind.LOCAL:
         _check_blocks(spec)
         _check_law(spec)
+    _check_groups(spec)
     check_weighting(spec.weighting, kind=spec.kind, estimator=spec.estimator)
     _check_estimator(spec)
 
@@ -58,6 +59,19 @@ def _check_contraction(spec: "KernelSpec") -> None:
         what = f"contraction {spec.contraction}" if sketches else f"kind {spec.kind}"
         raise ArgumentError(f"sketch is {spec.sketch}; allowed for {what}, which sketches nothing: auto")
     columns_of_sketch(spec.sketch)
+
+
+def _check_groups(spec: "KernelSpec") -> None:
+    """Kernels of groups need a kernel that is a sum over parameters; a search for draws has one kernel."""
+    if spec.groups and spec.kind == Kind.COVARIANCE:
+        raise ArgumentError(
+            "parameters is a mapping of groups; allowed for kind covariance, which is no sum over parameters: a list "
+            "of name patterns"
+        )
+    if spec.groups and spec.rtol is not None:
+        raise ArgumentError(
+            f"rtol is {spec.rtol:g}; allowed for parameters in groups, which share their draws: none (set draws)"
+        )
 
 
 def _check_blocks(spec: "KernelSpec") -> None:

@@ -17,7 +17,7 @@ from nntk_dist.registration.options import (
     Automatic,
     Choice,
     Converted,
-    Names,
+    NamesOrGroups,
     Number,
     Registered,
     WholeNumber,
@@ -143,10 +143,14 @@ class KernelSpec:
         "numbers of a sketch for each block; for kind local a number asks for a sketch",
         kinds=_SKETCHED,
     )
-    parameters: Sequence[str] = option(
+    parameters: Sequence[str] | Mapping[str, Sequence[str]] = option(
         ("*",),
-        Names(text="a list of one or more name patterns, such as ['*.weight']"),
-        "the parameters that are perturbed, by shell-style patterns",
+        NamesOrGroups(
+            text="a list of one or more name patterns, such as ['*.weight'], or a mapping of group names (letters, "
+            "digits, _, - and .) to such lists"
+        ),
+        "the parameters that are perturbed, by shell-style patterns; a mapping of group names to patterns gives a "
+        "kernel for each group",
         kinds=_ALL,
     )
     seed: int = option(
@@ -167,6 +171,11 @@ class KernelSpec:
     def pair_blocks(self) -> bool:
         """Whether products of different blocks count: only in the nonlocal kernel."""
         return self.kind == Kind.NONLOCAL
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the groups of parameters that each have a kernel; none if there is one kernel."""
+        return tuple(self.parameters) if isinstance(self.parameters, Mapping) else ()
 
     @property
     def may_sketch(self) -> bool:

@@ -2,28 +2,27 @@
 
 Example i, left out, has the residual `S_i a_i`. Here `S_i = [(A⁻¹)_ii]⁻¹` is the Schur complement of `A = K + μI`:
 the part of the example's own block that the other examples do not explain. For sampled examples `A⁻¹ e_i` is solved, so
-the residual is exact up to the solves. Examples are drawn with replacement. Half of the probability p_i is even, half
-is in proportion to guessed squared residuals, averaged over ridges and two guesses. An example weighs `1/(N p_i)` in
-the mean square (Hansen & Hurwitz 1943), at most 2. All ridges share the sample: their errors move together, and the
-selection of a ridge suffers least.
-A regression on the guess was tried and fails: a quarter of its intervals missed.
+the residual is exact up to the solves. Nine tenths of the probability p_i are in proportion to guessed squared
+residuals, the rest is even. An example weighs `1/(N p_i)` in the mean square (Hansen & Hurwitz 1943). Draws are
+stratified, which their standard error does not count. The coefficients a must be known first, so the sample takes
+passes of its own. Guessing a from the preconditioner would save these and multiply the standard error by 3 to 7
+(digits, 20 to 300 pivots).
 
-The weighed squares are skewed to the right: a sample that misses large ones has a small mean and a small spread. The
-standard error is therefore widened by `1 + ¾ γ/√s`, γ the sample's skewness. At two standard errors below the truth,
-Johnson's t asks for this (1978, Modified t tests and confidence intervals for asymmetrical populations).
-The 95 % intervals of 32 samples then cover in 95 to 97 % of the cases (digits, 600 rows, ridges 1e-4 and 1e-2, 100 to
-550 pivots). The standard error misses extreme examples that both guesses miss: with a smooth kernel of 150 rows, ridge
-1e-4 and only 30 pivots, a quarter of the intervals missed. A higher rank helps there.
+The low-rank approximation `B ≤ K` gives `S_i ≥ L_i = [((B + μI)⁻¹)_ii]⁻¹`. The pivots of other examples leave the
+variance u_i unexplained. S_i is guessed as `L_i + u_i/2`, and `L_i + u_i` stands for an upper bound. The diagonal of
+`K − B` would be a poor u_i: it is 0 for pivots, which explain themselves. Random probes of the whole diagonal (Bekas,
+Kokiopoulou & Saad 2007) fail too: at small ridges the entries off the diagonal are so large that diagonal entries are
+lost in them.
 
-The guesses take S_i from a low-rank approximation `B ≤ K`: from `B + (μ + m)I`, m the mean diagonal entry of `K − B`,
-and from `B + μI` with `(K − B)_ii` added. The second alone fails: examples that are pivots of B have nothing missing,
-so their S_i comes out near μ, hundreds of times too small. Random probes of the whole diagonal (Bekas, Kokiopoulou &
-Saad 2007) fail too: at small ridges the entries off the diagonal are so large that diagonal entries are lost in them.
+A sample that misses large squares has a small mean and a small spread, so the standard error is widened twice. The
+factor `1 + ¾ |γ|/√s`, γ the sample's skewness, follows from Johnson's t at two standard errors (1978, Modified t tests
+and confidence intervals for asymmetrical populations). A fifth of what the upper bounds put on one draw,
+`Σ (L_i + u_i)² a_i²/(N s)`, is added in quadrature; it is large if few pivots explain little. docs/concepts.md has the
+measured coverage.
 
 Axes: N examples of d kernel rows, n = N·d, t target columns, s sampled examples.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +34,8 @@ from nntk_dist.sampling.philox import uniform
 from nntk_dist.sampling.streams import LEAVE_ONE_OUT_SAMPLE, Stream
 
 _LEAST = 8
-_EVENLY = 0.5  # of the probability; with less, rare examples that the guess misses spoil the error bars
+_EVENLY = 0.1  # of the probability: examples that the guess misses are drawn too, and no weight exceeds 10
+_UNSEEN = 0.2  # of the upper bounds; with half as much, 15 % of the intervals missed with 40 pivots of 300
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LeaveOneOutEstimate:
     Attributes:
         residuals: exact up to the solves for sampled examples; for the others the guess, scaled to fit the sample.
         error: the mean square.
-        stderr: its standard error; a bound of what unfinished solves contribute is added in quadrature.
+        stderr: its standard error; bounds of what was not drawn and of unfinished solves are added in quadrature.
     """
 
     residuals: Float[np.ndarray, "N d t"]
@@ -73,25 +73,24 @@ def num_sampled_examples(num_examples: int, count: int) -> int:
     return min(num_examples, max(_LEAST, count))
 
 
-def sampled_examples(guesses: Sequence[Float[np.ndarray, "N d t"]], count: int, seed: int) -> ExampleSample:
-    """Draw `num_sampled_examples` examples with replacement, or take all; the draw depends on guesses and seed only.
+def sampled_examples(guessed: Float[np.ndarray, "N d t"], count: int, seed: int) -> ExampleSample:
+    """Draw `num_sampled_examples` examples, some perhaps twice, or take all; the draw depends on guesses and seed only.
 
     Args:
-        guesses: guessed leave-one-out residuals.
+        guessed: guessed leave-one-out residuals.
         count: how many are requested.
         seed: of the draw.
     """
-    num_examples = len(guesses[0])
+    num_examples = len(guessed)
     size = num_sampled_examples(num_examples, count)
     if size == num_examples:
         return ExampleSample(np.arange(size), np.ones(size), True)
-    chances = np.full(num_examples, _EVENLY / num_examples)
-    for guessed in guesses:
-        squares = np.square(guessed).sum(axis=(1, 2))
-        chances += (1.0 - _EVENLY) / len(guesses) * squares / max(squares.sum(), np.finfo(np.float64).tiny)
-    chances /= chances.sum()
+    squares = np.square(guessed).sum(axis=(1, 2))
+    even, led = np.full(num_examples, _EVENLY / num_examples), (1.0 - _EVENLY) * _normalised(squares)
     points = uniform(seed, Stream.SAMPLE, torch.tensor([LEAVE_ONE_OUT_SAMPLE]), size)[0].numpy()
-    chosen = np.sort(np.searchsorted(np.cumsum(chances), points)).clip(max=num_examples - 1)
+    strata = (np.arange(size) + points) / size
+    places = np.searchsorted(np.cumsum(np.concatenate([even, led])), strata).clip(max=2 * num_examples - 1)
+    chosen, chances = np.sort(places % num_examples), even + led
     return ExampleSample(chosen, 1.0 / (num_examples * chances[chosen]), False)
 
 
@@ -105,6 +104,7 @@ def unit_vectors(num_rows: int, sampled: Int[np.ndarray, " s"], size: int) -> Fl
 
 def estimate_leave_one_out(
     guessed: Float[np.ndarray, "N d t"],
+    most: Float[np.ndarray, "N d t"],
     targets: ShiftedSolution,
     units: ShiftedSolution,
     sample: ExampleSample,
@@ -118,6 +118,7 @@ def estimate_leave_one_out(
 
     Args:
         guessed: guessed leave-one-out residuals, scaled to fit the sample for the other examples.
+        most: the same from upper bounds of S_i.
         targets: the coefficients a.
         units: `A⁻¹ e_i` for the sampled examples.
         sample: the examples.
@@ -138,20 +139,29 @@ def estimate_leave_one_out(
     off = np.sqrt(squares) * unsolved**2 * lengths / ridge + lengths * unsolved * missed / ridge
     from_solves = float((sample.weights * (2.0 * np.sqrt(squares) * off + np.square(off))).mean())
     weighed = sample.weights * squares
+    unseen = 0.0 if sample.is_whole else _UNSEEN / count * float(np.square(most).mean())
     from_sample = 0.0 if sample.is_whole else _standard_error(weighed)
     own = guessed[sample.examples]
     fitted = float((sample.weights * (own * own).sum(axis=(1, 2))).sum())
     scale = float((sample.weights * (own * exact).sum(axis=(1, 2))).sum()) / fitted if fitted > 0 else 0.0
     residuals = scale * guessed
     residuals[sample.examples] = exact
-    return LeaveOneOutEstimate(residuals, float(weighed.mean()), float(np.hypot(from_sample, from_solves)))
+    return LeaveOneOutEstimate(
+        residuals, float(weighed.mean()), float(np.linalg.norm([from_sample, unseen, from_solves]))
+    )
 
 
 def _standard_error(values: Float[np.ndarray, " s"]) -> float:
-    """Standard error of the mean, widened for skewness to the right."""
+    """Standard error of the mean, widened for skewness."""
     deviations = values - values.mean()
     count, variance = len(values), float(values.var(ddof=1))
     if variance == 0.0:
         return 0.0
     skewness = count**2 / ((count - 1) * (count - 2)) * float((deviations**3).mean()) / variance**1.5
-    return float(np.sqrt(variance / count)) * (1.0 + 0.75 * max(skewness, 0.0) / float(np.sqrt(count)))
+    return float(np.sqrt(variance / count)) * (1.0 + 0.75 * abs(skewness) / float(np.sqrt(count)))
+
+
+def _normalised(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Values over their sum; equal ones if all are 0."""
+    total = float(values.sum())
+    return values / total if total > 0 else np.full(len(values), 1.0 / len(values))

@@ -33,11 +33,13 @@ class LowRankApproximation:
         basis: U, with orthonormal columns.
         eigenvalues: Σ.
         trace_left: the share of the kernel's trace that is not in it.
+        unexplained: what the pivots of other examples leave of each diagonal entry.
     """
 
     basis: Float[np.ndarray, "n r"]
     eigenvalues: Float[np.ndarray, " r"]
     trace_left: float
+    unexplained: Float[np.ndarray, " n"]
 
     def solve(self, vectors: Float[np.ndarray, "n v"], ridges: Float[np.ndarray, " v"]) -> Float[np.ndarray, "n v"]:
         """Compute `(U Σ Uᵀ + μI)⁻¹·vectors`, each vector with its own ridge; symmetric and positive definite."""
@@ -45,25 +47,24 @@ class LowRankApproximation:
         gain = 1.0 / (self.eigenvalues[:, None] + ridges) - 1.0 / ridges
         return vectors / ridges + self.basis @ (gain * inner)
 
-    def blocks(self, size: int) -> Float[np.ndarray, "n/d d d"]:
-        """Return the blocks on the diagonal of `U Σ Uᵀ`."""
-        return self._blocks(self.eigenvalues, size)
-
     def inverse_blocks(self, ridge: float, size: int) -> Float[np.ndarray, "n/d d d"]:
-        """Return the blocks on the diagonal of `(U Σ Uᵀ + μI)⁻¹`."""
-        return self._blocks(1.0 / (self.eigenvalues + ridge) - 1.0 / ridge, size) + np.eye(size) / ridge
-
-    def _blocks(self, gains: Float[np.ndarray, " r"], size: int) -> Float[np.ndarray, "n/d d d"]:
-        """Blocks on the diagonal of `U diag(gains) Uᵀ`, some rows at a time."""
+        """Return the blocks on the diagonal of `(U Σ Uᵀ + μI)⁻¹`, computed some rows at a time."""
+        gains = 1.0 / (self.eigenvalues + ridge) - 1.0 / ridge
         blocks = np.empty((len(self.basis) // size, size, size))
         for rows in _stripes(len(blocks)):
-            own = self.basis[rows.start * size : rows.stop * size].reshape(-1, size, len(gains))
+            own = self.basis[rows.start * size : rows.stop * size].reshape(rows.stop - rows.start, size, len(gains))
             blocks[rows] = (own * gains) @ own.transpose(0, 2, 1)
-        return blocks
+        return blocks + np.eye(size) / ridge
 
 
 def low_rank_approximation(
-    kernel: StreamedKernel, diagonal: Float[np.ndarray, " n"], *, rank: int, least: float = 0.0, seed: int = 0
+    kernel: StreamedKernel,
+    diagonal: Float[np.ndarray, " n"],
+    *,
+    rank: int,
+    least: float = 0.0,
+    size: int = 1,
+    seed: int = 0,
 ) -> LowRankApproximation:
     """Approximate a positive semidefinite kernel; for an indefinite one the result is some low-rank matrix.
 
@@ -74,6 +75,7 @@ def low_rank_approximation(
         diagonal: its diagonal.
         rank: the most pivots.
         least: stop when less of the trace is left.
+        size: rows of one example.
         seed: of the pivots.
     """
     num_rows, stripes = kernel.num_rows, kernel.stripes
@@ -81,6 +83,7 @@ def low_rank_approximation(
     share = math.ceil(rank / len(stripes))
     factor = np.empty((num_rows, rank), order="F")
     left, count = np.maximum(diagonal, 0.0), 0
+    chosen: list[int] = []
     spent = _SPENT * float(left.max(initial=0.0))
     unread = list(range(len(stripes)))
     chances = uniform(seed, Stream.SAMPLE, torch.tensor([PIVOT_SAMPLE]), len(stripes))[0].numpy()
@@ -98,14 +101,35 @@ def low_rank_approximation(
             continue
         columns = kernel.rows(rows, pivots).T - known @ known[rows][pivots].T
         lower = np.linalg.cholesky(columns[rows][pivots])
+        chosen.extend((rows.start + pivots).tolist())
         new = slice(count, count + len(pivots))
         factor[:, new] = scipy.linalg.solve_triangular(lower, columns.T, lower=True).T
         left -= np.square(factor[:, new]).sum(axis=1)
         np.maximum(left, 0.0, out=left)
         count = new.stop
     total = float(np.maximum(diagonal, 0.0).sum())
+    unexplained = _unexplained(left, factor[:, :count], np.array(chosen, dtype=np.int64), size)
     basis, values = _orthonormal(factor[:, :count])
-    return LowRankApproximation(basis, values, float(left.sum()) / total if total > 0 else 0.0)
+    return LowRankApproximation(basis, values, float(left.sum()) / total if total > 0 else 0.0, unexplained)
+
+
+def _unexplained(
+    left: Float[np.ndarray, " n"], factor: Float[np.ndarray, "n r"], pivots: Int[np.ndarray, " r"], size: int
+) -> Float[np.ndarray, " n"]:
+    """What pivots of other examples leave of each diagonal entry, from what all pivots leave and the factor."""
+    result = left.copy()
+    if not len(pivots):
+        return result
+    inverse = scipy.linalg.solve_triangular(
+        factor[pivots], np.eye(len(pivots)), lower=True
+    )  # K_PP⁻¹ = inverseᵀ·inverse
+    for example in np.unique(pivots // size):
+        own = inverse[:, pivots // size == example]
+        part = factor[example * size : (example + 1) * size] @ own  # the example's rows of K_·P K_PP⁻¹
+        result[example * size : (example + 1) * size] += np.einsum(
+            "dp,pd->d", part, np.linalg.solve(own.T @ own, part.T)
+        )
+    return result
 
 
 def _orthonormal(

@@ -9,9 +9,8 @@ from scipy import stats
 from scipy.stats import ortho_group
 
 from nntk_dist.analysis import BlockKrylov, ConjugateGradients, StreamedKernel, StreamedRectangle, ridge, spectrum
-from nntk_dist.analysis.regression.leave_one_out import estimate_leave_one_out, sampled_examples, unit_vectors
 from nntk_dist.analysis.regression.pivoted_cholesky import low_rank_approximation
-from nntk_dist.analysis.regression.shifted_systems import ShiftedSolution, solve_shifted_systems
+from nntk_dist.analysis.regression.shifted_systems import solve_shifted_systems
 from nntk_dist.analysis.spectra.dense import kernel_spectrum
 from nntk_dist.errors import NNTKError
 
@@ -145,7 +144,6 @@ def test_the_low_rank_approximation_is_below_the_kernel_and_close_to_it(rank, sh
     np.testing.assert_allclose(part.solve(vectors, np.full(3, ridge)), inverse @ vectors, rtol=1e-8, atol=1e-8)
     blocks = [inverse[i : i + 3, i : i + 3] for i in range(0, NUM_TRAIN, 3)]
     np.testing.assert_allclose(part.inverse_blocks(ridge, 3), blocks, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(part.blocks(1)[:, 0, 0], np.diagonal(approximation), rtol=1e-8)
 
 
 def test_pivots_are_no_more_than_are_needed():
@@ -191,7 +189,7 @@ def test_regression_is_that_of_the_kernel(kind, width):
     ridges = (1e-3, 1e-2, 0.5)
     train, test, points = kernels(width)
     given = arguments(kind, points)
-    found = streamed(width, given, ridges, rank=60, tolerance=1e-6)
+    found = streamed(width, given, ridges, rank=60 * width, tolerance=1e-6)
     targets, test_targets = given.pop("targets"), given.pop("test_targets")
     expected = ridge(train, targets, test, test_targets, ridges=ridges, **given)
     same = ridge(train, targets, test, test_targets, ridges=(found.selected.ridge,), **given)
@@ -208,42 +206,6 @@ def test_regression_is_that_of_the_kernel(kind, width):
         assert abs(row.loo_error - other.loo_error) < quantile * row.loo_stderr
         assert row.loo_stderr < 0.6 * other.loo_error
     np.testing.assert_allclose(found.scores, same.scores, atol=1e-4)
-
-
-@pytest.mark.parametrize("width", [1, 3], ids=["trace", "full"])
-def test_leave_one_out_is_exact_where_every_example_is_sampled(width):
-    train, test, points = kernels(width)
-    given = arguments("labels", points)
-    found = streamed(width, given, (1e-2,), num_sampled=NUM_TRAIN * width, rank=60).selected
-    expected = ridge(train, given["targets"], test, given["test_targets"], ridges=(1e-2,)).selected
-    assert found.loo_error == pytest.approx(expected.loo_error, rel=2e-3)
-    assert found.loo_accuracy == expected.loo_accuracy
-    assert abs(found.loo_error - expected.loo_error) <= found.loo_stderr  # only the solves err, by a bound
-    assert found.loo_stderr < 0.05 * expected.loo_error
-
-
-@pytest.mark.parametrize("rank", [60, 140])
-@pytest.mark.parametrize("relative", [1e-4, 0.1])
-def test_the_error_bars_of_leave_one_out_cover_it(relative, rank):
-    """40 samples: unbiased, at most seven 95 % intervals miss (2e-3 if 5 % do); also if most rows are pivots."""
-    train, test, points = kernels()
-    given = arguments("labels", points)
-    truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(relative,)).selected.loo_error
-    rows = [streamed(1, given, (relative,), rank=rank, seed=seed).selected for seed in range(40)]
-    errors, stderr = np.array([[row.loo_error, row.loo_stderr] for row in rows]).T
-    spread = errors.std(ddof=1)
-    assert abs(errors.mean() - truth) < 4 * spread / np.sqrt(40)
-    assert (np.abs(errors - truth) > stats.t.isf(0.025, 31) * stderr).sum() <= 7
-    assert np.sqrt(np.square(stderr).mean()) < 2 * spread
-    assert spread < 0.3 * truth
-
-
-def test_solves_that_are_cut_short_widen_the_error_bar_of_leave_one_out():
-    train, test, points = kernels()
-    given = arguments("labels", points)
-    truth = ridge(train, given["targets"], test, given["test_targets"], ridges=(1e-4,)).selected.loo_error
-    found = streamed(1, given, (1e-4,), rank=20, num_sampled=NUM_TRAIN, tolerance=1e-2, max_passes=12).selected
-    assert 0 < abs(found.loo_error - truth) <= found.loo_stderr
 
 
 @pytest.mark.parametrize("rank", [0, 20, 60, 140])
@@ -267,26 +229,6 @@ def test_the_energy_of_a_column_errs_by_the_square_of_its_residual(rank):
     # to rounding: conjugate gradients lose some orthogonality over many steps
     np.testing.assert_allclose(np.diagonal(inverse) - np.diagonal(found.x), energies, rtol=0.05)
     assert (energies / np.diagonal(inverse)).max() < 1e-3
-
-
-def test_a_wrong_guess_costs_accuracy_and_no_bias():
-    """A diagonal kernel: residuals are known. The guess is opposite to them, and the mean over 400 samples is right."""
-    ridge, diagonal = 0.5, np.linspace(1.0, 2.0, 40)
-    solved = np.linspace(0.1, 1.0, 40)[:, None]
-    shape, ones = (40, 1, 1), np.ones((40, 1))
-    targets = ShiftedSolution(solved, np.zeros(1), 1, 0.0 * ones)
-    guessed = solved[::-1].reshape(shape)
-    errors = []
-    for seed in range(400):
-        sample = sampled_examples([guessed], 8, seed)
-        units = unit_vectors(40, sample.examples, 1) / (diagonal + ridge)[:, None]
-        exact = ShiftedSolution(units, np.zeros(8), 1, 0.0 * units)
-        found = estimate_leave_one_out(guessed, targets, exact, sample, ridge)
-        own = sample.examples
-        np.testing.assert_allclose(found.residuals[own, 0, 0], solved[own, 0] * (diagonal[own] + ridge), rtol=1e-12)
-        errors.append(found.error)
-    truth = np.square(solved[:, 0] * (diagonal + ridge)).mean()
-    assert abs(np.mean(errors) - truth) < 4 * np.std(errors) / 20
 
 
 def test_a_solve_that_is_cut_short_says_so():
@@ -316,7 +258,6 @@ def test_the_low_rank_approximation_lies_below_the_kernel_in_orthonormal_directi
     assert np.linalg.eigvalsh(kernel - low).min() > -1e-8 * part.eigenvalues[0]  # the kernel is stored in float32
     assert part.trace_left == pytest.approx(np.trace(kernel - low) / np.trace(kernel), rel=1e-6)
     assert 0 < part.trace_left < 0.5
-    np.testing.assert_allclose(part.blocks(1)[:, 0, 0], np.diag(low), rtol=1e-9)
     inverse = np.linalg.inv(low + 0.5 * np.eye(len(kernel)))
     np.testing.assert_allclose(part.inverse_blocks(0.5, 1)[:, 0, 0], np.diag(inverse), rtol=1e-9)
 

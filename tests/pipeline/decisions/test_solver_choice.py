@@ -279,7 +279,7 @@ def test_the_choice_of_a_method(tmp_path, shared_run):
 @pytest.mark.parametrize("width", [1, 10, 100])
 def test_columns_for_leave_one_out_are_counted_as_they_are_solved(width):
     solver = ConjugateGradients()
-    sampled = sampled_examples([np.ones((90, width, 1))], solver.num_sampled // width, 0).examples
+    sampled = sampled_examples(np.ones((90, width, 1)), solver.num_sampled // width, 0).examples
     assert solver.num_unit_columns(90 * width, width) == unit_vectors(90 * width, sampled, width).shape[1]
 
 

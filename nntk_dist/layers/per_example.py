@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from nntk_dist.errors import Unavailable
-from nntk_dist.layers.recording import Pass
+from nntk_dist.layers.recording import Call, Pass
 from nntk_dist.layers.rules import linear_sides, num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.models.evaluation import outputs, trying
@@ -32,42 +32,55 @@ def write_extended_input(site: Site, h: Tensor, target: Float[Tensor, "m j"]) ->
         target[:, -1] = 1.0
 
 
-def dense_gradients(model: nn.Module, plan: SitePlan, passed: Pass) -> dict[str, Float[Tensor, "n c ..."]]:
-    """Return the gradients of dense and whole parameters, (n, c, *shape) by name, summed over their uses."""
-    like, lead = passed.parameters, (len(passed.x), len(passed.columns))
-    # a module that this pass never called has no gradient
-    result = {name: like[name].new_zeros(*lead, *like[name].shape) for name in plan.dense_names()}
-    add_dense_gradients_(result, model, plan, passed)
-    return result
+def site_gradients(
+    model: nn.Module, sites: Sequence[Site], passed: Pass
+) -> Iterator[tuple[str, Float[Tensor, "n c ..."]]]:
+    """Yield the gradients of the sites' parameters by name, call by call; a shared parameter comes several times."""
+    for site, call, delta in _calls(sites, passed):
+        yield from _gradients_of_call(model.get_submodule(site.module), site, passed, call, delta)
 
 
 def add_dense_gradients_(
     sums: Mapping[str, Float[Tensor, "m c ..."]], model: nn.Module, plan: SitePlan, passed: Pass
 ) -> None:
     """Add the gradients of the first m examples to sums by name, in place, never forming an outer product first."""
-    for site in plan.dense:
+    for site, call, delta in _calls(plan.dense, passed):
         module, names = model.get_submodule(site.module), dict(site.parameters)
-        rule = rule_for(module)
-        assert rule is not None
-        for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
-            if isinstance(module, nn.Linear) and num_positions(tuple(call.h.shape)) == 1:
-                delta, h = linear_sides(module, call.h, delta)
-                for attribute, name in names.items():
-                    part, own = sums[name], delta[: len(sums[name]), :, 0]
-                    if attribute == "weight":
-                        part.addcmul_(own[..., None], h[: len(part), :, None])
-                    else:
-                        part += own
-                continue
-            gradients = rule.gradients(module, passed.parameters, call.h, delta)
+        if isinstance(module, nn.Linear) and num_positions(tuple(call.h.shape)) == 1:
+            delta, h = linear_sides(module, call.h, delta)
             for attribute, name in names.items():
-                part = sums[name]
-                part += gradients[attribute][: len(part)]
+                part, own = sums[name], delta[: len(sums[name]), :, 0]
+                if attribute == "weight":
+                    part.addcmul_(own[..., None], h[: len(part), :, None])
+                else:
+                    part += own
+            continue
+        for name, gradient in _gradients_of_call(module, site, passed, call, delta):
+            part = sums[name]
+            part += gradient[: len(part)]
     if plan.whole:
         count = len(next(iter(sums.values())))
         for rows, gradients in whole_gradients(model, plan, passed.x[:count], passed.parameters, passed.columns):
             for name, gradient in gradients.items():
                 sums[name][rows] += gradient
+
+
+def _calls(sites: Sequence[Site], passed: Pass) -> Iterator[tuple[Site, Call, Tensor]]:
+    """Every call of every site with its output gradients."""
+    for site in sites:
+        for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
+            yield site, call, delta
+
+
+def _gradients_of_call(
+    module: nn.Module, site: Site, passed: Pass, call: Call, delta: Tensor
+) -> Iterator[tuple[str, Float[Tensor, "n c ..."]]]:
+    """The gradients of a site's parameters from one call, by name."""
+    rule = rule_for(module)
+    assert rule is not None
+    gradients = rule.gradients(module, passed.parameters, call.h, delta)
+    for attribute, name in site.parameters:
+        yield name, gradients[attribute]
 
 
 def whole_gradients(

@@ -30,6 +30,9 @@ class Recording:
     """One differentiable forward pass, with the calls of the sites' modules kept: at given parameters, or the model's
     own.
 
+    A call of a `common` site gets one row for all examples. Its output is repeated, so that each example has a row with
+    a gradient of its own.
+
     Use: `Recording(model, sites, x, parameters)`, then `gradients(columns)`.
     """
 
@@ -37,6 +40,8 @@ class Recording:
         self, model: nn.Module, sites: Sequence[Site], x: Tensor, parameters: Mapping[str, Tensor] | None = None
     ) -> None:
         self.calls: dict[str, list[Call]] = {site.module: [] for site in sites}
+        self._common = {site.module: site.common for site in sites}
+        self._num_examples = len(x)
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self._dtype = own if parameters is None else next((p.dtype for p in parameters.values()), own)
         with hooked(model, after={name: self._keep(name) for name in self.calls}), torch.enable_grad():
@@ -48,6 +53,8 @@ class Recording:
                 out = out.detach().requires_grad_()
             # Copies: an in-place activation or residual would otherwise overwrite what is kept here.
             kept = h.detach().clone()
+            if kept.shape == self._common[name]:  # otherwise it comes from a repeated row
+                kept, out = (_repeated(values, self._num_examples) for values in (kept, out))
             self.calls[name].append(Call(kept.to(self._dtype) if kept.is_floating_point() else kept, out))
             return out.clone()
 
@@ -90,6 +97,12 @@ class Recording:
             # an autograd.Function without a rule for vmap, say
             each = [along(direction, batched=False) for direction in directions]
             return [None if own[0] is None else torch.stack(own) for own in zip(*each, strict=True)]
+
+
+def _repeated(values: Float[Tensor, "..."], num_examples: int) -> Float[Tensor, "n ..."]:
+    """The one row of all examples, (1, ...) or without the leading axis, as a row for each example."""
+    row = values if len(values) == 1 else values[None]
+    return row.expand(num_examples, *row.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 A Linear layer that is applied once, to one vector per example, has the gradient δ ⊗ h̃, which need never be formed
 (`outer`). Other sites, and parameters that several modules share, give dense per-example gradients. A parameter without
 a rule, or whose rule does not fit (its weight is used outside its module, its batch is folded into positions), is
-differentiated as a whole (`whole`): with vmap, or in a loop over the examples if vmap cannot take the model.
+differentiated as a whole (`whole`): with vmap, or in a loop over the examples if vmap cannot take the model. A module
+that gets one row for all examples, such as position embeddings, has per-example gradients once that row is repeated, if
+the model takes it so.
 
 Axes: n examples, c outputs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum, auto
 
 import torch
 from jaxtyping import Float
@@ -18,12 +21,13 @@ from torch import Tensor, nn
 from nntk_dist.errors import Unavailable
 from nntk_dist.layers.hooks import BeforeHook, hooked
 from nntk_dist.layers.penultimate import find_output_layers, find_readout
-from nntk_dist.layers.per_example import dense_gradients, whole_gradients
+from nntk_dist.layers.per_example import site_gradients, whole_gradients
 from nntk_dist.layers.recording import Call, Pass, Recording
 from nntk_dist.layers.rules import num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.models.evaluation import in_float64, outputs
 from nntk_dist.models.parameters import ParameterSpace, aliases
+from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.philox import normal, signs
 from nntk_dist.sampling.streams import Stream
 
@@ -45,7 +49,8 @@ def plan_sites(model: nn.Module, space: ParameterSpace, x: Tensor) -> SitePlan:
     exact, x = in_float64(model, own)
     trial = x[:_PROBE_EXAMPLES]
     parameters = _probe_parameters(exact, space)
-    plan, wrong = _checked(exact, _classify(exact, space, x, parameters), trial, parameters)
+    plan = _with_common_rows(exact, _classify(exact, space, x, parameters), trial, parameters)
+    plan, wrong = _checked(exact, plan, trial, parameters)
     if wrong:
         plan, wrong = _checked(exact, _without(plan, frozenset(wrong)), trial, parameters)
         if wrong and not plan.whole_in_turn:
@@ -87,6 +92,20 @@ def _checked(
     return in_turn, _disagreeing(model, in_turn, x, parameters)
 
 
+def _with_common_rows(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor]) -> SitePlan:
+    """The plan, without the rules of common sites if the model does not take a repeated row, or takes it otherwise."""
+    names = frozenset(name for site in plan.dense if site.common is not None for _, name in site.parameters)
+    if not names:
+        return plan
+    try:
+        wrong = _disagreeing(model, plan.only(names), x, parameters)
+    except Exception as error:  # a model's code may raise anything
+        if is_out_of_memory(error):
+            raise
+        wrong = set(names)
+    return _without(plan, names) if wrong else plan
+
+
 def _input_layers(model: nn.Module, plan: SitePlan, x: Tensor) -> frozenset[str]:
     if not plan.outer:
         return frozenset()
@@ -126,7 +145,7 @@ def _probe_parameters(model: nn.Module, space: ParameterSpace) -> dict[str, Tens
     first = next(iter(base.values()))
     count = torch.zeros(1, dtype=torch.int64, device=first.device)
     sides = signs(0, Stream.PROBE, count, space.num_parameters, dtype=first.dtype)[0]
-    return space.moved(base, 1e-2 * sides)
+    return space.moved(base, sides.mul_(1e-2))
 
 
 def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Mapping[str, Tensor]) -> SitePlan:
@@ -144,13 +163,15 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
         if selected and rule_for(module) is not None:
             sites.append(Site(path, selected))
             covered.update(f"{path}.{attribute}" if path else attribute for attribute, _ in selected)
+    # Another number of rows shows which calls have a row for each example.
+    others = x[:_PROBE_EXAMPLES] if len(x) > _PROBE_EXAMPLES else torch.cat([x, x[:1]])
     recording = Recording(model, sites, x, parameters)
-    # A parameter that also lives in a module without a rule, or in one whose calls don't hold one row per example, is
-    # whole.
+    rows_of = _rows_of_calls(recording, Recording(model, sites, others, parameters), len(x), len(others))
+    # A parameter that also lives in a module without a rule, or in one with calls of other rows, is whole.
     whole = {name for name in space.names if any(alias not in covered for alias in groups[name])}
     for site in sites:
         calls = recording.calls[site.module]
-        if any(call.h.ndim == 0 or len(call.h) != len(x) or len(call.out) != len(x) for call in calls):
+        if rows_of[site.module] is None:
             whole.update(name for _, name in site.parameters)
         elif calls:
             given = _attributes_of_rule(model.get_submodule(site.module), parameters, calls[0])
@@ -158,14 +179,16 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
     outer: list[Site] = []
     dense: list[Site] = []
     for site in sites:
-        kept = replace(site, parameters=tuple(pair for pair in site.parameters if pair[1] not in whole))
-        if not kept.parameters:
+        kept = tuple(pair for pair in site.parameters if pair[1] not in whole)
+        if not kept:
             continue
         calls = recording.calls[site.module]
-        shared = any(len(groups[name]) > 1 for _, name in kept.parameters)
+        common = tuple(calls[0].h.shape) if rows_of[site.module] == _Rows.COMMON else None
+        shared = any(len(groups[name]) > 1 for _, name in kept)
         is_linear = isinstance(model.get_submodule(site.module), nn.Linear)
         once = len(calls) == 1 and calls[0].h.ndim >= 2 and num_positions(tuple(calls[0].h.shape)) == 1
-        (outer if is_linear and once and not shared else dense).append(kept)
+        is_outer = is_linear and once and not shared and common is None
+        (outer if is_outer else dense).append(replace(site, parameters=kept, common=common))
     outs = recording.outs([site.module for site in outer])
     return SitePlan(
         tuple(outer),
@@ -174,6 +197,29 @@ def _classify(model: nn.Module, space: ParameterSpace, x: Tensor, parameters: Ma
         find_output_layers(recording.outputs, outs),
         find_readout(recording.outputs, outs),
     )
+
+
+class _Rows(Enum):
+    """The rows of a module's calls."""
+
+    EACH = auto()  # one for each example
+    COMMON = auto()  # one for all examples
+
+
+def _rows_of_calls(recording: Recording, other: Recording, num_rows: int, num_others: int) -> dict[str, _Rows | None]:
+    """The rows of each module's calls, from passes over two numbers of examples; None if they are others."""
+
+    def rows(calls: Sequence[Call], others: Sequence[Call]) -> _Rows | None:
+        shapes, other_shapes = ([(call.h.shape, call.out.shape) for call in own] for own in (calls, others))
+        if not all(h and out for h, out in shapes + other_shapes):
+            return None
+        counts = {len(values) for call in calls for values in (call.h, call.out)}
+        if counts <= {num_rows} and {len(values) for call in others for values in (call.h, call.out)} <= {num_others}:
+            return _Rows.EACH
+        is_common = shapes == other_shapes and len(set(shapes)) == 1 and 0 not in counts
+        return _Rows.COMMON if is_common else None
+
+    return {module: rows(calls, other.calls[module]) for module, calls in recording.calls.items()}
 
 
 def _attributes_of_rule(module: nn.Module, parameters: Mapping[str, Tensor], call: Call) -> frozenset[str]:
@@ -188,22 +234,22 @@ def _weighted_gradients(
 ) -> dict[str, Tensor]:
     """Every parameter's per-example gradients, weighted over examples and outputs.
 
-    Rules are linear in δ, so outputs are summed before gradients are formed: memory n·P, and n·C·P of whole parameters.
+    Rules are linear in δ, so outputs are summed before gradients are formed. Memory: P, and n times the largest
+    parameter; n·C times the whole parameters.
     """
-    full = plan.densified(frozenset(site.module for site in plan.outer))
-    sites = replace(full, whole=())
-    recording = Recording(model, sites.dense, x, parameters)
+    sites = plan.densified(frozenset(site.module for site in plan.outer)).dense
+    recording = Recording(model, sites, x, parameters)
     deltas = {
         name: [torch.einsum("nc,nc...->n...", weights, delta)[:, None] for delta in parts]
         for name, parts in recording.gradients(range(weights.shape[1])).items()
     }
-    summed = dense_gradients(model, sites, Pass(x, recording, deltas, parameters, range(1)))
-    result = {name: part[:, 0].sum(0) for name, part in summed.items()}
+    result = {name: torch.zeros_like(parameters[name]) for name in plan.names()}
+    for name, gradients in site_gradients(model, sites, Pass(x, recording, deltas, parameters, range(1))):
+        result[name] += gradients.sum((0, 1))
     if plan.whole:
-        for rows, gradients in whole_gradients(model, plan, x, parameters, range(weights.shape[1])):
-            for name, part in gradients.items():
-                own = torch.einsum("nc,nc...->...", weights[rows], part)
-                result[name] = result[name] + own if name in result else own
+        for rows, parts in whole_gradients(model, plan, x, parameters, range(weights.shape[1])):
+            for name, part in parts.items():
+                result[name] += torch.einsum("nc,nc...->...", weights[rows], part)
     return result
 
 
@@ -211,9 +257,9 @@ def _disagreeing(model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mappin
     """Parameters whose per-example gradients, weighted at random over examples and outputs, miss the weighted sum's
     gradient.
     """
-    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    leaves = {name: parameters[name].detach().requires_grad_() for name in parameters if name in plan.names()}
     with torch.enable_grad():
-        values = outputs(model, x, leaves)
+        values = outputs(model, x, {**parameters, **leaves})
         count = torch.zeros(1, dtype=torch.int64, device=x.device)
         weights = normal(1, Stream.PROBE, count, 0, values.numel()).reshape(values.shape)
         if not values.requires_grad:

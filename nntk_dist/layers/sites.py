@@ -16,10 +16,17 @@ class OutputLayers:
 
 @dataclass(frozen=True)
 class Site:
-    """One module and its selected parameters, as pairs (attribute in the module, name in the parameter space)."""
+    """One module and its selected parameters, as pairs (attribute in the module, name in the parameter space).
+
+    Attributes:
+        module: its path in the model.
+        parameters: the pairs.
+        common: the shape of the input of its calls, if they have one row for all examples, as position embeddings do.
+    """
 
     module: str
     parameters: tuple[tuple[str, str], ...]
+    common: tuple[int, ...] | None = None
 
     @property
     def attributes(self) -> tuple[str, ...]:

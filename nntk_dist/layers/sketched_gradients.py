@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nntk_dist.layers.per_example import whole_gradients
 from nntk_dist.layers.recording import Call, Pass
-from nntk_dist.layers.rules import rule_for
+from nntk_dist.layers.rules import rule_for, token_sides
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import Projector
 
@@ -61,8 +61,7 @@ def _add_site_(
         if bias is not None and joined is None:
             projector.add_gradient_(total, bias, rule.sides(module, h, delta)[0].sum(2))
     elif isinstance(module, nn.Embedding):
-        tokens = h.reshape(len(h), -1)
-        deltas = delta.reshape(*delta.shape[:2], tokens.shape[1], -1)
+        tokens, deltas = token_sides(module, h, delta)
         projector.add_tokens_(total, names["weight"], deltas, tokens, module.num_embeddings)
     else:
         gradients = rule.gradients(module, passed.parameters, h, delta)

@@ -56,7 +56,7 @@ def test_a_subclass_counts_only_while_it_keeps_forward():
     assert rule_for(Renamed(2, 2)) is rule_for(nn.Linear(2, 2)) is RULES.get("linear")
     assert rule_for(Changed(2, 2)) is None
     assert rule_for(nn.Conv2d(2, 2, 3, padding_mode="circular")) is None
-    assert rule_for(nn.Embedding(3, 2, padding_idx=0)) is None
+    assert rule_for(nn.Embedding(3, 2, max_norm=1.0)) is None
     assert rule_for(nn.BatchNorm1d(3, track_running_stats=False)) is None
     assert rule_for(nn.Conv2d(2, 2, 3, groups=2)).sides is None
 

@@ -36,7 +36,7 @@ from tests.oracles.cases import case
 
 Array = np.ndarray
 CASES = ["relu_mlp", "tied_weights", "repeated_layer", "raw_parameters", "linear_on_tokens", "embedding", "attention",
-         "layer_norm", "convnet", "batch_norm", "conv1d"]  # fmt: skip
+         "layer_norm", "convnet", "batch_norm", "conv1d", "language_model"]  # fmt: skip
 
 
 def transformer() -> tuple[nn.Module, Tensor]:
@@ -45,7 +45,28 @@ def transformer() -> tuple[nn.Module, Tensor]:
     return prepare_model(model, dtype=torch.float64, device="cpu"), torch.randn(4, 1, 4, 4, dtype=torch.float64)
 
 
+class LanguageModel(nn.Module):
+    """Tokens with a tied head, positions in one row for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(3, 2), nn.Embedding(3, 2)
+        self.head = nn.Linear(2, 3, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = torch.tanh(self.tokens(ids) + self.places(torch.arange(3)))
+        return self.head(h).mean(1)
+
+
+def language_model(n: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return prepare_model(LanguageModel(), dtype=torch.float64, device="cpu"), torch.randint(0, 3, (n, 3))
+
+
 def problem(name: str, n: int = 4) -> tuple[nn.Module, Tensor]:
+    if name == "language_model":
+        return language_model(n)
     return transformer() if name == "transformer" else (case(name).build(), case(name).inputs(n))
 
 
@@ -101,7 +122,10 @@ def joined_biases(model: nn.Module) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("name", "outputs"),
-    [("relu_mlp", "full"), *((name, ("trace", "full")[i % 2]) for i, name in enumerate([*CASES, "transformer"]))],
+    [
+        ("relu_mlp", "full"),
+        *((name, ("trace", "full")[i % 2]) for i, name in enumerate([*CASES, "transformer"])),
+    ],
 )
 def test_the_sketch_is_the_projection_of_the_gradient(name, outputs):
     model, x = problem(name)

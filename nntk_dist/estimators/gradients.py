@@ -102,7 +102,8 @@ class GradientFeatures(GradientProducts):
         for index, site in enumerate(self.plan.outer):
             (call,), (delta,) = recording.calls[site.module], passed.deltas[site.module]
             if index == self.readout:
-                add_readout_(rows["readout"][:, slot, 0], site, recording, len(columns))
+                num_summed = len(columns) if self.sums_outputs else 1
+                add_readout_(rows["readout"][:, slot, 0], site, recording, num_summed)
                 continue
             gradients = rows[f"gradient_{index}"][:, place]
             if not gradients.numel():

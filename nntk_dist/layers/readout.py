@@ -49,6 +49,8 @@ def activation_derivatives_of_pass(
 def add_readout_(sums: Float[Tensor, "m i"], site: Site, recording: Recording, num_outputs: int) -> None:
     """Add √C h̃ of the readout, δ_c ⊗ h̃ of all C outputs in one: δ is the identity, and products of both are the same.
 
+    Outputs that are kept apart have the product of h̃ each with itself: C = 1.
+
     Raises: Unavailable if this pass does not end in this layer.
     """
     (call,) = recording.calls[site.module]

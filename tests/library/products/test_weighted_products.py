@@ -226,7 +226,7 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
     for term in terms:
         product = meeting.outputs(*(part.transpose(1, 2).flatten(2) for part in (term.rows(), term.right)))
         if term.inputs is not None:
-            product = product * meeting.shared(term.inputs.left, term.inputs.right, 2)
+            product = meeting.multiply_shared_(product, term.inputs.left, term.inputs.right)
         for name, factor in term.factors.items():
             expected[name] = expected[name] + factor * product
     assert_equal(sums.within, expected[WITHIN], 1e-12)

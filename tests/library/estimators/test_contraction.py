@@ -87,8 +87,8 @@ def test_a_layer_between_input_and_readout_takes_the_cheaper_of_two_ways(num_out
     model = prepare_model(nn.Sequential(*layers), dtype=torch.float64, device="cpu")
     x = torch.randn(4, 30, dtype=torch.float64)
     spec = KernelSpec(gamma=0.1, draws=8)
-    features, decision = prepared_features(model, x, spec)
-    assert decision.plan.contraction.exact.input_layers == repeated
+    features, _ = prepared_features(model, x, spec)
+    assert features.plan.input_layers == repeated
     assert (features.penultimate, features.readout) == (None if repeated else 0, 1)
     other = {"0"} - repeated
     plan = replace(features.plan, input_layers=frozenset(other))

@@ -37,7 +37,7 @@ from nntk_dist.weighting.options import Weighting
 
 if TYPE_CHECKING:
     from nntk_dist.learning import NNTKClassifier, NNTKRegressor
-    from nntk_dist.store.opening import open_kernel
+    from nntk_dist.store.opening import open_groups, open_kernel
     from nntk_dist.store.stored_kernel import StoredKernel
 
 __all__ = [  # noqa: RUF022  # in sections, not sorted
@@ -68,6 +68,7 @@ __all__ = [  # noqa: RUF022  # in sections, not sorted
     "replace_dropout",
     # Stored kernels
     "StoredKernel",
+    "open_groups",
     "open_kernel",
     # scikit-learn estimators
     "NNTKClassifier",
@@ -88,6 +89,7 @@ _HOMES = MappingProxyType(
         "NNTKClassifier": "nntk_dist.learning",
         "NNTKRegressor": "nntk_dist.learning",
         "StoredKernel": "nntk_dist.store.stored_kernel",
+        "open_groups": "nntk_dist.store.opening",
         "open_kernel": "nntk_dist.store.opening",
     }
 )

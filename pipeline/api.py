@@ -1,4 +1,4 @@
-"""The pipeline from Python: `run` and `plan`, which do what the verbs `nntk run` and `nntk plan` do.
+"""The pipeline from Python: `run`, `run_groups` and `plan`, which do what the verbs `nntk run` and `nntk plan` do.
 
 The command line prints what these functions return.
 """
@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nntk_dist.store.opening import open_kernel
+from nntk_dist.errors import ArgumentError
+from nntk_dist.store.opening import open_groups, open_kernel
 from nntk_dist.store.stored_kernel import StoredKernel
 from pipeline.config.schema import Config, config_from_dict, load_config
+from pipeline.driver.groups import execute_groups, has_groups, prepare_groups
 from pipeline.driver.progress import SilentProgress, make_progress
 from pipeline.driver.run import execute, prepare
 from pipeline.planning.plan import Plan
@@ -50,11 +52,53 @@ def run(
         >>> kernel = run("configs/digits.yaml", {"kernel.distribution.gamma": 0.1})  # doctest: +SKIP
         >>> kernel.regression[["ridge", "test_accuracy"]]  # doctest: +SKIP
     """
-    settings = _load(config, overrides)
+    settings = _load_one(config, overrides, "run_groups")
     prepared = prepare(settings, resume=resume)
     if not prepared.nothing_to_do:
         execute(prepared, address=address, progress=make_progress() if progress else SilentProgress())
     return open_kernel(settings.run_dir)
+
+
+def run_groups(
+    config: str | Path | Mapping[str, Any],
+    overrides: Overrides | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    progress: bool = True,
+) -> dict[str, StoredKernel]:
+    """Run a configuration whose `kernel.parameters` is a mapping, and open the kernel of each group.
+
+    The features of all groups are computed in the same passes over the model. Each group then has a run of its own in
+    `run_dir/NAME`.
+
+    Args:
+        config: as `run`.
+        overrides: as `run`.
+        resume: as `run`.
+        address: as `run`.
+        progress: as `run`.
+
+    Returns:
+        The stored kernels by group.
+
+    Raises:
+        NNTKError: as `run` does; or the configuration has no groups.
+
+    Example:
+        >>> from pipeline import run_groups
+        >>> layers = {"first": ["0.*"], "others": ["2.*", "4.*"]}
+        >>> kernels = run_groups("configs/digits.yaml", {"kernel.parameters": layers})  # doctest: +SKIP
+        >>> kernels["first"].regression  # doctest: +SKIP
+    """
+    settings = _load(config, overrides)
+    if not has_groups(settings):
+        raise ArgumentError("kernel.parameters is a list, so there is one kernel; use run")
+    groups = prepare_groups(settings, resume=resume)
+    if not all(each.nothing_to_do for each in groups.values()):
+        shown = make_progress() if progress else SilentProgress()
+        execute_groups(groups, settings, address=address, progress=shown)
+    return open_groups(settings.run_dir)
 
 
 def plan(config: str | Path | Mapping[str, Any], overrides: Overrides | None = None) -> Plan:
@@ -74,7 +118,18 @@ def plan(config: str | Path | Mapping[str, Any], overrides: Overrides | None = N
         >>> from pipeline import plan
         >>> plan("configs/digits.yaml", {"data.train": 1000}).projection.worker_bytes  # doctest: +SKIP
     """
-    return prepare(_load(config, overrides), resume=True).plan
+    return prepare(_load_one(config, overrides, "plan with kernel.group"), resume=True).plan
+
+
+def _load_one(config: str | Path | Mapping[str, Any], overrides: Overrides | None, instead: str) -> Config:
+    """The configuration of one kernel."""
+    settings = _load(config, overrides)
+    if has_groups(settings):
+        raise ArgumentError(
+            f"kernel.parameters is a mapping of groups, each with a kernel; use {instead}, or set kernel.group to one "
+            "of them"
+        )
+    return settings
 
 
 def _load(config: str | Path | Mapping[str, Any], overrides: Overrides | None) -> Config:

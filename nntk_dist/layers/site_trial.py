@@ -239,7 +239,10 @@ def _weighted_gradients(
     """
     sites = plan.densified(frozenset(site.module for site in plan.outer)).dense
     recording = Recording(model, sites, x, parameters)
-    deltas = recording.along(weights[None])
+    deltas = {
+        name: [torch.einsum("nc,nc...->n...", weights, delta)[:, None] for delta in parts]
+        for name, parts in recording.gradients(range(weights.shape[1])).items()
+    }
     result = {name: torch.zeros_like(parameters[name]) for name in plan.names()}
     for name, gradients in site_gradients(model, sites, Pass(x, recording, deltas, parameters, range(1))):
         result[name] += gradients.sum((0, 1))

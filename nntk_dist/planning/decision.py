@@ -258,7 +258,7 @@ def _check_contraction(chosen: Estimator, name: str, spec: KernelSpec, why: str 
 
 def _check_groups(chosen: Estimator, name: str, spec: KernelSpec) -> None:
     """Refuse groups of parameters for an estimator that cannot tell their parts of the kernel apart."""
-    if spec.groups and not isinstance(chosen, GroupEstimator):
+    if spec.group_names and not isinstance(chosen, GroupEstimator):
         raise Unavailable(f"estimator {name} has no kernels of groups of parameters")
 
 

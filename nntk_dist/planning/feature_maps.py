@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nntk_dist.estimators.estimator import Estimator, FeatureSetting, GroupEstimator
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.planning.decision import Decision
+from nntk_dist.products.feature_description import ArraySpec
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.registration.estimators import ESTIMATORS
 from nntk_dist.spec import KernelSpec, Kind
@@ -64,6 +65,16 @@ class FeatureGroups:
 
     estimator: str
     maps: Mapping[str, FeatureMap]
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays of all groups; groups use the same names."""
+        return tuple(array for each in self.maps.values() for array in each.arrays)
+
+    @property
+    def zero_stderr_is_unresolved(self) -> bool:
+        """Whether a standard error of 0 means that no draw changed the output: the same in all groups."""
+        return next(iter(self.maps.values())).zero_stderr_is_unresolved
 
     def compute(
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None

@@ -63,12 +63,15 @@ def _check_contraction(spec: "KernelSpec") -> None:
 
 def _check_groups(spec: "KernelSpec") -> None:
     """Kernels of groups need a kernel that is a sum over parameters; a search for draws has one kernel."""
-    if spec.groups and spec.kind == Kind.COVARIANCE:
+    if spec.group is not None and spec.group not in spec.group_names:
+        allowed = ", ".join(spec.group_names) or "none (parameters is a list)"
+        raise ArgumentError(f"group is '{spec.group}'; allowed for these parameters: {allowed}")
+    if spec.group_names and spec.kind == Kind.COVARIANCE:
         raise ArgumentError(
             "parameters is a mapping of groups; allowed for kind covariance, which is no sum over parameters: a list "
             "of name patterns"
         )
-    if spec.groups and spec.rtol is not None:
+    if spec.group_names and spec.rtol is not None:
         raise ArgumentError(
             f"rtol is {spec.rtol:g}; allowed for parameters in groups, which share their draws: none (set draws)"
         )

@@ -42,6 +42,12 @@ _SKETCHED = frozenset((Kind.NONLOCAL, Kind.LOCAL))
 _LARGEST_SEED = 2**63
 
 
+def _as_group(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """A kernel, for any model and data.
@@ -153,6 +159,13 @@ class KernelSpec:
         "kernel for each group",
         kinds=_ALL,
     )
+    group: str | None = option(
+        None,
+        Converted(_as_group, text="null, or the name of a group"),
+        "the group of parameters whose kernel this is; a run of all groups sets it for each",
+        kinds=frozenset(),
+        only_in_configuration=True,
+    )
     seed: int = option(
         0,
         WholeNumber(0, below=_LARGEST_SEED, text="a whole number from 0 to 2^63 - 1"),
@@ -173,9 +186,14 @@ class KernelSpec:
         return self.kind == Kind.NONLOCAL
 
     @property
-    def groups(self) -> tuple[str, ...]:
-        """The names of the groups of parameters that each have a kernel; none if there is one kernel."""
+    def group_names(self) -> tuple[str, ...]:
+        """The names of the groups of parameters, if there are groups."""
         return tuple(self.parameters) if isinstance(self.parameters, Mapping) else ()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The names of the groups that each have a kernel; none if there is one kernel."""
+        return () if self.group is not None else self.group_names
 
     @property
     def may_sketch(self) -> bool:

@@ -51,6 +51,7 @@ def kernel_signature(kind: str | None, function: Callable[..., Any]) -> inspect.
             annotation=each.facts.get("argument", KernelSpec.__annotations__[name]),
         )
         for name, each in kernel_options(kind).items()
+        if "only_in_configuration" not in each.facts
     ]
     own = [each for each in written.parameters.values() if each.kind is not each.VAR_KEYWORD]
     before = [each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD]

@@ -14,7 +14,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 from zarr.storage import ObjectStore
 
-from nntk_dist.errors import StoreError, first_line
+from nntk_dist.errors import ArgumentError, StoreError, first_line
 from nntk_dist.store.backends import BACKENDS
 from nntk_dist.store.stored_kernel import StoredKernel
 
@@ -22,9 +22,10 @@ SCHEMA = "nntk-kernel"
 VERSION = 1
 STORE_NAME = "kernel.zarr"
 MANIFEST_NAME = "manifest.json"
+GROUPS_NAME = "groups.json"
 
 
-def open_kernel(path: str | Path) -> StoredKernel:
+def open_kernel(path: str | Path, group: str | None = None) -> StoredKernel:
     """Open the kernel of a run, read-only.
 
     Reads the store's attributes and the manifest; entries stay in the store. Credentials of object stores come from the
@@ -33,12 +34,14 @@ def open_kernel(path: str | Path) -> StoredKernel:
     Args:
         path: a run directory, or the `kernel.zarr` in it; a local path or a URL such as `s3://bucket/prefix`, with
             any scheme of `nntk_dist.store.backends.BACKENDS`.
+        group: the group of parameters, if the run has a kernel for each of several.
 
     Returns:
         The kernel; its arrays are read when they are indexed.
 
     Raises:
         StoreError: there is nothing, it is not an NNTK kernel, a newer version wrote it, or the manifest is broken.
+        ArgumentError: the run has groups and none of them is given, or no such group.
 
     Example:
         >>> kernel = open_kernel("runs/digits")  # doctest: +SKIP
@@ -47,18 +50,51 @@ def open_kernel(path: str | Path) -> StoredKernel:
         >>> kernel[:2, :2]  # doctest: +SKIP
     """
     location = str(path).rstrip("/") or "/"
+    if (names := _group_names(location)) or group is not None:
+        if group not in names:
+            allowed = ", ".join(names) or "none, it has one kernel"
+            raise ArgumentError(f"group is {group!r}; allowed for the run at '{location}': {allowed}")
+        location = f"{location}/{group}"
     parent, _, last = location.rpartition("/")
     candidates = ((location, STORE_NAME), (parent or ".", last)) if _object_store(location) is not None else ()
     for root, name in candidates:
         store = _object_store(root)
         if store is not None and name and _read_bytes(store, f"{name}/zarr.json") is not None:
-            group = zarr.open_group(ObjectStore(store, read_only=True), path=name, mode="r", zarr_format=3)
-            _check_schema(group, location)
-            return StoredKernel(location, group, _read_manifest(store, root), store)
+            root_group = zarr.open_group(ObjectStore(store, read_only=True), path=name, mode="r", zarr_format=3)
+            _check_schema(root_group, location)
+            return StoredKernel(location, root_group, _read_manifest(store, root), store)
     raise StoreError(
         f"no kernel at '{location}': expected a run directory that holds {STORE_NAME}, or such a store itself; "
         "'nntk run CONFIG' makes one"
     )
+
+
+def open_groups(path: str | Path) -> dict[str, StoredKernel]:
+    """Open the kernels of all groups of parameters of a run.
+
+    Args:
+        path: a run directory, as `open_kernel` takes it.
+
+    Returns:
+        The kernel of each group, by its name.
+
+    Raises:
+        StoreError: the run has no groups, or as `open_kernel`.
+    """
+    names = _group_names(str(path).rstrip("/"))
+    if not names:
+        raise StoreError(f"no run of groups of parameters at '{path}': it holds no {GROUPS_NAME}; use open_kernel")
+    return {name: open_kernel(path, name) for name in names}
+
+
+def _group_names(location: str) -> list[str]:
+    """The groups of a run; none if it is not one of groups."""
+    store = _object_store(location)
+    content = None if store is None else _read_bytes(store, GROUPS_NAME)
+    try:
+        return [] if content is None else list(json.loads(content)["groups"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{GROUPS_NAME} in '{location}' is broken ({error}); restore it") from error
 
 
 def _object_store(root: str) -> Any:

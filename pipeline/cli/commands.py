@@ -23,6 +23,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeline.config.schema import Config
     from pipeline.records.manifest import Manifest
     from pipeline.storage.run_storage import RunStorage
 
@@ -77,12 +78,16 @@ def run(
     """
     from pipeline.config.schema import load_config
     from pipeline.driver import display
+    from pipeline.driver.groups import has_groups
     from pipeline.driver.progress import make_progress
     from pipeline.driver.run import execute, prepare
 
     settings = load_config(config, overrides or [])
     out = _out()
     with _interruptible(_resume_command(config, overrides or [], address)):
+        if has_groups(settings):
+            _run_groups(settings, resume=resume, address=address)
+            return
         prepared = prepare(settings, resume=resume)
         if prepared.nothing_to_do:
             assert prepared.stored is not None
@@ -101,10 +106,16 @@ def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show what would run: tiles, operations, time, disk and memory, the estimator and why."""
     from pipeline.config.schema import load_config
     from pipeline.driver import display
+    from pipeline.driver.groups import has_groups, prepare_groups
     from pipeline.driver.run import prepare
 
     settings = load_config(config, overrides or [])
     with _interruptible(None):
+        if has_groups(settings):
+            for name, each in prepare_groups(settings, resume=True).items():
+                _print_group(name)
+                display.print_plan(_out(), each.plan, searching=False)
+            return
         prepared = prepare(settings, resume=True)
         display.print_plan(_out(), prepared.plan, searching=prepared.searching)
 
@@ -117,9 +128,9 @@ def status(run_dir: RunDir) -> None:
     from pipeline.records.ledger import Ledger
     from pipeline.records.lock import driver_alive, read_heartbeat
 
-    storage, manifest = _open(run_dir)
-    heartbeat = read_heartbeat(storage) if driver_alive(storage) else None
-    display.print_status(_out(), manifest, stored_job(manifest), Ledger(storage), heartbeat)
+    for storage, manifest in _open(run_dir):
+        heartbeat = read_heartbeat(storage) if driver_alive(storage) else None
+        display.print_status(_out(), manifest, stored_job(manifest), Ledger(storage), heartbeat)
 
 
 @app.command(epilog="Example: nntk verify runs/digits --recompute 10 --forget")
@@ -137,20 +148,20 @@ def verify(
     from pipeline.driver.verify import forget as forget_tasks
     from pipeline.driver.verify import verify as checks
 
-    storage, manifest = _open(run_dir)
     out, failed = _out(), False
-    damaged: list[Damage] = []
-    with _interruptible(None):
-        for finding in checks(storage, manifest, recompute=recompute):
-            display.print_finding(out, finding)
-            failed |= not finding.passed
-            damaged += finding.damaged
-    tasks = {(each.stage, each.tile) for each in damaged}
-    if damaged and forget:
-        forget_tasks(storage, damaged)
-        out.print(f"forgot {len(tasks)} damaged task(s); run the configuration with --resume to do them again")
-    elif damaged:
-        out.print(f"{len(tasks)} damaged task(s); add --forget, then run with --resume, to do them again")
+    for storage, manifest in _open(run_dir):
+        damaged: list[Damage] = []
+        with _interruptible(None):
+            for finding in checks(storage, manifest, recompute=recompute):
+                display.print_finding(out, finding)
+                failed |= not finding.passed
+                damaged += finding.damaged
+        tasks = {(each.stage, each.tile) for each in damaged}
+        if damaged and forget:
+            forget_tasks(storage, damaged)
+            out.print(f"forgot {len(tasks)} damaged task(s); run the configuration with --resume to do them again")
+        elif damaged:
+            out.print(f"{len(tasks)} damaged task(s); add --forget, then run with --resume, to do them again")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -160,11 +171,11 @@ def report(run_dir: RunDir) -> None:
     from nntk_dist.errors import StoreError
     from pipeline.driver.report_inputs import write_report
 
-    storage, manifest = _open(run_dir)
-    if manifest.completed is None:
-        raise StoreError(f"{run_dir} holds an unfinished run; continue it with nntk run … --resume, then report")
-    write_report(storage, manifest)
-    _out().print(f"report: {storage.url}/report/index.html", soft_wrap=True)
+    for storage, manifest in _open(run_dir):
+        if manifest.completed is None:
+            raise StoreError(f"{run_dir} holds an unfinished run; continue it with nntk run … --resume, then report")
+        write_report(storage, manifest)
+        _out().print(f"report: {storage.url}/report/index.html", soft_wrap=True)
 
 
 def main() -> NoReturn:
@@ -212,16 +223,48 @@ def _err() -> "Console":
     return Console(stderr=True)
 
 
-def _open(run_dir: str) -> "tuple[RunStorage, Manifest]":
+def _open(run_dir: str) -> "Iterator[tuple[RunStorage, Manifest]]":
+    """Yield the run in a directory, or the runs of its groups of parameters, each below its name."""
     from nntk_dist.errors import StoreError
+    from pipeline.driver.groups import stored_groups
     from pipeline.records.manifest import read_manifest
     from pipeline.storage.run_storage import RunStorage
 
     storage = RunStorage(run_dir)
+    groups = stored_groups(storage)
+    for name, run in groups.items():
+        _print_group(name)
+        yield run
+    if groups:
+        return
     manifest = read_manifest(storage)
     if manifest is None:
         raise StoreError(f"{run_dir} holds no run: there is no manifest.json; give the run_dir of a configuration")
-    return storage, manifest
+    yield storage, manifest
+
+
+def _run_groups(settings: "Config", *, resume: bool, address: str | None) -> None:
+    """Run a configuration with groups of parameters, and print the results of each group."""
+    from pipeline.driver import display
+    from pipeline.driver.groups import execute_groups, prepare_groups
+    from pipeline.driver.progress import make_progress
+
+    groups, out = prepare_groups(settings, resume=resume), _out()
+    if all(each.nothing_to_do for each in groups.values()):
+        out.print(f"{settings.run_dir} already holds this run, finished; nothing was done.", soft_wrap=True)
+        results = {name: each.stored.results for name, each in groups.items() if each.stored is not None}
+    else:
+        for name, each in groups.items():
+            _print_group(name)
+            display.print_choice(out, each.plan, searching=False)
+        results = execute_groups(groups, settings, address=address, progress=make_progress(_err()))
+    for name, own in results.items():
+        _print_group(name)
+        display.print_results(out, own, groups[name].config.run_dir)
+
+
+def _print_group(name: str) -> None:
+    _out().print(f"group {name}", style="bold", markup=False, highlight=False)
 
 
 def _resume_command(config: Path, overrides: list[str], address: str | None) -> str:

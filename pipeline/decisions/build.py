@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.errors import ArgumentError, ModelError
+from nntk_dist.errors import ModelError
 from nntk_dist.models.builders import build_model as build_by_name
 from nntk_dist.models.builders import load_checkpoint
 from nntk_dist.models.calling import Calling, frozen_parameters
@@ -116,15 +116,8 @@ def _advice(dataset: Dataset) -> str:
 
 
 def build_spec(kernel: KernelConfig) -> KernelSpec:
-    """Return the kernel's description in the library's terms.
-
-    Raises:
-        ArgumentError: it has groups of parameters.
-    """
-    spec = kernel.spec()
-    if spec.groups:
-        raise ArgumentError("kernel.parameters is a mapping of groups; allowed in a run: a list of name patterns")
-    return spec
+    """Return the kernel's description in the library's terms."""
+    return kernel.spec()
 
 
 def resolve_device(config: Config) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from nntk_dist.errors import ModelError
 from nntk_dist.layers.hooks import hooked
 from nntk_dist.models.evaluation import FAILS_ON_INPUTS, outputs, trying
+from nntk_dist.planning.feature_maps import FeatureGroups
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
 from nntk_dist.spec import KernelSpec, Outputs
@@ -101,19 +102,25 @@ def threads_of(compute: ComputeConfig) -> int:
     return 1 if compute.threads == "auto" else compute.threads
 
 
-def row_feature_bytes(features: FeatureMap, dtype: str) -> int:
-    """Return the bytes of one row's features under all draws."""
+def row_feature_bytes(features: FeatureMap | FeatureGroups, dtype: str) -> int:
+    """Return the bytes of one row's features under all draws, of all groups that are computed together."""
     item = 8 if dtype == "float64" else 4
     return item * sum(math.prod(spec.shape) for spec in features.arrays)
 
 
 def make_layout(
-    config: Config, spec: KernelSpec, features: FeatureMap, sizes: Sizes, *, batch: int, device: str
+    config: Config,
+    spec: KernelSpec,
+    features: FeatureMap | FeatureGroups,
+    sizes: Sizes,
+    *,
+    batch: int,
+    device: str,
 ) -> Layout:
     """Choose the layout for a kernel's features; differences are always stored, gradients if that costs little disk.
 
     Features are stored if they take at most 1 GiB, or no more than the kernel itself, or if they stand for tiles;
-    otherwise each tile recomputes its rows.
+    otherwise each tile recomputes its rows. Features of groups, which are computed together, are always stored.
     """
     compute = config.compute
     row_bytes = row_feature_bytes(features, compute.dtype)
@@ -129,7 +136,12 @@ def make_layout(
     kernel_bytes = item * sizes.num_train * width * (sizes.num_train + sizes.num_test) * width
     total_bytes = row_bytes * (sizes.num_train + sizes.num_test)
     tiles = compute.write_tiles is not False
-    stored = not tiles or features.zero_stderr_is_unresolved or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
+    stored = (
+        spec.group is not None
+        or not tiles
+        or features.zero_stderr_is_unresolved
+        or total_bytes <= max(_STORED_FEATURE_BYTES, kernel_bytes)
+    )
     # Fewer outputs at a time make only arrays with an output axis smaller.
     carrying = item * sum(math.prod(array.shape) for array in features.arrays if "output" in array.axes)
     tile_rows = min(compute.tile, sizes.num_train)

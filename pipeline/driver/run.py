@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nntk_dist.errors import StoreError
+from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.plain import to_plain
 from nntk_dist.sampling.laws import law_options
 from pipeline.config.choices import ExecutorChoice
@@ -84,8 +85,22 @@ class Prepared:
         return self.stored is not None and self.stored.completed is not None and not self.rerun
 
 
-def prepare(config: Config, *, resume: bool) -> Prepared:
+@dataclass(frozen=True)
+class Loaded:
+    """What several runs share: data and model, and the decision for all groups of parameters, with its batch."""
+
+    dataset: Dataset
+    model: nn.Module
+    decided: tuple[Decision, int] | None = None
+
+
+def prepare(config: Config, *, resume: bool, loaded: Loaded | None = None) -> Prepared:
     """Load data and model, compare them with the run directory, and plan. Nothing is written.
+
+    Args:
+        config: the configuration, of one kernel.
+        resume: whether to continue a stopped run, or to redo stages whose settings changed.
+        loaded: data, model and decision, if they are known.
 
     Raises:
         NNTKError: data, model or options are not allowed, the run directory holds another run, or nothing fits into
@@ -94,8 +109,8 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
     plot_names(config.report.plots)  # an unknown plot should fail now, not after the work
     storage = RunStorage(config.run_dir)
     stored = read_manifest(storage)
-    dataset = build_dataset(config)
-    model = build_model(config, dataset)
+    dataset = build_dataset(config) if loaded is None else loaded.dataset
+    model = build_model(config, dataset) if loaded is None else loaded.model
     rerun: tuple[str, ...] = ()
     job, parts = None, identity(config, dataset, model)
     if stored is not None:
@@ -109,7 +124,7 @@ def prepare(config: Config, *, resume: bool) -> Prepared:
             "run_dir"
         )
     storage.check_writable()
-    plan = make_plan(config, dataset, model, job=job, parts=parts)
+    plan = make_plan(config, dataset, model, job=job, parts=parts, decided=None if loaded is None else loaded.decided)
     return Prepared(config, plan, dataset, model, storage, stored, rerun)
 
 
@@ -130,22 +145,22 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
             raise StoreError(f"{prepared.config.run_dir} was written by another driver just now; run the command again")
         storage.remove_partial_files()
         ledger = Ledger(storage)
-        prepared = _with_fitting_batch(prepared, ledger)
+        prepared = with_fitting_batch(prepared, ledger)
         prepared, searched = _with_enough_draws(prepared, ledger, address, progress, lock, resources)
         plan = prepared.plan
         stages = stages_of(plan.job.config.stages)
         left = [each for each in stages if each.name in prepared.rerun or not is_finished(each, plan.job, ledger)]
-        executor = _make_executor(prepared, address) if left else None
+        executor = make_executor(prepared, address) if left else None
         if executor is not None:
             resources.callback(executor.close)
         resources.callback(ledger.flush)  # called first: a user who stops a run may not wait until Ray ends
         for name in prepared.rerun:
             ledger.forget(name)
-        manifest = _manifest(prepared)
+        manifest = manifest_of(prepared)
         if searched is not None:
             manifest = manifest.with_stage(PILOT, searched)
         write_manifest(storage, manifest)
-        KernelArrays(storage).create(plan.arrays, _attributes(plan))
+        KernelArrays(storage).create(plan.arrays, attributes_of(plan))
         if executor is not None:
             runner = StageRunner(ledger, executor, progress, lock)
             for stage in left:
@@ -160,7 +175,7 @@ def execute(prepared: Prepared, *, address: str | None, progress: Progress) -> d
     return results
 
 
-def _with_fitting_batch(prepared: Prepared, ledger: Ledger) -> Prepared:
+def with_fitting_batch(prepared: Prepared, ledger: Ledger) -> Prepared:
     """The run with the smallest batch of its finished tasks, which halve it when memory runs out."""
     if prepared.stored is None:
         return prepared
@@ -181,10 +196,10 @@ def _with_enough_draws(
     """The run with the draws that its accuracy needs, and the pilot's record; unchanged if no accuracy is requested."""
     if not prepared.searching:
         return prepared, None
-    executor = _make_executor(prepared, address)
+    executor = make_executor(prepared, address)
     resources.callback(executor.close)
     resources.callback(ledger.flush)
-    manifest = _manifest(prepared)
+    manifest = manifest_of(prepared)
     write_manifest(prepared.storage, manifest)
     plan, record = search_draws(
         prepared.config,
@@ -198,7 +213,7 @@ def _with_enough_draws(
     return replace(prepared, plan=plan), record
 
 
-def _make_executor(prepared: Prepared, address: str | None) -> Executor:
+def make_executor(prepared: Prepared, address: str | None) -> Executor:
     """The executor that the configuration names."""
     job, state = prepared.plan.job, state_of(prepared.model)
     if prepared.config.compute.executor == ExecutorChoice.SERIAL:
@@ -220,7 +235,7 @@ def _make_executor(prepared: Prepared, address: str | None) -> Executor:
     )
 
 
-def _manifest(prepared: Prepared) -> Manifest:
+def manifest_of(prepared: Prepared) -> Manifest:
     """The manifest; a continued run keeps its valid stages, its date and the versions that it began with."""
     config, plan = prepared.config, prepared.plan
     stored = prepared.stored
@@ -243,7 +258,7 @@ def _manifest(prepared: Prepared) -> Manifest:
     )
 
 
-def _attributes(plan: Plan) -> dict[str, Any]:
+def attributes_of(plan: Plan) -> dict[str, Any]:
     """The attributes of `kernel.zarr`."""
     spec, job = plan.job.spec, plan.job
     return {

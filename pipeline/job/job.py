@@ -97,6 +97,7 @@ class Job:
         features: how the store keeps features.
         function: values of f on a few rows, with which a worker compares the model that it builds.
         solvers: the solver of each stage that solves, as the plan chose.
+        siblings: the jobs of other groups of parameters whose features are computed in the same passes, by name.
     """
 
     run_dir: str
@@ -109,6 +110,7 @@ class Job:
     features: FeatureStorage
     function: FunctionValues
     solvers: Mapping[str, SolverChoice] = field(default_factory=dict)
+    siblings: Mapping[str, "Job"] = field(default_factory=dict)
 
     @property
     def wanted(self) -> Wanted:

@@ -5,9 +5,11 @@ Imports nothing: a worker that needs nothing else starts in a moment.
 Units: `_bytes`; seconds.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+OF_GROUP = "|"  # between the name of a group of parameters and the name of a number of its own
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,22 @@ class Outcome:
     error: float | None
     peak_bytes: int
     numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def split_by_group(outcome: Outcome, own: str, others: Collection[str]) -> dict[str, Outcome]:
+    """Return what a task did for each group of parameters, as if it had been a task for that group alone.
+
+    Args:
+        outcome: of a task that computed features of several groups.
+        own: the group of the job.
+        others: its siblings.
+    """
+    share = outcome.seconds / (1 + len(others))
+    alone = {key: value for key, value in outcome.numbers.items() if OF_GROUP not in key}
+    parts = {own: replace(outcome, seconds=share, numbers=alone)}
+    for name in others:
+        prefix = f"{name}{OF_GROUP}"
+        numbers = {k.removeprefix(prefix): v for k, v in outcome.numbers.items() if k.startswith(prefix)}
+        size, checksum = int(numbers.pop("bytes")), int(numbers.pop("checksum"))
+        parts[name] = replace(outcome, seconds=share, bytes=size, checksum=checksum, numbers=numbers)
+    return parts

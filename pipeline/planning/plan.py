@@ -6,6 +6,7 @@ resume) and the projection (what it will take). It writes nothing and starts not
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import nn
 
 from nntk_dist.analysis.solvers import REGRESSION_SOLVERS, SPECTRUM_SOLVERS
 from nntk_dist.errors import ArgumentError, DataError
-from nntk_dist.planning.decision import Decision, decide, with_draws
-from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.planning.decision import Decision, decide, of_group, with_draws
+from nntk_dist.planning.feature_maps import FeatureGroups, make_feature_map
 from nntk_dist.planning.plain import from_plain
 from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.feature_description import FeatureCosts
@@ -78,6 +79,7 @@ def make_plan(
     job: Job | None = None,
     num_draws: int | None = None,
     parts: Mapping[str, Any] | None = None,
+    decided: tuple[Decision, int] | None = None,
 ) -> Plan:
     """Plan a run: a new one, the continuation of a stored one, or one with another number of draws.
 
@@ -91,6 +93,7 @@ def make_plan(
         job: the job of the run that is continued, restored from its manifest.
         num_draws: another number of draws for that job.
         parts: the identity of the kernel, if it is known.
+        decided: the decision for all groups of parameters and the batch, if they are known.
 
     Raises:
         NNTKError: this model has no such kernel, or the run cannot fit into memory or on disk.
@@ -99,24 +102,22 @@ def make_plan(
     check_device(device, config.compute, continued=job is not None)
     dtype = DTYPES[config.compute.dtype]
     prepared = build_prepared(config, dataset, model, device)
-    x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
-    # a copy: a model may write to its input, and the dataset's fingerprint is yet to be taken
-    x = x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
+    x = _probe_inputs(dataset, device, dtype)
     parts = identity(config, dataset, model) if parts is None else parts
     prints = stage_fingerprints(config, parts)
     spec = build_spec(config.kernel)
     reference = reference_batch(spec, dataset, dtype, device)
     if job is None:
-        decision, batch = _decide(config, dataset, prepared, x, spec, reference)
+        decision, batch = decided or _decide(config, dataset, prepared, x, spec, reference)
     else:
         batch = job.layout.batch
         decision = job.decision if num_draws is None else with_draws(job.decision, spec, num_draws)
-    features = make_feature_map(prepared, x, spec, decision, reference=reference)
+    decision, features, together = _features(prepared, x, spec, decision, reference)
     kept = job if num_draws is None else None
     if kept is None:
         sizes = _sizes(dataset, decision, features)
         _check_sizes(config, dataset, sizes)
-        layout = make_layout(config, spec, features, sizes, batch=batch, device=device)
+        layout = make_layout(config, spec, together, sizes, batch=batch, device=device)
         url = RunStorage(config.run_dir).url
         function = from_plain(FunctionValues, parts["function"])
         planned = Job(url, prints["kernel"], config, spec, decision, layout, sizes, features.storage, function)
@@ -128,12 +129,39 @@ def make_plan(
     planned = replace(planned, solvers=choose_solvers(planned))
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU
-    plan = _fit(config, planned, features, arrays, prepared, x, parts, prints)
+    plan = _fit(config, planned, features, together, arrays, prepared, x, parts, prints)
     if device.startswith("cuda") and num_draws is None:  # later the run itself is on it
         check_gpu_memory(plan.projection.worker_bytes - BASE_BYTES, planned.layout, config.compute.workers_per_gpu)
     if kept is None:
         check_disk(RunStorage(config.run_dir), plan.projection.total_disk_bytes)
     return plan
+
+
+def decide_groups(config: Config, dataset: Dataset, model: nn.Module) -> tuple[Decision, int]:
+    """Return the decision for all groups of parameters together, and the batch, which their plans share."""
+    device, dtype = resolve_device(config), DTYPES[config.compute.dtype]
+    check_device(device, config.compute, continued=False)
+    prepared, spec = build_prepared(config, dataset, model, device), build_spec(config.kernel)
+    x = _probe_inputs(dataset, device, dtype)
+    return _decide(config, dataset, prepared, x, spec, reference_batch(spec, dataset, dtype, device))
+
+
+def _probe_inputs(dataset: Dataset, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of the first examples: a model may write to its input, and the dataset is yet to be fingerprinted."""
+    x = torch.from_numpy(dataset.train.inputs[:_PROBE_EXAMPLES])
+    return x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
+
+
+def _features(
+    model: nn.Module, x: torch.Tensor, spec: KernelSpec, decision: Decision, reference: Reference | None
+) -> tuple[Decision, FeatureMap, FeatureMap | FeatureGroups]:
+    """The decision and the features of the kernel itself, and the features of all groups, which share passes."""
+    if spec.group is None or decision.group:
+        features = make_feature_map(model, x, spec, decision, reference=reference)
+        return decision, features, features
+    each = {name: of_group(decision, spec, name) for name in spec.group_names}
+    maps = {name: make_feature_map(model, x, spec, own, reference=reference) for name, own in each.items()}
+    return each[spec.group], maps[spec.group], FeatureGroups(decision.estimator, maps)
 
 
 def _decide(
@@ -226,6 +254,7 @@ def _fit(
     config: Config,
     job: Job,
     features: FeatureMap,
+    together: FeatureMap | FeatureGroups,
     arrays: tuple[StoredArray, ...],
     model: nn.Module,
     x: torch.Tensor,
@@ -235,7 +264,8 @@ def _fit(
     """The plan with the number of workers that fit; refused if none does."""
     wanted = wanted_workers(config, job.layout)
     cpus = available_cpus()
-    projection = project(job, features, list(arrays), model, x, num_workers=wanted, num_cpus=cpus)
+    projecting = partial(project, job, features, list(arrays), model, x, num_cpus=cpus, together=together)
+    projection = projecting(num_workers=wanted)
     usable = int(_USABLE_SHARE * available_memory())
     workers = wanted
     if config.compute.memory_per_worker == "auto":
@@ -259,7 +289,7 @@ def _fit(
             "data.train smaller or take a machine with more memory"
         )
     if workers != wanted:
-        projection = project(job, features, list(arrays), model, x, num_workers=workers, num_cpus=cpus)
+        projection = projecting(num_workers=workers)
     return Plan(job, arrays, parts, prints, projection, workers, each)
 
 

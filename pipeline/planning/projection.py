@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.models.evaluation import outputs
+from nntk_dist.planning.feature_maps import FeatureGroups
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
 from nntk_dist.products.weighted_products import product_window_bytes
@@ -26,7 +27,13 @@ from nntk_dist.statistics.standard_errors import SAMPLE_ENTRIES
 from nntk_dist.statistics.tile_estimates import tile_window_edges
 from pipeline.config.choices import StandardErrorChoice
 from pipeline.decisions.build import DTYPES, state_bytes
-from pipeline.decisions.layout import FEATURE_CACHE_BYTES, activation_elements, overlaps_writing, writing_threads
+from pipeline.decisions.layout import (
+    FEATURE_CACHE_BYTES,
+    activation_elements,
+    overlaps_writing,
+    row_feature_bytes,
+    writing_threads,
+)
 from pipeline.decisions.solver_choice import solver_cost
 from pipeline.decisions.weighting_reference import num_reference
 from pipeline.job.job import Job, intervals
@@ -85,8 +92,12 @@ def project(
     *,
     num_workers: int,
     num_cpus: int,
+    together: FeatureMap | FeatureGroups | None = None,
 ) -> Projection:
-    """Project a job on `num_workers` workers of this machine, whose `num_cpus` the solvers share."""
+    """Project a job on `num_workers` workers of this machine, whose `num_cpus` the solvers share.
+
+    `together` are the features of all groups, if they are computed in the same passes.
+    """
     costs = feature_costs(job, features)
     solves = {stage: solver_cost(job, stage, tuple(arrays)) for stage in job.solvers}
     operations = _operations(job, features, costs, model, x)
@@ -112,7 +123,7 @@ def project(
         operations=operations,
         seconds=seconds,
         disk_bytes=disk,
-        worker_bytes=_worker_bytes(job, features, costs, model, x),
+        worker_bytes=_worker_bytes(job, features, costs, model, x, together or features),
         solve_bytes=BASE_BYTES + max(cost.memory_bytes for cost in solves.values()),
     )
 
@@ -198,7 +209,14 @@ def group_bytes(job: Job) -> int:
     return 3 * 8 * group * sizes.num_parameters
 
 
-def _worker_bytes(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.Module, x: Tensor) -> int:
+def _worker_bytes(
+    job: Job,
+    features: FeatureMap,
+    costs: FeatureCosts,
+    model: nn.Module,
+    x: Tensor,
+    together: FeatureMap | FeatureGroups,
+) -> int:
     """Return the peak of one worker: what it always holds, and the largest feature, calibration and tile task."""
     layout, sizes = job.layout, job.sizes
     item = torch.empty(0, dtype=DTYPES[layout.dtype]).element_size()
@@ -206,7 +224,8 @@ def _worker_bytes(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn
     held = BASE_BYTES + 5 * state_bytes(model) + costs.held_bytes + group_bytes(job) + weighting_bytes(job, x)
     rows = min(layout.shard_rows if layout.store_features else layout.tile, sizes.num_train)
     inputs = rows * x[0].numel() * x.element_size()
-    chunk = min(layout.shard_rows, sizes.num_train) * row_bytes * layout.chunk_draws // sizes.num_draws
+    computed = row_feature_bytes(together, layout.dtype)
+    chunk = min(layout.shard_rows, sizes.num_train) * computed * layout.chunk_draws // sizes.num_draws
     activations = costs.pass_copies * item * layout.batch * activation_elements(model, x)
     feature_task = (3 * chunk if layout.store_features else 0) + activations + inputs
     share = layout.outputs_at_once / sizes.num_kernel_outputs if not layout.store_features else 1.0

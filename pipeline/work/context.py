@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist.errors import ModelError
-from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.planning.feature_maps import FeatureGroups, make_feature_map
 from nntk_dist.products.features import FeatureMap, Rows, feature_bytes
 from nntk_dist.products.wanted import Side
 from nntk_dist.runtime.precision import full_precision
@@ -47,6 +47,7 @@ class Written:
         num_bytes: Bytes in files.
         checksums: One checksum for each piece of an array.
         numbers: Numbers that the driver adds up.
+        beside: What the task wrote for other groups of parameters, by their names.
         pending: Pieces that `Context.finish` has yet to write.
         results: Tensors whose memory is free once the pieces are written.
     """
@@ -54,6 +55,7 @@ class Written:
     num_bytes: int = 0
     checksums: dict[str, int] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, "Written"] = field(default_factory=dict)
     pending: list[Piece] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
 
@@ -145,6 +147,31 @@ class Context:
         spec = self.job.spec
         reference = reference_batch(spec, self.dataset, self.dtype, self.job.layout.device)
         return make_feature_map(self.model, examples, spec, self.job.decision, reference=reference)
+
+    @cached_property
+    def siblings(self) -> dict[str, "Context"]:
+        """The contexts of other groups of parameters, for their stores alone."""
+        return {name: Context(job, self.dataset, self.state, self.sink) for name, job in self.job.siblings.items()}
+
+    def compute_groups(
+        self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute the features of all groups of parameters in the same passes; of the kernel alone if it has none."""
+        name = self.job.spec.group
+        if name is None or not self.job.siblings:
+            return {name or "": self.features.compute(x, ids, draws, columns, batch=batch)}
+        return self._together.compute(x, ids, draws, columns, batch=batch)
+
+    @cached_property
+    def _together(self) -> FeatureGroups:
+        """The features of all groups, on one model."""
+        jobs, examples = {self.job.spec.group or "": self.job, **self.job.siblings}, self.inputs("train", slice(0, 1))
+        reference = reference_batch(self.job.spec, self.dataset, self.dtype, self.job.layout.device)
+        maps = {
+            name: make_feature_map(self.model, examples, job.spec, job.decision, reference=reference)
+            for name, job in jobs.items()
+        }
+        return FeatureGroups(self.job.decision.estimator, maps)
 
     @cached_property
     def features_with_metric(self) -> FeatureMap:

@@ -25,10 +25,10 @@ from nntk_dist.runtime.precision import full_precision
 from nntk_dist.runtime.threads import torch_threads
 from pipeline.data import Dataset
 from pipeline.job.job import Job
-from pipeline.job.task import Outcome, Task
+from pipeline.job.task import OF_GROUP, Outcome, Task
 from pipeline.runtime.allocator import keep_freed_memory
 from pipeline.runtime.cpus import Threads
-from pipeline.work.context import Context
+from pipeline.work.context import Context, Written
 from pipeline.work.stages import stage_named
 
 
@@ -76,10 +76,20 @@ class Worker:
             checksum=written.checksum,
             error=written.numbers.get("relative_error"),
             peak_bytes=peak_bytes(),
-            numbers=written.numbers
-            | self.context.fitting.numbers()
-            | {f"crc32c:{path}": float(value) for path, value in written.checksums.items()},
+            numbers=self._numbers(written)
+            | {
+                f"{name}{OF_GROUP}{key}": value
+                for name, own in written.beside.items()
+                for key, value in (
+                    self._numbers(own) | {"bytes": float(own.num_bytes), "checksum": float(own.checksum)}
+                ).items()
+            },
         )
+
+    def _numbers(self, written: Written) -> dict[str, float]:
+        """The numbers for the ledger."""
+        checksums = {f"crc32c:{path}": float(value) for path, value in written.checksums.items()}
+        return written.numbers | self.context.fitting.numbers() | checksums
 
     @contextmanager
     def _limited(self, stage: str, num_threads: int) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Stage `features`: outputs, targets, ids, and the features of one shard of rows under one chunk of draws.
 
 Tile: split/row shard/draw chunk. A task writes whole shards; the first chunk also brings outputs, targets and ids. If
-features are recomputed for every tile, there is only the first chunk.
+features are recomputed for every tile, there is only the first chunk. If the job has siblings, other groups of
+parameters, their features are computed in the same passes.
 
 Axes: n rows, s draws, c outputs.
 """
@@ -34,20 +35,24 @@ class Features(Stage):
         start, stop = intervals(job.sizes.rows(split), job.layout.shard_rows)[shard]
         rows = slice(start, stop)
         x = context.inputs(split, rows)
-        written = Written()
+        written = Written(beside={name: Written() for name in context.siblings})
+        groups = {job.spec.group or "": (context, written)}
+        groups |= {name: (each, written.beside[name]) for name, each in context.siblings.items()}
         if chunk == 0:
-            data = getattr(context.dataset, split)
-            context.write(written, f"{split}/targets", (start,), data.targets[rows])
-            context.write(written, f"{split}/id", (start,), data.ids[rows])
-            context.write(written, f"{split}/outputs", (start,), context.outputs(x))
+            data, outputs = getattr(context.dataset, split), context.outputs(x)
+            for each, own in groups.values():
+                each.write(own, f"{split}/targets", (start,), data.targets[rows])
+                each.write(own, f"{split}/id", (start,), data.ids[rows])
+                each.write(own, f"{split}/outputs", (start,), outputs)
         if job.layout.store_features:
             first, last = intervals(job.sizes.num_draws, job.layout.chunk_draws)[chunk]
             features = context.fitting.run(
-                lambda batch: context.features.compute(
+                lambda batch: context.compute_groups(
                     x, context.keys(split, rows), range(first, last), context.features.columns, batch=batch
                 )
             )
-            for spec in job.features.arrays:
-                position = (start, chunk * chunk_length(job, spec))
-                context.write(written, job.features.path(split, spec), position, features[spec.name])
+            for name, (each, own) in groups.items():
+                for spec in each.job.features.arrays:
+                    position = (start, chunk * chunk_length(each.job, spec))
+                    each.write(own, each.job.features.path(split, spec), position, features[name][spec.name])
         return written

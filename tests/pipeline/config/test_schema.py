@@ -71,7 +71,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
                 "options": {},
             },
             "estimator": "auto", "statistic": "both", "design": "iid", "draws": "auto", "blocks": 8, "rtol": None,
-            "max_draws": 65536, "parameters": ["*"], "outputs": "trace", "scale": "localized", "seed": 0,
+            "max_draws": 65536, "parameters": ["*"], "group": None, "outputs": "trace", "scale": "localized", "seed": 0,
                 "contraction": "auto", "sketch": "auto",
         },
         "compute": {

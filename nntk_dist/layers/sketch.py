@@ -174,8 +174,15 @@ class Projector:
     ) -> None:
         """Add Σ_t δ_t ⊗ h_t, projecting both sides apart or the formed sum, whichever takes fewer operations.
 
-        A `bias` of the layer is one more input, always 1, with its own probe.
+        A `bias` of the layer is one more input, always 1, with its own probe. Positions on which no output depends are
+        left out: if f is a logit of the last position, all others of the last layers.
         """
+        if h.shape[1] > 1 and not delta.is_cuda:  # a GPU would have to wait
+            used = delta.ne(0).any(3).flatten(0, 1).any(0)
+            if not bool(used.any()):
+                return
+            if not bool(used.all()):
+                delta, h = delta[:, :, used], h[:, used]
         o, (n, t, i) = delta.shape[3], h.shape
         if self.sketch.joint:
             delta = delta.transpose(1, 2).reshape(n, 1, t, -1)
@@ -248,7 +255,7 @@ class Projector:
 
     def chunks(self, num_vectors: int) -> Iterator[slice]:
         """Yield columns in portions, so that products of this many vectors stay within 2^21 numbers, if possible."""
-        step = _SIGNS_OF_A_COUNTER * max(1, _ELEMENTS_AT_ONCE // (_SIGNS_OF_A_COUNTER * num_vectors))
+        step = _SIGNS_OF_A_COUNTER * max(1, _ELEMENTS_AT_ONCE // (_SIGNS_OF_A_COUNTER * max(1, num_vectors)))
         for start in range(0, self.sketch.num_columns, step):
             yield slice(start, min(start + step, self.sketch.num_columns))
 

@@ -22,10 +22,8 @@ from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import CHORD_GROUP, Stream
 
-_CHORDS = 4
 _EXAMPLES = 8
 _REACH = 2.0  # in units of each tensor's root mean square
-_FIRST_INTERVALS = 16
 _HALVINGS = 30  # a kink is then worth less than 1e-9 of what it was
 # Relative to an output's range over the chord: far above rounding, even of parts that compute in float32.
 _VISIBLE = 1e-3
@@ -33,31 +31,43 @@ _VISIBLE = 1e-3
 Values = Callable[[Sequence[float]], Float64[Tensor, "k n c"]]
 
 
-def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int, *, stacked: bool = False) -> float:
-    """Return the size of a jump of f on one of four chords, relative to that output's range there; 0 without one.
+def largest_jump(
+    model: nn.Module,
+    space: ParameterSpace,
+    x: Tensor,
+    seed: int,
+    *,
+    num_chords: int = 4,
+    intervals: int = 16,
+    stacked: bool = False,
+) -> float:
+    """Return the size of a jump of f on one of some chords, relative to that output's range there; 0 without one.
 
-    Chords on which f is not finite are skipped. A jump smaller than 1/1000 of the range is not seen. Cost: at most 4·93
-    forward passes of 8 examples, about half as many for a model with kinks.
+    Chords on which f is not finite are skipped. A jump smaller than 1/1000 of the range is not seen. Cost: at most
+    93 forward passes of 8 examples for a chord, about half as many for a model with kinks.
 
     Args:
         model: a model in float64.
         space: the parameters that the chords move.
         x: examples in float64; at most 8 are used.
         seed: of the chords' directions.
+        num_chords: how many chords.
+        intervals: into which a chord is divided at first.
         stacked: whether several points are evaluated in one call, if vmap takes the model.
     """
     x = x[:_EXAMPLES]
     evaluator = Evaluator(model, space, stacked)
     scale = _scales(space.values(model))
-    for number in range(CHORD_GROUP, CHORD_GROUP + _CHORDS):
+    for number in range(CHORD_GROUP, CHORD_GROUP + num_chords):
         group = torch.tensor([number], dtype=torch.int64, device=x.device)
         direction = normal(seed, Stream.PROBE, group, 0, space.num_parameters)[0] * scale
 
         def values(points: Sequence[float], direction: Tensor = direction) -> Tensor:
             steps = torch.tensor(points, dtype=direction.dtype, device=direction.device)
-            return evaluator.perturbed(x, steps[:, None] * direction).double()
+            together = [steps] if stacked else steps.split(1)  # a model of many parameters has no memory for all
+            return torch.cat([evaluator.perturbed(x, own[:, None] * direction).double() for own in together])
 
-        jump = _jump_along(values)
+        jump = _jump_along(values, intervals)
         if jump > 0:
             return jump
     return 0.0
@@ -65,16 +75,15 @@ def largest_jump(model: nn.Module, space: ParameterSpace, x: Tensor, seed: int, 
 
 def _scales(base: dict[str, Tensor]) -> Float64[Tensor, " P"]:
     """The reach for each parameter: in proportion to the size of its tensor, or of all tensors if that is zero."""
-    whole = torch.cat([value.flatten() for value in base.values()]).square().mean().sqrt()
-    sizes = [value.square().mean().sqrt() for value in base.values()]
-    return _REACH * torch.cat(
-        [torch.where(size > 0, size, whole).expand(v.numel()) for size, v in zip(sizes, base.values(), strict=True)]
-    )
+    squares = torch.stack([value.square().sum() for value in base.values()])
+    counts = torch.tensor([value.numel() for value in base.values()], device=squares.device)
+    sizes, whole = (squares / counts).sqrt(), (squares.sum() / counts.sum()).sqrt()
+    return (_REACH * torch.where(sizes > 0, sizes, whole)).repeat_interleave(counts)
 
 
-def _jump_along(values_at: Values) -> float:
+def _jump_along(values_at: Values, num_intervals: int) -> float:
     """The relative second difference that halving leaves, 0 if it becomes invisible."""
-    points = [step / _FIRST_INTERVALS - 1.0 for step in range(2 * _FIRST_INTERVALS + 1)]
+    points = [step / num_intervals - 1.0 for step in range(2 * num_intervals + 1)]
     values = values_at(points)
     if not bool(torch.isfinite(values).all()):
         return 0.0
@@ -87,8 +96,8 @@ def _jump_along(values_at: Values) -> float:
     def bend(first: Tensor, middle: Tensor, last: Tensor) -> float:
         return float(((last - 2.0 * middle + first).abs() / unit).nan_to_num(nan=math.inf).max())
 
-    bends = [bend(values[i], values[i + 1], values[i + 2]) for i in range(0, 2 * _FIRST_INTERVALS, 2)]
-    worst = max(range(_FIRST_INTERVALS), key=bends.__getitem__)
+    bends = [bend(values[i], values[i + 1], values[i + 2]) for i in range(0, 2 * num_intervals, 2)]
+    worst = max(range(num_intervals), key=bends.__getitem__)
     kept = list(zip(points, values, strict=True))[2 * worst : 2 * worst + 3]
     largest = bends[worst]
     for _ in range(_HALVINGS):

@@ -22,6 +22,7 @@ from nntk_dist.models.evaluation import FAILS_ON_INPUTS, Evaluator, check_finite
 from nntk_dist.models.noise import agreement, check_gradients, noise_text
 from nntk_dist.models.parameters import ParameterSpace, select_parameters
 from nntk_dist.models.passes import lowest_precision, recorded_precisions
+from nntk_dist.planning.effort import Effort
 from nntk_dist.planning.jumps import JumpProbe, probe_jumps
 from nntk_dist.planning.model_probes import NOTABLE_CHANGE, ModelProbes, call_changes, probe_model
 from nntk_dist.planning.plain import from_plain
@@ -33,7 +34,6 @@ from nntk_dist.weighting.attention import make_attention
 from nntk_dist.weighting.options import Reference
 
 _ROUNDING = 1e4  # in units of the dtype: another order of summation, far below any real dependence
-_EXAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def decide(
 
     Args:
         model: a prepared model (`nntk_dist.models.evaluation.prepare_model`).
-        x: examples; at most 32 are used.
+        x: examples; at most 32 are used, and fewer for a model of many parameters.
         spec: the kernel.
         batch: how many examples a forward pass will hold.
         threads: how many threads each pass will have; None for as many as now.
@@ -127,24 +127,24 @@ def decide(
         'autodiff'
     """
     space = select_parameters(model, spec.parameters)
-    evaluator = Evaluator(model, space)
+    evaluator, examples = Evaluator(model, space), x[: Effort.of(model).examples]
     with trying(ModelError, FAILS_ON_INPUTS), recorded_precisions() as found:
-        values = evaluator.base(x[:_EXAMPLES])
+        values = evaluator.base(examples)
     check_finite(values, "the model's output")
     unit = lowest_precision(found, values.dtype)
-    calls = _check_function(evaluator, x[:_EXAMPLES], values, unit)
+    calls = _check_function(evaluator, examples, values, unit)
     num_outputs = values.shape[1]
     if isinstance(spec.outputs, int) and not 0 <= spec.outputs < num_outputs:
         raise ArgumentError(
             f"outputs is {spec.outputs}; allowed: 0 to {num_outputs - 1} (the model has {num_outputs}), trace, full"
         )
     names, why = _candidates(model, spec)
-    jumps, obstacle = _try_gradients(model, space, spec, x, names, settled=bool(why))
+    jumps, obstacle = _try_gradients(model, space, spec, examples, names, settled=bool(why))
     decision, problems = _first_valid(
         names,
         why,
         obstacle,
-        lambda name: plan_for(name, model, x, spec, num_outputs=num_outputs, batch=batch, threads=threads),
+        lambda name: plan_for(name, model, examples, spec, num_outputs=num_outputs, batch=batch, threads=threads),
         spec,
     )
     statement = why or _statement(decision, spec, jumps)
@@ -154,10 +154,15 @@ def decide(
         reason += f"; draws weighted by {spec.weighting.text}: a ratio estimator, consistent but not unbiased"
     moved = Evaluator(model, space, decision.stacked)
     drawing = None if spec.kind == Kind.LOCAL else spec.drawing(decision.estimator, space, model)
-    examples, unmoved = x[:_EXAMPLES], decision.plan.unmoved
-    differences = not _estimator(decision.estimator).uses_gradients
     probes = probe_model(
-        moved, spec, examples, drawing, differences=differences, unmoved=unmoved, calls=calls, jumps=jumps
+        moved,
+        spec,
+        examples,
+        drawing,
+        differences=not _estimator(decision.estimator).uses_gradients,
+        unmoved=decision.plan.unmoved,
+        calls=calls,
+        jumps=jumps,
     )
     return replace(decision, reason=reason, probes=probes)
 

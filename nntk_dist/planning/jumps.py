@@ -24,18 +24,14 @@ from nntk_dist.models.noise import is_random
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.models.passes import twice_differentiable
 from nntk_dist.planning.chords import largest_jump
+from nntk_dist.planning.effort import Effort
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
 
-_SEGMENTS = 4
-# Two further segments reach at least this far, relative to |θ|: at a tiny γ no jump may lie on the segments of the run.
-_LONG_SEGMENTS = 2
+# Further segments reach at least this far, relative to |θ|: at a tiny γ no jump may lie on the segments of the run.
 _LONG_REACH = 0.1
-_EXAMPLES = 32
-_FIRST_INTERVALS = 16
-_FIRST_POINTS = tuple(step / _FIRST_INTERVALS for step in range(_FIRST_INTERVALS + 1))
 _MOST_GRADIENTS = 256
 _NARROWEST = 2.0**-30  # an interval whose defect is worth nothing there if it holds a kink
 _SUMS = 8
@@ -101,45 +97,51 @@ def probe_jumps(model: nn.Module, space: ParameterSpace, drawing: Drawing, x: Te
     that keeps its defect is 2^-30 of the segment, or 256 gradients are spent. No further segment is tried once the
     model cannot pass. Cost: at most 6·256 gradients of 32 examples, about a third as many forward passes; for a model
     with many jumps usually 70 gradients. Up to 372 forward passes of 8 examples more search for a jump on long chords.
-    Points of a small model are evaluated in one call.
+    Points of a small model are evaluated in one call. A model of many parameters takes less (`Effort`).
 
     A model whose output no segment moves does not pass: it shows no gradient to trust.
 
     Raises:
         Unavailable: the model does not run in float64, or cannot be differentiated.
     """
-    exact, x = in_float64(model, x[:_EXAMPLES])
+    effort = Effort.of(model)
+    exact, x = in_float64(model, x[: effort.examples_moved])
     base = space.values(exact)
     probing = replace(drawing, stream=Stream.PROBE, design="iid", num_draws=8, num_blocks=4)
-    segments = probing.perturbations(range(_SEGMENTS + _LONG_SEGMENTS), dtype=torch.float64, device=x.device)
-    reach = _LONG_REACH * torch.cat([value.flatten() for value in base.values()]).norm()
-    lengths = segments[_SEGMENTS:].norm(dim=1, keepdim=True)
-    segments[_SEGMENTS:] *= torch.clamp(reach / lengths, min=1.0)
+    count = effort.segments + effort.long_segments
+    segments = probing.perturbations(range(count), dtype=torch.float64, device=x.device)
+    reach = _LONG_REACH * math.hypot(*(float(values.norm()) for values in base.values()))
+    lengths = segments[effort.segments :].norm(dim=1, keepdim=True)
+    segments[effort.segments :] *= torch.clamp(reach / lengths, min=1.0)
     stacked = space.num_parameters + x.numel() <= _STACKED_NUMBERS and not is_random(exact)
-    tried = [_Segment(exact, space, base, z, x, stacked) for z in segments]
+    tried = [_Segment(exact, space, base, z, x, effort.intervals, effort.sums, stacked) for z in segments]
     try:
-        found = _probe_all(tried)
+        found = _probe_all(tried, effort.segments)
     except Exception as error:  # a model's code may raise anything
         if is_out_of_memory(error):
             raise
         # a function without a second derivative, such as EmbeddingBag
         with trying(Unavailable, "the model cannot be differentiated, which shows whether it jumps ({reason})"):
-            found = _probe_all([replace(each, projected=True) for each in tried])
-    return replace(found, jump=largest_jump(exact, space, x, drawing.seed, stacked=stacked))
+            found = _probe_all([replace(each, sums=_SUMS) for each in tried], effort.segments)
+    del tried, segments
+    sizes = {"num_chords": effort.chords, "intervals": effort.chord_intervals}
+    return replace(found, jump=largest_jump(exact, space, x, drawing.seed, **sizes, stacked=stacked))
 
 
-def _probe_all(segments: Sequence["_Segment"]) -> JumpProbe:
-    found = _probe_segments(segments[:_SEGMENTS])
+def _probe_all(segments: Sequence["_Segment"], num_short: int) -> JumpProbe:
+    if num_short == 0:
+        return _probe_segments(segments)
+    found = _probe_segments(segments[:num_short])
     if found.residual > JUMP_TOLERANCE:
         return found
-    longer = _probe_segments(segments[_SEGMENTS:])  # also if no segment moved the output
+    longer = _probe_segments(segments[num_short:])  # also if no segment moved the output
     residuals = [each.residual for each in (found, longer) if not math.isnan(each.residual)]
     return JumpProbe(max(residuals, default=math.nan), max(found.num_gradients, longer.num_gradients))
 
 
 def _probe_segments(segments: Sequence["_Segment"]) -> JumpProbe:
     """The joint residual of segments; of the first ones alone if their defects are already too large for all."""
-    values = [segment.values(_FIRST_POINTS) for segment in segments]
+    values = [segment.values(segment.first_points) for segment in segments]
     change = math.hypot(*(float(torch.linalg.vector_norm(each[-1] - each[0])) for each in values))
     defects, counts = [], []
     for segment, own in zip(segments, values, strict=True):
@@ -155,8 +157,9 @@ def _probe_segments(segments: Sequence["_Segment"]) -> JumpProbe:
 class _Segment:
     """f along one segment θ + tz, 0 ≤ t ≤ 1.
 
-    `stacked`: several points in one call, as long as vmap takes the model. `projected`: eight random sums of all
-    outputs in place of f; slopes of f take second derivatives, slopes of sums first ones only.
+    `intervals`: into which it is divided at first. `sums`: random sums of all outputs in place of f, if not None;
+    slopes of f take second derivatives, slopes of sums first ones only. `stacked`: several points in one call, as long
+    as vmap takes the model.
     """
 
     model: nn.Module
@@ -164,15 +167,23 @@ class _Segment:
     base: Mapping[str, Tensor]
     z: Tensor
     x: Tensor
+    intervals: int
+    sums: int | None = None
     stacked: bool = False
-    projected: bool = False
+
+    @property
+    def first_points(self) -> tuple[float, ...]:
+        """The ends of the first intervals."""
+        return tuple(step / self.intervals for step in range(self.intervals + 1))
 
     def refine(self, first: Float64[Tensor, "k n c"]) -> tuple[float, int]:
-        """(‖defect‖, gradients taken) once the defect is small or the gradients are spent; `first` at 17 points."""
-        values = dict(zip(_FIRST_POINTS, first, strict=True))
-        defects = self._defects(list(pairwise(_FIRST_POINTS)), values)
+        """(‖defect‖, gradients taken) once the defect is small or the gradients are spent; `first` at the first
+        points.
+        """
+        values = dict(zip(self.first_points, first, strict=True))
+        defects = self._defects(list(pairwise(self.first_points)), values)
         change = float(torch.linalg.vector_norm(values[1.0] - values[0.0]))
-        count = _FIRST_INTERVALS
+        count = self.intervals
         sizes = {interval: float(torch.linalg.vector_norm(defect)) for interval, defect in defects.items()}
         total = torch.stack(list(defects.values())).sum(0)
         while float(torch.linalg.vector_norm(total)) > 0.9 * JUMP_TOLERANCE * change and count < _MOST_GRADIENTS:
@@ -202,7 +213,9 @@ class _Segment:
     def values(self, points: Sequence[float]) -> Float64[Tensor, "k n c"]:
         """Return f at some points."""
         with torch.no_grad():
-            return self._functions(self._parameters(points))
+            if self.stacked:
+                return self._functions(self._parameters(points))
+            return torch.cat([self._functions(self._parameters([point])) for point in points])  # memory for one
 
     def _parameters(self, points: Sequence[float]) -> dict[str, Float64[Tensor, "k ..."]]:
         steps = torch.tensor(points, dtype=self.z.dtype, device=self.z.device)
@@ -222,9 +235,9 @@ class _Segment:
 
     def _function(self, parameters: Mapping[str, Tensor]) -> Float64[Tensor, "n c"]:
         values = outputs(self.model, self.x, parameters)
-        if not self.projected:
+        if self.sums is None:
             return values
-        sums = torch.arange(_SUMS, dtype=torch.int64, device=values.device)
+        sums = torch.arange(self.sums, dtype=torch.int64, device=values.device)
         return normal(0, Stream.PROBE, sums, 0, values.numel()).to(values.dtype) @ values.flatten()[:, None]
 
     def _slopes(self, points: Sequence[float]) -> Float64[Tensor, "k n c"]:
@@ -245,7 +258,7 @@ class _Segment:
             values = self._functions(parameters)
             if not values.requires_grad:
                 return torch.zeros_like(values)
-            if self.projected:
+            if self.sums is not None:
                 sums = values.sum(0).flatten()  # a point's sum depends on its own parameters alone
                 return torch.stack([self._along(each, parameters) for each in sums], dim=1)[:, :, None]
             weights = torch.zeros_like(values, requires_grad=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nntk_dist.errors import ModelError
 from nntk_dist.models.evaluation import Evaluator
+from nntk_dist.planning.effort import Effort
 from nntk_dist.planning.jumps import JumpProbe
 from nntk_dist.planning.noise_floor import NoiseFloor, probe_noise
 from nntk_dist.sampling.draws import Drawing
@@ -129,18 +130,20 @@ def probe_model(
         evaluator: the model, evaluating perturbed models as the kernel's computation will.
         spec: the kernel.
         x: a few examples.
-        drawing: the kernel's draws; None for the kind `local`, which has no noise floor.
+        drawing: the kernel's draws; None for the kind `local`, which has no noise floor. A kernel that takes gradients
+            of a model of many parameters has none either.
         differences: whether the estimator takes differences of outputs; gradients have no such cancellation.
         unmoved: parameters that the estimator's draws leave alone.
         calls: what `call_changes` found.
         jumps: what `probe_jumps` found, if it was tried.
 
-    Cost: 18 forward passes of up to 32 examples.
+    Cost: at most 18 forward passes of up to 32 examples.
     """
     floor = None
-    if drawing is not None:
+    effort = Effort.of(evaluator.model)
+    if drawing is not None and (differences or effort.measures_noise):
         columns = (spec.outputs,) if isinstance(spec.outputs, int) else range(evaluator.base(x[:1]).shape[1])
-        floor = probe_noise(evaluator, drawing, x, columns, still=unmoved)
+        floor = probe_noise(evaluator, drawing, x[: effort.examples_moved], columns, still=unmoved)
     notable = floor is not None and differences and floor.ratio > NOTABLE_NOISE
     return ModelProbes(
         repeat_change=calls[0],

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nntk_dist.errors import ModelError
 from nntk_dist.layers.hooks import hooked
@@ -39,6 +40,10 @@ _GPU_SHARE = 64
 # Perturbations are made once for a shard of rows: the more rows, the less they cost; but there are to be shards enough
 # for several workers, also of a small data set.
 _SHARD_ROWS = (1024, 8192)
+# But a task is to take minutes, so that little is lost with it: operations of its forward passes. The whole takes a few
+# times as many.
+_TASK_OPERATIONS = 1 << 39
+_GPU_TASK_OPERATIONS = 1 << 44
 _SHARDS = 8
 _PREPARED_COPIES = 3  # at most, of a row set that is ready for products
 _CHUNK_DRAWS = 16
@@ -60,6 +65,13 @@ def activation_elements(model: nn.Module, x: torch.Tensor) -> int:
     with trying(ModelError, FAILS_ON_INPUTS), hooked(model, after=leaves), torch.no_grad():
         outputs(model, x[:1])
     return max(count, x[:1].numel())
+
+
+def pass_operations(model: nn.Module, x: torch.Tensor) -> float:
+    """Return the operations of one forward pass over one example: matrix products and convolutions."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs(model, x[:1])
+    return float(max(1, counter.get_total_flops()))
 
 
 def choose_batch(config: Config, model: nn.Module, x: torch.Tensor, num_rows: int) -> int:
@@ -116,20 +128,24 @@ def make_layout(
     *,
     batch: int,
     device: str,
+    one_pass: float,
 ) -> Layout:
     """Choose the layout for a kernel's features; differences are always stored, gradients if that costs little disk.
 
     Features are stored if they take at most 1 GiB, or no more than the kernel itself, or if they stand for tiles;
     otherwise each tile recomputes its rows. Features of groups, which are computed together, are always stored.
+    `one_pass` are the operations of a forward pass over one example.
     """
     compute = config.compute
     row_bytes = row_feature_bytes(features, compute.dtype)
     fewest, most = _SHARD_ROWS
     wanted_rows = max(fewest, min(most, sizes.num_train // _SHARDS, _CHUNK_BYTES * sizes.num_blocks // row_bytes))
-    shard_rows = batch * max(1, wanted_rows // batch)
+    passes = int((_GPU_TASK_OPERATIONS if device.startswith("cuda") else _TASK_OPERATIONS) / one_pass)
+    shard_rows = batch * max(1, min(wanted_rows, passes) // batch)
     draws_per_block = sizes.draws_per_block
     block_bytes = max(1, shard_rows * row_bytes // sizes.num_blocks)
-    wanted = max(1, min(_CHUNK_DRAWS // draws_per_block, _CHUNK_BYTES // block_bytes))
+    most_draws = min(_CHUNK_DRAWS, passes // shard_rows)
+    wanted = max(1, min(most_draws // draws_per_block, _CHUNK_BYTES // block_bytes))
     blocks = max(d for d in range(1, sizes.num_blocks + 1) if sizes.num_blocks % d == 0 and d <= wanted)
     item = 8 if compute.dtype == "float64" else 4
     width = sizes.num_kernel_outputs if spec.outputs == Outputs.FULL else 1

@@ -44,6 +44,7 @@ from pipeline.records.manifest import (
     read_manifest,
     write_manifest,
 )
+from pipeline.runtime.allocator import give_back_freed_memory
 from pipeline.runtime.fitting_batch import BATCHED, remembered_batch
 from pipeline.storage.kernel_arrays import KernelArrays
 from pipeline.storage.run_storage import KERNEL_STORE, RunStorage
@@ -125,6 +126,7 @@ def prepare(config: Config, *, resume: bool, loaded: Loaded | None = None) -> Pr
         )
     storage.check_writable()
     plan = make_plan(config, dataset, model, job=job, parts=parts, decided=None if loaded is None else loaded.decided)
+    give_back_freed_memory()  # of the copies of the model that were tried, before workers start
     return Prepared(config, plan, dataset, model, storage, stored, rerun)
 
 

@@ -31,7 +31,7 @@ from pipeline.config.schema import ComputeConfig, Config
 from pipeline.data import Dataset
 from pipeline.decisions.build import DTYPES, build_prepared, build_spec, identity, resolve_device
 from pipeline.decisions.code_digest import code_digest
-from pipeline.decisions.layout import choose_batch, make_layout, threads_of
+from pipeline.decisions.layout import choose_batch, make_layout, pass_operations, threads_of
 from pipeline.decisions.solver_choice import choose_solvers
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.function_values import FunctionValues
@@ -117,7 +117,8 @@ def make_plan(
     if kept is None:
         sizes = _sizes(dataset, decision, features)
         _check_sizes(config, dataset, sizes)
-        layout = make_layout(config, spec, together, sizes, batch=batch, device=device)
+        one_pass = pass_operations(prepared, x)
+        layout = make_layout(config, spec, together, sizes, batch=batch, device=device, one_pass=one_pass)
         url = RunStorage(config.run_dir).url
         function = from_plain(FunctionValues, parts["function"])
         planned = Job(url, prints["kernel"], config, spec, decision, layout, sizes, features.storage, function)

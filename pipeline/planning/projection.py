@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nntk_dist.models.evaluation import outputs
 from nntk_dist.planning.feature_maps import FeatureGroups
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import FeatureMap
@@ -31,6 +30,7 @@ from pipeline.decisions.layout import (
     FEATURE_CACHE_BYTES,
     activation_elements,
     overlaps_writing,
+    pass_operations,
     row_feature_bytes,
     writing_threads,
 )
@@ -126,13 +126,6 @@ def project(
         worker_bytes=_worker_bytes(job, features, costs, model, x, together or features),
         solve_bytes=BASE_BYTES + max(cost.memory_bytes for cost in solves.values()),
     )
-
-
-def pass_operations(model: nn.Module, x: Tensor) -> float:
-    """Return the operations of one forward pass over one example: matrix products and convolutions."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        outputs(model, x[:1])
-    return float(max(1, counter.get_total_flops()))
 
 
 def feature_costs(job: Job, features: FeatureMap) -> FeatureCosts:

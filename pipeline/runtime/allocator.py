@@ -1,9 +1,10 @@
-"""The C allocator of a worker: let it keep freed memory for the next allocation.
+"""The C allocator: let a worker keep freed memory for the next allocation, or give it back to the system.
 
 A window of a tile with standard errors frees some 40 MiB and asks for the same again. By default glibc returns much of
 that to the system and gets it back page by page, which takes a fifth of the time of such tiles (1,024 rows, 512 draws).
 Chunks of shards (4 MiB) are also made in kept memory. Larger pieces are the business of
-`nntk_dist.runtime.reused_memory`.
+`nntk_dist.runtime.reused_memory`. What copies and gradients of a large model leave behind is given back: gigabytes in
+blocks too small to be mapped, which glibc keeps.
 
 Axes: none.
 """
@@ -29,3 +30,12 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return all([libc.mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES), libc.mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)])
+
+
+def give_back_freed_memory() -> bool:
+    """Give the system back the pages that this process has freed.
+
+    Returns:
+        Whether there were any; never with another C library than glibc.
+    """
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).malloc_trim(0))

@@ -30,6 +30,7 @@ from pipeline.decisions.build import DTYPES, build_architecture, build_prepared,
 from pipeline.decisions.layout import FEATURE_CACHE_BYTES, writing_threads
 from pipeline.decisions.weighting_reference import reference_batch
 from pipeline.job.job import SPLITS, Job
+from pipeline.runtime.allocator import give_back_freed_memory
 from pipeline.runtime.fitting_batch import FittingBatch
 from pipeline.storage.kernel_arrays import KernelArrays, Piece
 from pipeline.storage.run_storage import RunStorage
@@ -117,7 +118,10 @@ class Context:
     def model(self) -> nn.Module:
         """The prepared model with its parameters."""
         built = self._built_again() if self.built is None else self.built
-        return build_prepared(self.job.config, self.dataset, built, self.job.layout.device)
+        prepared = build_prepared(self.job.config, self.dataset, built, self.job.layout.device)
+        del built
+        give_back_freed_memory()
+        return prepared
 
     def _built_again(self) -> nn.Module:
         """Build the model in this process, whose code may differ from the driver's: another place, or a changed file.

@@ -242,3 +242,19 @@ def test_sketches_that_no_groups_share(sketch, message):
 def test_there_are_about_as_many_groups_as_blocks_and_at_least_eight():
     assert [groups_of_columns(1024, blocks) for blocks in (4, 8, 9, 32, 1000)] == [8, 8, 16, 32, 32]
     assert [groups_of_columns(columns, 32) for columns in (64, 112, 128, 256, 272)] == [8, 8, 16, 32, 8]
+
+
+@pytest.mark.parametrize("positions", [[], [2], [0, 4]])
+@pytest.mark.parametrize("joint", [False, True])
+def test_positions_without_a_gradient_add_nothing(joint, positions):
+    """As in the layers of a language model behind which only the last position is read, or none."""
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.zeros(2, 3, 5, 4, dtype=torch.float64)
+    delta[:, :, positions] = torch.randn(2, 3, len(positions), 4, dtype=torch.float64, generator=generator)
+    h = torch.randn(2, 5, 30, dtype=torch.float64, generator=generator)
+    sketch = Sketch(3, 64, 8, ("weight",), joint)
+    projector = sketching.Projector(sketch, range(3))
+    total = projector.start(delta)
+    projector.add_factors_(total, "weight", delta, h)
+    expected = sketch.of_gradient("weight", torch.einsum("ncto,nti->ncoi", delta, h))
+    torch.testing.assert_close(projector.finished(total), expected, rtol=1e-12, atol=1e-12)

@@ -7,22 +7,20 @@ them with the library's own). Everything after the features is the library's.
 Axes: T seeds, S draws, R blocks, n examples, P parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nntk_dist import covariance_kernel, nonlocal_kernel
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import plan_for
 from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.spec import KernelSpec
-from tests.harness.tools import estimates_of
+from tests.harness.tools import estimates_of, under_seeds
 from tests.oracles import closed_forms, radial
 from tests.oracles.cases import unit_module
 from tests.oracles.statistics import assert_agrees
@@ -107,44 +105,33 @@ def runs(problem: Problem, estimator: str, seeds: range, *, draws: int, blocks: 
         draws=draws,
         blocks=blocks,
     )
-    one = _by_differences if estimator == "weight" else _by_gradients(problem, spec)
-    results = [one(problem, replace(spec, seed=seed)) for seed in seeds]
+    results = (_by_differences if estimator == "weight" else _by_gradients)(problem, spec, seeds)
     return Runs(*(torch.stack(parts).numpy() for parts in zip(*results, strict=True)))
 
 
-def _by_differences(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
-    model, x = problem.model(), torch.from_numpy(problem.x)
-    options: dict[str, Any] = {
-        "distribution": spec.distribution,
-        "draws": spec.draws,
-        "blocks": spec.blocks,
-        "design": spec.design,
-        "seed": spec.seed,
-    }
-    if spec.kind == "covariance":
-        covariance = covariance_kernel(model, x, **options)
-        assert covariance.stderr is not None
-        return covariance.kernel, covariance.stderr, covariance.kernel
-    estimate = nonlocal_kernel(model, x, estimator="weight", **options)
-    unbiased, stderr, plugin = estimate.unbiased, estimate.stderr, estimate.plugin
-    assert unbiased is not None
-    assert stderr is not None
-    assert plugin is not None
-    return unbiased, stderr, plugin
+Statistics = tuple[Tensor, Tensor, Tensor]
 
 
-def _by_gradients(problem: Problem, spec: KernelSpec) -> Callable[[Problem, KernelSpec], tuple[Tensor, Tensor, Tensor]]:
+def _by_differences(problem: Problem, spec: KernelSpec, seeds: Iterable[int]) -> Iterator[Statistics]:
+    for estimate in under_seeds(problem.model(), torch.from_numpy(problem.x), spec, seeds):
+        unbiased, stderr, plugin = estimate.unbiased, estimate.stderr, estimate.plugin
+        assert stderr is not None
+        if spec.kind == "covariance":
+            yield estimate.kernel, stderr, estimate.kernel
+        else:
+            assert unbiased is not None
+            assert plugin is not None
+            yield unbiased, stderr, plugin
+
+
+def _by_gradients(problem: Problem, spec: KernelSpec, seeds: Iterable[int]) -> Iterator[Statistics]:
     features = gradient_features(problem, spec)
-    original = features.drawing
-    assert original is not None
-
-    def one(problem: Problem, spec: KernelSpec) -> tuple[Tensor, Tensor, Tensor]:
-        drawing = replace(original, seed=spec.seed)
+    assert features.drawing is not None
+    for seed in seeds:
+        drawing = replace(features.drawing, seed=seed)
         rows = filled_in(problem, drawing, features.draws_per_slot)
-        result = estimates_of(replace(features, drawing=drawing), rows, rows, spec)
-        return result.get("unbiased", result["plugin"]), result["stderr"], result["plugin"]
-
-    return one
+        result = estimates_of(replace(features, drawing=drawing), rows, rows, replace(spec, seed=seed))
+        yield result.get("unbiased", result["plugin"]), result["stderr"], result["plugin"]
 
 
 def gradient_features(problem: Problem, spec: KernelSpec) -> GradientFeatures:

@@ -6,13 +6,16 @@ one of them. The oracle takes the library's perturbations as arrays and uses not
 Axes: S draws, R blocks, n (n1, n2) examples, C outputs, P parameters, N (N1, N2) rows of a kernel.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nntk_dist.kernels.estimate import KernelEstimate
+from nntk_dist.kernels.prepared import Placement, prepare
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import Decision, decide
@@ -33,6 +36,20 @@ def prepared_features(model: nn.Module, x: Tensor, spec: KernelSpec) -> tuple[An
     prepared = prepare_model(model, dtype=torch.float64, device="cpu")
     decision = decide(prepared, x, spec, batch=len(x))
     return make_feature_map(prepared, x, spec, decision), decision
+
+
+def under_seeds(
+    model: nn.Module, x: Tensor, spec: KernelSpec, seeds: Iterable[int]
+) -> Iterator[KernelEstimate[Tensor]]:
+    """The estimates of the public functions under each seed; what does not depend on it is decided once."""
+    placement = Placement.of(model, x)
+    inputs = [placement.take(x, "x1")]
+    prepared = prepare(model, inputs, spec, placement)
+    private = prepare_model(model, dtype=placement.dtype, device=placement.device)
+    for seed in seeds:
+        own = replace(spec, seed=seed)
+        features = make_feature_map(private, inputs[0], own, prepared.decision)
+        yield replace(prepared, spec=own, features=features).estimate(inputs)
 
 
 def all_rows(features: FeatureMap, x: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from nntk_dist import nonlocal_kernel
+from nntk_dist.spec import KernelSpec
 from tests.harness.many_seeds import Problem, check, runs
+from tests.harness.tools import under_seeds
 from tests.oracles.statistics import assert_coverage, assert_power, covered
 
 SEEDS = range(1000)
@@ -55,8 +57,8 @@ def test_stated_relative_error_is_the_error_made(unit: str):
     problem = Problem(unit, 4)
     x, exact = torch.from_numpy(problem.x), problem.exact()
     stated, made = [], []
-    for seed in range(300):
-        estimate = nonlocal_kernel(problem.model(), x, gamma=1.5, estimator="weight", draws=256, seed=seed)
+    spec = KernelSpec(gamma=1.5, estimator="weight", draws=256)
+    for estimate in under_seeds(problem.model(), x, spec, range(300)):
         stated.append(estimate.relative_error)
         made.append(np.linalg.norm(estimate.unbiased.numpy() - exact) / np.linalg.norm(exact))
     ratio = np.sqrt(np.mean(np.square(stated)) / np.mean(np.square(made)))

@@ -263,7 +263,7 @@ def test_probes_have_a_table_of_their_own(digits):
     [
         ({"repeat_change": 1e-8}, "change 10⁻⁸ repeats to rounding, not to the bit"),
         ({"batch_change": None}, "not probed a single example has no other batch"),
-        ({"jump_residual": 0.4}, "at least 40 % missed; up to 24 gradients a segment jumps"),
+        ({"jump_residual": 0.4}, "at least 40 % missed; up to 24 gradients a segment gradients are wrong"),
         ({"jump_size": 0.25}, "0.31 % missed; up to 24 gradients a segment; a jump of 25 % of the range jumps"),
         ({"jump_residual": None}, "no change of f; up to 24 gradients a segment no gradient to trust"),
         (dict.fromkeys(("jump_residual", "jump_gradients", "jump_size")), "not probed the choice of estimator does"),

@@ -226,6 +226,8 @@ def sample_entries(seed: int, num_rows: int, num_columns: int, limit: int = SAMP
     columns = min(num_columns, limit // rows)
 
     def choose(group: int, size: int, count: int) -> Tensor:
+        if count == size:
+            return torch.arange(size)
         keys = uniform(seed, Stream.SAMPLE, torch.tensor([group]), size)[0]
         return keys.argsort()[:count].sort().values
 

@@ -89,6 +89,8 @@ class Recording:
                 self.outputs, outs, direction, retain_graph=True, allow_unused=True, is_grads_batched=batched
             )
 
+        if len(directions) == 1:
+            return [None if own is None else own[None] for own in along(directions[0], batched=False)]
         try:
             return along(directions, batched=True)
         except RuntimeError as error:

@@ -21,7 +21,7 @@ from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
 from nntk_dist.spec import KernelSpec
 from tests.harness.many_seeds import Problem
-from tests.harness.tools import prepared_features
+from tests.harness.tools import prepared_features, under_seeds
 from tests.oracles import quadrature
 from tests.oracles.statistics import assert_agrees, assert_coverage, assert_power, covered
 
@@ -130,8 +130,7 @@ def test_the_bias_of_a_block_falls_like_one_over_its_draws():
 @pytest.mark.parametrize(("score", "unit"), [("output", "relu"), ("output, own", "sign")])
 def test_intervals_cover_the_mean_of_the_estimator(score: str, unit: str):
     problem, seeds = Problem(unit, 2), range(250)
-    options = {"gamma": problem.gamma, "weighting": weighting(score), "draws": 512}
-    x = torch.from_numpy(problem.x)
-    estimates = [nonlocal_kernel(problem.model(), x, seed=seed, **options) for seed in seeds]
+    spec = KernelSpec(gamma=problem.gamma, weighting=weighting(score), draws=512)
+    estimates = list(under_seeds(problem.model(), torch.from_numpy(problem.x), spec, seeds))
     centres, stderr = (np.stack([getattr(each, name).numpy() for each in estimates]) for name in ("unbiased", "stderr"))
     assert_coverage(covered(centres, centres.mean(0), stderr, 8))

@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from tests.pipeline.tools import arguments, assert_same_bits, finished, ledger, nntk, start
+from tests.pipeline.tools import NUM_TRAIN, arguments, assert_same_bits, finished, ledger, nntk, start
 
 pytestmark = pytest.mark.process
 
@@ -36,9 +36,9 @@ pipeline.driver.run.Ledger = functools.partial(Ledger, flush_seconds={FLUSH_SECO
 CALLS_OF_THREE = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 3"
 CALLS_OF_TWO = "import pipeline.executors.calls; pipeline.executors.calls.MOST_TASKS = 2"
 SLACK_SECONDS = 1.5  # allows for a poll of the driver and a busy machine
-SETS = ("data.train=181", "data.test=41", "compute.tile=8", "compute.stderr=sample", "compute.workers=2")
-TILE_ROWS = 23
-ENOUGH = 60  # tiles
+SETS = ("data.test=23", "compute.tile=8", "compute.stderr=sample", "compute.workers=2", "kernel.blocks=4")
+TILE_ROWS = -(-NUM_TRAIN // 8)
+ENOUGH = 40  # tiles
 WAIT_SECONDS = 180.0
 
 

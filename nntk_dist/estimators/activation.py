@@ -9,10 +9,13 @@ are called once; unbiased. Its error hardly depends on P. Cost: a forward pass a
 `nntk_dist.estimators.activation_features`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from nntk_dist.errors import NNTKError, Unavailable
-from nntk_dist.estimators.activation_features import ActivationFeatures
+from nntk_dist.estimators.activation_features import ActivationFeatures, compute_together
 from nntk_dist.estimators.contraction import NoiseContraction, noise_contraction
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
 from nntk_dist.estimators.noisy_passes import MOST_GROUPS
@@ -29,6 +32,7 @@ class ActivationPlan(EstimatorPlan):
 
     noise: NoisePlan
     contraction: NoiseContraction
+    moved: NoisePlan | None = None  # of all groups of parameters, if this is the plan of one
 
     @property
     def contraction_text(self) -> str:
@@ -81,7 +85,35 @@ class Activation:
     ) -> ActivationPlan:
         """Contract the same layers for another number of draws."""
         chosen = noise_contraction(plan.noise, space, spec, num_draws=num_draws, num_outputs=num_outputs)
-        return ActivationPlan(plan.noise, chosen)
+        return replace(plan, contraction=chosen)
+
+    def of_group(
+        self,
+        plan: ActivationPlan,
+        names: frozenset[str],
+        space: ParameterSpace,
+        spec: KernelSpec,
+        *,
+        num_draws: int,
+        num_outputs: int,
+    ) -> ActivationPlan:
+        """Keep the gradients of these parameters; the noise stays that of all groups."""
+        own = ActivationPlan(plan.noise.only(names), plan.contraction, plan.noise)
+        return self.contracted(own, space, spec, num_draws=num_draws, num_outputs=num_outputs)
+
+    def compute_groups(
+        self,
+        groups: Mapping[str, ActivationFeatures],
+        x: Tensor,
+        ids: Tensor,
+        draws: range,
+        columns: Sequence[int],
+        *,
+        batch: int | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compute the features of all groups in the same noisy passes."""
+        found = compute_together([*groups.values()], x, ids, draws, columns, batch=batch)
+        return dict(zip(groups, found, strict=True))
 
     def statement(self, plan: ActivationPlan, space: ParameterSpace) -> str:
         """Say how many parameters go each of the three ways."""
@@ -100,7 +132,9 @@ class Activation:
         if chosen.sketched:
             groups = groups_of_columns(chosen.num_columns, spec.blocks)
             sketch = Sketch(spec.seed, chosen.num_columns, groups, space.names)
-        return ActivationFeatures(setting.evaluator, setting.drawing, setting.columns, plan.noise, chosen, sketch)
+        return ActivationFeatures(
+            setting.evaluator, setting.drawing, setting.columns, plan.noise, chosen, sketch, plan.moved
+        )
 
 
 ACTIVATION = Activation()

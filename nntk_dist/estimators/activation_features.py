@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nntk_dist.estimators.contraction import NoiseContraction
 from nntk_dist.estimators.drawn_features import DrawnFeatures
-from nntk_dist.estimators.noisy_passes import NoisyDraws, NoisyPass
+from nntk_dist.estimators.noisy_passes import NoisyDraws, NoisyPass, part_of
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sketch import Sketch
@@ -57,6 +57,7 @@ class ActivationFeatures(DrawnFeatures):
         plan: Which layers have noise, which parameters move in weight space, and which layer is the readout.
         contraction: Which noisy layers are formed, and which are sketched; the others stay in factors.
         sketch: The sketch; None if nothing is sketched.
+        moved: The plan of all parameters that move, if `plan` is that of one group of them.
     """
 
     pair_blocks: ClassVar[bool] = True  # products pair all blocks
@@ -65,6 +66,7 @@ class ActivationFeatures(DrawnFeatures):
     plan: NoisePlan
     contraction: NoiseContraction
     sketch: Sketch | None = None
+    moved: NoisePlan | None = None
 
     @property
     def num_sketch_groups(self) -> int:
@@ -74,7 +76,11 @@ class ActivationFeatures(DrawnFeatures):
     @cached_property
     def draws(self) -> NoisyDraws:
         """The noise and the passes."""
-        return NoisyDraws(self.evaluator, self.plan, self.drawing)
+        return NoisyDraws(self.evaluator, self.moved or self.plan, self.drawing)
+
+    @cached_property
+    def _weight_metric(self) -> Float64[Tensor, "s s"]:
+        return NoisyDraws(self.evaluator, self.plan, self.drawing).weight_metric
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -104,7 +110,8 @@ class ActivationFeatures(DrawnFeatures):
     @property
     def _num_formed(self) -> int:
         layers = sum(each.num_parameters for each in self.plan.noisy if each.module in self.contraction.formed)
-        return layers + (self.draws.num_weight_space if self.contraction.forms_weight_space else 0)
+        in_weight_space = self.plan.num_parameters(self.evaluator.space)[2]
+        return layers + (in_weight_space if self.contraction.forms_weight_space else 0)
 
     @property
     def _has_metric(self) -> bool:
@@ -137,46 +144,27 @@ class ActivationFeatures(DrawnFeatures):
         self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], *, batch: int | None = None
     ) -> dict[str, Tensor]:
         """Compute the arrays; see `FeatureMap.compute`."""
-        return join_batches(lambda rows, names: self._one_batch(rows, names, draws, columns), x, ids, batch)
-
-    def _one_batch(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]) -> dict[str, Tensor]:
-        """Compute the features of one batch; noise is each example's own, so batches share nothing."""
-        base = self.evaluator.base(x)
-        check_finite(base, "the model's output")
-        size = self.drawing.draws_per_block
-        blocks = [
-            self._one_block(x, ids, base, range(block * size, (block + 1) * size), columns)
-            for block in block_range(draws, size)
-        ]
-        result = {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
-        for array in result.values():
-            check_finite(array, f"the model's output under draws {draws.start} to {draws.stop - 1}")
+        (result,) = compute_together([self], x, ids, draws, columns, batch=batch)
         return result
 
-    def _one_block(
-        self, x: Tensor, ids: Tensor, base: Tensor, block: range, columns: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """Compute every array of one block of draws: draw by draw, or the block's mean."""
-        by_draw: dict[str, list[Tensor]] = {}
-        sums: dict[str, Tensor] = {}
-        for draws in self.draws.stacks(block, x):
-            passed, unmoved = self._passes(x, ids, base, draws)
-            changes = (passed.outputs - unmoved)[:, :, output_index(columns)] / passed.sigma[:, None, None]
-            differences = changes.transpose(0, 1)
-            by_draw.setdefault("differences", []).append(differences)
-            for index, each in enumerate(self._factors):
-                by_draw.setdefault(f"direction_{index}", []).append(passed.directions[each.module])
-                by_draw.setdefault(f"noise_{index}", []).append(passed.noise[each.module])
-            means = {"dense": self._formed_gradients(passed, differences)} if self._num_formed else {}
-            if self.sketch is not None:
-                means["sketch"] = self._sketched_gradients(self.sketch, passed, differences)
-            if passed.readout is not None:
-                means["readout"] = passed.readout.sum(1)
-            sums = {name: sums[name] + part if sums else part for name, part in means.items()}
-        result = {name: torch.cat(parts, dim=1) for name, parts in by_draw.items()}
-        return result | {name: (total / len(block))[:, None] for name, total in sums.items()}
+    def arrays_of(
+        self, passed: NoisyPass, differences: Float[Tensor, "n s c"]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the arrays of the draws of one pass: draw by draw, and sums over its draws."""
+        if self.moved is not None:
+            passed = part_of(passed, self.moved, self.plan, self.evaluator.space)
+        by_draw = {"differences": differences}
+        for index, each in enumerate(self._factors):
+            by_draw[f"direction_{index}"] = passed.directions[each.module]
+            by_draw[f"noise_{index}"] = passed.noise[each.module]
+        sums = {"dense": self._formed_gradients(passed, differences)} if self._num_formed else {}
+        if self.sketch is not None:
+            sums["sketch"] = self._sketched_gradients(self.sketch, passed, differences)
+        if passed.readout is not None:
+            sums["readout"] = passed.readout.sum(1)
+        return by_draw, sums
 
-    def _passes(self, x: Tensor, ids: Tensor, base: Tensor, draws: range) -> tuple[NoisyPass, Tensor]:
+    def passes(self, x: Tensor, ids: Tensor, base: Tensor, draws: range) -> tuple[NoisyPass, Tensor]:
         """Return the pass under some draws and f(x; θ), for a random model both under the noise of the draws' group."""
         if not self.evaluator.is_random:
             return self.draws.evaluate(x, ids, draws), base
@@ -225,7 +213,7 @@ class ActivationFeatures(DrawnFeatures):
         if self._has_metric:
             if PLAIN not in prepared:
                 prepared[PLAIN] = by_blocks(prepared["differences"].transpose(1, 2), self.num_blocks)
-            prepared = mixed_by_metric(prepared, self.draws.weight_metric, wanted)
+            prepared = mixed_by_metric(prepared, self._weight_metric, wanted)
         return prepared
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
@@ -282,7 +270,7 @@ class ActivationFeatures(DrawnFeatures):
             total += pair_block_products(self._noise_features(left), self._noise_features(right), meeting, blocks)
         if self._has_metric:
             differences = first.transpose(1, 2), second.transpose(1, 2)
-            total += metric_block_products(*differences, self.draws.weight_metric, blocks, meeting)
+            total += metric_block_products(*differences, self._weight_metric, blocks, meeting)
         if self._num_formed:
             total += formed_block_products(left["dense"], right["dense"], meeting)
         if self.sketch is not None:
@@ -311,3 +299,66 @@ def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meetin
     ]
     assert spread[0] is not None
     sums.add_(BlockSums(sums.num_blocks, spread[0], spread[1], spread[2]))
+
+
+def compute_together(
+    maps: Sequence[ActivationFeatures],
+    x: Tensor,
+    ids: Tensor,
+    draws: range,
+    columns: Sequence[int],
+    *,
+    batch: int | None = None,
+) -> list[dict[str, Tensor]]:
+    """Compute the arrays of several feature maps that move the same parameters in the same draws, in the same passes.
+
+    Args:
+        maps: they differ in which parameters' gradients they keep, and how.
+        x: as `FeatureMap.compute`.
+        ids: as `FeatureMap.compute`.
+        draws: as `FeatureMap.compute`.
+        columns: as `FeatureMap.compute`.
+        batch: as `FeatureMap.compute`.
+    """
+    found = join_batches(lambda rows, names: _one_batch(maps, rows, names, draws, columns), x, ids, batch)
+    own = [f"{index}|" for index in range(len(maps))]
+    return [{key.removeprefix(mark): found[key] for key in found if key.startswith(mark)} for mark in own]
+
+
+def _one_batch(
+    maps: Sequence[ActivationFeatures], x: Tensor, ids: Tensor, draws: range, columns: Sequence[int]
+) -> dict[str, Tensor]:
+    """Compute the features of one batch; noise is each example's own, so batches share nothing."""
+    first = maps[0]
+    base = first.evaluator.base(x)
+    check_finite(base, "the model's output")
+    size = first.drawing.draws_per_block
+    blocks = [
+        _one_block(maps, x, ids, base, range(block * size, (block + 1) * size), columns)
+        for block in block_range(draws, size)
+    ]
+    result = {name: torch.cat([block[name] for block in blocks], dim=1) for name in blocks[0]}
+    for array in result.values():
+        check_finite(array, f"the model's output under draws {draws.start} to {draws.stop - 1}")
+    return result
+
+
+def _one_block(
+    maps: Sequence[ActivationFeatures], x: Tensor, ids: Tensor, base: Tensor, block: range, columns: Sequence[int]
+) -> dict[str, Tensor]:
+    """Compute every array of one block of draws: draw by draw, or the block's mean; "i|" precedes names of map i."""
+    first = maps[0]
+    by_draw: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    for draws in first.draws.stacks(block, x):
+        passed, unmoved = first.passes(x, ids, base, draws)
+        changes = (passed.outputs - unmoved)[:, :, output_index(columns)] / passed.sigma[:, None, None]
+        for index, each in enumerate(maps):
+            own, means = each.arrays_of(passed, changes.transpose(0, 1))
+            for name, part in own.items():
+                by_draw.setdefault(f"{index}|{name}", []).append(part)
+            for name, part in means.items():
+                key = f"{index}|{name}"
+                sums[key] = sums[key] + part if key in sums else part
+    result = {name: torch.cat(parts, dim=1) for name, parts in by_draw.items()}
+    return result | {name: (total / len(block))[:, None] for name, total in sums.items()}

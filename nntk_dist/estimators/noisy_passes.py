@@ -23,6 +23,7 @@ from torch import Tensor
 from nntk_dist.layers.noise import NoiseSite, Shift, as_output, layer_vectors, shifted_outputs, span_basis
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.models.evaluation import Evaluator
+from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
@@ -52,6 +53,30 @@ class NoisyPass:
     readout: Float[Tensor, "n s i"] | None
     sigma: Float[Tensor, " s"]
     weights: Float[Tensor, "s p"] | None
+
+
+def part_of(passed: NoisyPass, plan: NoisePlan, own: NoisePlan, space: ParameterSpace) -> NoisyPass:
+    """Return what a pass leaves behind for a part of the plan that it was made with.
+
+    Args:
+        passed: the pass.
+        plan: its plan.
+        own: `NoisePlan.only` of that.
+        space: the parameters that move.
+    """
+    whole = {each.module: each for each in plan.noisy}
+    directions, readout, weights = {}, None, None
+    for each in own.noisy:
+        columns = whole[each.module].columns_of([name for _, name in each.site.parameters])
+        directions[each.module] = passed.directions[each.module][..., columns]
+    if own.readout is not None and plan.readout is not None and passed.readout is not None:
+        readout = passed.readout[..., plan.readout.columns_of([name for _, name in own.readout.site.parameters])]
+    if own.weight_space and passed.weights is not None:
+        sizes = dict(zip(space.names, space.sizes, strict=True))
+        parts = passed.weights.split([sizes[name] for name in plan.weight_space], dim=1)
+        kept = [part for name, part in zip(plan.weight_space, parts, strict=True) if name in own.weight_space]
+        weights = torch.cat(kept, dim=1)
+    return NoisyPass(passed.outputs, directions, passed.noise, readout, passed.sigma, weights)
 
 
 def joined(passes: Sequence[NoisyPass]) -> NoisyPass:

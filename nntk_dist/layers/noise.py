@@ -8,8 +8,8 @@ By Stein's identity the gradient of E f(W + σΞ) is E[(f − constant) Σ_k η_
 Axes: n rows, t positions, k basis vectors, i inputs of a layer (the 1 for its bias included), u units.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,18 @@ class NoiseSite:
     def num_parameters(self) -> int:
         """Selected parameters of the layer."""
         return self.width * self.units
+
+    def columns_of(self, names: Collection[str]) -> slice:
+        """Return which of the `width` numbers belong to these parameters, a 1 for the bias being the last."""
+        weights, kept = self.width - ("bias" in self.site.attributes), dict(self.site.parameters)
+        start = 0 if kept.get("weight") in names else weights
+        return slice(start, self.width if kept.get("bias") in names else weights)
+
+    def only(self, names: Collection[str]) -> "NoiseSite":
+        """Return the same layer with these of its parameters."""
+        columns = self.columns_of(names)
+        site = replace(self.site, parameters=tuple(pair for pair in self.site.parameters if pair[1] in names))
+        return replace(self, site=site, width=columns.stop - columns.start)
 
 
 def layer_vectors(module: nn.Module, site: Site, h: Tensor) -> Float[Tensor, "n t i"]:

@@ -9,7 +9,7 @@ Axes: n examples, t positions, i inputs of a layer, u units, c outputs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,19 @@ class NoisePlan:
     noisy: tuple[NoiseSite, ...]
     readout: NoiseSite | None
     weight_space: tuple[str, ...]
+
+    def only(self, names: Collection[str]) -> "NoisePlan":
+        """Return the plan of these parameters alone."""
+
+        def holds(each: NoiseSite) -> bool:
+            return any(name in names for _, name in each.site.parameters)
+
+        readout = self.readout if self.readout is None or not holds(self.readout) else self.readout.only(names)
+        return NoisePlan(
+            tuple(each.only(names) for each in self.noisy if holds(each)),
+            readout if readout is not None and holds(readout) else None,
+            tuple(name for name in self.weight_space if name in names),
+        )
 
     def num_parameters(self, space: ParameterSpace) -> tuple[int, int, int]:
         """Return the numbers of parameters that go each way: noisy, readout, weight space."""

@@ -26,6 +26,7 @@ from nntk_dist.spec import KernelSpec
 from tests.harness.tools import assert_equal, draws_by_definition
 from tests.oracles import brute_force
 from tests.oracles.cases import case
+from tests.oracles.statistics import assert_agrees
 
 GAMMA = 0.6
 
@@ -83,6 +84,28 @@ def test_the_local_kernel_of_a_group_is_that_of_its_parameters(name):
     assert_equal(averaged["odd"].kernel, local_kernel(model, x, parameters=groups["odd"]), 1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:the kernel is mostly noise")
+@pytest.mark.parametrize("name", ["tanh_mlp", "layer_norm", pytest.param("convnet", marks=pytest.mark.statistical)])
+def test_noise_gives_each_group_its_part(name):
+    """The whole by exact sums; each part by the local kernel, which it is at γ = 1e-3 to far less than its error."""
+    model, x, groups = problem(name)
+    options: dict[str, Any] = {"gamma": 1e-3, "estimator": "activation", "draws": 128, "statistic": "both"}
+    whole = nonlocal_kernel(model, x, contraction="means", **options)
+    by_contraction = {
+        contraction: nonlocal_kernel(model, x, parameters=groups | {"all": ["*"]}, contraction=contraction, **options)
+        for contraction in ("layered", "means")
+    }
+    found = by_contraction["means"]
+    assert_equal(found["all"].unbiased, whole.unbiased)
+    for statistic in ("plugin", "unbiased"):
+        assert_equal(sum(getattr(found[group], statistic) for group in groups), getattr(whole, statistic))
+    for group, patterns in groups.items():
+        assert_equal(by_contraction["layered"][group].stderr, found[group].stderr)
+        exact = local_kernel(model, x, parameters=patterns).numpy()
+        assert found[group].stderr is not None
+        assert_agrees(found[group].unbiased, exact, found[group].stderr, 8)
+
+
 def test_sketches_of_groups_have_their_own_numbers_and_errors():
     model, x, groups = problem("relu_mlp")
     for options in ({"kind": "local", "sketch": 64}, {"gamma": GAMMA, "contraction": "sketch", "sketch": 64}):
@@ -126,6 +149,15 @@ def test_frozen_parameters_follow_the_rules_of_a_list():
         local_kernel(model, x, parameters={"first": ["0.*"], "last": ["3.*"]})
 
 
+class Plain:
+    """A user's estimator that knows nothing of groups."""
+
+    uses_gradients = moves_parameters = forms_gradients = False
+
+
+PLAIN = Plain()
+
+
 @pytest.mark.parametrize("groups", [{}, {"a/b": ["*"]}, {"": ["*"]}, {"a": []}, {"a": [1]}, {1: ["*"]}])
 def test_groups_need_names_and_patterns(groups):
     model, x, _ = problem("relu_mlp")
@@ -141,9 +173,10 @@ def test_what_has_no_groups():
         covariance_kernel(model, x, gamma=GAMMA, parameters=groups)
     with pytest.raises(ArgumentError, match=r"rtol is 0\.1; allowed for parameters in groups, .*: none \(set draws\)"):
         nonlocal_kernel(model, x, gamma=GAMMA, rtol=0.1, parameters=groups)
-    with pytest.raises(Unavailable, match=r"estimator activation has no kernels of groups of parameters; use estimato"):
-        nonlocal_kernel(model, x, gamma=GAMMA, estimator="activation", parameters=groups)
-    signs, x, groups = problem("sign_mlp")
-    assert nonlocal_kernel(signs, x, gamma=GAMMA, draws=512, parameters=groups)["odd"].estimator == "weight"
+    own = f"python:{__name__}:PLAIN"
+    with pytest.raises(
+        Unavailable, match=r"PLAIN has no kernels of groups of parameters; use estimator: weight or aut"
+    ):
+        nonlocal_kernel(model, x, gamma=GAMMA, estimator=own, parameters=groups)
     with pytest.raises(NNTKError, match=r"parameters is a mapping .*; allowed for NNTKClassifier: a list of name patt"):
         NNTKClassifier(model, gamma=GAMMA, parameters=groups).fit(x.numpy(), np.array([0, 1, 2, 0]))

@@ -18,6 +18,7 @@ from nntk_dist.analysis.regression.ridge_problem import RidgeRegression, ridge_p
 from nntk_dist.analysis.solvers import Eigenpairs, RegressionSolver, SpectrumSolver
 from nntk_dist.analysis.spectra.dense import DenseSpectrum
 from nntk_dist.analysis.streamed_kernel import StreamedKernel, StreamedRectangle
+from nntk_dist.runtime.warning import warn_caller
 
 _DENSE_SPECTRUM, _DENSE_RIDGE = DenseSpectrum(), DenseRidge()
 
@@ -64,7 +65,9 @@ def ridge(
 ) -> RidgeRegression:
     """Fit kernel ridge regression at every ridge, select one by leave-one-out error, and predict the test examples.
 
-    The selection never uses the test examples.
+    The selection never uses the test examples. `RidgeRow.rounding_error` says what rounding of the kernel's entries, as
+    they are stored, does to predictions. An `NNTKWarning` says if that is more than 0.1 % at the selected ridge, or if
+    the leave-one-out error is hardly known.
 
     Args:
         kernel: train by train, as in `spectrum`.
@@ -91,7 +94,10 @@ def ridge(
     """
     problem = ridge_problem(targets, test_targets, num_classes=num_classes, offset=offset, test_offset=test_offset)
     train, test = _forms(kernel, KernelForms.of_kernel), _forms(test_kernel, KernelForms.of_test_kernel)
-    return solver.solve(train, test, problem, ridges, seed=seed)
+    result = solver.solve(train, test, problem, ridges, seed=seed)
+    for caution in result.selected.cautions:
+        warn_caller(caution)
+    return result
 
 
 def _forms(kernel: Any, of_array: Callable[[Any], KernelForms[Any]]) -> KernelForms[Any]:

@@ -46,6 +46,15 @@ class StreamedKernel:
         """Return the rows of each row of tiles."""
         return [slice(start, min(start + self.edge, self.num_rows)) for start in range(0, self.num_rows, self.edge)]
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the type in which entries are stored, from reading one of them."""
+        return np.asarray(self.read(slice(0, 1), slice(0, 1))).dtype
+
+    def squared(self) -> "StreamedKernel":
+        """Return the matrix of the squares of all entries, in float64."""
+        return StreamedKernel(self.num_rows, self.edge, lambda *place: np.square(self._tile(place)))
+
     def product(self, vectors: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "n v"]:
         """Compute `K·vectors` in one pass: n²/2 entries read, 2n² operations for each vector."""
         return self.product_and_norm(vectors, with_norm=False)[0]

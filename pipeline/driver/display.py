@@ -131,8 +131,9 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")
     for line in lines:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
-    if results.get("accuracy_caution") is not None:
-        _print_caution(out, results["accuracy_caution"])
+    for caution in (results.get("accuracy_caution"), *results.get("regression_cautions", ())):
+        if caution is not None:
+            _print_caution(out, caution)
 
 
 def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, heartbeat: Heartbeat | None) -> None:

@@ -263,7 +263,9 @@ def _regression(storage: RunStorage, manifest: Manifest) -> RegressionFacts | No
     table = read_table(storage, "regression")
     if table is None:
         return None
-    rows = [RidgeRow(**dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
+    rows = [
+        RidgeRow.from_numbers(dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)
+    ]
     num_classes = manifest.sizes["num_classes"]
     return RegressionFacts(rows, num_classes)
 

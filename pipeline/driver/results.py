@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.spec import useless_estimate
 from nntk_dist.statistics.required_draws import verdict
 from pipeline.driver.draw_search import looks_of
@@ -60,6 +61,8 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
     for row in ledger.rows("regression"):
         numbers = {key: value for key, value in row.numbers.items() if not key.startswith("solver:")}
         results |= {key: value for key, value in numbers.items() if key != "selected"}
+        cautions = RidgeRow.from_numbers(numbers).cautions
+        results |= {"regression_cautions": list(cautions)} if cautions else {}
         results |= _solver_results(job, "regression", row.numbers)
     for added in stages_of(job.config.stages)[len(stages_of()) :]:
         for row in ledger.rows(added.name):

@@ -162,6 +162,17 @@ def solver_note(what: str, solver: SolverFacts | None) -> str:
     return f"{what}: solved iteratively{passes}; its table has the residuals.{short}"
 
 
+def regression_note(inputs: ReportInputs) -> str:
+    """Return sentences on how the regression was solved and what rounding does to it; empty if there is no need."""
+    notes = [solver_note("Regression", inputs.regression_solver)]
+    if inputs.regression is not None and (error := inputs.regression.selected.rounding_error) is not None:
+        notes.append(
+            "Rounding of the kernel's entries moves predictions at the selected ridge by up to about "
+            f"{number(100 * error, 2)} % of the targets' root mean square."
+        )
+    return " ".join(filter(None, notes))
+
+
 def _regression_headline(inputs: ReportInputs) -> Iterator[Fact]:
     if inputs.regression is None:
         return
@@ -266,6 +277,8 @@ def _solver_cautions(inputs: ReportInputs) -> Iterator[str]:
 
 
 def _ridge_cautions(regression: RegressionFacts) -> Iterator[str]:
+    for caution in regression.selected.cautions:
+        yield f"{caution[:1].upper()}{caution[1:]}."
     ridges = [row.ridge for row in regression.rows]
     chosen = regression.selected.ridge
     if len(ridges) > 1 and chosen in (min(ridges), max(ridges)):

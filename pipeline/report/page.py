@@ -53,7 +53,7 @@ def render_report(inputs: ReportInputs) -> str:
         probe_facts=[] if inputs.probes is None else probe_facts(inputs.probes),
         spectrum_facts=facts.spectrum_facts(inputs.eigenvalues, inputs.spectrum_numbers),
         spectrum_note=facts.solver_note("Spectrum", inputs.spectrum_solver),
-        regression_note=facts.solver_note("Regression", inputs.regression_solver),
+        regression_note=facts.regression_note(inputs),
         loo_estimated=inputs.regression is not None and inputs.regression.selected.loo_stderr is not None,
         leading={name: values[:_TABLE_EIGENVALUES] for name, values in inputs.eigenvalues.items()},
         gram_figures=figures[PageSection.KERNEL],

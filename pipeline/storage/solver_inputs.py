@@ -39,11 +39,8 @@ def test_forms(store: KernelArrays, job: Job) -> KernelForms[StreamedRectangle]:
 def streamed_kernel(store: KernelArrays, path: str) -> StreamedKernel:
     """Return a square array in tiles that are its shards."""
     array = store.array(path)
-    return StreamedKernel(
-        array.shape[0],
-        max(array.shards or array.chunks),
-        lambda rows, columns: store.read(path, rows, columns, dtype=np.float64),
-    )
+    edge = max(array.shards or array.chunks)
+    return StreamedKernel(array.shape[0], edge, lambda rows, columns: store.read(path, rows, columns))
 
 
 def streamed_rectangle(store: KernelArrays, path: str) -> StreamedRectangle:

@@ -31,6 +31,7 @@ from nntk_dist.analysis.regression.ridge_problem import (
     check_mean_diagonal,
     check_positive,
 )
+from nntk_dist.analysis.regression.rounding import LeftOutSample, rounding_errors, unit_rounding
 from nntk_dist.analysis.regression.shifted_systems import ShiftedSolution, solve_shifted_systems
 from nntk_dist.analysis.solvers import Cost, RegressionSize
 from nntk_dist.analysis.streamed_kernel import StreamedKernel, StreamedRectangle
@@ -50,6 +51,15 @@ def default_rank(num_rows: int) -> int:
     half of the passes.
     """
     return min(num_rows, _MOST_RANK, max(_LEAST_RANK, num_rows // 16))
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """Leave-one-out estimates and rounding errors of each ridge, and the passes that the estimates took."""
+
+    estimates: list[LeaveOneOutEstimate]
+    rounding_errors: list[float]
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class ConjugateGradients:
         num_right = wanted.shape[1]
         solution = self._solved(kernel, [wanted] * len(ridges), absolute, approximation, [self.tolerance] * len(ridges))
         targets = _by_ridge(solution, len(ridges))
-        estimates, unit_passes = self._left_out(kernel, targets, absolute, mean_diagonal, approximation, size, seed)
+        left_out = self._left_out(kernel, targets, absolute, mean_diagonal, approximation, size, seed)
         solved = solution.x.reshape(kernel.num_rows, len(ridges), num_right)
         residuals = absolute[:, None, None] * solved.transpose(1, 0, 2)  # y − K a = μ a
         shape = (len(ridges), -1, problem.targets.shape[1])
@@ -149,16 +159,17 @@ class ConjugateGradients:
             ridges,
             tuple(absolute.tolist()),
             residuals.reshape(shape),
-            np.stack([each.residuals for each in estimates]).reshape(shape),
+            np.stack([each.residuals for each in left_out.estimates]).reshape(shape),
             _scores(test.stream(), solved, problem),
-            loo_errors=[each.error for each in estimates],
-            loo_stderr=[each.stderr for each in estimates],
+            loo_errors=[each.error for each in left_out.estimates],
+            loo_stderr=[each.stderr for each in left_out.estimates],
             solve_residuals=reached,
+            rounding_errors=left_out.rounding_errors,
             convergence=self._convergence(solution.passes, max(reached)),
             solver_numbers={
                 "rank": float(len(approximation.eigenvalues)),
                 "trace_left": approximation.trace_left,
-                "leave_one_out_passes": float(unit_passes),
+                "leave_one_out_passes": float(left_out.passes),
             },
         )
 
@@ -171,15 +182,18 @@ class ConjugateGradients:
         approximation: LowRankApproximation,
         size: int,
         seed: int,
-    ) -> tuple[list[LeaveOneOutEstimate], int]:
-        """Leave-one-out estimates for each ridge, and the passes that they took."""
-        guesses, bounds = [], []
+    ) -> "_LeftOut":
+        """Leave-one-out estimates and rounding errors for each ridge."""
+        guesses, bounds, unexplained = [], [], approximation.unexplained.reshape(-1, size)
         for ridge, own in zip(absolute.tolist(), targets, strict=True):
             coefficients = own.x.reshape(kernel.num_rows // size, size, -1)
-            least = np.linalg.solve(approximation.inverse_blocks(ridge, size), coefficients)
-            added = approximation.unexplained.reshape(-1, size, 1) * coefficients
-            guesses.append(least + 0.5 * added)
-            bounds.append(least + added)
+            least, most = (
+                np.linalg.inv(approximation.inverse_blocks(each, size))
+                for each in (ridge, ridge + approximation.trace_left * mean_diagonal * kernel.num_rows)
+            )
+            gaps = np.minimum(unexplained, np.einsum("ndd->nd", most - least)).clip(min=0.0)[:, :, None]
+            guesses.append(least @ coefficients + 0.5 * gaps * coefficients)
+            bounds.append(least @ coefficients + gaps * coefficients)
         samples = [sampled_examples(each, self.num_sampled // size, seed) for each in guesses]
         units = [unit_vectors(kernel.num_rows, sample.examples, size) for sample in samples]
         # (A⁻¹)_ii errs by tolerance²/μ at most, and is at least 1/(k_ii + μ).
@@ -187,7 +201,12 @@ class ConjugateGradients:
         solution = self._solved(kernel, units, absolute, approximation, tolerances)
         solved = _by_ridge(solution, len(absolute))
         parts = zip(guesses, bounds, targets, solved, samples, absolute.tolist(), strict=True)
-        return [estimate_leave_one_out(*part) for part in parts], solution.passes
+        left_out = [
+            LeftOutSample(columns.x, own.x, sample.examples, sample.weights)
+            for columns, own, sample in zip(solved, targets, samples, strict=True)
+        ]
+        roundings = rounding_errors(kernel.squared().product, left_out, unit=unit_rounding(kernel.dtype))
+        return _LeftOut([estimate_leave_one_out(*part) for part in parts], roundings, solution.passes)
 
     def _solved(
         self,

@@ -9,6 +9,7 @@ with index `i·C + c`; every other kernel has n rows, shared by all T columns.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -27,15 +28,22 @@ from nntk_dist.analysis.regression.ridge_problem import (
     select_ridge,
     target_matrix,
 )
+from nntk_dist.analysis.regression.rounding import LeftOutSample, examples_for_rounding, rounding_errors, unit_rounding
 from nntk_dist.analysis.solvers import Cost, RegressionSize
 from nntk_dist.analysis.spectra.dense import DENSE_COPIES, EIGH_OPERATIONS
 from nntk_dist.analysis.streamed_kernel import StreamedKernel, StreamedRectangle
 from nntk_dist.errors import ArgumentError
 
+_ROWS_AT_ONCE = 1024
+_FACTOR_COPIES = DENSE_COPIES - 1  # columns for each row: factor and kernel take no more memory than the decomposition
+
 
 @dataclass(frozen=True)
 class DenseRidge:
     """Decompose the whole kernel in memory and fit every ridge from the decomposition; see `fit_ridge_path`.
+
+    If a factor W of at most 3n columns is stored, the kernel is computed from it again, in float64. Otherwise the
+    stored entries are used, and `RidgeRow.rounding_error` says what their rounding does to predictions.
 
     Equivalent to scikit-learn's `KernelRidge(kernel="precomputed", alpha=μ)` at each ridge.
     Cost: one dense `eigh` (about 9n³ operations, four n × n float64 arrays), then n²·T for each ridge.
@@ -65,15 +73,38 @@ class DenseRidge:
             ArgumentError: the kernels do not fit the targets, or `fit_ridge_path` refuses the kernel or a ridge.
             DataError: an entry is not finite.
         """
-        path = fit_ridge_path(train.read_matrix(), problem.targets, ridges, offset=problem.offset)
-        test_kernel = test.read_matrix()
+        kernel, test_kernel = _matrices(train, test)
+        path = fit_ridge_path(kernel, problem.targets, ridges, offset=problem.offset)
         all_scores = [path.predict(test_kernel, index, problem.test_offset) for index in range(len(path.ridges))]
         if all_scores[0].shape != problem.test_targets.shape:
             raise ArgumentError(
                 f"test_targets have shape {problem.test_targets.shape} (examples, columns); the test kernel and the "
                 f"train targets call for {all_scores[0].shape}"
             )
-        return problem.results(path.ridges, path.absolute_ridges, path.residuals, path.loo_residuals, all_scores)
+        return problem.results(
+            path.ridges,
+            path.absolute_ridges,
+            path.residuals,
+            path.loo_residuals,
+            all_scores,
+            rounding_errors=path.rounding_errors,
+        )
+
+
+def _matrices(
+    train: KernelForms[StreamedKernel], test: KernelForms[StreamedRectangle]
+) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "m n"]]:
+    """The kernels as stored, or products of their factor in float64: stored entries may be rounded to float32."""
+    if train.factor is None or test.factor is None:
+        return train.read_matrix(), test.read_matrix()
+    rows, test_rows = train.read_factor(), test.read_factor()
+    if rows.num_columns > _FACTOR_COPIES * rows.num_rows:
+        return train.read_matrix(), test.read_matrix()
+    factor, start = np.empty((rows.num_rows, rows.num_columns)), 0
+    for block in rows.blocks():
+        factor[start : start + len(block)] = block
+        start += len(block)
+    return factor @ factor.T, np.concatenate([block @ factor.T for block in test_rows.blocks()])
 
 
 @dataclass(frozen=True)
@@ -86,6 +117,7 @@ class RidgePath:
         coefficients: a, for each ridge.
         residuals: `y − f_l` on the train examples.
         loo_residuals: the same with the example itself left out.
+        rounding_errors: what rounding of the kernel's entries does to predictions (`rounding`), in the targets' unit.
     """
 
     ridges: tuple[float, ...]
@@ -93,6 +125,7 @@ class RidgePath:
     coefficients: Float[np.ndarray, "L rows columns"]
     residuals: Float[np.ndarray, "L n T"]
     loo_residuals: Float[np.ndarray, "L n T"]
+    rounding_errors: tuple[float, ...]
 
     @property
     def selected(self) -> int:
@@ -163,9 +196,9 @@ def fit_ridge_path(
     check_mean_diagonal(mean_diagonal)
     ridges = tuple(float(ridge) for ridge in ridges)
     eigenvalues, basis = scipy.linalg.eigh(matrix)
-    absolute = absolute_ridges(
-        ridges, mean_diagonal, smallest=float(eigenvalues[0]), largest=float(eigenvalues[-1]), num_rows=num_rows
-    )
+    unit = unit_rounding(np.asarray(kernel).dtype)
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    absolute = absolute_ridges(ridges, mean_diagonal, smallest=smallest, largest=largest, num_rows=num_rows, unit=unit)
     wanted = targets if offset is None else targets - matrix_like(offset, targets, "offset")
     size = num_rows // num_examples  # kernel rows of one example
     projected = basis.T @ wanted.reshape(num_rows, -1)
@@ -180,4 +213,32 @@ def fit_ridge_path(
     shape = (len(absolute), num_examples, num_targets)
     solved = np.stack(coefficients)
     residuals = np.asarray(absolute)[:, None, None] * solved.reshape(shape)  # y − K a = μ a, without cancellation
-    return RidgePath(ridges, absolute, solved, residuals, np.stack(loo_residuals).reshape(shape))
+    roundings = _rounding_errors(matrix, unit, eigenvalues, basis, absolute, solved, size)
+    return RidgePath(ridges, absolute, solved, residuals, np.stack(loo_residuals).reshape(shape), roundings)
+
+
+def _rounding_errors(
+    matrix: Float[np.ndarray, "n n"],
+    unit: float,
+    eigenvalues: Float[np.ndarray, " n"],
+    basis: Float[np.ndarray, "n n"],
+    absolute: Sequence[float],
+    solved: Float[np.ndarray, "L n t"],
+    size: int,
+) -> tuple[float, ...]:
+    """What rounding does to predictions, at each ridge; see `rounding`."""
+    examples = examples_for_rounding(len(matrix) // size, size)
+    own = basis.reshape(-1, size, len(matrix))[examples].reshape(-1, len(matrix)).T
+    samples = [
+        LeftOutSample(basis @ (own / (eigenvalues + ridge)[:, None]), coefficients, examples, np.ones(len(examples)))
+        for ridge, coefficients in zip(absolute, solved, strict=True)
+    ]
+    decomposition = np.finfo(np.float64).eps * float(eigenvalues[-1])
+    multiply_squares = partial(_multiply_squares, matrix)
+    return tuple(rounding_errors(multiply_squares, samples, unit=unit, decomposition=decomposition))
+
+
+def _multiply_squares(matrix: Float[np.ndarray, "n n"], vectors: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "n v"]:
+    """The squares of a matrix's entries times vectors, some rows at a time."""
+    starts = range(0, len(matrix), _ROWS_AT_ONCE)
+    return np.concatenate([np.square(matrix[start : start + _ROWS_AT_ONCE]) @ vectors for start in starts])

@@ -7,6 +7,7 @@ Axes: n train examples, m test examples, T target columns, L ridges.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +15,9 @@ from jaxtyping import Float, Int
 from nntk_dist.analysis.checks import check_finite_entries
 from nntk_dist.analysis.convergence import Convergence
 from nntk_dist.errors import ArgumentError, DataError
+
+_NOTABLE_ROUNDING = 1e-3  # of the targets' root mean square
+_NOTABLE_STDERR = 0.5  # of the leave-one-out error
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class RidgeRow:
         selected: whether leave-one-out selects this ridge.
         loo_stderr: standard error of `loo_error` if it is an estimate (iterative solvers), else None.
         solve_residual: the largest `‖y − (K + μI) a‖ / ‖y‖` of a target column, in float64 (iterative solvers).
+        rounding_error: root mean square error of predictions from the rounding of stored kernel entries, relative to
+            the root mean square of the fitted targets; usually three times the actual one. None for factored solvers.
     """
 
     ridge: float
@@ -46,11 +52,34 @@ class RidgeRow:
     selected: bool
     loo_stderr: float | None = None
     solve_residual: float | None = None
+    rounding_error: float | None = None
 
     def numbers(self) -> dict[str, float | bool | None]:
-        """Return the fields by name as a table row, without the last two if they are None."""
-        optional = ("loo_stderr", "solve_residual")
+        """Return the fields by name as a table row, without the last three if they are None."""
+        optional = ("loo_stderr", "solve_residual", "rounding_error")
         return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, Any]) -> Self:
+        """Return the row from its fields by name; missing ones are None, other names are ignored."""
+        return cls(**{name: numbers.get(name) for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """Return warnings: rounding moves predictions notably, or the leave-one-out error is hardly known."""
+        found = []
+        if self.rounding_error is not None and self.rounding_error > _NOTABLE_ROUNDING:
+            found.append(
+                f"rounding of the kernel's stored entries moves predictions at ridge {self.ridge:g} by up to about "
+                f"{100 * self.rounding_error:.2g} % of the targets' root mean square; use larger ridges, a kernel in "
+                "float64, or the factored solver"
+            )
+        if self.loo_stderr is not None and self.loo_stderr > _NOTABLE_STDERR * self.loo_error:
+            found.append(
+                f"the leave-one-out error at ridge {self.ridge:g}, {self.loo_error:.3g}, has a standard error of "
+                f"{self.loo_stderr:.2g}; raise rank or num_sampled of the iterative solver"
+            )
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -117,6 +146,7 @@ class RidgeProblem:
         loo_errors: Sequence[float] | None = None,
         loo_stderr: Sequence[float] | None = None,
         solve_residuals: Sequence[float] | None = None,
+        rounding_errors: Sequence[float] | None = None,
         convergence: Convergence | None = None,
         solver_numbers: Mapping[str, float] | None = None,
     ) -> RidgeRegression:
@@ -131,11 +161,13 @@ class RidgeProblem:
             loo_errors: leave-one-out errors, if they are not the mean squares of `loo_residuals`.
             loo_stderr: their standard errors, if they are estimates.
             solve_residuals: relative residuals of an iterative solve.
+            rounding_errors: what rounding of stored entries does to predictions, in the unit of the targets.
             convergence: how an iterative solve ended.
             solver_numbers: further numbers that the solver reports, by name.
         """
         errors = loo_errors if loo_errors is not None else [_mean_square(own) for own in loo_residuals]
         chosen = select_ridge(ridges, errors)
+        scale = max(np.sqrt(_mean_square(self.fitted)), np.finfo(np.float64).tiny)
         rows = tuple(
             RidgeRow(
                 ridge=ridges[index],
@@ -148,6 +180,7 @@ class RidgeProblem:
                 selected=index == chosen,
                 loo_stderr=None if loo_stderr is None else loo_stderr[index],
                 solve_residual=None if solve_residuals is None else solve_residuals[index],
+                rounding_error=None if rounding_errors is None else float(rounding_errors[index] / scale),
             )
             for index, own in enumerate(scores)
         )
@@ -228,7 +261,7 @@ def check_mean_diagonal(mean_diagonal: float) -> None:
 
 
 def absolute_ridges(
-    ridges: Sequence[float], mean_diagonal: float, *, smallest: float, largest: float, num_rows: int
+    ridges: Sequence[float], mean_diagonal: float, *, smallest: float, largest: float, num_rows: int, unit: float = 0.0
 ) -> tuple[float, ...]:
     """Return the ridges in the kernel's unit; refuse those that leave `K + μI` indefinite or nearly singular.
 
@@ -238,6 +271,7 @@ def absolute_ridges(
         smallest: the least eigenvalue of K.
         largest: its largest eigenvalue.
         num_rows: rows of the matrix that they were computed from.
+        unit: the largest relative rounding of a stored entry.
 
     Raises:
         ArgumentError: a ridge is not positive; or the least eigenvalue of `K + μI` is below μ/2 or below rounding.
@@ -247,10 +281,16 @@ def absolute_ridges(
     refused = [ridge for ridge in ridges if smallest + ridge * mean_diagonal < max(ridge * mean_diagonal / 2, rounding)]
     if refused:
         needed = 1.05 * max(-2 * smallest, rounding - smallest) / mean_diagonal  # printed to two digits: never too low
+        rounded = -smallest <= unit * largest
+        advice = (
+            "a kernel in float64 (the entries are rounded)"
+            if rounded
+            else "'statistic: plugin' (positive semidefinite)"
+        )
         raise ArgumentError(
             f"K + ridge·(tr K/n)·I is indefinite or nearly singular at ridge {max(refused):g}: the kernel's least "
-            f"eigenvalue is {smallest:.3g}, its mean diagonal {mean_diagonal:.3g}; use 'statistic: plugin' (positive "
-            f"semidefinite) or ridges of at least {needed:.2g}"
+            f"eigenvalue is {smallest:.3g}, its mean diagonal {mean_diagonal:.3g}; use {advice} or ridges of at least "
+            f"{needed:.2g}"
         )
     return tuple(ridge * mean_diagonal for ridge in ridges)
 

@@ -141,7 +141,8 @@ def test_an_exact_spectrum_from_a_factor_shows_the_numbers_that_were_found(digit
 
 
 def test_leading_eigenvalues_and_estimates_say_what_they_are(digits):
-    rows = [replace(row, loo_stderr=0.0012, solve_residual=3e-4) for row in ridge_rows(selected=1e-2)]
+    estimated = {"loo_stderr": 0.0012, "solve_residual": 3e-4, "rounding_error": 2.5e-3}
+    rows = [replace(row, **estimated) for row in ridge_rows(selected=1e-2)]
     leading = replace(
         digits,
         regression=RegressionFacts(rows, 10),
@@ -163,6 +164,9 @@ def test_leading_eigenvalues_and_estimates_say_what_they_are(digits):
         "The iteration for the regression stopped before it reached its tolerance; its table has the residuals." in text
     )
     assert "The iteration for the spectrum" not in text
+    moves = "predictions at the selected ridge by up to about 0.25 % of the targets' root mean square."
+    assert f"Rounding of the kernel's entries moves {moves}" in text
+    assert "Rounding of the kernel's stored entries moves predictions at ridge 0.01 by up to about 0.25 %" in text
     assert "the spectrum stopped before" not in Page(render_report(digits)).text
 
 

@@ -11,6 +11,8 @@ from nntk_dist.analysis.regression.pivoted_cholesky import low_rank_approximatio
 from nntk_dist.analysis.regression.shifted_systems import ShiftedSolution
 from tests.library.analysis.test_streamed import NUM_TRAIN, arguments, kernels, streamed, tiled
 
+pytestmark = pytest.mark.filterwarnings("ignore:rounding of the kernel", "ignore:the leave-one-out error at ridge")
+
 
 def smooth():
     """A smooth kernel of 150 rows and labels of three classes."""

@@ -11,6 +11,7 @@ Axes: n examples, c outputs.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -140,13 +141,8 @@ def decide(
         )
     names, why = _candidates(model, spec)
     jumps, obstacle = _try_gradients(model, space, spec, examples, names, settled=bool(why))
-    decision, problems = _first_valid(
-        names,
-        why,
-        obstacle,
-        lambda name: plan_for(name, model, examples, spec, num_outputs=num_outputs, batch=batch, threads=threads),
-        spec,
-    )
+    given = {"model": model, "x": examples, "spec": spec, "num_outputs": num_outputs, "batch": batch}
+    decision, problems = _first_valid(names, why, obstacle, partial(plan_for, **given, threads=threads), spec)
     statement = why or _statement(decision, spec, jumps)
     reason = "; ".join([*problems, statement]) + noise_text(model) + space.frozen_text
     if not spec.weighting.is_fixed:

@@ -141,7 +141,7 @@ def decide(
         )
     names, why = _candidates(model, spec)
     jumps, obstacle = _try_gradients(model, space, spec, examples, names, settled=bool(why))
-    given = {"model": model, "x": examples, "spec": spec, "num_outputs": num_outputs, "batch": batch}
+    given: dict[str, Any] = {"model": model, "x": examples, "spec": spec, "num_outputs": num_outputs, "batch": batch}
     decision, problems = _first_valid(names, why, obstacle, partial(plan_for, **given, threads=threads), spec)
     statement = why or _statement(decision, spec, jumps)
     reason = "; ".join([*problems, statement]) + noise_text(model) + space.frozen_text

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nntk_dist.errors import ArgumentError
 from nntk_dist.products.features import FeatureMap, Rows, num_rows, slice_rows
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
@@ -170,6 +171,7 @@ def whole_kernel(features: FeatureMap, source: RowSets, spec: KernelSpec) -> tup
     """
     symmetric, (n1, n2) = source.symmetric, source.shape
     width = len(features.columns) if spec.meeting.full else 1
+    _check_fits(n1 * width, n2 * width, features, width)
     calibration = None
     if features.num_blocks >= MINIMUM_BLOCKS:
         rows, columns = sample_entries(spec.seed, n1, n2, sample_limit(width))
@@ -190,6 +192,23 @@ def whole_kernel(features: FeatureMap, source: RowSets, spec: KernelSpec) -> tup
                 if symmetric and i != j:
                     _place(whole, values.T, j * width, i * width)
     return Estimates(parts["plugin"], parts.get("unbiased"), parts.get("stderr")), calibration
+
+
+def _check_fits(num_rows: int, num_columns: int, features: FeatureMap, width: int) -> None:
+    """Refuse a kernel that the memory cannot hold, before anything of it is computed.
+
+    Raises:
+        ArgumentError: it is too large.
+    """
+    statistics = (2 if features.pair_blocks else 1) + (features.num_blocks >= MINIMUM_BLOCKS)
+    needed, memory = 8 * num_rows * num_columns * statistics, _HELD_SHARE * feature_limit(torch.device("cpu"))
+    if needed > memory:
+        fewer = "outputs: trace, fewer examples" if width > 1 else "fewer examples"
+        raise ArgumentError(
+            f"x1 and x2 give a kernel of {num_rows:,} x {num_columns:,} entries, which take {needed / 2**30:.3g} GiB "
+            f"with all statistics, and this machine has {memory / 2**30:.3g}; allowed: {fewer}, or a run (nntk run), "
+            "which writes the kernel tile by tile"
+        )
 
 
 def _place(whole: Tensor, values: Tensor, row: int, column: int) -> None:

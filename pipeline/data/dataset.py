@@ -53,6 +53,11 @@ class Dataset:
         return self.train.inputs.shape[1:] if self.layout is None else self.layout.parts[0].shape
 
     @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shape of each part of an example by its name, or place in a tuple; None if it has no parts."""
+        return None if self.layout is None else {part.name: part.shape for part in self.layout.parts}
+
+    @property
     def num_outputs(self) -> int:
         """Number of outputs that a model needs: one for each class or real target."""
         return self.train.targets.shape[1] if self.num_classes is None else self.num_classes

@@ -54,6 +54,7 @@ def build_architecture(config: Config, dataset: Dataset) -> nn.Module:
         section.builder,
         section.args,
         input_shape=dataset.input_shape,
+        input_shapes=dataset.input_shapes,
         num_outputs=dataset.num_outputs,
         seed=section.seed,
     )

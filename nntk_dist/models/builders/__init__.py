@@ -38,7 +38,13 @@ BUILDERS: Registry[Callable[..., nn.Module]] = Registry(
 
 
 def build_model(
-    builder: str, args: Mapping[str, Any], *, input_shape: tuple[int, ...], num_outputs: int, seed: int
+    builder: str,
+    args: Mapping[str, Any],
+    *,
+    input_shape: tuple[int, ...],
+    num_outputs: int,
+    seed: int,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> nn.Module:
     """Build a model by name: float32, on the CPU, in eval mode, its initial parameters a function of `seed` alone.
 
@@ -47,11 +53,13 @@ def build_model(
     Args:
         builder: a name in `BUILDERS`, `NAME:LOCATION` for a builder that takes a location, such as `hf:FOLDER`, or
             `python:module:function` for a function that returns a module.
-        args: the builder's own arguments. `input_shape` and `num_outputs` are added if its signature takes them.
-        input_shape: shape of one example.
+        args: the builder's own arguments. `input_shape`, `input_shapes` and `num_outputs` are added if its
+            signature takes them.
+        input_shape: shape of one example, or of its first part.
         num_outputs: number of outputs that the data ask for.
         seed: of the initial parameters, not negative. (A function that uses another generator than torch's must take
             its own seed in `args`.)
+        input_shapes: shape of each part of an example, by name or place; None if examples have no parts.
 
     Raises:
         ArgumentError: an unknown builder or argument, or a value that a built-in builder refuses.
@@ -66,7 +74,9 @@ def build_model(
     what = f"model {builder}"
     name, _, location = ("", "", "") if builder.startswith(PYTHON) else builder.partition(":")
     function = BUILDERS.get(name or builder)
-    offered = {"input_shape": tuple(input_shape), "num_outputs": num_outputs}
+    offered: dict[str, Any] = {"input_shape": tuple(input_shape), "num_outputs": num_outputs}
+    if input_shapes is not None:
+        offered["input_shapes"] = dict(input_shapes)
     args = {**args, "location": location} if location else args
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would also seed every other device's generator

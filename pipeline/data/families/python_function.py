@@ -1,5 +1,8 @@
 """Sources that a Python function returns: arrays, torch data sets, or tables.
 
+A table is recognised by what it offers, not by its package: the Arrow stream of polars, DuckDB and others
+(`__arrow_c_stream__`), or the formats of a Hugging Face data set (`with_format`).
+
 Axes: n examples.
 """
 
@@ -21,6 +24,7 @@ from pipeline.data.families.tables import Table, source_from_tables
 from pipeline.data.source import Source, SourceRows
 
 _SETS = ("train", "test")
+_STREAM = "__arrow_c_stream__"
 _ITEM = (int, float, np.ndarray, np.generic, Tensor)
 
 
@@ -30,8 +34,9 @@ def open_python(
     """Open what a function returns.
 
     That is the pair (x, y), or a mapping of named arrays, see `source_from_arrays`; a torch data set of pairs (x, y),
-    whose items are numbers, tensors or NumPy arrays, or a dict or tuple of them for x; or a table, a pandas DataFrame
-    or an Arrow table. A mapping of `train` and `test` holds two data sets or two tables.
+    whose items are numbers, tensors or NumPy arrays, or a dict or tuple of them for x; or a table: a pandas or polars
+    DataFrame, an Arrow table or anything with an Arrow stream, a Hugging Face data set. A
+    mapping of `train` and `test` holds two data sets or two tables.
 
     Args:
         location: `module:function`.
@@ -92,7 +97,7 @@ def _source(result: Any, what: str) -> Source:
 
 
 def _is_table(value: Any) -> bool:
-    return isinstance(value, pa.Table) or _is_frame(value)
+    return isinstance(value, pa.Table) or _is_frame(value) or _is_hugging_face(value) or hasattr(value, _STREAM)
 
 
 def _is_frame(value: Any) -> bool:
@@ -100,13 +105,27 @@ def _is_frame(value: Any) -> bool:
     return pandas is not None and isinstance(value, pandas.DataFrame)
 
 
+def _is_hugging_face(value: Any) -> bool:
+    """Whether this is a Hugging Face data set with a length; one that streams has none."""
+    return hasattr(value, "with_format") and hasattr(value, "column_names") and hasattr(value, "__len__")
+
+
 def _table(value: Any, name: str) -> Table:
     """A table in memory."""
+    try:
+        table = _arrow_table(value)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"{name} cannot be read as a table: {one_line(error)}") from error
+    return Table(name, lambda: pads.dataset(table), "cannot be read as a table")
 
-    def opened() -> pads.Dataset:
-        return pads.dataset(pa.Table.from_pandas(value, preserve_index=False) if _is_frame(value) else value)
 
-    return Table(name, opened, "cannot be read as a table")
+def _arrow_table(value: Any) -> pa.Table:
+    """The table of Arrow; a stream can be read once only."""
+    if isinstance(value, pa.Table):
+        return value
+    if _is_frame(value):
+        return pa.Table.from_pandas(value, preserve_index=False)
+    return value.with_format("arrow")[:] if _is_hugging_face(value) else pa.table(value)
 
 
 def _dataset_rows(dataset: Any, name: str) -> SourceRows:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nntk_dist import prepare_kernel
-from nntk_dist.kernels import prepared
+from nntk_dist import ArgumentError, prepare_kernel
+from nntk_dist.kernels import prepared, tiles
 from nntk_dist.kernels.tiles import output_portions
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -22,6 +22,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "averaged": {"kind": "averaged", "gamma": 0.1, "draws": 8},
     "covariance": {"kind": "covariance", "gamma": 0.1, "draws": 8},
 }
+
+
+@pytest.mark.parametrize(
+    ("outputs", "allowed"), [("full", "outputs: trace, fewer examples"), ("trace", "fewer examples")]
+)
+def test_a_kernel_that_the_memory_cannot_hold_is_refused_before_it_is_computed(outputs, allowed, monkeypatch):
+    model, x = nn.Linear(2, 3), torch.randn(6, 2)
+    kernel = prepare_kernel(model, x, kind="local", outputs=outputs)
+    monkeypatch.setattr(tiles, "feature_limit", lambda device: 50)
+    message = rf"^x1 and x2 give a kernel of .* entries, which take .* GiB .*; allowed: {allowed}, or a run"
+    with pytest.raises(ArgumentError, match=message):
+        kernel(x)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -9,6 +9,7 @@ import torch
 from numpy.testing import assert_array_equal
 
 from nntk_dist.errors import NNTKError
+from nntk_dist.models.builders import build_model
 from pipeline.data import load_dataset
 
 X = np.random.default_rng(0).standard_normal((19, 4)).astype(np.float32)
@@ -86,6 +87,40 @@ MODULE = """
         import pyarrow
         return pyarrow.table({"a": X[:, 0], "b": X[:, 1], "y": Y})
 
+    class Stream:  # a table of another package
+        def __init__(self, table):
+            self.__arrow_c_stream__ = table.__arrow_c_stream__
+
+    class HuggingFace:  # what datasets.Dataset offers
+        def __init__(self, table, rows, form=None):
+            self.table, self.rows, self.form, self.column_names = table, rows, form, table.column_names
+
+        def __len__(self):
+            return len(self.rows)
+
+        def with_format(self, form):
+            return HuggingFace(self.table, self.rows, form)
+
+        def __getitem__(self, rows):
+            assert self.form == "arrow"
+            return self.table.take(self.rows[rows])
+
+    def stream(kind):
+        if kind == "reader":
+            return arrow().to_reader(max_chunksize=5)
+        if kind == "sets":
+            return {"train": Stream(arrow()[:11]), "test": Stream(arrow()[11:])}
+        return Stream(arrow()) if kind == "stream" else HuggingFace(arrow(), list(range(19)))
+
+    def broken():
+        class Broken:
+            def __arrow_c_stream__(self, requested_schema=None):
+                raise ValueError("closed")
+        return Broken()
+
+    def build(input_shapes, num_outputs):
+        return torch.nn.Linear(sum(sum(shape) or 1 for shape in input_shapes.values()), num_outputs)
+
     def wanting(input_columns):
         return X[:, [int(each) for each in input_columns]], Y
 """
@@ -156,6 +191,30 @@ def test_tables_by_their_columns():
     assert_array_equal(data.train.inputs, np.stack([Y == 1, Y, X[:, 0]], 1)[data.train.ids])
 
 
+@pytest.mark.parametrize("kind", ["stream", "reader", "sets", "hugging face"])
+def test_tables_of_other_packages_by_what_they_offer(kind):
+    options = {"input_columns": ["b", "a"], "target_column": "y"}
+    sizes = {"train": 11, "test": 8} if kind == "sets" else {}
+    ours = load("stream", args={"kind": kind}, **options, **sizes)
+    expected = load("arrow", **options, **sizes)
+    if kind == "sets":
+        assert_array_equal(ours.train.inputs, X[ours.train.ids][:, [1, 0]])
+        assert_array_equal(ours.test.inputs, X[11 + ours.test.ids][:, [1, 0]])
+        return
+    for split, other in ((ours.train, expected.train), (ours.test, expected.test)):
+        assert_array_equal(split.inputs, other.inputs)
+        assert_array_equal(split.targets, other.targets)
+
+
+def test_a_builder_gets_the_shapes_of_all_parts():
+    data = load("items", args={"kind": "parts"})
+    assert (data.input_shape, data.input_shapes) == ((4,), {"x": (4,), "row": ()})
+    assert load("tensors").input_shapes is None
+    shapes = {"input_shape": data.input_shape, "input_shapes": data.input_shapes}
+    model = build_model("python:own_sets:build", {}, num_outputs=2, seed=0, **shapes)
+    assert model.in_features == 5
+
+
 def test_columns_are_passed_to_a_function_that_takes_them():
     data = load("wanting", input_columns=["3", "1"])
     assert_array_equal(data.train.inputs, X[data.train.ids][:, [3, 1]])
@@ -169,6 +228,7 @@ def test_columns_are_passed_to_a_function_that_takes_them():
         ("items", {"args": {"kind": "objects"}}, r"inputs are object objects; give numbers, tensors or NumPy arrays"),
         ("items", {"args": {"kind": "failing"}}, r"item 0 cannot be read: OSError: no network"),
         ("items", {"args": {"kinds": "x"}}, r"takes no argument 'kinds'; allowed: kind; did you mean 'kind'\?"),
+        ("broken", {}, r"broken cannot be read as a table: closed"),
         ("endless", {}, r"endless is a data set without a length; give one with __len__ and __getitem__"),
         ("words", {}, r"words x: column 'label' has the type .*; give numbers without gaps"),
         ("frame", {"input_columns": ["z"]}, r"data source python:own_sets:frame has no column 'z'; it has a, b, c, d"),

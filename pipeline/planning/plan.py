@@ -98,9 +98,8 @@ def make_plan(
     Raises:
         NNTKError: this model has no such kernel, or the run cannot fit into memory or on disk.
     """
-    device = resolve_device(config) if job is None else job.layout.device
+    device, dtype = resolve_device(config) if job is None else job.layout.device, DTYPES[config.compute.dtype]
     check_device(device, config.compute, continued=job is not None)
-    dtype = DTYPES[config.compute.dtype]
     prepared = build_prepared(config, dataset, model, device)
     x = _probe_inputs(dataset, device, dtype)
     parts = identity(config, dataset, model) if parts is None else parts
@@ -114,19 +113,16 @@ def make_plan(
         decision = job.decision if num_draws is None else with_draws(job.decision, spec, num_draws)
     decision, features, together = _features(prepared, x, spec, decision, reference)
     kept = job if num_draws is None else None
+    sizes = _sizes(dataset, decision, features) if kept is None else kept.sizes
+    _check_sizes(config, dataset, sizes)
     if kept is None:
-        sizes = _sizes(dataset, decision, features)
-        _check_sizes(config, dataset, sizes)
         one_pass = pass_operations(prepared, x)
         layout = make_layout(config, spec, together, sizes, batch=batch, device=device, one_pass=one_pass)
-        url = RunStorage(config.run_dir).url
-        function = from_plain(FunctionValues, parts["function"])
+        url, function = RunStorage(config.run_dir).url, from_plain(FunctionValues, parts["function"])
         planned = Job(url, prints["kernel"], config, spec, decision, layout, sizes, features.storage, function)
         planned, arrays = _with_or_without_tiles(planned, dataset)
     else:
-        planned = kept
-        _check_sizes(config, dataset, planned.sizes)
-        arrays = describe_arrays(planned, dataset)
+        planned, arrays = kept, describe_arrays(kept, dataset)
     planned = replace(planned, solvers=choose_solvers(planned))
     if device.startswith("cuda"):
         torch.cuda.empty_cache()  # what was tried here, for the workers that may share the GPU

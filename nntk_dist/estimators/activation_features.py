@@ -43,7 +43,7 @@ from nntk_dist.products.formed import (
 from nntk_dist.products.metric import PLAIN, by_blocks, metric_block_products, metric_weighted_products, mixed_by_metric
 from nntk_dist.products.noise_pairs import CHUNK_NUMBERS, NoiseFeatures, add_pairs_, pair_block_products
 from nntk_dist.products.wanted import Side, Wanted
-from nntk_dist.products.weighted_products import add_products_
+from nntk_dist.products.weighted_products import add_products_, of_each_output
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,8 @@ class ActivationFeatures(DrawnFeatures):
         if terms := column_weighted_products(rows, others, names, blocks, wanted, pair_blocks=True):
             add_products_(sums, terms, meeting)
         if (name := "readout_columns") in rows:
-            _add_readout_(sums, rows[name], others[name], meeting, first.shape[2])
+            products = formed_weighted_products(rows[name], others[name], blocks, wanted)
+            add_products_(sums, of_each_output(products, first.shape[2], full=meeting.full), meeting)
         sums.resolved = self.resolved(rows, others, meeting)
         return sums
 
@@ -285,20 +286,6 @@ class ActivationFeatures(DrawnFeatures):
         indices = range(len(self._factors))
         directions, noise = (tuple(rows[f"{name}_{i}"] for i in indices) for name in ("direction", "noise"))
         return NoiseFeatures(rows["differences"], directions, noise)
-
-
-def _add_readout_(sums: BlockSums, rows: Tensor, others: Tensor, meeting: Meeting, num_outputs: int) -> None:
-    """Add ⟨h̃, h̃'⟩ of block means: the same for each output with itself, 0 for two different outputs."""
-    plain, wanted = Meeting(paired=meeting.paired), Wanted(stderr=sums.by_block is not None)
-    shape = plain.shape(len(rows), len(others), 1)
-    shared = empty_sums(shape, sums.num_blocks, wanted, pair_blocks=True, device=rows.device)
-    add_products_(shared, formed_weighted_products(rows, others, sums.num_blocks, wanted), plain)
-    spread = [
-        None if part is None else meeting.same_output(part, num_outputs)
-        for part in (shared.within, shared.between, shared.by_block)
-    ]
-    assert spread[0] is not None
-    sums.add_(BlockSums(sums.num_blocks, spread[0], spread[1], spread[2]))
 
 
 def compute_together(

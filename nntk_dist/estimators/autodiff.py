@@ -116,7 +116,7 @@ class Autodiff:
             sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint=not spec.meeting.full)
         outer = chosen.exact.outer if spec.pair_blocks else ()
         shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.input_layers)
-        penultimate, readout = _ends(chosen.exact, spec, shared)
+        penultimate = _penultimate(chosen.exact, spec, shared)
         return GradientFeatures(
             setting.evaluator,
             chosen.exact,
@@ -128,18 +128,16 @@ class Autodiff:
             sums_outputs=not spec.meeting.full,
             shared=shared,
             penultimate=penultimate,
-            readout=readout,
+            readout=next((i for i, s in enumerate(chosen.exact.outer) if s.module == chosen.exact.readout), None),
         )
 
 
-def _ends(plan: SitePlan, spec: KernelSpec, shared: frozenset[int]) -> tuple[int | None, int | None]:
-    """Indices of the outer sites before the readout and of the readout; None if shared inputs save as much."""
-    penultimate, readout = None, None
+def _penultimate(plan: SitePlan, spec: KernelSpec, shared: frozenset[int]) -> int | None:
+    """Index of the outer site before the readout if its outputs share derivatives; None if shared inputs save more."""
     for index, site in enumerate(plan.outer if spec.pair_blocks else ()):
-        if index not in shared:
-            penultimate = index if shares_derivatives(plan, site, full=spec.meeting.full) else penultimate
-            readout = index if plan.readout == site.module else readout
-    return penultimate, readout
+        if index not in shared and shares_derivatives(plan, site, full=spec.meeting.full):
+            return index
+    return None
 
 
 AUTODIFF = Autodiff()

@@ -3,7 +3,7 @@
 `layered`  a Linear on one vector per example: ⟨h̃,h̃'⟩⟨δ,δ'⟩ for S² pairs of draws (S pairs if a draw meets only
            itself). If no draw changes h̃: ⟨h̃,h̃'⟩ once, and R + 1 products of mean δ.
 `means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry, R·P_l numbers a row and output. For the
-           readout, whose δ is the identity, block means of h̃ alone if outputs are summed: (R + 1)·i.
+           readout, whose δ is the identity, block means of h̃ alone: (R + 1)·i for all outputs together.
 `sketch`   block-mean gradients in k numbers (`nntk_dist.layers.sketch`): all sketched layers, and all outputs that are
            summed, share the same k numbers: (R + 1)·k.
 
@@ -159,8 +159,7 @@ def choose_contraction(
         num_columns: k, or 0 if no sketch is allowed.
         setting: the kernel's sizes.
     """
-    if not setting.pair_blocks or setting.full:
-        plan = replace(plan, readout=None)
+    plan = replace(plan, input_layers=_repeated_inputs(plan, space, setting))
     cheapest, costs = _exact(plan, space, contraction, setting)
     names = frozenset(name for group in _sketched(costs, contraction, num_columns, setting) for name in group)
     if not names:
@@ -195,16 +194,30 @@ def _means_cost(num_parameters: int, setting: Setting) -> Cost:
 
 def _layered_cost(space: ParameterSpace, plan: SitePlan, site: Site, setting: Setting) -> Cost:
     inputs, units = linear_widths(space, site)
+    if plan.readout == site.module:
+        return Cost(setting.products * inputs, setting.slots * inputs)
     if setting.pair_blocks and site.module in plan.input_layers:
         operations = inputs + setting.means_operations(units)
         return Cost(operations, setting.num_draws * (inputs + setting.outputs_at_once * units))
-    if plan.readout == site.module:
-        return Cost(setting.products * inputs, setting.slots * inputs)
     shared = shares_derivatives(plan, site, full=setting.full)
     return Cost(
         setting.pairs * (inputs + (1 if shared else setting.copies) * units + PAIR_OPERATIONS),
         setting.num_draws * (inputs + setting.outputs_at_once * units),
     )
+
+
+def _repeated_inputs(plan: SitePlan, space: ParameterSpace, setting: Setting) -> frozenset[str]:
+    """The layers whose pairs of draws become pairs of mean δ, because their h̃ is the same under all draws.
+
+    Not the readout; nor the layer before it if its derivatives, which all outputs share, cost less.
+    """
+    chosen = set[str]()
+    for site in plan.outer if setting.pair_blocks else ():
+        if site.module in plan.input_layers and site.module != plan.readout:
+            as_others = _layered_cost(space, replace(plan, input_layers=frozenset()), site, setting)
+            if _layered_cost(space, plan, site, setting).operations <= as_others.operations:
+                chosen.add(site.module)
+    return frozenset(chosen)
 
 
 def shares_derivatives(plan: SitePlan, site: Site, *, full: bool) -> bool:

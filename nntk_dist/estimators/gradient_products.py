@@ -37,7 +37,7 @@ from nntk_dist.products.formed import (
 )
 from nntk_dist.products.layered import Layered, layered_block_products, layered_weighted_products
 from nntk_dist.products.wanted import Wanted
-from nntk_dist.products.weighted_products import Inputs, WeightedProduct, add_products_
+from nntk_dist.products.weighted_products import Inputs, WeightedProduct, add_products_, of_each_output
 from nntk_dist.sampling.draws import Drawing
 
 _PAIR_BYTES = 1000  # of the `WeightedProduct` of one pair of draws and one layer: measured
@@ -62,7 +62,7 @@ class GradientProducts:
             paired, they take R products of mean δ instead of S².
         penultimate: Index of the outer site before the readout, which keeps φ'(a) for all outputs together
             (`nntk_dist.layers.penultimate`); only if blocks are paired and outputs summed.
-        readout: Index of the readout, which keeps block means of h̃, likewise.
+        readout: Index of the readout, which keeps h̃ alone (its block means if blocks are paired): δ is the identity.
     """
 
     evaluator: Evaluator
@@ -134,8 +134,8 @@ class GradientProducts:
         for index in range(len(self.plan.outer)):
             inputs, units = self._widths(index)
             if index == self.readout:
-                shape = (self.num_blocks, 1, inputs)
-                specs.append(ArraySpec("readout", ("block", "joint_output", "readout_unit"), shape))
+                axis, slots = ("block" if self.pair_blocks else "draw"), self.num_draws // self.draws_per_slot
+                specs.append(ArraySpec("readout", (axis, "joint_output", "readout_unit"), (slots, 1, inputs)))
                 continue
             if index == self.penultimate and self.columns[0] not in columns:
                 inputs = units = 0  # products of length 0 add nothing
@@ -191,7 +191,7 @@ class GradientProducts:
         for index in range(len(self.plan.outer)):
             inputs, units = self._widths(index)
             if index == self.readout:
-                total += 2.0 * formed * blocks * inputs * copies
+                total += 2.0 * formed * (draws // self.draws_per_slot) * inputs  # for all outputs together
                 continue
             pairs = both = float(draws**2 if self.pair_blocks else draws)
             if index in self.shared:  # one product of h̃, and the products of mean δ
@@ -249,7 +249,7 @@ class GradientProducts:
         if "dense" in prepared:
             prepared["dense_columns"] = self._columns(prepared.pop("dense"), wanted)
         if "readout" in prepared:
-            prepared["readout_columns"] = combined(prepared.pop("readout"), wanted)
+            prepared["readout_columns"] = self._columns(prepared.pop("readout"), wanted)
         if "sketch" in prepared:
             prepared.pop("sketch")
             if self.pair_blocks:
@@ -309,10 +309,8 @@ class GradientProducts:
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile."""
         rows, others = (self.prepare(part, wanted) for part in (rows, others))
-        # Prepared arrays with an axis of outputs have it next to last, after rows and at least one axis of slots.
-        num_outputs = max(array.shape[-2] for array in rows.values() if array.ndim > 3)
         sums = empty_sums(
-            meeting.shape(num_rows(rows), num_rows(others), num_outputs),
+            meeting.shape(num_rows(rows), num_rows(others), len(self.columns)),
             self.num_blocks,
             wanted,
             pair_blocks=self.pair_blocks,
@@ -336,7 +334,15 @@ class GradientProducts:
         if "sketch_blocks" in rows:
             for each in alone_weighted_products(rows["sketch_blocks"], others["sketch_blocks"], wanted):
                 products.append(replace(each, factors={name: factor * blocks for name, factor in each.factors.items()}))
-        names = ("readout_columns", "dense_columns")
+        if (name := "readout_columns") in rows:
+            pair = rows[name], others[name]
+            if pair_blocks:
+                of_readout = formed_weighted_products(*pair, blocks, wanted)
+            else:
+                of_readout = alone_weighted_products(*pair, wanted)
+            # summed outputs are in h̃ already
+            products += of_readout if self.sums_outputs else of_each_output(of_readout, len(self.columns), full=True)
+        names = ("dense_columns",)
         return products + column_weighted_products(rows, others, names, blocks, wanted, pair_blocks=pair_blocks)
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "..."]:
@@ -346,16 +352,23 @@ class GradientProducts:
         if left is not None and right is not None:
             parts.append(layered_block_products(left, right, meeting, self.num_blocks, pair_blocks=self.pair_blocks))
         if "readout" in rows:
-            parts.append(formed_block_products(rows["readout"], others["readout"], meeting))
+            alone = replace(meeting, full=False, column_outputs=None)
+            product = self._products_of_blocks(rows["readout"], others["readout"], alone)
+            parts.append(meeting.same_output(product, len(self.columns)) if meeting.full else product)
         if "dense" in rows:
-            if self.pair_blocks:
-                parts.append(formed_block_products(rows["dense"], others["dense"], meeting))
-            else:
-                own, other = (self._columns(part["dense"], Wanted(stderr=True)) for part in (rows, others))
-                parts.append(alone_block_products(own, other, meeting))
+            parts.append(self._products_of_blocks(rows["dense"], others["dense"], meeting))
         if "sketch" in rows and self.pair_blocks:
             parts.append(formed_block_products(self._sketches(rows), self._sketches(others), meeting))
         elif "sketch" in rows:
             own, other = self._sketch_blocks(rows), self._sketch_blocks(others)
             parts.append(self.num_blocks * alone_block_products(own, other, meeting))
         return torch.stack(parts).sum(0)
+
+    def _products_of_blocks(
+        self, rows: Float[Tensor, "n q c k"], others: Float[Tensor, "n q c k"], meeting: Meeting
+    ) -> Float64[Tensor, "..."]:
+        """Return the block products of formed gradients."""
+        if self.pair_blocks:
+            return formed_block_products(rows, others, meeting)
+        own, other = (self._columns(part, Wanted(stderr=True)) for part in (rows, others))
+        return alone_block_products(own, other, meeting)

@@ -13,7 +13,7 @@ Axes: n rows, s draws, r blocks, c outputs, k dense parameters.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from nntk_dist.errors import ModelError
 from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.layers.per_example import add_dense_gradients_, write_extended_input
-from nntk_dist.layers.readout import activation_derivatives_of_pass, add_readout_, derivatives_of_pass
+from nntk_dist.layers.readout import add_readout_, gradients_of_pass
 from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.sites import Site
 from nntk_dist.layers.sketch import Projector
@@ -97,24 +97,25 @@ class GradientFeatures(GradientProducts):
     def _add_pass_(self, rows: dict[str, Tensor], place: int, passed: Pass, projector: Projector | None) -> None:
         """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding."""
         model, slot = self.evaluator.model, place // self.draws_per_slot
-        passed = self._with_derivatives(passed)
         recording, columns = passed.recording, passed.columns
         for index, site in enumerate(self.plan.outer):
-            (call,), (delta,) = recording.calls[site.module], passed.deltas[site.module]
+            (call,) = recording.calls[site.module]
             if index == self.readout:
-                add_readout_(rows["readout"][:, slot, 0], site, recording, len(columns))
+                num_summed = len(columns) if self.sums_outputs else 1
+                add_readout_(rows["readout"][:, slot, 0], site, recording, num_summed)
                 continue
             gradients = rows[f"gradient_{index}"][:, place]
             if not gradients.numel():
                 continue
             write_extended_input(site, call.h, rows[f"input_{index}"][:, place])
-            if index == self.penultimate:
-                gradients[:, 0] = self._activation_derivatives(recording, passed, delta)[: len(gradients)]
-            elif self._is_penultimate(index):
+            if self._is_penultimate(index):
                 assert passed.derivatives is not None
-                assert passed.shares is not None
-                torch.mul(passed.derivatives[: len(gradients)], passed.shares.norm(dim=0), out=gradients[:, 0])
+                assert passed.weight is not None
+                derivatives = passed.derivatives[: len(gradients)]
+                # pairs of draws have the products of their W as weights; a draw with itself has the norm of its own
+                gradients[:, 0] = derivatives if self.pair_blocks else derivatives * passed.weight.norm(dim=0)
             else:
+                (delta,) = passed.deltas_of(site.module)
                 gradients.copy_(delta.flatten(2)[: len(gradients)])
         if "dense" in rows:
             add_dense_gradients_(self._named(rows["dense"][:, slot]), model, self.plan, passed)
@@ -138,23 +139,6 @@ class GradientFeatures(GradientProducts):
     def sites(self) -> tuple[Site, ...]:
         """The modules that a pass records."""
         return (*self.plan.outer, *self.plan.dense, *(() if self.sketched is None else self.sketched.dense))
-
-    def _activation_derivatives(self, recording: Recording, passed: Pass, delta: Tensor) -> Float[Tensor, "n o"]:
-        """Return φ'(a) for pairs of draws, from all outputs: the ones at hand need not depend on every unit."""
-        model, pair = self.evaluator.model, self.plan.output_layers
-        assert pair is not None
-        if tuple(passed.columns) != self.columns:
-            (delta,) = recording.gradients(self.columns)[pair.module]
-        return activation_derivatives_of_pass(model, pair, recording, delta, self.columns)
-
-    def _with_derivatives(self, passed: Pass) -> Pass:
-        """Return a pass with the derivatives of the layer before the readout, if outputs share them."""
-        pair = self.plan.output_layers
-        if pair is None or not self.sums_outputs:
-            return passed
-        (delta,) = passed.deltas[pair.module]
-        found = derivatives_of_pass(self.evaluator.model, pair, passed.recording, delta, passed.columns)
-        return replace(passed, penultimate=pair.module, derivatives=found[0], shares=found[1])
 
     def _named(self, dense: Float[Tensor, "n c k"]) -> dict[str, Float[Tensor, "n c ..."]]:
         """Return the formed gradients of one slot by parameter, as views."""
@@ -216,6 +200,13 @@ def _add_passes_(
     for each in maps:
         each._check_routes(recording, len(x))
     parameters = evaluator.space.values(evaluator.model)
-    passed = Pass(x, recording, recording.gradients(columns), parameters, columns)
+    plans = [each.plan for each in maps]
+    passed = gradients_of_pass(
+        Pass(x, recording, {}, parameters, columns),
+        evaluator.model,
+        readout=next((plan.readout for plan in plans if plan.readout is not None), None),
+        pair=next((plan.output_layers for plan in plans if plan.output_layers is not None), None),
+        shares_derivatives=maps[0].sums_outputs,
+    )
     for each, own, projector in zip(maps, rows, projectors, strict=True):
         each._add_pass_(own, place, passed, projector)

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from nntk_dist.layers.sites import OutputLayers
-from nntk_dist.models.evaluation import output_index
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.sampling.draws import Drawing
 
@@ -69,27 +68,6 @@ def _name_of(node: Any, outs: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def shared_derivatives(
-    delta: Float[Tensor, "n c o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
-) -> tuple[Float[Tensor, "n o"], Float[Tensor, "c o"]]:
-    """Return derivatives s and shares B, at most 1, with δ_c = B_c ⊙ s, from δ and the readout's W.
-
-    A unit's slope is its δ for the output in which its weight is the largest.
-    """
-    weight = weight[output_index(columns)]
-    largest, strongest = _strongest(weight)
-    derivatives = delta.gather(1, largest.expand(len(delta), 1, -1))[:, 0]
-    return derivatives, weight / torch.where(strongest == 0, 1.0, strongest)
-
-
-def activation_derivatives(
-    derivatives: Float[Tensor, "n o"], weight: Float[Tensor, "C o"], columns: Sequence[int]
-) -> Float[Tensor, "n o"]:
-    """Compute φ'(a) from what `shared_derivatives` gives; 0 for units with no weight to any of these outputs."""
-    strongest = _strongest(weight[output_index(columns)])[1][0]
-    return torch.where(strongest == 0, 0.0, derivatives / torch.where(strongest == 0, 1.0, strongest))
-
-
 def pair_weights(
     model: nn.Module, readout: str, space: ParameterSpace, drawing: Drawing, columns: Sequence[int]
 ) -> Float64[Tensor, "s t o"]:
@@ -116,9 +94,3 @@ def pair_weights(
             moved = (moved + shrinkage * z.unflatten(1, (-1, width))).to(weight.dtype).double()
         total += torch.einsum("sco,tco->sto", moved, moved)
     return total
-
-
-def _strongest(weight: Float[Tensor, "c o"]) -> tuple[Int64[Tensor, "1 o"], Float[Tensor, "1 o"]]:
-    """For every unit the output that takes most of it, and its weight."""
-    largest = weight.abs().argmax(0, keepdim=True)
-    return largest, weight.gather(0, largest)

@@ -68,7 +68,7 @@ def add_dense_gradients_(
 def _calls(sites: Sequence[Site], passed: Pass) -> Iterator[tuple[Site, Call, Tensor]]:
     """Every call of every site with its output gradients."""
     for site in sites:
-        for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
+        for call, delta in zip(passed.recording.calls[site.module], passed.deltas_of(site.module), strict=True):
             yield site, call, delta
 
 

@@ -26,13 +26,35 @@ def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, p
     like = next(iter(passed.parameters.values()))
     total = projector.start(like.new_empty(len(passed.x), len(passed.columns)))
     for site in plan.dense:
-        for call, delta in zip(passed.recording.calls[site.module], passed.deltas[site.module], strict=True):
+        if (
+            site.module == passed.penultimate
+            and projector.sketch.joint
+            and _add_penultimate_(total, site, projector, passed, uses)
+        ):
+            continue
+        for call, delta in zip(passed.recording.calls[site.module], passed.deltas_of(site.module), strict=True):
             _add_site_(total, model.get_submodule(site.module), site, projector, passed, call, delta, uses)
     if plan.whole:
         for rows, gradients in whole_gradients(model, plan, passed.x, passed.parameters, passed.columns):
             for name, gradient in gradients.items():
                 projector.add_gradient_(total[rows], name, gradient)
     return projector.finished(total)
+
+
+def _add_penultimate_(
+    total: Complex[Tensor, "n e m"], site: Site, projector: Projector, passed: Pass, uses: Mapping[str, int]
+) -> bool:
+    """Add the layer before the readout for all outputs at once; False if its parameters do not allow it."""
+    names = dict(site.parameters)
+    weight, bias = names.get("weight"), names.get("bias")
+    if weight is None or (bias is not None and uses[bias] > 1):
+        return False
+    assert passed.derivatives is not None
+    assert passed.weight is not None
+    (call,) = passed.recording.calls[site.module]
+    h = call.h.reshape(len(call.h), -1)
+    projector.add_derivatives_(total, weight, passed.derivatives, passed.weight, h, bias)
+    return True
 
 
 def _add_site_(
@@ -52,11 +74,7 @@ def _add_site_(
     if rule.sides is not None:
         weight, bias = names.get("weight"), names.get("bias")
         joined = bias if weight is not None and bias is not None and uses[bias] == 1 else None
-        if weight is not None and site.module == passed.penultimate and projector.sketch.joint:
-            assert passed.derivatives is not None
-            assert passed.shares is not None
-            projector.add_derivatives_(total, weight, passed.derivatives, passed.shares, h, joined)
-        elif weight is not None:
+        if weight is not None:
             projector.add_factors_(total, weight, *rule.sides(module, h, delta), joined)
         if bias is not None and joined is None:
             projector.add_gradient_(total, bias, rule.sides(module, h, delta)[0].sum(2))

@@ -34,14 +34,20 @@ class Meeting:
     Attributes:
         full: Whether outputs are kept; otherwise they are summed.
         paired: Whether each row meets only its namesake; otherwise all rows meet all.
+        column_outputs: With `full`, the places of the outputs that columns have, if not all that rows have.
     """
 
     full: bool = False
     paired: bool = False
+    column_outputs: tuple[int, ...] | None = None
 
     def width(self, num_outputs: int) -> int:
         """Return the kernel rows of one example."""
         return num_outputs if self.full else 1
+
+    def column_width(self, num_outputs: int) -> int:
+        """Return the kernel columns of one example."""
+        return self.width(num_outputs if self.column_outputs is None else len(self.column_outputs))
 
     def outputs(self, a: Float[Tensor, "n1 c k"], b: Float[Tensor, "n2 c k"]) -> Tensor:
         """Multiply features that have an axis of outputs."""
@@ -66,22 +72,20 @@ class Meeting:
         """Return one row for each kernel row; a view if the memory order allows it."""
         return features.transpose(1, 2).flatten(2).flatten(0, 1) if self.full else features.flatten(1)
 
-    def shared(self, a: Float[Tensor, "n1 k"], b: Float[Tensor, "n2 k"], num_outputs: int) -> Tensor:
-        """Multiply features that all outputs share, in a shape that multiplies the result of `outputs`."""
+    def multiply_shared_(self, product: Tensor, a: Float[Tensor, "n1 k"], b: Float[Tensor, "n2 k"]) -> Tensor:
+        """Multiply a result of `outputs` in place by the product of features that all outputs share."""
         if self.paired:
-            product = torch.einsum("nk,nk->n", a, b)
-            return product[:, None, None] if self.full else product
-        product = a @ b.T
-        if self.full:
-            return product.repeat_interleave(num_outputs, 0).repeat_interleave(num_outputs, 1)
+            product.mul_(torch.einsum("nk,nk->n", a, b).reshape(-1, *[1] * (product.ndim - 1)))
+            return product
+        product.unflatten(1, (len(b), -1)).unflatten(0, (len(a), -1)).mul_((a @ b.T)[:, None, :, None])
         return product
 
     def shape(self, num_rows: int, num_columns: int, num_outputs: int) -> tuple[int, ...]:
         """Return the shape of a product."""
+        width, other = self.width(num_outputs), self.column_width(num_outputs)
         if self.paired:
-            return (num_rows, num_outputs, num_outputs) if self.full else (num_rows,)
-        width = self.width(num_outputs)
-        return (num_rows * width, num_columns * width)
+            return (num_rows, width, other) if self.full else (num_rows,)
+        return (num_rows * width, num_columns * other)
 
     def in_different_blocks(
         self, rows: Bool[Tensor, "n1 r c"], columns: Bool[Tensor, "n2 r c"]
@@ -102,6 +106,8 @@ class Meeting:
         if not self.full:
             return values * num_outputs
         identity = torch.eye(num_outputs, dtype=values.dtype, device=values.device)
+        if self.column_outputs is not None:
+            identity = identity[:, list(self.column_outputs)]
         if self.paired:
             return values[..., None, None] * identity
         return torch.kron(values.contiguous(), identity)

@@ -41,11 +41,6 @@ class Layered:
         """S, the number of draws."""
         return self.inputs[0].shape[1]
 
-    @property
-    def num_outputs(self) -> int:
-        """The number of outputs that are kept apart."""
-        return self.gradients[0].shape[2]
-
     def double(self) -> "Layered":
         """Return the features in float64."""
         inputs, gradients = (tuple(part.double() for part in parts) for parts in (self.inputs, self.gradients))
@@ -102,7 +97,7 @@ def draw_products(rows: Layered, columns: Layered, s: int, t: int, meeting: Meet
     total: Tensor | None = None
     for h, delta, h2, delta2 in zip(rows.inputs, rows.gradients, columns.inputs, columns.gradients, strict=True):
         product = meeting.outputs(delta[:, s], delta2[:, t])
-        product *= meeting.shared(h[:, s], h2[:, t], rows.num_outputs)
+        product = meeting.multiply_shared_(product, h[:, s], h2[:, t])
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
@@ -119,7 +114,7 @@ def _products_with(rows: Layered, s: int, partners: Sequence[Partner], meeting: 
         if meeting.paired:
             h, delta = h.repeat(count, 1), delta.repeat(count, 1, 1)
         product = meeting.outputs(delta, delta2.flatten(0, 1))
-        product *= meeting.shared(h, h2.flatten(0, 1), rows.num_outputs)
+        product = meeting.multiply_shared_(product, h, h2.flatten(0, 1))
         total = product if total is None else total.add_(product)
     assert total is not None
     return total.unflatten(0, (count, -1)) if meeting.paired else total.unflatten(1, (count, -1)).transpose(0, 1)

@@ -7,7 +7,7 @@ Axes: n1, n2 rows and columns; `nntk_dist.products.block_sums.Meeting` defines t
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -19,7 +19,7 @@ from nntk_dist.products.block_sums import BlockSums, Changes, Meeting, empty_sum
 from nntk_dist.products.features import FeatureMap, Rows, num_rows, slice_rows
 from nntk_dist.products.wanted import Side, Wanted
 from nntk_dist.products.weighted_products import ProductSums, WeightedProduct, can_multiply_into, multiply_into_
-from nntk_dist.statistics.standard_errors import Calibration, calibrate, estimate, shares_of_sums
+from nntk_dist.statistics.standard_errors import SAMPLE_ENTRIES, Calibration, calibrate, estimate, shares_of_sums
 from nntk_dist.statistics.unresolved import bound_of_unresolved, joined_changes
 
 # Kernel rows and columns of a window: large enough for the full rate of a matrix product on two threads, small enough
@@ -27,6 +27,7 @@ from nntk_dist.statistics.unresolved import bound_of_unresolved, joined_changes
 WINDOW_ROWS = 512
 WINDOW_COLUMNS = 512
 _GPU_WINDOW = 2048
+_FEWEST_OUTPUTS = 16  # of a sample's columns
 _FEW_ROWS = 1024  # of a window of a tile that is made by products alone, if it may not be the whole tile
 
 
@@ -229,16 +230,22 @@ def _estimates(features: FeatureMap, sums: BlockSums, calibration: Calibration |
 def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], meeting: Meeting) -> Calibration:
     """Estimate the error of a whole kernel from the features of sampled rows and columns.
 
+    If one pair of examples has very many entries, some of the columns' outputs meet all of the rows': the share of
+    entries of an output with itself is then the whole kernel's.
+
     Args:
         features: The feature map.
         parts: Features of the sampled rows and columns, some outputs at a time.
         meeting: Which pairs of examples meet, and whether outputs are summed.
     """
+    chosen = None if features.num_sketch_groups else _sampled_outputs(len(features.columns), meeting)
+    meeting = replace(meeting, column_outputs=chosen)
     products: Tensor | None = None
     by_group: Tensor | None = None
     resolved: Tensor | None = None
     changes: list[tuple[Changes, Changes]] = []
     for rows, others in parts:
+        others = others if chosen is None else _with_outputs(features, others, chosen)
         product = features.block_products(rows, others, meeting)
         products = product if products is None else products.add_(product)
         if features.num_sketch_groups:
@@ -262,6 +269,21 @@ def calibrate_sample(features: FeatureMap, parts: Iterable[tuple[Rows, Rows]], m
         zero_is_unresolved=features.zero_stderr_is_unresolved,
         hidden=hidden,
     )
+
+
+def _sampled_outputs(num_outputs: int, meeting: Meeting) -> tuple[int, ...] | None:
+    """Return the columns' outputs of the sample, evenly spaced; None for all."""
+    count = max(_FEWEST_OUTPUTS, 4 * SAMPLE_ENTRIES // num_outputs)
+    if not meeting.full or count >= num_outputs:
+        return None
+    return tuple(index * num_outputs // count for index in range(count))
+
+
+def _with_outputs(features: FeatureMap, rows: Rows, outputs: Sequence[int]) -> Rows:
+    """Return the features of some outputs."""
+    axes = {spec.name: 1 + spec.axes.index("output") for spec in features.arrays if "output" in spec.axes}
+    index = torch.tensor(outputs, device=next(iter(rows.values())).device)
+    return {name: array.index_select(axes[name], index) if name in axes else array for name, array in rows.items()}
 
 
 def scale_factor(scale: str, num_parameters: int) -> float:

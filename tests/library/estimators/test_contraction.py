@@ -64,8 +64,8 @@ def test_auto_is_exact_where_that_can_be_afforded():
     assert chosen(model, x, "auto", draws=64).text.startswith("contraction: means: ")
 
 
-def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
-    """Block means of the inputs replace pairs of draws, for any contraction of the other layers; not if kept apart."""
+def test_a_readout_needs_its_inputs_alone():
+    """They replace pairs of draws, for any contraction of the other layers, also if outputs are kept apart."""
     network, x = (
         nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)),
         torch.randn(2, 4),
@@ -77,7 +77,25 @@ def test_a_readout_needs_its_inputs_alone_where_outputs_are_summed():
         choose_contraction(plan, space, "layered", 0, Setting(8, 4, 3, pair_blocks=pair, full=full)).text
         for pair, full in ((True, False), (True, True), (False, False))
     ]
-    assert texts == ["contraction: layered: 0, 2; means: 4", *["contraction: layered: 0, 2, 4"] * 2]
+    assert texts == ["contraction: layered: 0, 2; means: 4"] * 3
+
+
+@pytest.mark.parametrize(("num_outputs", "repeated"), [(3, {"0"}), (100, set())])
+def test_a_layer_between_input_and_readout_takes_the_cheaper_of_two_ways(num_outputs, repeated):
+    """Mean δ of all outputs, since no draw changes its inputs; or φ'(a) of each draw, which all outputs share."""
+    layers = [nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, num_outputs)]
+    model = prepare_model(nn.Sequential(*layers), dtype=torch.float64, device="cpu")
+    x = torch.randn(4, 30, dtype=torch.float64)
+    spec = KernelSpec(gamma=0.1, draws=8)
+    features, _ = prepared_features(model, x, spec)
+    assert features.plan.input_layers == repeated
+    assert (features.penultimate, features.readout) == (None if repeated else 0, 1)
+    other = {"0"} - repeated
+    plan = replace(features.plan, input_layers=frozenset(other))
+    theirs = replace(features, plan=plan, shared=frozenset(map(int, other)), penultimate=0 if repeated else None)
+    ours, expected = (estimates_of(each, all_rows(each, x), all_rows(each, x), spec) for each in (features, theirs))
+    for name, values in expected.items():
+        assert_equal(ours[name], values, 1e-9)
 
 
 def test_a_layer_that_sees_the_same_under_every_draw_stays_in_layers_however_many_draws():
@@ -89,7 +107,7 @@ def test_a_layer_that_sees_the_same_under_every_draw_stays_in_layers_however_man
     space = select_parameters(model)
     plan = plan_sites(model, space, x)
     alone = choose_contraction(plan, space, "auto", 0, Setting(512, 8, 10, pair_blocks=False))
-    assert alone.text == "contraction: layered: 0, 2, 4"  # each draw with itself: mean δ does not suffice
+    assert alone.text == "contraction: layered: 0, 2; means: 4"  # each draw with itself: mean δ does not suffice
 
 
 def test_auto_sketches_what_neither_means_nor_layers_can_afford_and_says_so():

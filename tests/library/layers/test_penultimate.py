@@ -14,12 +14,11 @@ from nntk_dist import Dropout, NNTKError, averaged_kernel, local_kernel
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.layers.penultimate import (
     OutputLayers,
-    activation_derivatives,
     find_output_layers,
     pair_weights,
-    shared_derivatives,
 )
-from nntk_dist.layers.recording import Recording
+from nntk_dist.layers.readout import gradients_of_pass
+from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.layers.sites import Site
 from nntk_dist.models.evaluation import moved_in_place, prepare_model
@@ -108,17 +107,31 @@ def test_a_readout_is_all_of_the_output():
     assert found(nn.Sequential(network(nn.ReLU()), nn.Tanh())) is None
 
 
-def test_slopes_and_shares_give_the_gradients_again():
-    """Also for units that only one output uses, or none."""
-    model = network(nn.Tanh())
-    weight = model[2].weight
+@pytest.mark.parametrize("shares_derivatives", [True, False])
+@pytest.mark.parametrize("between", [[nn.Tanh()], [nn.Tanh(), nn.LayerNorm(5)]])
+def test_gradients_behind_the_readout_are_those_of_the_outputs(between, shares_derivatives):
+    """From the readout's input on, along its weights; also for units that only one output uses, or none."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 5), *between, nn.Linear(5, 3)]
+    model, x = prepare_model(nn.Sequential(*layers), dtype=torch.float64, device="cpu"), torch.randn(6, 4).double()
+    weight = model[-1].weight
     weight[:, 0], weight[1:, 1] = 0.0, 0.0
-    recording = Recording(model, [Site("0", ()), Site("2", ())], torch.randn(6, 4, dtype=torch.float64))
+    space = select_parameters(model, ("0.*", "2.*", f"{len(layers) - 1}.*"))
+    plan = plan_sites(model, space, x)
+    assert (plan.output_layers is None) == (len(between) > 1)
+    assert plan.readout is not None
     for columns in ((0, 1, 2), (2, 0), (1,)):
-        (delta,) = recording.gradients(columns)["0"]
-        slopes, shares = shared_derivatives(delta, weight, columns)
-        assert float(shares.abs().max()) <= 1.0
-        assert_equal(slopes[:, None] * shares, delta, 1e-14)
+        recording = Recording(model, plan.outer, x)
+        passed = gradients_of_pass(
+            Pass(x, recording, {}, space.values(model), columns),
+            model,
+            readout=plan.readout,
+            pair=plan.output_layers,
+            shares_derivatives=shares_derivatives,
+        )
+        for module, (expected,) in recording.gradients(columns).items():
+            (delta,) = passed.deltas_of(module)
+            assert_equal(delta, expected, 1e-14)
 
 
 @pytest.mark.parametrize("name", ["relu_mlp", "tanh_mlp", "deep_relu_mlp"])
@@ -135,7 +148,7 @@ def test_kernels_that_share_slopes_are_those_that_do_not(name):
     assert rows[f"gradient_{index}"].shape[2] == 1
     assert_equal(averaged_kernel(model, x, gamma=0.6, draws=8, blocks=4).kernel,
                  by_definition(model, x, x, spec, "autodiff").plugin)  # fmt: skip
-    plain = replace(features, sums_outputs=False)
+    plain = replace(features, sums_outputs=False, readout=None)
     kept = all_rows(plain, x)
     assert kept[f"gradient_{index}"].shape[2] == case(name).num_outputs
     assert_equal(
@@ -199,7 +212,7 @@ def test_slopes_give_the_products_of_all_pairs_of_draws(options):
     features, spec = gradients_of(wide(), x1, **options)
     plain = without_slopes(features)
     assert features.penultimate == 1
-    assert features.readout == (None if options.get("parameters", ())[2:] else 2)
+    assert features.readout == 2
     ours, theirs = ([all_rows(f, x1), all_rows(f, x2)] for f in (features, plain))
     assert ours[0]["gradient_1"].shape == (5, features.num_draws, 1, 5)
     assert theirs[0]["gradient_1"].shape == (5, features.num_draws, len(features.columns), 5)
@@ -269,17 +282,6 @@ def test_weights_of_pairs_are_those_of_the_moved_readout():
     for columns in (range(3), range(1, 2)):
         expected = torch.einsum("sco,tco->sto", stacked[:, list(columns)], stacked[:, list(columns)])
         assert_equal(pair_weights(model, "4", space, drawing, tuple(columns)), expected, 1e-7)
-
-
-def test_bare_slopes_are_derivatives_and_nothing_where_no_output_takes_any():
-    model = network(nn.Tanh())
-    model[2].weight[:, 1] = 0.0
-    recording = Recording(model, [Site("0", ()), Site("2", ())], torch.randn(6, 4, dtype=torch.float64))
-    (delta,) = recording.gradients(range(3))["0"]
-    slopes, _ = shared_derivatives(delta, model[2].weight, range(3))
-    expected = 1.0 - torch.tanh(recording.calls["0"][0].out.detach()) ** 2
-    expected[:, 1] = 0.0
-    assert_equal(activation_derivatives(slopes, model[2].weight, range(3)), expected, 1e-14)
 
 
 class Leaving(nn.Module):

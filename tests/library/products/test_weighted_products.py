@@ -5,6 +5,7 @@ The reference is the sum by definition, over products of all pairs of blocks in 
 Axes: n rows, r blocks, c outputs, k columns.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,25 @@ def test_tiles_are_those_of_all_pairs_of_blocks(kind, outputs, pieces):
             assert_equal(values, getattr(truth, name), 1e-12)
         assert ("stderr" in ours) == (calibration is not None)
         assert ("unbiased" in ours) == features.pair_blocks
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("kind", ["layered", "averaged, layered", "means", "differences"])
+def test_some_outputs_of_the_columns_calibrate_the_same_entries(kind, paired, monkeypatch):
+    """A sample of few entries takes some outputs of the columns, with all outputs of the rows."""
+    spec, features, rows, others = small(kind, outputs="full")
+    rows, others = ({name: array[:5] for name, array in part.items()} for part in (rows, others))
+    meeting, width = replace(spec.meeting, paired=paired), len(features.columns)
+    whole = features.block_products(rows, others, meeting)
+    taken = []
+    monkeypatch.setattr(tiles, "calibrate", lambda products, **_: taken.append(products))
+    monkeypatch.setattr(tiles, "SAMPLE_ENTRIES", 1)
+    monkeypatch.setattr(tiles, "_FEWEST_OUTPUTS", width - 1)
+    tiles.calibrate_sample(features, [(rows, others)], meeting)
+    chosen = torch.tensor([index * width // (width - 1) for index in range(width - 1)])
+    by_output = whole if paired else whole.unflatten(-1, (5, width))
+    expected = by_output[..., chosen] if paired else by_output[..., chosen].flatten(-2)
+    assert_equal(taken[0], expected, 1e-12)
 
 
 def test_sketched_tiles_know_their_groups(pieces):
@@ -226,7 +246,7 @@ def test_products_of_inputs_multiply_those_of_their_terms(full, paired, pieces):
     for term in terms:
         product = meeting.outputs(*(part.transpose(1, 2).flatten(2) for part in (term.rows(), term.right)))
         if term.inputs is not None:
-            product = product * meeting.shared(term.inputs.left, term.inputs.right, 2)
+            product = meeting.multiply_shared_(product, term.inputs.left, term.inputs.right)
         for name, factor in term.factors.items():
             expected[name] = expected[name] + factor * product
     assert_equal(sums.within, expected[WITHIN], 1e-12)

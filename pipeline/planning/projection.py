@@ -186,7 +186,8 @@ def _operations(job: Job, features: FeatureMap, costs: FeatureCosts, model: nn.M
     return {
         "features": rows * (one_row if job.layout.store_features else one_pass),
         "metric": costs.metric_operations,
-        "calibration": 0.0 if job.layout.stderr == StandardErrorChoice.NONE else 192.0 * one_row + 8192.0 * per_entry,
+        "calibration": float(job.layout.stderr != StandardErrorChoice.NONE)
+        * (192.0 * recomputed + 2.0 * SAMPLE_ENTRIES * per_entry),
         "gram": tiles
         * (per_entry * sizes.num_train * (sizes.num_train + job.layout.tile) / 2 + recomputed * tile_rows),
         "test": per_entry * sizes.num_train * sizes.num_test + recomputed * rows if tiles else diagonal,

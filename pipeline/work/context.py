@@ -247,6 +247,14 @@ class Context:
             rows[spec.name] = torch.from_numpy(values).to(layout.device)
         return rows
 
+    def sampled_rows(self, split: str, rows: np.ndarray, columns: tuple[int, ...], *, stored: bool) -> Rows:
+        """Return features of some rows, in ascending order, from the store if they are `stored`, or from the model."""
+        if not stored:
+            return self.compute(split, rows, columns)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)  # of neighbours
+        parts = [self._computed_rows((split, int(run[0]), int(run[-1]) + 1), columns) for run in runs]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def forget(self) -> None:
         """Release the features and the memory that are kept for further tiles."""
         self._cache.clear()

@@ -1,6 +1,6 @@
 """The calibration of an array from a fixed sample of its entries; the stages `calibration` and `pilot` share this.
 
-The sample depends on the seed and the size of the kernel, never on tiles. Its features are computed, not read.
+The sample depends on the seed and the size of the kernel, never on tiles.
 
 Axes: n sampled rows.
 """
@@ -23,16 +23,21 @@ _SPLITS = {"train": ("train", "train"), "test": ("test", "train"), "diagonal": (
 CALIBRATED = tuple(_SPLITS)
 
 
-def calibrate_array(context: Context, features: FeatureMap, name: str, *, entries: int = SAMPLE_ENTRIES) -> Calibration:
-    """Calibrate `train`, `test` or `diagonal` (the diagonal of the test kernel) from up to `entries` entries."""
+def calibrate_array(
+    context: Context, features: FeatureMap, name: str, *, stored: bool = False, entries: int = SAMPLE_ENTRIES
+) -> Calibration:
+    """Calibrate `train`, `test` or `diagonal` (the diagonal of the test kernel) from up to `entries` entries.
+
+    The features of their rows are read from the store if they are `stored`, and computed otherwise.
+    """
     job, splits = context.job, _SPLITS[name]
     rows, columns = _sample(job, name, entries)
     same = splits[0] == splits[1] and torch.equal(rows, columns)
 
     def parts() -> Iterator[tuple[Rows, Rows]]:
         for part in context.output_parts():
-            left = context.compute(splits[0], np.asarray(rows), part)
-            yield left, left if same else context.compute(splits[1], np.asarray(columns), part)
+            left = context.sampled_rows(splits[0], np.asarray(rows), part, stored=stored)
+            yield left, left if same else context.sampled_rows(splits[1], np.asarray(columns), part, stored=stored)
 
     return calibrate_sample(features, parts(), Meeting(full=job.spec.meeting.full, paired=name == "diagonal"))
 

@@ -29,7 +29,8 @@ class Calibration(Stage):
 
     def execute(self, context: Context, task: Task) -> Written:
         """Calibrate one array."""
-        result = calibrate_array(context, context.features_with_metric, task.tile)
+        stored = context.job.layout.store_features
+        result = calibrate_array(context, context.features_with_metric, task.tile, stored=stored)
         numbers = {
             "level": result.level,
             "relative_error": result.relative_error,

@@ -13,6 +13,7 @@ import ray
 import torch
 
 import pipeline.decisions.layout
+import pipeline.work.context
 from nntk_dist import averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel, prepare_kernel
 from nntk_dist.models.evaluation import prepare_model
 from pipeline.decisions.build import build_dataset, build_model
@@ -65,6 +66,14 @@ def test_tiles_change_rounding_at_most(sets, tmp_path, shared_run):
     small = finished(tmp_path / "small", *sets, "compute.tile=17")
     for other in (shared_run(*sets), finished(tmp_path / "wide", *sets, "compute.tile=512")):
         assert_equal(small, other)
+
+
+def test_stored_features_are_never_computed_again(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("features of stored rows were computed")
+
+    monkeypatch.setattr(pipeline.work.context.Context, "compute", refuse)
+    finished(tmp_path / "run", "compute.stderr=sample")
 
 
 @pytest.mark.process

@@ -16,7 +16,9 @@ from torch import Tensor
 from nntk_dist.errors import ArgumentError, StoreError
 from nntk_dist.planning.model_probes import ModelProbes
 from nntk_dist.planning.plain import from_plain, to_plain
+from nntk_dist.runtime.warning import warn_caller
 from nntk_dist.sampling.designs import MINIMUM_BLOCKS
+from nntk_dist.statistics.few_draws import interval_caution
 from nntk_dist.statistics.standard_errors import t_quantile
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ class KernelEstimate(Generic[Array]):
     def interval(self, confidence: float = 0.95) -> tuple[Array, Array]:
         """Return the ends of two-sided intervals around the unbiased estimate.
 
-        Student's t with R − 1 degrees of freedom.
+        Student's t with R − 1 degrees of freedom. With fewer than 16 draws a block of `weight` or `activation`, some
+        intervals are too short, and an `NNTKWarning` says so.
 
         Args:
             confidence: the share of intervals that hold the true entry.
@@ -89,6 +92,8 @@ class KernelEstimate(Generic[Array]):
                 "this kernel has no standard error: it is exact (kind local without a sketch), or has fewer than "
                 f"{MINIMUM_BLOCKS} blocks"
             )
+        if (caution := interval_caution(self.estimator, self.draws, self.blocks)) is not None:
+            warn_caller(caution)
         centre: Any = self.kernel if self.unbiased is None else self.unbiased
         stderr: Any = self.stderr
         reach = t_quantile(confidence, self.blocks) * stderr

@@ -131,9 +131,9 @@ def print_results(out: Console, results: Mapping[str, Any], run_dir: str) -> Non
     lines.append(f"kernel {run_dir}/kernel.zarr, report {run_dir}/report/index.html")
     for line in lines:
         out.print(line, soft_wrap=True, markup=False, highlight=False)
-    for caution in (results.get("accuracy_caution"), *results.get("regression_cautions", ())):
-        if caution is not None:
-            _print_caution(out, caution)
+    single = [results[name] for name in ("accuracy_caution", "interval_caution") if name in results]
+    for caution in (*single, *results.get("regression_cautions", ())):
+        _print_caution(out, caution)
 
 
 def print_status(out: Console, manifest: Manifest, job: Job, ledger: Ledger, heartbeat: Heartbeat | None) -> None:

@@ -128,6 +128,7 @@ def _kernel_facts(manifest: Manifest, decision: Decision) -> KernelFacts:
         accuracy=results.get("rtol_verdict"),
         accuracy_reached=results.get("rtol_reached"),
         accuracy_caution=results.get("accuracy_caution"),
+        interval_caution=results.get("interval_caution"),
         relative_bias=results.get("train_relative_bias"),
         unresolved_share=results.get("train_unresolved_share") or 0.0,
         matmul_precision=manifest.layout["matmul_precision"],

@@ -9,6 +9,7 @@ from typing import Any
 
 from nntk_dist.analysis.regression.ridge_problem import RidgeRow
 from nntk_dist.spec import useless_estimate
+from nntk_dist.statistics.few_draws import interval_caution
 from nntk_dist.statistics.required_draws import verdict
 from pipeline.driver.draw_search import looks_of
 from pipeline.job.job import Job
@@ -38,6 +39,8 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         if row.tile == "train":
             caution = useless_estimate(job.spec, row.numbers["relative_error"], job.sizes.num_draws)
             results |= {"accuracy_caution": caution} if caution else {}
+            short = interval_caution(job.decision.estimator, job.sizes.num_draws, job.sizes.num_blocks)
+            results |= {"interval_caution": short} if short else {}
     if looks := looks_of(ledger):
         assert job.spec.rtol is not None
         last, rtol = looks[-1], job.spec.rtol

@@ -253,6 +253,8 @@ def _kernel_cautions(inputs: ReportInputs) -> Iterator[str]:
             f"Single entries are uncertain: the kernel's estimated error is {percent(kernel.relative_error)}. Twice as "
             "many draws divide it by 1.4 or more."
         )
+    if kernel.interval_caution is not None:
+        yield f"{kernel.interval_caution[:1].upper()}{kernel.interval_caution[1:]}."
     if kernel.unresolved_share > 0:
         yield (
             f"{percent(kernel.unresolved_share)} of the entries are unresolved: no draw changed the model's output "

@@ -39,6 +39,7 @@ class KernelFacts:
     accuracy: str | None = None  # how the search for a requested accuracy ended, in words
     accuracy_reached: bool | None = None
     accuracy_caution: str | None = None  # why the estimate is useless, and what helps
+    interval_caution: str | None = None  # why intervals of entries may be too short, and what helps
     relative_bias: float | None = None  # ‖plugin − unbiased‖ / ‖unbiased‖
     unresolved_share: float = 0.0  # of the entries of the train kernel
     matmul_precision: str = FULL  # precision of the products that form tiles

@@ -47,8 +47,18 @@ def test_shipped_configs_load_and_round_trip(path: Path) -> None:
     assert yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))) == config.model_dump(mode="json")
 
 
-def test_all_six_configs_are_shipped() -> None:
-    names = ["cifar10", "digits", "mnist", "mnist-factored", "mnist-full", "sign1d"]
+def test_all_configs_are_shipped() -> None:
+    names = [
+        "cifar10",
+        "digits",
+        "gpt2-logits",
+        "gpt2-lora",
+        "gpt2-loss",
+        "mnist",
+        "mnist-factored",
+        "mnist-full",
+        "sign1d",
+    ]
     assert sorted(path.stem for path in CONFIGS) == names
 
 

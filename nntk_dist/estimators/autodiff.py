@@ -113,7 +113,8 @@ class Autodiff:
         if chosen.sketched is not None:
             groups = groups_of_columns(chosen.num_columns, spec.blocks if spec.pair_blocks else 1)
             names = setting.evaluator.space.names
-            sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint=not spec.meeting.full)
+            joint = not spec.meeting.full
+            sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint, chosen.num_directions)
         outer = chosen.exact.outer if spec.pair_blocks else ()
         shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.input_layers)
         penultimate = _penultimate(chosen.exact, spec, shared)

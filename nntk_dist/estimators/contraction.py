@@ -29,6 +29,7 @@ from typing import TypeVar
 
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
+from nntk_dist.layers.projected_outputs import count_directions
 from nntk_dist.layers.sites import Site, SitePlan
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
@@ -53,13 +54,14 @@ Layer = TypeVar("Layer", bound=Hashable)
 
 @dataclass(frozen=True)
 class Setting:
-    """The sizes of a kernel on which costs depend, beside the layers."""
+    """The sizes of a kernel on which costs depend, beside the layers; directions are those of a sketch."""
 
     num_draws: int
     num_blocks: int
     num_outputs: int
     pair_blocks: bool = True
     full: bool = False
+    num_directions: int = 0
 
     @property
     def pairs(self) -> int:
@@ -101,11 +103,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Contraction:
-    """The plan of the exact parameters and the plan of the sketched ones; `sketched` is None without a sketch."""
+    """The plan of the exact parameters and the plan of the sketched ones; `sketched` is None without a sketch.
+
+    The sketch has `num_columns` numbers. Its outputs are projected on `num_directions`, if that is not 0.
+    """
 
     exact: SitePlan
     sketched: SitePlan | None
     num_columns: int
+    num_directions: int = 0
 
     @property
     def text(self) -> str:
@@ -114,7 +120,7 @@ class Contraction:
         layers = [site.module for site in self.exact.outer if site.module != readout]
         means = [site.module for site in self.exact.outer if site.module == readout]
         sketched = () if self.sketched is None else self.sketched.dense_names()
-        return _text(layers, [*means, *self.exact.dense_names()], sketched, self.num_columns)
+        return _text(layers, [*means, *self.exact.dense_names()], sketched, self.num_columns, self.num_directions)
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,11 @@ def contraction_of(
 ) -> Contraction:
     """Choose the contraction of a kernel of gradients with `num_outputs` model outputs."""
     blocks = 1 if spec.kind == Kind.LOCAL else spec.blocks
-    setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, spec.outputs == Outputs.FULL)
-    num_columns = columns_of_sketch(spec.sketch) if spec.may_sketch else 0
+    num_columns, full = columns_of_sketch(spec.sketch) if spec.may_sketch else 0, spec.outputs == Outputs.FULL
+    directions = 0
+    if num_columns and not full:
+        directions = count_directions(spec.output_projections, num_columns, blocks, num_outputs)
+    setting = Setting(num_draws, blocks, num_outputs, spec.pair_blocks, full, directions)
     asked = ContractionChoice.SKETCH if spec.kind == Kind.LOCAL and num_columns else spec.contraction
     return choose_contraction(plan, space, asked, num_columns, setting)
 
@@ -161,11 +170,16 @@ def choose_contraction(
     """
     plan = replace(plan, input_layers=_repeated_inputs(plan, space, setting))
     cheapest, costs = _exact(plan, space, contraction, setting)
-    names = frozenset(name for group in _sketched(costs, contraction, num_columns, setting) for name in group)
+    chosen = _sketched(costs, contraction, num_columns, setting)
+    if chosen and setting.num_directions:  # whatever is left would take a backward pass for every output
+        chosen |= costs.keys() - {
+            tuple(n for _, n in site.parameters) for site in plan.outer if site.module == plan.readout
+        }
+    names = frozenset(name for group in chosen for name in group)
     if not names:
         return Contraction(cheapest, None, 0)
     formed = plan.densified(frozenset(site.module for site in plan.outer))
-    return Contraction(cheapest.only(plan.names() - names), formed.only(names), num_columns)
+    return Contraction(cheapest.only(plan.names() - names), formed.only(names), num_columns, setting.num_directions)
 
 
 def _exact(
@@ -272,8 +286,11 @@ def linear_widths(space: ParameterSpace, site: Site) -> tuple[int, int]:
     return inputs + ("bias" in names), shapes[site.parameters[0][1]][0]
 
 
-def _text(layered: Sequence[str], means: Sequence[str], sketched: Sequence[str], num_columns: int) -> str:
-    kinds = {"layered": layered, "means": means, f"sketch (k = {num_columns})": sketched}
+def _text(
+    layered: Sequence[str], means: Sequence[str], sketched: Sequence[str], num_columns: int, num_directions: int = 0
+) -> str:
+    projected = f", outputs projected on {num_directions} directions" if num_directions else ""
+    kinds = {"layered": layered, "means": means, f"sketch (k = {num_columns}{projected})": sketched}
     words = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     return "contraction: " + "; ".join(words) if words else ""
 

@@ -121,6 +121,14 @@ class GradientProducts:
         """Q, the number of independent groups of sketch columns; 0 if products are exact, or if they are the blocks."""
         return self.sketch.num_groups if self.sketch is not None and self.pair_blocks else 0
 
+    @property
+    def differentiates_outputs(self) -> bool:
+        """Whether the gradient of each output is taken by itself, not only along directions of all outputs."""
+        if self.sketch is not None and not self.sketch.num_directions:
+            return True
+        layered = any(index != self.readout for index in range(len(self.plan.outer)))
+        return layered or bool(self.plan.dense_names())
+
     # Arrays and costs -------------------------------------------------------------------------------------------------
 
     @property
@@ -174,7 +182,7 @@ class GradientProducts:
         return FeatureCosts(
             entry_operations=self._entry_operations(meeting, wanted),
             passes_per_draw=None if self.sketch is not None else 1.0 + outputs,
-            pass_copies=1 + outputs,
+            pass_copies=1 + (outputs if self.sketch is None else self.sketch.num_directions or outputs),
             held_bytes=self._probe_bytes + self._pair_weight_bytes,
             prepared_share=prepared,
             copies_sample=bool(layered),
@@ -219,7 +227,7 @@ class GradientProducts:
         """Bytes of the sketch's probes that `compute` keeps."""
         if self.sketch is None or self.sketched is None:
             return 0
-        outputs = len(self.columns) if self.sketch.joint else 1
+        outputs = len(self.columns) if self.sketch.joint and not self.sketch.num_directions else 1
         shapes = self._shapes(self.sketched.names()).values()
         sides = [(outputs * math.prod(shape[:1]), math.prod(shape[1:])) for shape in shapes]
         return min(KEPT_BYTES, self._item_bytes * self.sketch.num_columns * sum(map(sum, sides)))

@@ -13,7 +13,8 @@ Axes: n rows, s draws, r blocks, c outputs, k dense parameters.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from nntk_dist.errors import ModelError
 from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.layers.per_example import add_dense_gradients_, write_extended_input
+from nntk_dist.layers.projected_outputs import OutputProjector, make_projector
 from nntk_dist.layers.readout import add_readout_, gradients_of_pass
 from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.sites import Site
@@ -94,8 +96,13 @@ class GradientFeatures(GradientProducts):
             return nullcontext()
         return fixed_noise(self.evaluator.model, self.drawing.seed, draw // self.drawing.group_size)
 
-    def _add_pass_(self, rows: dict[str, Tensor], place: int, passed: Pass, projector: Projector | None) -> None:
-        """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding."""
+    def _add_pass_(
+        self, rows: dict[str, Tensor], place: int, passed: Pass, projector: Projector | None, sketched: Pass
+    ) -> None:
+        """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding.
+
+        `passed` has the gradients of all outputs, and `sketched` those of which the sketch is made.
+        """
         model, slot = self.evaluator.model, place // self.draws_per_slot
         recording, columns = passed.recording, passed.columns
         for index, site in enumerate(self.plan.outer):
@@ -121,7 +128,7 @@ class GradientFeatures(GradientProducts):
             add_dense_gradients_(self._named(rows["dense"][:, slot]), model, self.plan, passed)
         if projector is not None and self.sketched is not None:
             sketch = rows["sketch"][:, slot]
-            sketch += sketched_gradients(model, self.sketched, projector, passed)[: len(sketch)]
+            sketch += sketched_gradients(model, self.sketched, projector, sketched)[: len(sketch)]
 
     def _check_routes(self, recording: Recording, num_rows: int) -> None:
         """Refuse a pass in which a module gets other rows than in the trial that found its rule."""
@@ -167,7 +174,7 @@ def compute_together(
     first = maps[0]
     block_range(draws, first.draws_per_block)
     results = [each._empty(x, draws, columns) for each in maps]
-    shared = {each.sketch: Projector(each.sketch, columns) for each in maps if each.sketch is not None}
+    shared = {each.sketch: make_projector(each.sketch, columns) for each in maps if each.sketch is not None}
     projectors = [None if each.sketch is None else shared[each.sketch] for each in maps]
     batches = list(in_batches(x, batch))
     with trying(ModelError, FAILS_ON_INPUTS), first._parameters_of(draws) as moved:
@@ -201,12 +208,18 @@ def _add_passes_(
         each._check_routes(recording, len(x))
     parameters = evaluator.space.values(evaluator.model)
     plans = [each.plan for each in maps]
-    passed = gradients_of_pass(
-        Pass(x, recording, {}, parameters, columns),
-        evaluator.model,
+    differentiated = partial(
+        gradients_of_pass,
+        model=evaluator.model,
         readout=next((plan.readout for plan in plans if plan.readout is not None), None),
         pair=next((plan.output_layers for plan in plans if plan.output_layers is not None), None),
         shares_derivatives=maps[0].sums_outputs,
     )
+    passed = along = Pass(x, recording, {}, parameters, columns)
+    if any(each.differentiates_outputs for each in maps):
+        passed = differentiated(passed)
+    projected = next((each for each in projectors if isinstance(each, OutputProjector)), None)
+    if projected is not None:
+        along = differentiated(replace(along, directions=projected.directions(recording.outputs.detach())))
     for each, own, projector in zip(maps, rows, projectors, strict=True):
-        each._add_pass_(own, place, passed, projector)
+        each._add_pass_(own, place, passed, projector, passed if projector is not projected else along)

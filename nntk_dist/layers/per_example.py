@@ -17,7 +17,7 @@ from nntk_dist.errors import Unavailable
 from nntk_dist.layers.recording import Call, Pass
 from nntk_dist.layers.rules import linear_sides, num_positions, rule_for
 from nntk_dist.layers.sites import Site, SitePlan
-from nntk_dist.models.evaluation import outputs, trying
+from nntk_dist.models.evaluation import output_index, outputs, trying
 from nntk_dist.models.passes import twice_differentiable
 
 _NUMBERS_AT_ONCE = 1 << 22
@@ -84,30 +84,37 @@ def _gradients_of_call(
 
 
 def whole_gradients(
-    model: nn.Module, plan: SitePlan, x: Tensor, parameters: Mapping[str, Tensor], columns: Sequence[int]
+    model: nn.Module,
+    plan: SitePlan,
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    columns: Sequence[int],
+    directions: Float[Tensor, "c C"] | None = None,
 ) -> Iterator[tuple[slice, dict[str, Float[Tensor, "m c ..."]]]]:
     """Differentiate the model one example at a time by the whole parameters of a plan; yield some rows at a time.
 
     Under vmap, several examples at once; if the plan says that vmap cannot take the model, one after the other. A loop
-    costs a forward pass for each example and a backward pass for each of its outputs. A portion holds 2^22 numbers, or
-    one example.
+    costs a forward pass for each example and a backward pass for each of its outputs, or of the directions that stand
+    in for them. A portion holds 2^22 numbers, or one example.
 
     Raises: Unavailable if vmap cannot take the model (recurrent layers, control flow that depends on data).
     """
     chosen = {name: parameters[name] for name in plan.whole}
     if plan.whole_in_turn:
         for row in range(len(x)):
-            yield slice(row, row + 1), _gradients_of_example(model, x[row : row + 1], chosen, parameters, columns)
+            own = _gradients_of_example(model, x[row : row + 1], chosen, parameters, columns, directions)
+            yield slice(row, row + 1), own
         return
     selection = torch.tensor(columns, device=x.device)
 
     def one_example(example: Tensor) -> dict[str, Tensor]:
         def chosen_outputs(part: dict[str, Tensor]) -> Tensor:
-            return outputs(model, example[None], {**parameters, **part})[0, selection]
+            values = outputs(model, example[None], {**parameters, **part})[0]
+            return values[selection] if directions is None else directions @ values
 
         return torch.func.jacrev(chosen_outputs)(chosen)
 
-    numbers = len(columns) * sum(values.numel() for values in chosen.values())
+    numbers = len(columns if directions is None else directions) * sum(values.numel() for values in chosen.values())
     step = max(1, _NUMBERS_AT_ONCE // max(1, numbers))
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
@@ -122,17 +129,17 @@ def _gradients_of_example(
     chosen: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     columns: Sequence[int],
+    directions: Float[Tensor, "c C"] | None,
 ) -> dict[str, Float[Tensor, "1 c ..."]]:
-    """Every output's gradient for a single example."""
+    """Every output's gradient for a single example, or the gradient along every direction."""
     leaves = {name: value.detach().requires_grad_() for name, value in chosen.items()}
     with torch.enable_grad():
         values = outputs(model, example, {**parameters, **leaves})[0]
+        chosen_values = values[output_index(columns)] if directions is None else directions @ values
     if not values.requires_grad:
-        return {name: leaf.new_zeros(1, len(columns), *leaf.shape) for name, leaf in leaves.items()}
+        return {name: leaf.new_zeros(1, len(chosen_values), *leaf.shape) for name, leaf in leaves.items()}
     rows = [
-        torch.autograd.grad(
-            values[column], list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        for column in columns
+        torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True)
+        for value in chosen_values
     ]
     return {name: torch.stack(own)[None] for name, own in zip(leaves, zip(*rows, strict=True), strict=True)}

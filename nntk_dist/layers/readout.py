@@ -27,7 +27,8 @@ def gradients_of_pass(
     """Differentiate a recorded pass, never multiplying by the readout's δ, which is the identity.
 
     All layers before the readout are differentiated from its input on, along the rows of its weight W; the layer
-    before it has W ⊙ φ'(a), from one backward pass for all outputs.
+    before it has W ⊙ φ'(a), from one backward pass for all outputs. If the pass has directions V of the outputs, they
+    take the place of the identity, and V W that of W.
 
     Args:
         passed: The pass, without gradients.
@@ -47,10 +48,17 @@ def gradients_of_pass(
             raise _another_way(pair.module)
         pair = None
     if readout not in recording.calls or find_readout(recording.outputs, recording.outs([readout])) != readout:
-        return replace(passed, deltas=recording.gradients(columns))
-    weight = readout_weight(model, readout)[output_index(columns)]
-    one_hot = torch.eye(recording.outputs.shape[1], dtype=weight.dtype, device=weight.device)[output_index(columns)]
-    deltas = {readout: [one_hot.expand(num_rows, -1, -1)]}
+        if passed.directions is None:
+            return replace(passed, deltas=recording.gradients(columns))
+        directions = passed.directions.to(recording.outputs.dtype)
+        return replace(passed, deltas=recording.along(directions[:, None].expand(-1, num_rows, -1)))
+    weight = readout_weight(model, readout)
+    if passed.directions is None:
+        identity = torch.eye(recording.outputs.shape[1], dtype=weight.dtype, device=weight.device)
+        weight, own = weight[output_index(columns)], identity[output_index(columns)]
+    else:
+        weight, own = passed.directions @ weight, passed.directions
+    deltas = {readout: [own.expand(num_rows, -1, -1)]}
     others = [name for name in recording.calls if name != readout and (pair is None or name != pair.module)]
     deltas |= recording.before(readout, weight[:, None].expand(-1, num_rows, -1), others)
     if pair is None:

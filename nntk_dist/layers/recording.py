@@ -134,6 +134,8 @@ def _repeated(values: Float[Tensor, "..."], num_examples: int) -> Float[Tensor, 
 class Pass:
     """One pass over a batch: its inputs, the calls, their output gradients, and the parameters that it was made at.
 
+    Axis c runs over the outputs `columns`, or over random `directions` of all outputs if there are some.
+
     `penultimate` names the layer before the readout; its δ is the readout's weight W times its `derivatives` φ'(a). All
     three are None if the model does not end in these two layers.
     """
@@ -143,6 +145,7 @@ class Pass:
     deltas: Mapping[str, Sequence[Float[Tensor, "n c ..."]]]
     parameters: Mapping[str, Tensor]
     columns: Sequence[int]
+    directions: Float[Tensor, "c C"] | None = None
     penultimate: str | None = None
     derivatives: Float[Tensor, "n o"] | None = None
     weight: Float[Tensor, "c o"] | None = None

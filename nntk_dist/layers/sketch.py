@@ -8,7 +8,8 @@ column is Σ_t (u·δ_t)(v·h_t): k·(|δ| + |h|) multiply-adds a position.
 A *joint* sketch has all outputs in the same k numbers, for kernels that sum over them: the rows of G_p are pairs
 (output, row of the parameter), u has an entry for each, and E⟨φ, φ'⟩ = Σ_p Σ_c ⟨G_pc, G'_pc⟩ at the same variance:
 C times fewer numbers, and k·(C|δ| + |h|) multiply-adds a position. Sketches of a few outputs each are independent of
-each other, so that their products add up to the same on average.
+each other, so that their products add up to the same on average. Many outputs are first projected on random directions
+(`nntk_dist.layers.projected_outputs`).
 Variance of ⟨φ(G), φ(G)⟩, relative to |G|⁴: 6/k if G is one outer product, 2/k if it is none or many; 8/k with
 real vectors, which is why they are complex (Wacker, Ohana, Filippone, "Complex-to-real sketches for tensor products",
 AISTATS 2023). Projections of both sides to b×b blocks would cost less for a column, but 4(b + 1)/k at the same k.
@@ -43,7 +44,7 @@ _FEWEST_IN_A_GROUP = 4
 _ELEMENTS_AT_ONCE = 1 << 21  # 8 MiB of products in float32, to be multiplied while they are in the cache
 KEPT_BYTES = 256 << 20  # of probes
 _SIGNS_OF_A_COUNTER = 128
-_OUT, _IN = 0, 1  # the two sides of a parameter
+OUT, IN = 0, 1  # the two sides of a parameter
 
 
 def columns_of_sketch(sketch: int | str) -> int:
@@ -85,7 +86,9 @@ def groups_of_columns(num_columns: int, num_blocks: int) -> int:
 class Sketch:
     """The probes of every parameter of a space; `names` are all its parameters, sketched or not.
 
-    `joint` sketches all outputs in the same numbers, otherwise each has its own, under the same probes.
+    `joint` sketches all outputs in the same numbers, otherwise each has its own, under the same probes. A joint sketch
+    may have `num_directions`, on which outputs are projected: a divisor of the complex columns, and a multiple of the
+    groups.
     """
 
     seed: int
@@ -93,6 +96,7 @@ class Sketch:
     num_groups: int
     names: tuple[str, ...]
     joint: bool = False
+    num_directions: int = 0
 
     def probes(
         self, name: str, side: int, coordinates: Tensor, dtype: torch.dtype, columns: slice | None = None
@@ -101,6 +105,14 @@ class Sketch:
         number = 2 * self.names.index(name) + side
         start, stop = (0, self.num_columns) if columns is None else (columns.start, columns.stop)
         return signs(self.seed, Stream.SKETCH, coordinates, stop - start, draw=number, start=start, dtype=dtype)
+
+    def directions(self, outputs: Sequence[int], num_outputs: int, like: Tensor) -> Float[Tensor, "d C"]:
+        """Return the random directions, ±1 at some outputs and 0 at the others."""
+        result = like.new_zeros(self.num_directions, num_outputs)
+        chosen, number = torch.tensor(outputs, device=like.device), 2 * len(self.names)
+        values = signs(self.seed, Stream.SKETCH, chosen, self.num_directions, draw=number, dtype=like.dtype)
+        result[:, chosen] = values.T
+        return result
 
     def of_gradient(
         self, name: str, gradient: Float[Tensor, "n c ..."], outputs: Sequence[int] | None = None
@@ -118,9 +130,9 @@ class Sketch:
         projector = Projector(self, range(weights.shape[2]))
         total = projector.start(weights.mT)
         for columns in projector.chunks(a.shape[0] * a.shape[1]):
-            left = _complex(a @ projector.probes(name, _OUT, a.shape[2], a, columns))
-            products = left.mul_(_complex(b @ projector.probes(name, _IN, b.shape[2], b, columns)))
-            total[..., _pairs(columns)] += weights.mT.to(products.dtype) @ products
+            left = as_complex(a @ projector.probes(name, OUT, a.shape[2], a, columns))
+            products = left.mul_(as_complex(b @ projector.probes(name, IN, b.shape[2], b, columns)))
+            total[..., complex_columns(columns)] += weights.mT.to(products.dtype) @ products
         return projector.finished(total)
 
 
@@ -138,7 +150,7 @@ class Projector:
     def start(self, gradient: Float[Tensor, "n c ..."]) -> Complex[Tensor, "n e m"]:
         """Return a zero sum for the examples and outputs of this gradient, of its dtype."""
         num_sketches = 1 if self.sketch.joint else gradient.shape[1]
-        return _complex(gradient.new_zeros(len(gradient), num_sketches, self.sketch.num_columns))
+        return as_complex(gradient.new_zeros(len(gradient), num_sketches, self.sketch.num_columns))
 
     def finished(self, total: Complex[Tensor, "n e m"]) -> Float[Tensor, "n *c k"]:
         """Return √(2/k) Σ u·v from sums over √2 u and √2 v, with real and imaginary parts as columns."""
@@ -155,9 +167,8 @@ class Projector:
         if key in self._kept:
             return self._kept[key][:, columns]
         coordinates = torch.arange(length, device=like.device)
-        if self.sketch.joint and side == _OUT:
-            outputs = torch.tensor(self.outputs, device=like.device)
-            coordinates = (outputs[:, None] * length + coordinates).flatten()
+        if side == OUT:
+            coordinates = self._of_outputs(coordinates, length)
         held = sum(array.numel() for array in self._kept.values())
         if size * (held + len(coordinates) * self.sketch.num_columns) > KEPT_BYTES:
             return self.sketch.probes(name, side, coordinates, like.dtype, columns)
@@ -177,15 +188,10 @@ class Projector:
         A `bias` of the layer is one more input, always 1, with its own probe. Positions on which no output depends are
         left out: if f is a logit of the last position, all others of the last layers.
         """
-        if h.shape[1] > 1 and not delta.is_cuda:  # a GPU would have to wait
-            used = delta.ne(0).any(3).flatten(0, 1).any(0)
-            if not bool(used.any()):
-                return
-            if not bool(used.all()):
-                delta, h = delta[:, :, used], h[:, used]
+        delta, h = used_positions(delta, h)
         o, (n, t, i) = delta.shape[3], h.shape
         if self.sketch.joint:
-            delta = delta.transpose(1, 2).reshape(n, 1, t, -1)
+            delta = delta.transpose(1, 2).flatten(2)[:, None]
         size = delta.shape[1] * delta.shape[3]
         if size * i < t * (size + i):
             h = h if bias is None else torch.cat((h, h.new_ones(n, t, 1)), dim=2)
@@ -193,9 +199,9 @@ class Projector:
             self._add_matrix_(total, name, matrix, o, bias)
             return
         for columns in self.chunks(n * t * delta.shape[1]):
-            left = _complex(delta @ self.probes(name, _OUT, o, delta, columns))
-            right = _complex(self._inputs(name, h, columns, bias))
-            _add_products_(total[..., _pairs(columns)], left, right[:, None])
+            left = as_complex(delta @ self.probes(name, OUT, o, delta, columns))
+            right = as_complex(self._inputs(name, h, columns, bias))
+            add_products_(total[..., complex_columns(columns)], left, right[:, None])
 
     def add_derivatives_(
         self,
@@ -210,9 +216,9 @@ class Projector:
         if name not in self._folded:
             self._folded[name] = self._folded_probes(name, shares)
         for columns in self.chunks(len(h)):
-            left = _complex(derivatives @ self._folded[name][:, columns])
-            right = _complex(self._inputs(name, h, columns, bias))
-            total[:, 0, _pairs(columns)].addcmul_(left, right)
+            left = as_complex(derivatives @ self._folded[name][:, columns])
+            right = as_complex(self._inputs(name, h, columns, bias))
+            total[:, 0, complex_columns(columns)].addcmul_(left, right)
 
     def add_gradient_(self, total: Complex[Tensor, "n e m"], name: str, gradient: Float[Tensor, "n c ..."]) -> None:
         """Add a parameter's gradient that has been formed."""
@@ -225,9 +231,9 @@ class Projector:
         vectors = gradient.reshape(*gradient.shape[:2], -1)
         rows = vectors.flatten(1)[:, None] if self.sketch.joint else vectors
         for columns in self.chunks(rows.shape[0] * rows.shape[1]):
-            product = rows @ self.probes(name, _OUT, vectors.shape[2], rows, columns)
-            total[..., _pairs(columns)].add_(
-                _complex(product), alpha=math.sqrt(2.0)
+            product = rows @ self.probes(name, OUT, vectors.shape[2], rows, columns)
+            total[..., complex_columns(columns)].add_(
+                as_complex(product), alpha=math.sqrt(2.0)
             )  # v is 1 here, and other layers have √2 v
 
     def add_tokens_(
@@ -240,18 +246,22 @@ class Projector:
     ) -> None:
         """Add an embedding table's gradient from the probes of the rows that occur; no table is formed."""
         distinct, position = tokens.unique(return_inverse=True)
-        coordinates = distinct
-        if self.sketch.joint:
-            outputs = torch.tensor(self.outputs, device=tokens.device)
-            coordinates = (outputs[:, None] * num_tokens + distinct).flatten()
+        coordinates = self._of_outputs(distinct, num_tokens)
         for columns in self.chunks(delta[..., 0].numel()):
-            u = _complex(self.sketch.probes(name, _OUT, coordinates, delta.dtype, columns).contiguous())
-            right = _complex(delta @ self.probes(name, _IN, delta.shape[3], delta, columns))
+            u = as_complex(self.sketch.probes(name, OUT, coordinates, delta.dtype, columns).contiguous())
+            right = as_complex(delta @ self.probes(name, IN, delta.shape[3], delta, columns))
             if self.sketch.joint:
                 left = u.unflatten(0, (len(self.outputs), -1))[:, position].transpose(0, 1)
-                total[:, 0, _pairs(columns)] += left.mul(right).sum((1, 2))
+                total[:, 0, complex_columns(columns)] += left.mul(right).sum((1, 2))
             else:
-                _add_products_(total[..., _pairs(columns)], right, u[position][:, None])
+                add_products_(total[..., complex_columns(columns)], right, u[position][:, None])
+
+    def _of_outputs(self, coordinates: Tensor, length: int) -> Tensor:
+        """Coordinates of a side of the parameter, for each output if the sketch is joint."""
+        if not self.sketch.joint:
+            return coordinates
+        outputs = torch.tensor(self.outputs, device=coordinates.device)
+        return (outputs[:, None] * length + coordinates).flatten()
 
     def chunks(self, num_vectors: int) -> Iterator[slice]:
         """Yield columns in portions, so that products of this many vectors stay within 2^21 numbers, if possible."""
@@ -261,15 +271,15 @@ class Projector:
 
     def _inputs(self, name: str, h: Float[Tensor, "n *t i"], columns: slice, bias: str | None) -> Tensor:
         """v·h, with the bias's own probe if there is one."""
-        v = self.probes(name, _IN, h.shape[-1], h, columns)
-        return h @ v if bias is None else (h @ v).add_(self.probes(bias, _IN, 1, h, columns))
+        v = self.probes(name, IN, h.shape[-1], h, columns)
+        return h @ v if bias is None else (h @ v).add_(self.probes(bias, IN, 1, h, columns))
 
     def _folded_probes(self, name: str, shares: Float[Tensor, "c o"]) -> Float[Tensor, "o k"]:
         """Σ_c B_c u_c."""
         c, o = shares.shape
         folded = shares.new_empty(o, self.sketch.num_columns)
         for columns in self.chunks(c * o):
-            u = self.probes(name, _OUT, o, shares, columns).unflatten(0, (c, o))
+            u = self.probes(name, OUT, o, shares, columns).unflatten(0, (c, o))
             torch.sum(u * shares[:, :, None], 0, out=folded[:, columns])
         return folded
 
@@ -284,15 +294,25 @@ class Projector:
         """Add a gradient as a matrix, its longer side first; `rows` counts the parameter's rows for one output."""
         n, e, r, i = matrix.shape
         for columns in self.chunks(n * e * min(r, i)):
-            u = self.probes(name, _OUT, rows, matrix, columns)
-            v = self.probes(name, _IN, i - (bias is not None), matrix, columns)
+            u = self.probes(name, OUT, rows, matrix, columns)
+            v = self.probes(name, IN, i - (bias is not None), matrix, columns)
             if bias is not None:
-                v = torch.cat((v, self.probes(bias, _IN, 1, matrix, columns)))
+                v = torch.cat((v, self.probes(bias, IN, 1, matrix, columns)))
             first, second = (matrix.mT @ u, v) if r >= i else (matrix @ v, u)
-            _add_products_(total[..., _pairs(columns)], _complex(first), _complex(second.contiguous()))
+            add_products_(total[..., complex_columns(columns)], as_complex(first), as_complex(second.contiguous()))
 
 
-def _add_products_(
+def used_positions(
+    delta: Float[Tensor, "n c t o"], h: Float[Tensor, "n t i"]
+) -> tuple[Float[Tensor, "n c t o"], Float[Tensor, "n t i"]]:
+    """Leave out positions on which no output depends; none are left out on a GPU, which would have to wait."""
+    if h.shape[1] == 1 or delta.is_cuda:
+        return delta, h
+    used = delta.ne(0).any(3).flatten(0, 1).any(0)
+    return (delta, h) if bool(used.all()) else (delta[:, :, used], h[:, used])
+
+
+def add_products_(
     total: Complex[Tensor, "n e m"], left: Complex[Tensor, "n e t m"], right: Complex[Tensor, "*n_e t m"]
 ) -> None:
     """Add Σ_t of products of the two sides."""
@@ -302,10 +322,11 @@ def _add_products_(
         total += left.mul_(right).sum(2)
 
 
-def _complex(columns: Float[Tensor, "... k"]) -> Complex[Tensor, "... m"]:
+def as_complex(columns: Float[Tensor, "... k"]) -> Complex[Tensor, "... m"]:
+    """Join neighbouring columns, real and imaginary parts, to complex ones."""
     return torch.view_as_complex(columns.unflatten(-1, (-1, 2)))
 
 
-def _pairs(columns: slice) -> slice:
-    """Real columns as complex ones."""
+def complex_columns(columns: slice) -> slice:
+    """Return the complex columns of a range of real ones."""
     return slice(columns.start // 2, columns.stop // 2)

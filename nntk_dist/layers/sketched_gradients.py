@@ -35,7 +35,8 @@ def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, p
         for call, delta in zip(passed.recording.calls[site.module], passed.deltas_of(site.module), strict=True):
             _add_site_(total, model.get_submodule(site.module), site, projector, passed, call, delta, uses)
     if plan.whole:
-        for rows, gradients in whole_gradients(model, plan, passed.x, passed.parameters, passed.columns):
+        found = whole_gradients(model, plan, passed.x, passed.parameters, passed.columns, passed.directions)
+        for rows, gradients in found:
             for name, gradient in gradients.items():
                 projector.add_gradient_(total[rows], name, gradient)
     return projector.finished(total)

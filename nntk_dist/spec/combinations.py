@@ -8,10 +8,11 @@ Axes: P parameters; S draws in R blocks.
 from typing import TYPE_CHECKING
 
 from nntk_dist.errors import ArgumentError
+from nntk_dist.layers.projected_outputs import check_projections
 from nntk_dist.layers.sketch import columns_of_sketch
 from nntk_dist.sampling.designs import GROUP_SIZES, MINIMUM_BLOCKS, Design, blocks_message
 from nntk_dist.sampling.laws import Gaussian, RadialLaw, radial_names
-from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Statistic
+from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Statistic
 from nntk_dist.statistics.required_draws import check_accuracy
 from nntk_dist.weighting.options import check_weighting
 
@@ -53,12 +54,29 @@ def _check_contraction(spec: "KernelSpec") -> None:
             f"contraction is 'sketch'; allowed for kind {spec.kind}: auto, layered, means (only the kinds nonlocal and "
             "local know the error of a sketch)"
         )
+    _check_projections(spec)
     if spec.sketch == "auto":
         return
     if spec.contraction not in (ContractionChoice.AUTO, ContractionChoice.SKETCH) or not sketches:
         what = f"contraction {spec.contraction}" if sketches else f"kind {spec.kind}"
         raise ArgumentError(f"sketch is {spec.sketch}; allowed for {what}, which sketches nothing: auto")
     columns_of_sketch(spec.sketch)
+
+
+def _check_projections(spec: "KernelSpec") -> None:
+    """Only a sketch of gradients projects outputs, and only if they are summed."""
+    asked, what = spec.output_projections, ""
+    if isinstance(asked, str) or asked == 0:
+        return
+    if spec.outputs != Outputs.TRACE:
+        what = f"outputs {spec.outputs}"
+    elif spec.contraction not in (ContractionChoice.AUTO, ContractionChoice.SKETCH):
+        what = f"contraction {spec.contraction}"
+    elif not spec.may_sketch or spec.estimator not in _GRADIENTS:
+        what = f"kind {spec.kind} and estimator {spec.estimator} without a sketch of gradients"
+    if what:
+        raise ArgumentError(f"output_projections is {asked}; allowed for {what}: auto, 0")
+    check_projections(asked, spec.sketch, 1 if spec.kind == Kind.LOCAL else spec.blocks)
 
 
 def _check_groups(spec: "KernelSpec") -> None:

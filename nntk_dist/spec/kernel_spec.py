@@ -149,6 +149,13 @@ class KernelSpec:
         "numbers of a sketch for each block; for kind local a number asks for a sketch",
         kinds=_SKETCHED,
     )
+    output_projections: int | str = option(
+        Automatic.AUTO,
+        WholeNumber(0, choices=Automatic),
+        "random directions of the outputs that a sketch of gradients takes in place of each output; 0: none; auto: a "
+        "sixteenth of the sketch, if there are at least four times as many outputs; only for outputs: trace",
+        kinds=_SKETCHED,
+    )
     parameters: Sequence[str] | Mapping[str, Sequence[str]] = option(
         ("*",),
         NamesOrGroups(

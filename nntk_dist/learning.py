@@ -206,7 +206,11 @@ class _NonlocalRidge(BaseEstimator):
 
 
 # The options of every kind of kernel; the statistic of a regression is always `plugin`.
-_OPTIONS = {name: each for name, each in kernel_options().items() if name != "statistic"}
+_OPTIONS = {
+    name: each
+    for name, each in kernel_options().items()
+    if name != "statistic" and "only_in_configuration" not in each.facts
+}
 
 
 def _show_options() -> None:

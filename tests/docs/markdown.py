@@ -1,8 +1,10 @@
 """Code blocks of Markdown pages: their place, their language, and whether they are meant to run.
 
-A block that cannot run is followed by a comment that says why: `<!-- not run: needs a GPU -->`.
+A block that cannot run is followed by a comment that says why: `<!-- not run: needs a GPU -->`. One that runs only if a
+package is there names it: `<!-- runs with: timm -->`.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ PAGES = tuple(
     if path.name not in ("estimators.md", "performance.md")
 )
 _BLOCK = re.compile(
-    r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*\n(?:\s*<!-- not run: (?P<reason>[^\n]*?) -->)?",
+    r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*\n(?:\s*<!-- (?:not run: (?P<reason>[^\n]*?)|runs with: (?P<package>\w+)) -->)?",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -49,7 +51,10 @@ def blocks(page: Path, language: str) -> Iterator[Block]:
     for match in _BLOCK.finditer(text):
         if match.group("language") == language:
             line = text[: match.start()].count("\n") + 2
-            yield Block(page, line, language, match.group("code"), match.group("reason"))
+            reason, package = match.group("reason", "package")
+            if package is not None and importlib.util.find_spec(package) is None:
+                reason = f"{package} is not installed"
+            yield Block(page, line, language, match.group("code"), reason)
 
 
 def name_of(page: Path) -> str:

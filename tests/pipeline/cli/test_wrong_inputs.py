@@ -271,8 +271,8 @@ def test_a_model_that_fails_under_perturbation_names_the_cause(tmp_path, monkeyp
 
 @pytest.mark.process
 def test_a_disk_that_fills_up(good_run, tmp_path):
-    """Simulated: no file may grow beyond 12 KiB, which is enough for the manifest but not for features."""
-    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12 << 10, resource.RLIM_INFINITY))"
+    """Simulated: no file may grow beyond 24 KiB, which is enough for the manifest but not for features."""
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (24 << 10, resource.RLIM_INFINITY))"
     driver = start(*arguments("run", tmp_path / "run"), prelude=prelude)
     _, err = driver.communicate(timeout=WAIT_SECONDS)
     assert driver.returncode == 2, err

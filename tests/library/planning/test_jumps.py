@@ -216,6 +216,8 @@ def jump_of(function) -> float:
 def test_the_size_of_a_jump_is_relative_to_the_range():
     assert jump_of(lambda theta: torch.sign(theta)) == pytest.approx(1.0)
     assert jump_of(lambda theta: 40.0 + 3.0 * (theta > -0.2)) == pytest.approx(1.0)
+    assert jump_of(lambda theta: (theta > 1.5).double()) == pytest.approx(1.0)  # 0 around θ
+    assert jump_of(lambda theta: theta**60 * torch.sign(theta - 1.01)) > 0.01  # f grows by many orders
     small = jump_of(lambda theta: theta + 0.1 * torch.sign(theta - 0.123))
     assert 0.01 < small < 0.2
 
@@ -251,6 +253,32 @@ def test_deep_networks_show_no_jump_on_long_chords(builder, args, shape, seeds):
     for seed in seeds:
         model = build_model(builder, args, input_shape=shape, num_outputs=3, seed=seed).double().eval()
         x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert largest_jump(model, select_parameters(model), x, seed) == 0.0
+
+
+class Gated(nn.Module):
+    """A deep network with gates, as in MobileNetV3: far out f grows by 20 orders, and gates are as steep as jumps."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+        for parameter in self.parameters():
+            parameter.data *= 2.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, gate in zip(self.layers, self.gates, strict=True):
+            x = nn.functional.hardswish(layer(x))
+            x = x * nn.functional.hardsigmoid(gate(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("width", "depth"), [(16, 16), (8, 24)])
+def test_steep_gates_are_no_jumps(width, depth):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = Gated(width, depth).double().eval(), torch.randn(8, width, dtype=torch.float64)
         assert largest_jump(model, select_parameters(model), x, seed) == 0.0
 
 

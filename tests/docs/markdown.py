@@ -18,7 +18,8 @@ PAGES = tuple(
     if path.name not in ("estimators.md", "performance.md")
 )
 _BLOCK = re.compile(
-    r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*\n(?:\s*<!-- (?:not run: (?P<reason>[^\n]*?)|runs with: (?P<package>\w+)) -->)?",
+    r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```[ \t]*\n"
+    r"(?:\s*<!-- (?:not run: (?P<reason>[^\n]*?)|runs with: (?P<package>\w+)) -->)?",
     re.DOTALL | re.MULTILINE,
 )
 

@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
             },
             "estimator": "auto", "statistic": "both", "design": "iid", "draws": "auto", "blocks": 8, "rtol": None,
             "max_draws": 65536, "parameters": ["*"], "group": None, "outputs": "trace", "scale": "localized", "seed": 0,
-                "contraction": "auto", "sketch": "auto",
+                "contraction": "auto", "sketch": "auto", "output_projections": "auto",
         },
         "compute": {
             "executor": "ray", "workers": "auto", "threads": "auto", "workers_per_gpu": 1, "device": "auto",

@@ -138,6 +138,11 @@ FUNCTIONS = {
     "autodiff": ((), nonlocal_kernel, {"gamma": 0.05, "statistic": "both"}),
     "weight": (ESTIMATORS["weight"], nonlocal_kernel, {"gamma": 0.05, "estimator": "weight", "draws": 64}),
     "sketch": (ESTIMATORS["sketch"], nonlocal_kernel, {"gamma": 0.05, "contraction": "sketch", "sketch": 64}),
+    "projected outputs": (
+        (*ESTIMATORS["sketch"], "kernel.output_projections=32"),
+        nonlocal_kernel,
+        {"gamma": 0.05, "contraction": "sketch", "sketch": 64, "output_projections": 32},
+    ),
     "local": (("kernel.kind=local", "kernel.sketch=64"), sketched_local_kernel, {"sketch": 64}),
     "covariance": (ESTIMATORS["covariance"], covariance_kernel, {"gamma": 0.05, "draws": 64}),
     "averaged": (("kernel.kind=averaged", "kernel.seed=3"), averaged_kernel, {"gamma": 0.05, "seed": 3}),

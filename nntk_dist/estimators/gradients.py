@@ -84,8 +84,8 @@ class GradientFeatures(GradientProducts):
         with moved_in_place(model, space) as move:
 
             def one_by_one() -> Iterator[int]:
-                for draw, z in zip(draws, displacements, strict=True):
-                    move(z)
+                for draw in draws:
+                    move(next(displacements))  # in no variable: it is as large as the model
                     yield draw
 
             yield one_by_one()

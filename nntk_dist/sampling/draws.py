@@ -175,10 +175,16 @@ class Drawing:
         return uniform(self.seed, Stream.RADIUS, groups, 1)[:, 0] ** (1.0 / self.num_parameters)
 
     def shrunken(self, draws: range, *, device: torch.device | str = "cpu") -> Iterator[Float64[Tensor, " P"]]:
-        """Yield U^{1/P} z of each draw, one by one. Memory: a part of at most 2^22 numbers, or one group."""
+        """Yield U^{1/P} z of each draw, one by one.
+
+        Memory: a part of at most 2^22 numbers, or one group. It is released once the caller has dropped its last draw.
+        """
         for part in draw_chunks(draws, self.num_parameters, self.group_size):
             z = self.perturbations(part, dtype=torch.float64, device=device)
-            yield from z.mul_(self.shrinkage(part, device=device)[:, None])
+            left = [*z.mul_(self.shrinkage(part, device=device)[:, None])][::-1]
+            del z
+            while left:
+                yield left.pop()
 
     def squared_norms(self, *, device: torch.device | str = "cpu") -> Float64[Tensor, " s"]:
         """Return |u_s|² of all draws of a radial law, summed over slices of parameters. Memory: O(S + 2^24)."""

@@ -30,6 +30,7 @@ from pipeline.executors.calls import Pace
 from pipeline.executors.neighbours import Runs
 from pipeline.executors.worker_actor import WorkerActor
 from pipeline.job.task import Outcome, Task
+from pipeline.runtime.allocator import give_back_freed_memory
 from pipeline.runtime.cpus import available_cpus
 
 _CALLS_PER_WORKER = 2  # one that runs, and one that waits or writes its results: no worker idles between calls
@@ -212,6 +213,7 @@ class RayExecutor:
         self._connected = connect(address, num_workers * num_cpus)
         node_cpus = None if address else available_cpus()
         self._arguments = (make_worker, node_cpus, *(ray.put(argument) for argument in arguments))
+        give_back_freed_memory()  # of the copies that writing a large model to Ray's memory took
         self._options = actor_options(num_cpus, workers_per_gpu, calls_at_once)
         places = places_on(ray.nodes(), num_cpus, workers_per_gpu)
         if places < (1 if grow else num_workers):

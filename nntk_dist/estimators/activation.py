@@ -16,9 +16,11 @@ from torch import Tensor
 
 from nntk_dist.errors import NNTKError, Unavailable
 from nntk_dist.estimators.activation_features import ActivationFeatures, compute_together
+from nntk_dist.estimators.activation_gradients import ActivationGradients
 from nntk_dist.estimators.contraction import NoiseContraction, noise_contraction
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
 from nntk_dist.estimators.noisy_passes import MOST_GROUPS
+from nntk_dist.estimators.variance_reduction import ReducedPlan, plan_reduced
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
 from nntk_dist.layers.sketch import Sketch, groups_of_columns
 from nntk_dist.models.evaluation import trying
@@ -33,11 +35,14 @@ class ActivationPlan(EstimatorPlan):
     noise: NoisePlan
     contraction: NoiseContraction
     moved: NoisePlan | None = None  # of all groups of parameters, if this is the plan of one
+    reduced: ReducedPlan | None = None  # how the variance is reduced, if it is
 
     @property
     def contraction_text(self) -> str:
-        """The contraction of each layer, in words."""
-        return self.contraction.text(self.noise)
+        """The contraction of each layer, in words, and how the variance is reduced."""
+        if self.reduced is None:
+            return self.contraction.text(self.noise)
+        return "; ".join(filter(None, (self.reduced.contraction.text, self.reduced.text)))
 
     @property
     def unmoved(self) -> tuple[str, ...]:
@@ -77,15 +82,17 @@ class Activation:
             noise = plan_noise(trial.evaluator.model, space, trial.x)
         if spec.estimator == EstimatorChoice.AUTO and 2 * noise.num_parameters(space)[2] > space.num_parameters:
             raise Unavailable("noise in pre-activations would reach less than half of the parameters")
-        plan = ActivationPlan(noise, NoiseContraction())
+        plan = ActivationPlan(noise, NoiseContraction(), reduced=plan_reduced(noise, trial))
         return self.contracted(plan, space, spec, num_draws=trial.num_draws, num_outputs=trial.num_kernel_outputs)
 
     def contracted(
         self, plan: ActivationPlan, space: ParameterSpace, spec: KernelSpec, *, num_draws: int, num_outputs: int
     ) -> ActivationPlan:
         """Contract the same layers for another number of draws."""
-        chosen = noise_contraction(plan.noise, space, spec, num_draws=num_draws, num_outputs=num_outputs)
-        return replace(plan, contraction=chosen)
+        sizes = {"num_draws": num_draws, "num_outputs": num_outputs}
+        if plan.reduced is not None:
+            return replace(plan, reduced=plan.reduced.contracted(space, spec, **sizes))
+        return replace(plan, contraction=noise_contraction(plan.noise, space, spec, **sizes))
 
     def of_group(
         self,
@@ -124,8 +131,10 @@ class Activation:
             f"{weight_space} are perturbed themselves"
         )
 
-    def features(self, plan: ActivationPlan, setting: FeatureSetting) -> ActivationFeatures:
+    def features(self, plan: ActivationPlan, setting: FeatureSetting) -> ActivationFeatures | ActivationGradients:
         """Make noisy passes and their products."""
+        if plan.reduced is not None:
+            return plan.reduced.features(plan.noise, setting)
         spec, chosen, space = setting.spec, plan.contraction, setting.evaluator.space
         assert setting.drawing is not None
         sketch = None

@@ -7,6 +7,7 @@ backward pass a draw. The kinds `averaged` and `local` use gradients too. Its fe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -108,29 +109,31 @@ class Autodiff:
 
     def features(self, plan: GradientPlan, setting: FeatureSetting) -> GradientFeatures:
         """Make gradients, with what layers and outputs share."""
-        spec, chosen = setting.spec, plan.contraction
-        sketch = None
-        if chosen.sketched is not None:
-            groups = groups_of_columns(chosen.num_columns, spec.blocks if spec.pair_blocks else 1)
-            names = setting.evaluator.space.names
-            joint = not spec.meeting.full
-            sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint, chosen.num_directions)
-        outer = chosen.exact.outer if spec.pair_blocks else ()
-        shared = frozenset(i for i, site in enumerate(outer) if site.module in chosen.exact.input_layers)
-        penultimate = _penultimate(chosen.exact, spec, shared)
-        return GradientFeatures(
-            setting.evaluator,
-            chosen.exact,
-            setting.drawing,
-            setting.columns,
-            spec.pair_blocks,
-            sketch=sketch,
-            sketched=chosen.sketched,
-            sums_outputs=not spec.meeting.full,
-            shared=shared,
-            penultimate=penultimate,
-            readout=next((i for i, s in enumerate(chosen.exact.outer) if s.module == chosen.exact.readout), None),
-        )
+        return GradientFeatures(**contracted_fields(plan.contraction, setting))
+
+
+def contracted_fields(chosen: Contraction, setting: FeatureSetting) -> dict[str, Any]:
+    """Return the fields of `GradientProducts` for a contraction: what layers and outputs share, and the sketch."""
+    spec, exact, sketch = setting.spec, chosen.exact, None
+    if chosen.sketched is not None:
+        groups = groups_of_columns(chosen.num_columns, spec.blocks if spec.pair_blocks else 1)
+        names, joint = setting.evaluator.space.names, not spec.meeting.full
+        sketch = Sketch(spec.seed, chosen.num_columns, groups, names, joint, chosen.num_directions)
+    outer = exact.outer if spec.pair_blocks else ()
+    shared = frozenset(i for i, site in enumerate(outer) if site.module in exact.input_layers)
+    return {
+        "evaluator": setting.evaluator,
+        "plan": exact,
+        "drawing": setting.drawing,
+        "columns": setting.columns,
+        "pair_blocks": spec.pair_blocks,
+        "sketch": sketch,
+        "sketched": chosen.sketched,
+        "sums_outputs": not spec.meeting.full,
+        "shared": shared,
+        "penultimate": _penultimate(exact, spec, shared),
+        "readout": next((i for i, site in enumerate(exact.outer) if site.module == exact.readout), None),
+    }
 
 
 def _penultimate(plan: SitePlan, spec: KernelSpec, shared: frozenset[int]) -> int | None:

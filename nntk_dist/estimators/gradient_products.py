@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from nntk_dist.estimators.contraction import linear_widths, shares_derivatives
@@ -308,7 +308,7 @@ class GradientProducts:
         weights = pair_weights(model, self.plan.output_layers.readout, space, self.drawing, self.columns)
         return weights.to(next(iter(space.values(model).values())).dtype)
 
-    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> None:
+    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"] | None:
         """Return None: a gradient is known from every draw."""
 
     def changes(self, rows: Rows) -> None:
@@ -317,7 +317,13 @@ class GradientProducts:
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile."""
         rows, others = (self.prepare(part, wanted) for part in (rows, others))
-        sums = empty_sums(
+        sums = self.no_sums(rows, others, meeting, wanted)
+        add_products_(sums, self.weighted_products(rows, others, wanted), meeting)
+        return sums
+
+    def no_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
+        """Return the sums of a tile before anything is added."""
+        return empty_sums(
             meeting.shape(num_rows(rows), num_rows(others), len(self.columns)),
             self.num_blocks,
             wanted,
@@ -325,8 +331,6 @@ class GradientProducts:
             device=next(iter(rows.values())).device,
             num_groups=self.num_sketch_groups,
         )
-        add_products_(sums, self.weighted_products(rows, others, wanted), meeting)
-        return sums
 
     def weighted_products(self, rows: Rows, others: Rows, wanted: Wanted) -> list[WeightedProduct]:
         """Return the matrix products of prepared row sets."""

@@ -163,7 +163,7 @@ class NoisyDraws:
             return values.unflatten(0, (count, len(x))).transpose(0, 1)
 
         def noisy(each: NoiseSite) -> Shift:
-            module, scale = model.get_submodule(each.module), self._layer_scale(each, x.device)
+            module, scale = model.get_submodule(each.module), self.layer_scale(each, x.device)
             normals = noise[each.module].transpose(0, 1).flatten(0, 1)
 
             def shift(h: Tensor, out: Tensor) -> Tensor:
@@ -185,18 +185,38 @@ class NoisyDraws:
         outputs = values.unflatten(0, (count, len(x)))
         return NoisyPass(outputs, directions, noise, readout[0] if readout else None, sigma, None)
 
+    def noise_of(self, ids: Tensor, draws: range) -> tuple[Float[Tensor, " s"], dict[str, Float[Tensor, "n s k u"]]]:
+        """Return σ and the noise of some draws."""
+        return self._sigma(draws, ids.device), self._noise(ids, draws)
+
+    def moves_of(
+        self, draws: range, sigma: Float[Tensor, " s"]
+    ) -> tuple[Float[Tensor, "s p"] | None, list[dict[str, Tensor]] | None]:
+        """Return n, and the moved parameters of weight space under each draw; None if nothing moves there."""
+        if not self.plan.weight_space:
+            return None, None
+        moves = self._weight_moves(draws, sigma.device)
+        return moves / self._weight_scale(sigma.device) ** 2, [
+            self._moved(s * move) for s, move in zip(sigma, moves, strict=True)
+        ]
+
+    def pilot(self, ids: Tensor, count: int) -> tuple[Float[Tensor, " s"], dict[str, Float[Tensor, "n s k u"]]]:
+        """Return σ and the noise of pilot draws, whose random numbers no other draw has."""
+        draws = range(count)
+        return self._sigma(draws, ids.device), self._noise(ids, draws, Stream.PILOT)
+
     def _sigma(self, draws: range, device: torch.device) -> Float[Tensor, " s"]:
         """Return (γ/√2)·U^{1/P}."""
         scale = self.drawing.distribution.gamma / math.sqrt(2.0)
         return (scale * self.drawing.shrinkage(draws, device=device)).to(self._dtype)
 
-    def _noise(self, ids: Tensor, draws: range) -> dict[str, Float[Tensor, "n s k u"]]:
+    def _noise(self, ids: Tensor, draws: range, stream: Stream = Stream.EXAMPLE) -> dict[str, Float[Tensor, "n s k u"]]:
         """Return η of every noisy layer, a function of seed, draw, example id, layer and unit."""
         number = torch.arange(draws.start, draws.stop, dtype=torch.int64, device=ids.device).repeat(len(ids))
         group, member = number // self.drawing.group_size, number % self.drawing.group_size
         counts = [each.num_noise for each in self.plan.noisy]
         keys, seed = ids.repeat_interleave(len(draws)), self.drawing.seed
-        values = normal(seed, Stream.EXAMPLE, keys, 0, sum(counts), draw=group, dtype=self._dtype)
+        values = normal(seed, stream, keys, 0, sum(counts), draw=group, dtype=self._dtype)
         values *= 1 - 2 * member[:, None]
         parts = zip(self.plan.noisy, values.unflatten(0, (len(ids), len(draws))).split(counts, dim=2), strict=True)
         return {each.module: part.unflatten(2, (each.rank, each.units)) for each, part in parts}
@@ -220,7 +240,7 @@ class NoisyDraws:
     def _scale_of(self, name: str) -> float:
         return self.drawing.scales[self.evaluator.space.names.index(name)] if self.drawing.scales else 1.0
 
-    def _layer_scale(self, each: NoiseSite, device: torch.device) -> Float[Tensor, " i"]:
+    def layer_scale(self, each: NoiseSite, device: torch.device) -> Float[Tensor, " i"]:
         """Return D of a layer's weight, for every input, and of its bias."""
         widths = {"weight": each.width - ("bias" in each.site.attributes), "bias": 1}
         values = [self._scale_of(name) for attribute, name in each.site.parameters for _ in range(widths[attribute])]

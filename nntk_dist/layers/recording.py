@@ -95,17 +95,20 @@ class Recording:
     ) -> dict[str, list[Float[Tensor, "n c ..."]]]:
         """Gradients behind a tensor of the graph, 0 for what it does not depend on."""
         outs = [call.out for name in sites for call in self.calls[name]]
-        parts = _products(origin, outs, directions) if outs and origin is not None else [None] * len(outs)
+        parts = products_along(origin, outs, directions) if outs and origin is not None else [None] * len(outs)
         zeros = (out.new_zeros(1).expand(len(directions), *out.shape) for out in outs)
         filled = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
         iterator = iter([part.transpose(0, 1).to(self._dtype) for part in filled])
         return {name: [next(iterator) for _ in self.calls[name]] for name in sites}
 
 
-def _products(
+def products_along(
     origin: Tensor | GradientEdge, outs: Sequence[Tensor], directions: Float[Tensor, "c ..."]
 ) -> Sequence[Tensor | None]:
-    """Gradients along several directions, None for what the origin does not depend on."""
+    """Return gradients along several directions, None for what the origin does not depend on.
+
+    If vmap cannot differentiate the graph, each direction takes a pass.
+    """
 
     def along(direction: Tensor, *, batched: bool) -> Sequence[Tensor | None]:
         return torch.autograd.grad(

@@ -9,6 +9,7 @@ counters. It generates no numbers.
 | PARAMETER | draw of the kernel (a pair counts once) | 0: normals, `LAW_DRAW`: one uniform | parameter | `draws` |
 | RADIUS | draw of the kernel (a pair counts once) | 0 | 0 | shrinkage of `autodiff` |
 | EXAMPLE | example id | group of draws | layer, unit | noise of `activation` |
+| PILOT | example id | group of pilot draws | layer, unit | pilot noise of `activation` |
 | MODEL | random function | module | as requested; from `BRIDGE_COUNTER` on: bridges | noise of the model |
 | SKETCH | coordinate on one side of a tensor | tensor and side | column | sketches of gradients |
 | SAMPLE | `ROW_SAMPLE` … `LEAVE_ONE_OUT_SAMPLE` | 0 | example | samples of rows, columns, tiles, pivots |
@@ -33,6 +34,7 @@ class Stream(IntEnum):
     SAMPLE = 5
     PROBE = 6
     ATTENTION = 7
+    PILOT = 8
 
 
 # PARAMETER: draw numbers.

@@ -4,7 +4,16 @@ Function signatures, the section `kernel` of a configuration, error messages and
 `KernelSpec`. No model is called here; `nntk_dist.planning` decides how a kernel of a given model is computed.
 """
 
-from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Scale, Statistic
+from nntk_dist.spec.choices import (
+    ContractionChoice,
+    EstimatorChoice,
+    GammaScale,
+    Kind,
+    Outputs,
+    Scale,
+    Statistic,
+    VarianceReduction,
+)
 from nntk_dist.spec.kernel_spec import KernelSpec
 from nntk_dist.spec.options import kernel_option_rows, kernel_options, kernel_signature, make_spec
 from nntk_dist.spec.useless_estimates import useless_estimate
@@ -18,6 +27,7 @@ __all__ = [
     "Outputs",
     "Scale",
     "Statistic",
+    "VarianceReduction",
     "kernel_option_rows",
     "kernel_options",
     "kernel_signature",

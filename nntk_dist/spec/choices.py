@@ -50,6 +50,13 @@ class GammaScale(StrEnum):
     RELATIVE = "relative"
 
 
+class VarianceReduction(StrEnum):
+    """Whether the estimator `activation` takes smoothed activations and control variates, if the model allows it."""
+
+    NONE = "none"
+    AUTO = "auto"
+
+
 class ContractionChoice(StrEnum):
     """How products of gradients are formed: layer by layer from factors, from block means, or from a sketch."""
 

@@ -28,7 +28,16 @@ from nntk_dist.registration.options import (
 from nntk_dist.sampling.designs import Design, automatic_draws, group_size
 from nntk_dist.sampling.draws import Drawing
 from nntk_dist.sampling.laws import Law, Student, as_law, has_gamma
-from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Scale, Statistic
+from nntk_dist.spec.choices import (
+    ContractionChoice,
+    EstimatorChoice,
+    GammaScale,
+    Kind,
+    Outputs,
+    Scale,
+    Statistic,
+    VarianceReduction,
+)
 from nntk_dist.spec.combinations import check_combinations
 from nntk_dist.weighting.options import Weighting, as_weighting
 from nntk_dist.weighting.scores.base import ScoreFunction
@@ -93,6 +102,12 @@ class KernelSpec:
         EstimatorChoice.AUTO,
         Registered(EstimatorChoice, ESTIMATORS),
         "how nonlocal gradients are estimated",
+        kinds=_NONLOCAL,
+    )
+    variance_reduction: str = option(
+        VarianceReduction.NONE,
+        Choice(VarianceReduction),
+        "auto: the estimator activation integrates noise and subtracts control variates, if the model allows it",
         kinds=_NONLOCAL,
     )
     statistic: str = option(

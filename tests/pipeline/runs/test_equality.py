@@ -30,6 +30,7 @@ ESTIMATORS = {
     "full": ("kernel.outputs=full", "data.train=23", "data.test=7"),
     "covariance": ("kernel.kind=covariance", "kernel.draws=64"),
     "sketch": ("kernel.contraction=sketch", "kernel.sketch=64"),
+    "control variates": ("kernel.estimator=activation", "kernel.variance_reduction=auto", "kernel.draws=16"),
 }
 
 

@@ -6,7 +6,7 @@ Related: node perturbation, and the local reparametrization of Kingma, Salimans 
 
 Valid for Gaussian ρ and any activation, jumps included, if most parameters lie in Linear layers or convolutions that
 are called once; unbiased. Its error hardly depends on P. Cost: a forward pass a draw. Its features are
-`nntk_dist.estimators.activation_features`.
+`nntk_dist.estimators.layer_noise.activation_features`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from nntk_dist.errors import NNTKError, Unavailable
-from nntk_dist.estimators.activation_features import ActivationFeatures, compute_together
-from nntk_dist.estimators.activation_gradients import ActivationGradients
 from nntk_dist.estimators.contraction import NoiseContraction, noise_contraction
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
-from nntk_dist.estimators.noisy_passes import MOST_GROUPS
-from nntk_dist.estimators.variance_reduction import ReducedPlan, plan_reduced
+from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures, compute_together
+from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
+from nntk_dist.estimators.layer_noise.noisy_passes import MOST_GROUPS
+from nntk_dist.estimators.layer_noise.variance_reduction import ReducedPlan, plan_reduced
 from nntk_dist.layers.noise_plan import NoisePlan, plan_noise
-from nntk_dist.layers.sketch import Sketch, groups_of_columns
+from nntk_dist.layers.sketches.sketch import Sketch, groups_of_columns
 from nntk_dist.models.evaluation import trying
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.spec import EstimatorChoice, KernelSpec

@@ -17,7 +17,7 @@ from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
 from nntk_dist.estimators.gradients import GradientFeatures, compute_together
 from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.layers.sites import SitePlan
-from nntk_dist.layers.sketch import Sketch, groups_of_columns
+from nntk_dist.layers.sketches.sketch import Sketch, groups_of_columns
 from nntk_dist.models.evaluation import trying
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.spec import KernelSpec

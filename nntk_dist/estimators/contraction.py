@@ -4,8 +4,8 @@
            itself). If no draw changes h̃: ⟨h̃,h̃'⟩ once, and R + 1 products of mean δ.
 `means`    block-mean gradients, formed: (R + 1)·P_l multiply-adds an entry, R·P_l numbers a row and output. For the
            readout, whose δ is the identity, block means of h̃ alone: (R + 1)·i for all outputs together.
-`sketch`   block-mean gradients in k numbers (`nntk_dist.layers.sketch`): all sketched layers, and all outputs that are
-           summed, share the same k numbers: (R + 1)·k.
+`sketch`   block-mean gradients in k numbers (`nntk_dist.layers.sketches.sketch`): all sketched layers, and all outputs
+           that are summed, share the same k numbers: (R + 1)·k.
 
 Multiplying and adding up the two products of a pair of draws has a separate cost. The first two ways are exact.
 `auto` takes the cheaper of them, and a sketch only if exactness is too expensive; for kind `local`, whose exact kernel
@@ -29,9 +29,9 @@ from typing import TypeVar
 
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
-from nntk_dist.layers.projected_outputs import count_directions
 from nntk_dist.layers.sites import Site, SitePlan
-from nntk_dist.layers.sketch import columns_of_sketch
+from nntk_dist.layers.sketches.projected_outputs import count_directions
+from nntk_dist.layers.sketches.sketch import columns_of_sketch
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.products.factor_form import METRIC_DRAWS
 from nntk_dist.spec import ContractionChoice, KernelSpec, Kind, Outputs

@@ -20,7 +20,7 @@ from torch import Tensor
 from nntk_dist.estimators.contraction import linear_widths, shares_derivatives
 from nntk_dist.layers.penultimate import pair_weights
 from nntk_dist.layers.sites import SitePlan
-from nntk_dist.layers.sketch import KEPT_BYTES, Sketch
+from nntk_dist.layers.sketches.sketch import KEPT_BYTES, Sketch
 from nntk_dist.models.evaluation import Evaluator
 from nntk_dist.products.block_sums import BlockSums, Meeting, empty_sums
 from nntk_dist.products.feature_description import ArraySpec, FeatureCosts, FeatureStorage

@@ -24,12 +24,12 @@ from torch import Tensor
 from nntk_dist.errors import ModelError
 from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.layers.per_example import add_dense_gradients_, write_extended_input
-from nntk_dist.layers.projected_outputs import OutputProjector, make_projector
 from nntk_dist.layers.readout import add_readout_, gradients_of_pass
 from nntk_dist.layers.recording import Pass, Recording
 from nntk_dist.layers.sites import Site
-from nntk_dist.layers.sketch import Projector
-from nntk_dist.layers.sketched_gradients import sketched_gradients
+from nntk_dist.layers.sketches.projected_outputs import OutputProjector, make_projector
+from nntk_dist.layers.sketches.sketch import Projector
+from nntk_dist.layers.sketches.sketched_gradients import sketched_gradients
 from nntk_dist.models.evaluation import FAILS_ON_INPUTS, check_finite, moved_in_place, trying
 from nntk_dist.models.noise import fixed_noise
 from nntk_dist.products.features import block_range
@@ -101,7 +101,7 @@ class GradientFeatures(GradientProducts):
     ) -> None:
         """Add one pass over a batch under draw number `place`; rows beyond the end of the arrays are padding.
 
-        `passed` has the gradients of all outputs, and `sketched` those of which the sketch is made.
+        `passed` has the gradients of all outputs, and `sketched` those that are sketched.
         """
         model, slot = self.evaluator.model, place // self.draws_per_slot
         recording, columns = passed.recording, passed.columns

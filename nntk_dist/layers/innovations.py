@@ -2,8 +2,9 @@
 
 A noisy layer computes a + s ξ, and an activation φ follows it. Given everything before, φ(a + s ξ) has the mean
 φ̃(a, s); its *innovation* φ(a + s ξ) − φ̃(a, s) has the mean 0, whatever φ is, and so has s ξ itself if no elementwise
-activation follows. Innovations are the control variates of `nntk_dist.estimators.activation_gradients`. A layer behind
-whose activation f is affine needs no noise: its noise is integrated exactly, E f = f(φ̃).
+activation follows. Innovations are the control variates of
+`nntk_dist.estimators.layer_noise.activation_gradients`. A layer behind whose activation f is affine needs no noise: its
+noise is integrated exactly, E f = f(φ̃).
 
 `find_innovations` finds both on a few examples; nothing is differentiated here.
 

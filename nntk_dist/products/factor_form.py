@@ -1,7 +1,8 @@
 """The explicit factor of a kernel: from features and metric to rows of W with `gram = W Wᵀ`.
 
 Two kinds of features are such factors: output differences with a metric of the draws
-(`nntk_dist.estimators.output_differences`), and sketches of the gradients of all blocks (`nntk_dist.layers.sketch`).
+(`nntk_dist.estimators.output_differences`), and sketches of the gradients of all blocks
+(`nntk_dist.layers.sketches.sketch`).
 Everything is float64. Nothing is read here, and nothing but the metric is decomposed.
 
 Axes: n examples, s draws, r blocks, c outputs, k columns of a sketch, F columns of W. A kernel of form `full` has C

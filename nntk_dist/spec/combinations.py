@@ -8,8 +8,8 @@ Axes: P parameters; S draws in R blocks.
 from typing import TYPE_CHECKING
 
 from nntk_dist.errors import ArgumentError
-from nntk_dist.layers.projected_outputs import check_projections
-from nntk_dist.layers.sketch import columns_of_sketch
+from nntk_dist.layers.sketches.projected_outputs import check_projections
+from nntk_dist.layers.sketches.sketch import columns_of_sketch
 from nntk_dist.sampling.designs import GROUP_SIZES, MINIMUM_BLOCKS, Design, blocks_message
 from nntk_dist.sampling.laws import Gaussian, RadialLaw, radial_names
 from nntk_dist.spec.choices import ContractionChoice, EstimatorChoice, GammaScale, Kind, Outputs, Statistic

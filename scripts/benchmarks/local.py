@@ -19,7 +19,7 @@ from torch.func import functional_call, jacrev, vmap
 
 from nntk_dist import local_kernel, nonlocal_kernel
 from nntk_dist.kernels.tiles import HeldRows, whole_kernel
-from nntk_dist.layers.sketch import AUTO_COLUMNS
+from nntk_dist.layers.sketches.sketch import AUTO_COLUMNS
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import decide

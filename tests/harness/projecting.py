@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nntk_dist.estimators.activation_features import ActivationFeatures
 from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.layers.sketch import Sketch
+from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures
+from nntk_dist.layers.sketches.sketch import Sketch
 from nntk_dist.products.features import Rows
 
 

@@ -16,7 +16,7 @@ from nntk_dist.estimators.contraction import Contraction, Setting, choose_contra
 from nntk_dist.estimators.gradients import GradientFeatures
 from nntk_dist.layers.site_trial import plan_sites
 from nntk_dist.layers.sites import SitePlan
-from nntk_dist.layers.sketch import Sketch
+from nntk_dist.layers.sketches.sketch import Sketch
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec

@@ -23,8 +23,8 @@ from nntk_dist.statistics.standard_errors import sketch_variance
 from tests.harness.many_seeds import check
 from tests.harness.projecting import sketch_of_formed
 from tests.harness.tools import all_rows, assert_equal, estimates_of
-from tests.library.estimators.test_activation_features import contracted, features_of
-from tests.library.estimators.test_activation_features_unbiased import two_layer_kernel
+from tests.library.estimators.layer_noise.test_activation_features import contracted, features_of
+from tests.library.estimators.layer_noise.test_activation_features_unbiased import two_layer_kernel
 from tests.oracles.cases import Activate, case
 from tests.oracles.statistics import assert_coverage, assert_mean_agrees, assert_power, covered
 

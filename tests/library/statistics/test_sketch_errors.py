@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.layers.sketch import Sketch
+from nntk_dist.layers.sketches.sketch import Sketch
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.planning.decision import plan_for

@@ -66,24 +66,18 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
     assert load_config(minimal).model_dump(mode="json") == {
         "name": "tiny",
         "run_dir": "runs/tiny",
-        "data": {
-            "source": "sklearn:digits", "train": None, "test": None, "normalize": True, "seed": 0,
-            "input_columns": None, "target_column": None, "args": {},
-        },
+        "data": {"source": "sklearn:digits", "train": None, "test": None, "normalize": True, "seed": 0,
+                 "input_columns": None, "target_column": None, "args": {}},
         "model": {"builder": "mlp", "args": {}, "seed": 0, "checkpoint": None, "output": None},
         "kernel": {
             "kind": "nonlocal",
-            "weighting": {
-                "name": "fixed", "temperature": 1.0, "per_example": False, "dimension": 16, "reference": 256,
-            },
-            "distribution": {
-                "name": "gaussian", "gamma": 0.05, "gamma_scale": "absolute", "alpha": None, "nu": None, "rank": None,
-                "options": {},
-            },
+            "weighting": {"name": "fixed", "temperature": 1.0, "per_example": False, "dimension": 16,
+                          "reference": 256},
+            "distribution": {"name": "gaussian", "gamma": 0.05, "gamma_scale": "absolute", "alpha": None,
+                             "nu": None, "rank": None, "options": {}},
             "estimator": "auto", "variance_reduction": "none", "statistic": "both", "design": "iid", "draws": "auto",
-            "blocks": 8, "rtol": None,
-            "max_draws": 65536, "parameters": ["*"], "group": None, "outputs": "trace", "scale": "localized", "seed": 0,
-                "contraction": "auto", "sketch": "auto", "output_projections": "auto",
+            "blocks": 8, "rtol": None, "max_draws": 65536, "parameters": ["*"], "group": None, "outputs": "trace",
+            "scale": "localized", "seed": 0, "contraction": "auto", "sketch": "auto", "output_projections": "auto",
         },
         "compute": {
             "executor": "ray", "workers": "auto", "threads": "auto", "workers_per_gpu": 1, "device": "auto",

@@ -74,7 +74,7 @@ def test_stored_features_are_never_computed_again(tmp_path, monkeypatch):
         raise AssertionError("features of stored rows were computed")
 
     monkeypatch.setattr(pipeline.work.context.Context, "compute", refuse)
-    finished(tmp_path / "run", "compute.stderr=sample")
+    assert "train/gram" in arrays(finished(tmp_path / "run", "compute.stderr=sample"))
 
 
 @pytest.mark.process

@@ -2,7 +2,7 @@
 
 If a layer's gradient is Σ_t δ_t ⊗ h_t, its two sides are projected apart; its bias, if no other layer shares it, is one
 more input. The layer before the readout is sketched once for all outputs (`nntk_dist.layers.penultimate`). Shared
-parameters are summed over their uses. Sketches are defined in `nntk_dist.layers.sketch`.
+parameters are summed over their uses. Sketches are defined in `nntk_dist.layers.sketches.sketch`.
 
 Axes: n examples, c outputs, o/i units out/in, k columns, m = k/2 complex columns, e sketches (1 if joint, else c).
 """
@@ -17,7 +17,7 @@ from nntk_dist.layers.per_example import whole_gradients
 from nntk_dist.layers.recording import Call, Pass
 from nntk_dist.layers.rules import rule_for, token_sides
 from nntk_dist.layers.sites import Site, SitePlan
-from nntk_dist.layers.sketch import Projector
+from nntk_dist.layers.sketches.sketch import Projector
 
 
 def sketched_gradients(model: nn.Module, plan: SitePlan, projector: Projector, passed: Pass) -> Float[Tensor, "n *c k"]:

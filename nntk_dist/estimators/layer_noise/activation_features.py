@@ -1,9 +1,10 @@
 """The estimator `activation`: gradients by Stein's identity, with each example's own noise in every layer.
 
-One draw is one forward pass with noise (`nntk_dist.estimators.noisy_passes`). With D = (f(noisy) − f(x; θ))/σ its
-gradient is D Σ_k η_k ⊗ q_k in a noisy layer, D n in weight space, and h̃ of the noisy pass, exactly, in a layer whose
-output is the model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²]. The error hardly depends on P: a layer's
-noise has one number for each unit. Gaussian ρ and the nonlocal kernel only; any activation, jumps included.
+One draw is one forward pass with noise (`nntk_dist.estimators.layer_noise.noisy_passes`). With
+D = (f(noisy) − f(x; θ))/σ its gradient is D Σ_k η_k ⊗ q_k in a noisy layer, D n in weight space, and h̃ of the noisy
+pass, exactly, in a layer whose output is the model's output. Every draw is unbiased for g(x) = P·E[Δ z/|z|²]. The error
+hardly depends on P: a layer's noise has one number for each unit. Gaussian ρ and the nonlocal kernel only; any
+activation, jumps included.
 
 Products: layers in factors over all pairs of draws (`nntk_dist.products.noise_pairs`), from block-mean gradients, or
 from their sketch (`nntk_dist.estimators.contraction`); weight space from D and ⟨n_s, n_t⟩; the readout from block
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from nntk_dist.estimators.contraction import NoiseContraction
 from nntk_dist.estimators.drawn_features import DrawnFeatures
-from nntk_dist.estimators.noisy_passes import NoisyDraws, NoisyPass, part_of
+from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws, NoisyPass, part_of
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
-from nntk_dist.layers.sketch import Sketch
+from nntk_dist.layers.sketches.sketch import Sketch
 from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.models.noise import fixed_noise
 from nntk_dist.products.block_sums import BlockSums, Changes, Meeting, empty_sums

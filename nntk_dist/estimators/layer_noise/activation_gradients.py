@@ -26,13 +26,13 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from nntk_dist.estimators.gradient_products import GradientProducts
-from nntk_dist.estimators.noisy_passes import NoisyDraws
-from nntk_dist.estimators.smoothed_passes import SmoothedDraws, SmoothedPass, by_example
+from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
+from nntk_dist.estimators.layer_noise.smoothed_passes import SmoothedDraws, SmoothedPass, by_example
 from nntk_dist.layers.innovations import Innovation
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import Site
-from nntk_dist.layers.sketch import Projector
+from nntk_dist.layers.sketches.sketch import Projector
 from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.products.block_sums import BlockSums, Meeting
 from nntk_dist.products.feature_description import ArraySpec

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nntk_dist.errors import NNTKError
 from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.layers import sketch as sketching
-from nntk_dist.layers.sketch import Sketch, columns_of_sketch, groups_of_columns
+from nntk_dist.layers.sketches import sketch as sketching
+from nntk_dist.layers.sketches.sketch import Sketch, columns_of_sketch, groups_of_columns
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nntk_dist.estimators.activation_features import ActivationFeatures
-from nntk_dist.estimators.noisy_passes import NoisyPass
+from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures
+from nntk_dist.estimators.layer_noise.noisy_passes import NoisyPass
 from nntk_dist.layers.noise import span_basis
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.products.block_sums import Meeting

@@ -18,16 +18,16 @@ from nntk_dist import local_kernel, nonlocal_kernel, prepare_kernel
 from nntk_dist.errors import ArgumentError
 from nntk_dist.estimators.contraction import Setting, choose_contraction
 from nntk_dist.estimators.gradients import GradientFeatures
-from nntk_dist.layers import sketch as sketching
-from nntk_dist.layers.projected_outputs import count_directions
 from nntk_dist.layers.recording import Recording
 from nntk_dist.layers.site_trial import plan_sites
-from nntk_dist.layers.sketch import Sketch
+from nntk_dist.layers.sketches import sketch as sketching
+from nntk_dist.layers.sketches.projected_outputs import count_directions
+from nntk_dist.layers.sketches.sketch import Sketch
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.parameters import select_parameters
 from nntk_dist.spec import KernelSpec
 from tests.harness.tools import all_rows, assert_equal, draws_by_definition, prepared_features
-from tests.library.layers.test_sketch import CASES, joined_biases, probe, problem, spec_of
+from tests.library.layers.sketches.test_sketch import CASES, joined_biases, probe, problem, spec_of
 from tests.oracles import brute_force
 from tests.oracles.statistics import assert_coverage, assert_mean_agrees, covered
 

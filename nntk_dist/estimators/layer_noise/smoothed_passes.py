@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nntk_dist.estimators.noisy_passes import NoisyDraws
+from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
 from nntk_dist.layers.hooks import AfterHook, hooked
 from nntk_dist.layers.innovations import Innovation, smoothings_of
 from nntk_dist.layers.noise import NoiseSite, as_output, layer_vectors, span_basis

@@ -9,7 +9,7 @@ A *joint* sketch has all outputs in the same k numbers, for kernels that sum ove
 (output, row of the parameter), u has an entry for each, and E⟨φ, φ'⟩ = Σ_p Σ_c ⟨G_pc, G'_pc⟩ at the same variance:
 C times fewer numbers, and k·(C|δ| + |h|) multiply-adds a position. Sketches of a few outputs each are independent of
 each other, so that their products add up to the same on average. Many outputs are first projected on random directions
-(`nntk_dist.layers.projected_outputs`).
+(`nntk_dist.layers.sketches.projected_outputs`).
 Variance of ⟨φ(G), φ(G)⟩, relative to |G|⁴: 6/k if G is one outer product, 2/k if it is none or many; 8/k with
 real vectors, which is why they are complex (Wacker, Ohana, Filippone, "Complex-to-real sketches for tensor products",
 AISTATS 2023). Projections of both sides to b×b blocks would cost less for a column, but 4(b + 1)/k at the same k.

@@ -2,8 +2,8 @@
 
 The outputs are projected on D directions V_d, with independent entries ±1. Column j of the sketch belongs to one
 direction d, k/D neighbouring columns to each, and is Σ_p u_pjᵀ (Σ_c V_dc G_pc) v_pj: the gradient of one projected
-output, sketched as in `nntk_dist.layers.sketch`. E[V_dc V_dc'] = δ_cc', so that products of sketches are on average the
-same as without projections: Σ_p Σ_c ⟨G_pc, G'_pc⟩. A position takes k·(|δ| + |h|) multiply-adds.
+output, sketched as in `nntk_dist.layers.sketches.sketch`. E[V_dc V_dc'] = δ_cc', so that products of sketches are on
+average the same as without projections: Σ_p Σ_c ⟨G_pc, G'_pc⟩. A position takes k·(|δ| + |h|) multiply-adds.
 
 The projections add to the variance of ⟨φ(G), φ(G)⟩, relative to its square, at most (2/D)·ρ, ρ = ‖Θ‖²_F/(tr Θ)² of the
 C×C matrix Θ_cc' = Σ_p ⟨G_pc, G_pc'⟩: 1/C if outputs have orthogonal gradients of one length, 1 if they have the same
@@ -22,7 +22,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from nntk_dist.errors import ArgumentError
-from nntk_dist.layers.sketch import (
+from nntk_dist.layers.sketches.sketch import (
     IN,
     OUT,
     Projector,

@@ -1,7 +1,7 @@
 """The plan of the estimator `activation` with control variates: whether a model allows them, and for which layers.
 
 It needs a model without random numbers of its own, and derivatives of the noisy pass, with those of jumps replaced by
-smooth ones. Features are `nntk_dist.estimators.activation_gradients`.
+smooth ones. Features are `nntk_dist.estimators.layer_noise.activation_gradients`.
 
 Axes: S draws, C outputs.
 """
@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nntk_dist.errors import NNTKError
-from nntk_dist.estimators.activation_gradients import ActivationGradients
 from nntk_dist.estimators.autodiff import contracted_fields
 from nntk_dist.estimators.contraction import Contraction, contraction_of
 from nntk_dist.estimators.estimator import FeatureSetting, Trial
-from nntk_dist.estimators.noisy_passes import NoisyDraws
-from nntk_dist.estimators.smoothed_passes import SmoothedDraws
+from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
+from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
+from nntk_dist.estimators.layer_noise.smoothed_passes import SmoothedDraws
 from nntk_dist.layers.innovations import Innovation, find_innovations
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import OutputLayers, SitePlan
@@ -83,7 +82,7 @@ def plan_reduced(noise: NoisePlan, trial: Trial) -> ReducedPlan | None:
     try:
         found = find_innovations(evaluator.model, noise, trial.x)
         same_inputs, *jacobians = _trial_passes(evaluator, noise, found, drawing, trial.x)
-    except (NNTKError, RuntimeError) as error:  # whatever torch raises if a model cannot be differentiated
+    except Exception as error:  # a model's code may raise anything: it is then computed without
         if is_out_of_memory(error):
             raise
         return None

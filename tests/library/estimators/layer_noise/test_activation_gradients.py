@@ -17,9 +17,9 @@ from scipy.special import erf
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from nntk_dist.estimators.activation_features import ActivationFeatures
-from nntk_dist.estimators.activation_gradients import ActivationGradients
-from nntk_dist.layers.sketch import Sketch
+from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures
+from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
+from nntk_dist.layers.sketches.sketch import Sketch
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.builders.activations import make_activation
 from nntk_dist.models.evaluation import prepare_model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nntk_dist import local_kernel, nonlocal_kernel
-from nntk_dist.estimators.activation_features import ActivationFeatures
+from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures
 from nntk_dist.models.builders import build_model
 from nntk_dist.spec import KernelSpec
 from tests.harness.many_seeds import Problem, check

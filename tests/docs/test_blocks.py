@@ -5,6 +5,7 @@ small run on the digits as `runs/digits`. A block whose first line is `# NAME.py
 later ones can import it. Entry points in TOML blocks of a page are installed for it.
 """
 
+import importlib.util
 import linecache
 import os
 import shlex
@@ -120,6 +121,9 @@ def check_command(block: Block, words: list[str]) -> None:
         words = ["nntk", "run", *words[1:]] if words[0] == "./scripts/run" else []
     elif words[:2] == ["pip", "install"]:
         check_extras(block, words)
+        words = []
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]) is not None, f"{block.place}: there is no module {words[2]}"
         words = []
     elif words[0] != "nntk":
         pytest.fail(f"{block.place}: '{words[0]}' is not checked; say '<!-- not run: why -->' below the block")

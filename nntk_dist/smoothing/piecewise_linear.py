@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Float64
@@ -56,6 +57,14 @@ class PiecewiseLinear:
         """What it is, in words."""
         jumps = sum(jump != 0.0 for jump in self.jumps)
         return f"piecewise linear, {jumps} jumps and {len(self.breaks) - jumps} kinks"
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The values between the breaks, in their order; none if the function is not constant there."""
+        if self.slope or any(self.bends):
+            return ()
+        first = self.intercept - 0.5 * sum(self.jumps)
+        return tuple(accumulate(self.jumps, initial=first))
 
     def values(
         self, a: Float[Tensor, "*shape"], s: Float[Tensor, "*shape"]

@@ -7,8 +7,9 @@ The gradient of E f(a_l + s_l ξ_l) with respect to the pre-activations of a noi
 for every f̄ and J that do not depend on the noise of the draw: an innovation h_k − φ̃ has the conditional mean 0, and by
 Stein's identity E[J·φ(a + s ξ) ξ/s] = J ⊙ φ̃'. f̄ and J are means over pilot draws of another random stream, for each
 example. The noise of a layer behind whose activation f is affine is integrated: its gradient is J ⊙ φ̃', and the
-readout's is φ̃. Conditioning and control variates are classical (Glasserman, Monte Carlo Methods in Financial
-Engineering, 2003, chapter 4); this combination is the project's own.
+readout's is φ̃. Units with few values in the layer before that are set to each of them, which takes none of their noise
+(`nntk_dist.estimators.layer_noise.flip_differences`). Conditioning and control variates are classical (Glasserman,
+Monte Carlo Methods in Financial Engineering, 2003, chapter 4); this combination is the project's own.
 
 Products and arrays are those of gradients (`nntk_dist.estimators.gradient_products`).
 
@@ -16,7 +17,7 @@ Axes: n rows, s draws, r blocks, c outputs, t positions of all draws, k basis ve
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
@@ -27,9 +28,10 @@ from torch import Tensor
 
 from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
-from nntk_dist.estimators.layer_noise.smoothed_passes import SmoothedDraws, SmoothedPass, by_example
+from nntk_dist.estimators.layer_noise.reduced_draws import Drawn, Pilot, ReducedDraws
+from nntk_dist.estimators.layer_noise.smoothed_passes import by_example
+from nntk_dist.layers.flips import Flip
 from nntk_dist.layers.innovations import Innovation
-from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import Site
 from nntk_dist.layers.sketches.sketch import Projector
@@ -47,40 +49,6 @@ _DIFFERENTIABLE_NUMBERS = 1 << 21  # of inputs and noise of a pilot pass
 
 
 @dataclass(frozen=True)
-class Pilot:
-    """What the pilot draws of some examples know, for the outputs of the kernel, and what no noise changes.
-
-    Attributes:
-        mean: f̄.
-        jacobians: J of every noisy layer.
-        unmoved: what the activations make of the layers without noise.
-    """
-
-    mean: Float[Tensor, "n c"]
-    jacobians: Mapping[str, Float[Tensor, "n c t u"]]
-    unmoved: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One pass under some draws.
-
-    Attributes:
-        passed: the pass.
-        noise: η of every noisy layer.
-        residual: (f − f̄ − Σ_k J_k·(h_k − φ̃_k))/σ of the outputs `columns`.
-        columns: these outputs.
-        weights: n of the parameters in weight space; None without any.
-    """
-
-    passed: SmoothedPass
-    noise: Mapping[str, Float[Tensor, "n s k u"]]
-    residual: Float[Tensor, "n s c"]
-    columns: Sequence[int]
-    weights: Float[Tensor, "s p"] | None
-
-
-@dataclass(frozen=True)
 class ActivationGradients(GradientProducts):
     """Gradients under all draws; see `GradientProducts` for the other fields.
 
@@ -91,17 +59,20 @@ class ActivationGradients(GradientProducts):
         noise: Which layers have noise.
         innovations: What follows them.
         num_pilots: The pilot draws of an example.
+        flips: The layers whose units are set to their other values.
     """
 
     noise: NoisePlan = field(default_factory=lambda: NoisePlan((), None, ()))
     innovations: tuple[Innovation, ...] = ()
     num_pilots: int = 16
+    flips: tuple[Flip, ...] = ()
 
     @cached_property
-    def smoothed(self) -> SmoothedDraws:
-        """The passes."""
+    def reduced(self) -> ReducedDraws:
+        """The draws."""
         assert self.drawing is not None
-        return SmoothedDraws(NoisyDraws(self.evaluator, self.noise, self.drawing), self.innovations)
+        draws = NoisyDraws(self.evaluator, self.noise, self.drawing)
+        return ReducedDraws(draws, self.innovations, self.flips, self.num_pilots)
 
     def make_metric(self) -> Float64[Tensor, "r r"]:
         """Make M of a kernel that is sketched as a whole."""
@@ -154,11 +125,11 @@ class ActivationGradients(GradientProducts):
         projector = None if self.sketch is None else Projector(self.sketch, columns)
         for (inputs, rows), (names, _) in zip(in_batches(x, batch), in_batches(ids, batch), strict=True):
             own = {name: array[rows] for name, array in result.items()}
-            pilot = self._pilot(inputs, names, columns)
+            pilot = self.reduced.pilot(inputs, names, columns)
             for slot, block in enumerate(block_range(draws, self.draws_per_block)):
                 members = range(block * self.draws_per_block, (block + 1) * self.draws_per_block)
-                for some in self.smoothed.draws.stacks(members, inputs):
-                    drawn = self._drawn(inputs, names, some, columns, pilot)
+                for some in self.reduced.draws.stacks(members, inputs):
+                    drawn = self.reduced.drawn(inputs, names, some, columns, pilot)
                     self._add_(own, drawn, pilot, slot, some.start - draws.start, len(columns), projector)
         shared = {f"gradient_{index}" for index in self.shared}
         for name, array in result.items():
@@ -166,41 +137,6 @@ class ActivationGradients(GradientProducts):
                 array /= self.draws_per_block
             check_finite(array, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
         return result
-
-    def _pilot(self, x: Tensor, ids: Tensor, columns: Sequence[int]) -> Pilot:
-        """Return f̄ and J of some examples, and their activations without noise."""
-        smoothed, index, count = self.smoothed, output_index(columns), self.num_pilots
-        sigma, noise = smoothed.draws.pilot(ids, count)
-        size = x.numel() + len(x) * sum(each.num_noise + each.rank * each.width for each in self.noise.noisy)
-        step = max(1, min(count, _DIFFERENTIABLE_NUMBERS // size))
-        mean, total = x.new_zeros((), dtype=sigma.dtype), dict[str, Tensor]()
-        for start in range(0, count, step):
-            chosen = slice(start, min(start + step, count))
-            share = (chosen.stop - chosen.start) / count
-            some = {name: values[:, chosen] for name, values in noise.items()}
-            passed = smoothed.evaluate(x, some, sigma[chosen], differentiable=True)
-            mean = mean + share * by_example(passed.outputs.detach(), len(x)).mean(1)[:, index]
-            for name, part in smoothed.jacobians(passed, len(x)).items():
-                part = share * part[:, index]
-                total[name] = total[name] + part if name in total else part
-        still = smoothed.evaluate(x, {name: torch.zeros_like(v[:, :1]) for name, v in noise.items()}, sigma[:1])
-        unmoved = {name: layer.passed_on for name, layer in still.layers.items() if layer.passed_on is not None}
-        return Pilot(mean, total, unmoved)
-
-    def _drawn(self, x: Tensor, ids: Tensor, draws: range, columns: Sequence[int], pilot: Pilot) -> Drawn:
-        """Make one pass under some draws."""
-        sigma, noise = self.smoothed.draws.noise_of(ids, draws)
-        weights, moved = self.smoothed.draws.moves_of(draws, sigma)
-        if moved is None:
-            passed = self.smoothed.evaluate(x, noise, sigma)
-        else:
-            passed = self.smoothed.evaluate_each(x, noise, sigma, moved)
-        change = by_example(passed.outputs, len(x))[:, :, output_index(columns)] - pilot.mean[:, None]
-        for name, layer in passed.layers.items():
-            if layer.innovation is not None:
-                own = by_example(self.smoothed.by_position(name, layer.innovation), len(x)).flatten(2)
-                change = change - own @ pilot.jacobians[name].flatten(2).mT
-        return Drawn(passed, noise, change / sigma[:, None], columns, weights)
 
     def _add_(
         self,
@@ -237,65 +173,23 @@ class ActivationGradients(GradientProducts):
         if projector is not None:
             rows["sketch"][:, slot] += self._sketched(projector, drawn, pilot)[:count]
         if "changes" in rows:
-            rows["changes"][:, slot, 0] += self._changed(passed, pilot, n).sum(1)[:count]
-
-    def _changed(self, passed: SmoothedPass, pilot: Pilot, num_examples: int) -> Bool[Tensor, "n s"]:
-        """Which draws changed what an activation makes of noise."""
-        changed = torch.zeros(1, dtype=torch.bool, device=passed.outputs.device)
-        for name, unmoved in pilot.unmoved.items():
-            values = passed.layers[name].passed_on
-            assert values is not None
-            changed = changed | by_example(values, num_examples).ne(unmoved[:, None]).flatten(2).any(2)
-        return changed
+            rows["changes"][:, slot, 0] += self.reduced.changed(passed, pilot, n).sum(1)[:count]
 
     def _gradients(self, index: int, site: Site, drawn: Drawn, pilot: Pilot) -> Float[Tensor, "n s c u"]:
         """δ of a layer that gets one vector; φ'(a) for all outputs together if it is the one before the readout."""
         n, layer = len(drawn.residual), drawn.passed.layers[site.module]
         if index == self.penultimate:
             assert layer.slope is not None
-            return by_example(self.smoothed.by_position(site.module, layer.slope), n)
-        ((delta, _),) = self._factors(site.module, drawn, pilot)
+            return by_example(self.reduced.smoothed.by_position(site.module, layer.slope), n)
+        ((delta, _),) = self.reduced.factors(site.module, drawn, pilot)
         return delta.transpose(1, 2)
-
-    def _factors(
-        self, module: str, drawn: Drawn, pilot: Pilot
-    ) -> Iterator[tuple[Float[Tensor, "n c t u"], Float[Tensor, "n t i"]]]:
-        """Yield pairs of δ and h̃ whose outer products, summed over draws and positions, are a layer's gradient."""
-        if self.noise.readout is not None and module == self.noise.readout.module:
-            yield self._factors_of_readout(drawn)
-            return
-        layer, residual, n = drawn.passed.layers[module], drawn.residual, len(drawn.residual)
-        vectors, smooth = by_example(layer.vectors, n), pilot.jacobians[module][:, :, None]  # n s t i, n c 1 t u
-        if layer.slope is None:
-            smooth = smooth.expand(-1, -1, residual.shape[1], -1, -1)
-        else:
-            smooth = smooth * by_example(self.smoothed.by_position(module, layer.slope), n)[:, None]
-        if layer.basis is None:
-            yield smooth.flatten(2, 3), vectors.flatten(1, 2)
-            return
-        weighted = residual.transpose(1, 2)[..., None, None] * drawn.noise[module][:, None]  # n c s k u
-        if vectors.shape[2] == 1:
-            lengths = by_example(layer.lengths, n)[:, None]
-            score = torch.where(lengths > 0, weighted / lengths, 0.0)
-            yield (score + smooth).flatten(2, 3), vectors.flatten(1, 2)
-            return
-        yield weighted.flatten(2, 3), by_example(layer.basis, n).flatten(1, 2)
-        yield smooth.flatten(2, 3), vectors.flatten(1, 2)
-
-    def _factors_of_readout(self, drawn: Drawn) -> tuple[Float[Tensor, "n c t u"], Float[Tensor, "n t i"]]:
-        """δ of the readout, which is the identity, and h̃."""
-        passed, (n, count, _) = drawn.passed, drawn.residual.shape
-        assert passed.readout is not None
-        identity = torch.eye(passed.outputs.shape[1], dtype=passed.readout.dtype, device=passed.readout.device)
-        chosen = identity[output_index(drawn.columns)]
-        return chosen[None, :, None].expand(n, -1, count, -1), by_example(passed.readout, n)
 
     def _add_dense_(self, sums: Float[Tensor, "m c p"], drawn: Drawn, pilot: Pilot) -> None:
         """Add the formed gradients of the first m examples."""
         start = 0
         for site in self.plan.dense:
-            each, total = self._noise_site(site.module), torch.zeros(())
-            for delta, h in self._factors(site.module, drawn, pilot):
+            each, total = self.reduced.noise_site(site.module), torch.zeros(())
+            for delta, h in self.reduced.factors(site.module, drawn, pilot):
                 total = total + torch.einsum("nctu,nti->ncui", delta, h)
             for _, name in site.parameters:
                 columns = each.columns_of([name])
@@ -303,25 +197,23 @@ class ActivationGradients(GradientProducts):
                 sums[:, :, start:stop] += total[..., columns].flatten(2)[: len(sums)]
                 start = stop
         for name in self.plan.whole:
-            gradient = self._in_weight_space(name, drawn)
+            gradient = self.reduced.in_weight_space(name, drawn)
             sums[:, :, start : start + gradient.shape[2]] += gradient[: len(sums)]
             start += gradient.shape[2]
-
-    def _in_weight_space(self, name: str, drawn: Drawn) -> Float[Tensor, "n c p"]:
-        """The gradient of a parameter that draws move themselves, summed over the draws."""
-        assert drawn.weights is not None
-        sizes = dict(zip(self.evaluator.space.names, self.evaluator.space.sizes, strict=True))
-        moved = self.noise.weight_space
-        start = sum(sizes[each] for each in moved[: moved.index(name)])
-        return drawn.residual.mT @ drawn.weights[:, start : start + sizes[name]]
 
     def _sketched(self, projector: Projector, drawn: Drawn, pilot: Pilot) -> Float[Tensor, "n *c k"]:
         """Sketch the gradients of sketched layers."""
         assert self.sketched is not None
         total = projector.start(drawn.residual.transpose(1, 2))
         for site in self.sketched.dense:
-            each = self._noise_site(site.module)
-            for delta, h in self._factors(site.module, drawn, pilot):
+            shares = self._shares(site.module, projector)
+            if shares is not None:
+                self._add_derivatives_(projector, total, site, drawn, shares)
+                continue
+            each = self.reduced.noise_site(site.module)
+            for delta, h in self.reduced.factors(site.module, drawn, pilot):
+                if self._has_one_input(site.module):
+                    delta, h = delta.sum(2, keepdim=True), h[:, :1]
                 for attribute, name in site.parameters:
                     own = h[..., each.columns_of([name])]
                     if attribute == "weight":
@@ -329,13 +221,40 @@ class ActivationGradients(GradientProducts):
                     else:
                         projector.add_gradient_(total, name, torch.einsum("nctu,nto->ncu", delta, own))
         for name in self.sketched.whole:
-            gradient = self._in_weight_space(name, drawn)
+            gradient = self.reduced.in_weight_space(name, drawn)
             projector.add_gradient_(total, name, gradient.unflatten(2, self._shapes([name])[name] or (1,)))
         return projector.finished(total)
 
-    def _noise_site(self, module: str) -> NoiseSite:
-        sites = (*self.noise.noisy, *(() if self.noise.readout is None else (self.noise.readout,)))
-        return next(each for each in sites if each.module == module)
+    def _shares(self, module: str, projector: Projector) -> Float[Tensor, "c u"] | None:
+        """The readout's weight, if the layer before it has the gradient V ⊙ φ̃' ⊗ h̃ and outputs share a sketch."""
+        assert self.sketched is not None
+        layers = self.sketched.output_layers
+        named = any(attribute == "weight" for attribute, _ in self.reduced.noise_site(module).site.parameters)
+        if not projector.sketch.joint or layers is None or layers.module != module or not named:
+            return None
+        weight = self.evaluator.model.get_submodule(layers.readout).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()[output_index(projector.outputs)]
+
+    def _has_one_input(self, module: str) -> bool:
+        """Whether h̃ is the same under all draws of a layer that gets one vector, so that δ may be summed before."""
+        assert self.sketched is not None
+        return module in self.sketched.input_layers and self.reduced.noise_site(module).rank == 1
+
+    def _add_derivatives_(
+        self, projector: Projector, total: Tensor, site: Site, drawn: Drawn, shares: Float[Tensor, "c u"]
+    ) -> None:
+        """Add V ⊙ φ̃' ⊗ h̃ of every draw to the sums of a joint sketch."""
+        n, layer, names = len(total), drawn.passed.layers[site.module], dict(site.parameters)
+        assert layer.slope is not None
+        slopes = by_example(self.reduced.smoothed.by_position(site.module, layer.slope)[:, 0], n)
+        inputs = by_example(layer.vectors[:, 0], n)[
+            ..., self.reduced.noise_site(site.module).columns_of([names["weight"]])
+        ]
+        for draw in range(slopes.shape[1]):
+            projector.add_derivatives_(
+                total, names["weight"], slopes[:, draw], shares, inputs[:, draw], names.get("bias")
+            )
 
     # Products ---------------------------------------------------------------------------------------------------------
 

@@ -230,5 +230,8 @@ def _joined(parts: Sequence[Tensor | None]) -> Any:
 
 
 def _leaf(values: Tensor) -> Tensor:
-    """The same numbers as a tensor behind which f can be differentiated."""
-    return values if values.requires_grad else values.requires_grad_()
+    """The same numbers as a tensor behind which f can be differentiated.
+
+    It is no leaf of the graph: torch's counter of operations cannot follow one that a module returns.
+    """
+    return values if values.requires_grad else values.requires_grad_().view_as(values)

@@ -17,6 +17,7 @@ from nntk_dist.estimators.estimator import FeatureSetting, Trial
 from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
 from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
 from nntk_dist.estimators.layer_noise.smoothed_passes import SmoothedDraws
+from nntk_dist.layers.flips import Flip, find_flips
 from nntk_dist.layers.innovations import Innovation, find_innovations
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import OutputLayers, SitePlan
@@ -40,19 +41,24 @@ class ReducedPlan:
         sites: the layers as sites of gradients.
         contraction: how products of their gradients are formed.
         num_pilots: the pilot draws of an example.
+        flips: the layers whose units are set to their other values.
     """
 
     innovations: tuple[Innovation, ...]
     sites: SitePlan
     contraction: Contraction
     num_pilots: int
+    flips: tuple[Flip, ...] = ()
 
     @property
     def text(self) -> str:
         """What is done, in words."""
         integrated = [each.module for each in self.innovations if each.integrated]
-        others = [each.module for each in self.innovations if not each.integrated]
+        flipped = [each.module for each in self.flips]
+        others = [each.module for each in self.innovations if not each.integrated and each.module not in flipped]
         parts = [f"noise integrated: {', '.join(integrated)}" if integrated else ""]
+        if flipped:
+            parts.append(f"units set to either side of their jumps: {', '.join(flipped)}")
         if others:
             parts.append(f"control variates from {self.num_pilots} pilot draws: {', '.join(others)}")
         return "; ".join(filter(None, parts))
@@ -61,14 +67,19 @@ class ReducedPlan:
         """Contract the same layers for another number of draws."""
         alone = replace(spec, output_projections=0)
         chosen = contraction_of(self.sites, space, alone, num_draws=num_draws, num_outputs=num_outputs)
-        # A pilot draw costs C backward passes. As many passes as draws, within bounds.
+        # A pilot draw costs C backward passes. As many passes as draws, within bounds; one if J is the same under all.
         pilots = max(_FEWEST_PILOTS, min(_MOST_PILOTS, num_draws // (1 + num_outputs)))
+        settled = {each.module for each in self.innovations if each.integrated} | {each.module for each in self.flips}
+        if not self.sites.whole and len(settled) == len(self.innovations):
+            pilots = 1
         return replace(self, contraction=chosen, num_pilots=pilots)
 
     def features(self, noise: NoisePlan, setting: FeatureSetting) -> ActivationGradients:
         """Make the features."""
         fields = contracted_fields(self.contraction, setting)
-        return ActivationGradients(**fields, noise=noise, innovations=self.innovations, num_pilots=self.num_pilots)
+        return ActivationGradients(
+            **fields, noise=noise, innovations=self.innovations, num_pilots=self.num_pilots, flips=self.flips
+        )
 
 
 def plan_reduced(noise: NoisePlan, trial: Trial) -> ReducedPlan | None:
@@ -97,7 +108,8 @@ def plan_reduced(noise: NoisePlan, trial: Trial) -> ReducedPlan | None:
         readout=None if noise.readout is None else noise.readout.module,
         input_layers=same_inputs & {site.module for site in outer},
     )
-    return ReducedPlan(innovations, sites, Contraction(sites, None, 0), _FEWEST_PILOTS)
+    flips = find_flips(evaluator.model, noise, innovations, trial.x, trial.num_kernel_outputs)
+    return ReducedPlan(innovations, sites, Contraction(sites, None, 0), _FEWEST_PILOTS, flips)
 
 
 def _trial_passes(

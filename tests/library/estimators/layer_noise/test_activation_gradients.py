@@ -57,7 +57,7 @@ def features_of(model: nn.Module, x: Tensor, **options: Any) -> tuple[Activation
 def draws_by_loops(features: ActivationGradients, model: nn.Module, x: Tensor) -> np.ndarray:
     """The gradient of every draw, (S, n, C, P), of a sign network with two hidden layers."""
     w1, b1, w2, b2, v, c = (parameter.detach().numpy() for parameter in model.parameters())
-    ids, source = torch.arange(len(x)), features.smoothed.draws
+    ids, source = torch.arange(len(x)), features.reduced.draws
     sigma, noise = (part for part in source.noise_of(ids, range(features.num_draws)))
     pilot_sigma, pilot_noise = source.pilot(ids, features.num_pilots)
 

@@ -48,6 +48,9 @@ _AVERAGED = ("dense", "sketch", "readout")  # over the draws of a slot
 _DIFFERENTIABLE_NUMBERS = 1 << 21  # of inputs and noise of a pilot pass
 
 
+Factors = tuple[Float[Tensor, "n c t u"], Float[Tensor, "n t i"]]
+
+
 @dataclass(frozen=True)
 class ActivationGradients(GradientProducts):
     """Gradients under all draws; see `GradientProducts` for the other fields.
@@ -128,9 +131,14 @@ class ActivationGradients(GradientProducts):
             pilot = self.reduced.pilot(inputs, names, columns)
             for slot, block in enumerate(block_range(draws, self.draws_per_block)):
                 members = range(block * self.draws_per_block, (block + 1) * self.draws_per_block)
+                sums = dict[str, Factors]()
                 for some in self.reduced.draws.stacks(members, inputs):
                     drawn = self.reduced.drawn(inputs, names, some, columns, pilot)
-                    self._add_(own, drawn, pilot, slot, some.start - draws.start, len(columns), projector)
+                    self._add_(own, drawn, pilot, slot, some.start - draws.start, len(columns))
+                    if projector is not None:
+                        own["sketch"][:, slot] += self._sketched(projector, drawn, pilot, sums)[: len(own["sketch"])]
+                if projector is not None and sums:
+                    own["sketch"][:, slot] += self._sketched_sums(projector, sums)[: len(own["sketch"])]
         shared = {f"gradient_{index}" for index in self.shared}
         for name, array in result.items():
             if name in _AVERAGED or name in shared:
@@ -146,7 +154,6 @@ class ActivationGradients(GradientProducts):
         slot: int,
         place: int,
         num_outputs: int,
-        projector: Projector | None,
     ) -> None:
         """Add some draws, of block number `slot` and from draw number `place` on, to the arrays of one batch.
 
@@ -170,8 +177,6 @@ class ActivationGradients(GradientProducts):
                     rows[f"input_{index}"][:, own], rows[f"gradient_{index}"][:, own] = inputs, gradients
         if "dense" in rows:
             self._add_dense_(rows["dense"][:, slot], drawn, pilot)
-        if projector is not None:
-            rows["sketch"][:, slot] += self._sketched(projector, drawn, pilot)[:count]
         if "changes" in rows:
             rows["changes"][:, slot, 0] += self.reduced.changed(passed, pilot, n).sum(1)[:count]
 
@@ -201,8 +206,10 @@ class ActivationGradients(GradientProducts):
             sums[:, :, start : start + gradient.shape[2]] += gradient[: len(sums)]
             start += gradient.shape[2]
 
-    def _sketched(self, projector: Projector, drawn: Drawn, pilot: Pilot) -> Float[Tensor, "n *c k"]:
-        """Sketch the gradients of sketched layers."""
+    def _sketched(
+        self, projector: Projector, drawn: Drawn, pilot: Pilot, sums: dict[str, Factors]
+    ) -> Float[Tensor, "n *c k"]:
+        """Sketch the gradients of sketched layers; add those that one factor has for all draws to `sums` instead."""
         assert self.sketched is not None
         total = projector.start(drawn.residual.transpose(1, 2))
         for site in self.sketched.dense:
@@ -210,20 +217,41 @@ class ActivationGradients(GradientProducts):
             if shares is not None:
                 self._add_derivatives_(projector, total, site, drawn, shares)
                 continue
-            each = self.reduced.noise_site(site.module)
             for delta, h in self.reduced.factors(site.module, drawn, pilot):
-                if self._has_one_input(site.module):
+                if site.module == self.sketched.readout:
+                    delta, h = delta[:, :, :1], h.sum(1, keepdim=True)
+                    sums[site.module] = delta, h + sums[site.module][1] if site.module in sums else h
+                elif self._has_one_input(site.module):
                     delta, h = delta.sum(2, keepdim=True), h[:, :1]
-                for attribute, name in site.parameters:
-                    own = h[..., each.columns_of([name])]
-                    if attribute == "weight":
-                        projector.add_factors_(total, name, delta, own)
-                    else:
-                        projector.add_gradient_(total, name, torch.einsum("nctu,nto->ncu", delta, own))
+                    sums[site.module] = delta + sums[site.module][0] if site.module in sums else delta, h
+                else:
+                    self._add_factors_(projector, total, site, delta, h)
         for name in self.sketched.whole:
             gradient = self.reduced.in_weight_space(name, drawn)
             projector.add_gradient_(total, name, gradient.unflatten(2, self._shapes([name])[name] or (1,)))
         return projector.finished(total)
+
+    def _sketched_sums(self, projector: Projector, sums: Mapping[str, Factors]) -> Float[Tensor, "n *c k"]:
+        """Sketch what has been summed over the draws of a block."""
+        assert self.sketched is not None
+        total = projector.start(next(iter(sums.values()))[0])
+        for site in self.sketched.dense:
+            if site.module in sums:
+                self._add_factors_(projector, total, site, *sums[site.module])
+        return projector.finished(total)
+
+    def _add_factors_(self, projector: Projector, total: Tensor, site: Site, delta: Tensor, h: Tensor) -> None:
+        """Add δ ⊗ h̃ of a layer to the sums of a sketch."""
+        names, each = dict(site.parameters), self.reduced.noise_site(site.module)
+        bias = names.pop("bias", None)
+        follows = None  # the bias as one more input that is always 1, which it is not in a basis or a sum of vectors
+        if names and each.rank == 1 and each is not self.noise.readout:
+            bias, follows = None, bias
+        for name in names.values():
+            projector.add_factors_(total, name, delta, h[..., each.columns_of([name])], follows)
+        if bias is not None:
+            own = h[..., each.columns_of([bias])]
+            projector.add_gradient_(total, bias, torch.einsum("nctu,nto->ncu", delta, own))
 
     def _shares(self, module: str, projector: Projector) -> Float[Tensor, "c u"] | None:
         """The readout's weight, if the layer before it has the gradient V ⊙ φ̃' ⊗ h̃ and outputs share a sketch."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nntk_dist.smoothing import PiecewiseLinear
 
-_ELEMENTS_AT_ONCE = 1 << 18  # of rows, units and units of the next layer: to stay in the cache
+_ELEMENTS_AT_ONCE = 1 << 19  # of rows, units and units of the next layer: to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,23 @@ def flip_gradients(
     """
     values_of, count = mean.new_tensor(smoothing.levels), len(smoothing.levels)
     present = (values[..., None] - values_of).abs().argmin(-1)
-    result = mean.new_empty(len(mean), jacobian.shape[1], mean.shape[1])
+    spread_now = (sigma * lengths_next)[:, None, None]
+    known = _smoothed_outputs(following.smoothing, mean_next[:, None].clone(), spread_now, jacobian)
+    changes = mean.new_zeros(count, len(mean), jacobian.shape[1], mean.shape[1])  # of f, by value; 0 at the present one
     step = max(1, _ELEMENTS_AT_ONCE // following.weight.numel())
-    for start in range(0, len(mean), step):
-        some = slice(start, start + step)
-        place, base, lengths, own = present[some], mean_next[some, None], lengths_next[some, None], jacobian[some]
-        known = _smoothed_outputs(following.smoothing, base.clone(), (sigma[some, None] * lengths)[..., None], own)
-        changes = base.new_zeros(count, *own.shape[:2], place.shape[1])  # of f, by value; none at the present one
-        for shift in range(1, count):
-            other = (place + shift) % count
-            new, old = values_of[other], values_of[place]
-            squares = lengths.square() + following.scale * (new.square() - old.square())
-            spread_next = sigma[some, None] * squares.clamp(min=0.0).sqrt()
-            moved = torch.addcmul(base, (new - old)[..., None], following.weight.T)
-            change = _smoothed_outputs(following.smoothing, moved, spread_next[..., None], own) - known
-            changes.scatter_(0, other[None, :, None].expand(1, *change.shape), change[None])
-        densities = _density(mean[some] - mean.new_tensor(smoothing.breaks)[:, None, None], spread[some])
-        result[some] = torch.einsum("vmcu,vmu->mcu", changes.diff(dim=0), densities)
-    return result
+    for shift in range(1, count):
+        other = (present + shift) % count
+        new, old = values_of[other], values_of[present]
+        squares = lengths_next[:, None].square() + following.scale * (new.square() - old.square())
+        spread_next = (sigma[:, None] * squares.clamp(min=0.0).sqrt())[..., None]
+        moves = (new - old)[..., None]
+        for start in range(0, len(mean), step):
+            some = slice(start, start + step)
+            moved = torch.addcmul(mean_next[some, None], moves[some], following.weight.T)
+            change = _smoothed_outputs(following.smoothing, moved, spread_next[some], jacobian[some]) - known[some]
+            changes[:, some].scatter_(0, other[None, some, None].expand(1, *change.shape), change[None])
+    densities = _density(mean - mean.new_tensor(smoothing.breaks)[:, None, None], spread)
+    return torch.einsum("vmcu,vmu->mcu", changes.diff(dim=0), densities)
 
 
 def _smoothed_outputs(

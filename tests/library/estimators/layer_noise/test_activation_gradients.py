@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures
 from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
-from nntk_dist.layers.sketches.sketch import Sketch
+from nntk_dist.layers.sketches.sketch import IN, OUT, Sketch
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.builders.activations import make_activation
 from nntk_dist.models.evaluation import prepare_model
@@ -47,11 +47,13 @@ def perceptron(activation: str | dict[str, Any] = "sign", widths: tuple[int, ...
     return built("mlp", {"widths": widths, "activation": activation}, (4,)), inputs(5, 4)
 
 
-def features_of(model: nn.Module, x: Tensor, **options: Any) -> tuple[ActivationGradients, KernelSpec, Decision]:
+def features_of(
+    model: nn.Module, x: Tensor, *, flips: bool = True, **options: Any
+) -> tuple[ActivationGradients, KernelSpec, Decision]:
     spec = KernelSpec(**OPTIONS | options)
     features, decision = prepared_features(model, x, spec)
     assert isinstance(features, ActivationGradients)
-    return features, spec, decision
+    return features if flips else replace(features, flips=(), num_pilots=8), spec, decision
 
 
 def draws_by_loops(features: ActivationGradients, model: nn.Module, x: Tensor) -> np.ndarray:
@@ -75,7 +77,13 @@ def draws_by_loops(features: ActivationGradients, model: nn.Module, x: Tensor) -
         smooth1, slope1 = smooth(a1, s1)
         smooth2, slope2 = smooth(a2, s2)
         jacobian = (v * slope2) @ w2
-        return {"h0": extended, "s1": s1, "h1": h1, "m1": smooth1, "d1": slope1, "m2": smooth2, "d2": slope2,
+        differences = []
+        for unit in range(len(h1)):
+            sides = [np.where(np.arange(len(h1)) == unit, side, h1) for side in (1.0, -1.0)]
+            above, below = (v @ smooth(w2 @ side + b2, s2)[0] for side in sides)
+            differences.append((above - below) * slope1[unit] / 2)
+        return {"flips": np.stack(differences, axis=1),
+                "h0": extended, "s1": s1, "h1": h1, "m1": smooth1, "d1": slope1, "m2": smooth2, "d2": slope2,
                 "f": v @ smooth2 + c, "J": jacobian}  # fmt: skip
 
     result = []
@@ -91,6 +99,7 @@ def draws_by_loops(features: ActivationGradients, model: nn.Module, x: Tensor) -
             p = one(example, normals, float(sigma[draw]))
             residual = p["f"] - mean - jacobian @ (p["h1"] - p["m1"])
             first = residual[:, None] * normals / p["s1"] + jacobian * p["d1"]
+            first = p["flips"] if features.flips else first
             second, extended = v * p["d2"], np.append(p["h1"], 1.0)
             gradients = []
             for k in range(len(v)):
@@ -109,9 +118,11 @@ def draws_by_loops(features: ActivationGradients, model: nn.Module, x: Tensor) -
 @pytest.mark.parametrize("contraction", ["means", "layered", "auto"])
 @pytest.mark.parametrize("outputs", ["trace", "full", 1])
 @pytest.mark.parametrize("design", ["iid", "antithetic"])
-def test_statistics_are_those_of_the_definition(contraction, outputs, design):
+@pytest.mark.parametrize("flips", [True, False])
+def test_statistics_are_those_of_the_definition(contraction, outputs, design, flips):
     model, x = perceptron()
-    features, spec, _ = features_of(model, x, contraction=contraction, outputs=outputs, design=design)
+    features, spec, _ = features_of(model, x, flips=flips, contraction=contraction, outputs=outputs, design=design)
+    assert bool(features.flips) == flips
     draws = draws_by_loops(features, model, x)
     draws = draws[:, :, [1]] if outputs == 1 else draws
     means = draws.reshape(features.num_blocks, -1, *draws.shape[1:]).mean(1)
@@ -126,7 +137,10 @@ def test_statistics_are_those_of_the_definition(contraction, outputs, design):
 def test_what_is_done_is_said_and_kept():
     model, x = perceptron(widths=(7, 6, 5))
     _, spec, decision = features_of(model, x)
-    assert "noise integrated: hidden2; control variates from 8 pilot draws: hidden0, hidden1" in decision.contraction
+    assert (
+        "noise integrated: hidden2; units set to either side of their jumps: hidden1; control variates from 8 pilot "
+        "draws: hidden0" in decision.contraction
+    )
     assert Decision.from_plain(to_plain(decision)) == decision
     plain, _ = prepared_features(model, x, replace(spec, variance_reduction="none"))
     assert isinstance(plain, ActivationFeatures)
@@ -145,19 +159,39 @@ def test_draws_in_portions_have_the_same_bits():
         assert torch.equal(array[0], again[name][0]), name
 
 
-def test_a_sketch_is_that_of_the_formed_gradients():
+@pytest.mark.parametrize("flips", [True, False])
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_a_sketch_is_that_of_the_formed_gradients(outputs, flips):
+    """Sums of u·G·v, complex, over the gradients; the bias of a hidden layer is one more input, with its own v."""
     model, x = perceptron()
-    formed, _, decision = features_of(model, x, contraction="means")
-    features, _, _ = features_of(model, x, contraction="sketch", sketch=64)
+    formed, _, decision = features_of(model, x, flips=flips, contraction="means", outputs=outputs)
+    features, _, _ = features_of(model, x, flips=flips, contraction="sketch", sketch=64, outputs=outputs)
     assert features.storage.is_factor
-    assert isinstance(features.sketch, Sketch)
-    dense, total = all_rows(formed, x)["dense"], torch.zeros(())
+    sketch = features.sketch
+    assert isinstance(sketch, Sketch)
     shapes = dict(zip(decision.space.names, decision.space.shapes, strict=True))
-    parts = dense.split([math.prod(shapes[name]) for name in formed.plan.dense_names()], dim=3)
-    for name, part in zip(formed.plan.dense_names(), parts, strict=True):
-        gradient = part.flatten(0, 1).unflatten(2, shapes[name])
-        total = total + features.sketch.of_gradient(name, gradient)
-    assert_equal(all_rows(features, x)["sketch"].flatten(0, 1), total)
+    names = formed.plan.dense_names()
+    dense = all_rows(formed, x)
+    parts = dict(zip(names, dense["dense"].split([math.prod(shapes[n]) for n in names], dim=3), strict=True))
+
+    def probes(name: str, side: int, count: int) -> Tensor:
+        pairs = sketch.probes(name, side, torch.arange(count), torch.float64)
+        return torch.complex(pairs[:, ::2], pairs[:, 1::2])
+
+    expected = torch.zeros((), dtype=torch.complex128)
+    for layer, is_readout in (("hidden0", False), ("hidden1", False), ("output", True)):
+        units, inputs = shapes[f"{layer}.weight"]
+        gradient = parts[f"{layer}.weight"].unflatten(3, (units, inputs)).to(torch.complex128)
+        bias = parts[f"{layer}.bias"].to(torch.complex128)
+        count = 3 * units if sketch.joint else units
+        out = probes(f"{layer}.weight", OUT, count).unflatten(0, (-1, units)).expand(3, -1, -1)
+        out_of_bias = out * probes(f"{layer}.bias", IN, 1)
+        if is_readout:
+            out_of_bias = math.sqrt(2) * probes(f"{layer}.bias", OUT, count).unflatten(0, (-1, units)).expand(3, -1, -1)
+        expected = expected + torch.einsum("nrcui,cuk,ik->nrck", gradient, out, probes(f"{layer}.weight", IN, inputs))
+        expected = expected + torch.einsum("nrcu,cuk->nrck", bias, out_of_bias)
+    expected = expected.sum(2) if sketch.joint else expected
+    assert_equal(all_rows(features, x)["sketch"], torch.view_as_real(expected).flatten(-2) / math.sqrt(128))
 
 
 class Gate(nn.Module):

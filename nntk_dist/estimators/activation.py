@@ -45,6 +45,11 @@ class ActivationPlan(EstimatorPlan):
         return "; ".join(filter(None, (self.reduced.contraction.text, self.reduced.text)))
 
     @property
+    def variance_reduced(self) -> bool:
+        """Whether noise is integrated, or control variates are taken."""
+        return self.reduced is not None
+
+    @property
     def unmoved(self) -> tuple[str, ...]:
         """The readout's parameters: their gradient is exact."""
         readout = self.noise.readout

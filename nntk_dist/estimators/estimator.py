@@ -85,6 +85,11 @@ class EstimatorPlan:
         """Selected parameters that no draw moves."""
         return ()
 
+    @property
+    def variance_reduced(self) -> bool:
+        """Whether draws have control variates, or noise is integrated."""
+        return False
+
 
 class Estimator(Protocol):
     """A way to estimate g(x), or the gradients of another kind of kernel."""

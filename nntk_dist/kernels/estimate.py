@@ -50,6 +50,7 @@ class KernelEstimate(Generic[Array]):
         reached: whether the bound is below `rtol`; None if no accuracy was requested.
         unresolved_share: the share of entries whose standard error is NaN; what they could hold is part of the bound.
         probes: what the probes of the model found. Numbers that cannot be trusted are also warned of.
+        variance_reduced: whether noise was integrated, or control variates taken.
     """
 
     kernel: Array
@@ -67,6 +68,7 @@ class KernelEstimate(Generic[Array]):
     reached: bool | None = None
     unresolved_share: float = 0.0
     probes: ModelProbes | None = None
+    variance_reduced: bool = False
 
     def __repr__(self) -> str:
         shape: Any = self.kernel
@@ -92,7 +94,9 @@ class KernelEstimate(Generic[Array]):
                 "this kernel has no standard error: it is exact (kind local without a sketch), or has fewer than "
                 f"{MINIMUM_BLOCKS} blocks"
             )
-        if (caution := interval_caution(self.estimator, self.draws, self.blocks)) is not None:
+        if (
+            caution := interval_caution(self.estimator, self.draws, self.blocks, reduced=self.variance_reduced)
+        ) is not None:
             warn_caller(caution)
         centre: Any = self.kernel if self.unbiased is None else self.unbiased
         stderr: Any = self.stderr

@@ -23,6 +23,7 @@ from nntk_dist.models.structured import Layout, is_structured
 from nntk_dist.planning.decision import Decision, decide
 from nntk_dist.planning.draw_search import find_draws
 from nntk_dist.planning.feature_maps import make_feature_map
+from nntk_dist.planning.pilot import with_automatic_draws
 from nntk_dist.products.features import FeatureMap, Rows
 from nntk_dist.registration.callables import check_integer
 from nntk_dist.runtime.arrays import as_examples, magnitude_caution
@@ -241,6 +242,7 @@ class PreparedKernel:
             reached=reached,
             unresolved_share=0.0 if estimates.stderr is None else float(estimates.stderr.isnan().double().mean()),
             probes=self.decision.probes,
+            variance_reduced=self.decision.plan.variance_reduced,
         )
 
 
@@ -270,6 +272,7 @@ def decided(
     private = prepare_model(model, dtype=placement.dtype, device=placement.device, calling=placement.calling)
     batch = placement.batch_for(*inputs)
     decision = decide(private, max(inputs, key=len), spec, batch=batch)  # more rows show more of the model
+    decision = with_automatic_draws(private, max(inputs, key=len), spec, decision, batch=batch)
     decision = replace(decision, reason=decision.reason + placement.reason(model))
     cautions = () if decision.probes is None else decision.probes.cautions
     for caution in (*cautions, *filter(None, (magnitude_caution(x, "the examples") for x in inputs))):

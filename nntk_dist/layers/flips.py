@@ -66,11 +66,16 @@ def find_flips(
             continue
         for each in nexts:
             units = sites[own.module].units * sites[each.module].units
-            operations = len(smoothing.breaks) * units * (num_outputs + _SMOOTHING_OPERATIONS)
+            operations = len(smoothing.breaks) * flip_operations(units, num_outputs)
             if operations <= _MOST_PASSES * pass_operations and _passes_through(exact, own, each, x):
                 found.append(Flip(own.module, each.module))
                 break
     return tuple(found)
+
+
+def flip_operations(num_pairs: int, num_outputs: int) -> int:
+    """Return the multiply-adds of one other value of all units: of pairs of a unit and one of the next layer."""
+    return num_pairs * (num_outputs + _SMOOTHING_OPERATIONS)
 
 
 def _is_cheap(smoothing: object) -> bool:

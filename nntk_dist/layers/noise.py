@@ -8,7 +8,7 @@ By Stein's identity the gradient of E f(W + σΞ) is E[(f − constant) Σ_k η_
 Axes: n rows, t positions, k basis vectors, i inputs of a layer (the 1 for its bias included), u units.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,6 +94,20 @@ def span_basis(vectors: Float[Tensor, "n t i"]) -> tuple[Float[Tensor, "n k i"],
     return torch.where(seen[:, :, None], q.mT, 0.0), r.mT
 
 
+def check_called_once(calls: Mapping[str, int], paths: Iterable[str]) -> None:
+    """Check that a pass called every layer with noise once, as the trial of the model did.
+
+    Raises:
+        Unavailable: it called one more often, or never; the message names it.
+    """
+    for path in paths:
+        if (count := calls.get(path, 0)) != 1:
+            raise Unavailable(
+                f"estimator is 'activation', but module '{path}' is called {count} times for some inputs and once for "
+                "others; use estimator: weight, or leave its parameters out"
+            )
+
+
 def shifted_outputs(
     model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor], shifts: Mapping[str, Shift]
 ) -> Float[Tensor, "n c"]:
@@ -113,10 +127,5 @@ def shifted_outputs(
 
     with hooked(model, after={path: shifted(path) for path in shifts}), torch.no_grad():
         values = outputs(model, x, parameters)
-    for path, count in calls.items():
-        if count != 1:
-            raise Unavailable(
-                f"estimator is 'activation', but module '{path}' is called {count} times for some inputs and once for "
-                "others; use estimator: weight, or leave its parameters out"
-            )
+    check_called_once(calls, shifts)
     return values

@@ -52,6 +52,7 @@ class Decision:
         stacking: why, in words; empty if the estimator does not move the parameters.
         probes: what the model was found to be like; None if it was not probed.
         group: the group of parameters whose part of the kernel this is; empty for the whole kernel.
+        expected_error: the relative error that a pilot expects, without that of a sketch; None without one.
     """
 
     estimator: str
@@ -64,6 +65,7 @@ class Decision:
     stacking: str = ""
     probes: ModelProbes | None = None
     group: str = ""
+    expected_error: float | None = None
 
     @property
     def num_parameters(self) -> int:

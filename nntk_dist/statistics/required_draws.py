@@ -86,6 +86,12 @@ def draws_for(look: Look, rtol: float) -> float:
     return look.draws / u
 
 
+def error_with(look: Look, num_draws: int) -> float:
+    """Return the relative error that is expected of S draws: the other way round from `draws_for`."""
+    k, w, u = look.sketch_share, look.pair_share, look.draws / num_draws
+    return look.relative_error * math.sqrt((1.0 - k) * ((1.0 - w) * u + w * u * u) + k)
+
+
 def next_draws(looks: Sequence[Look], *, rtol: float, max_draws: int, unit: int) -> int | None:
     """Return how many draws to look at next, a multiple of `unit`; None if the search is over.
 

@@ -39,7 +39,12 @@ def collect_results(job: Job, ledger: Ledger) -> dict[str, Any]:
         if row.tile == "train":
             caution = useless_estimate(job.spec, row.numbers["relative_error"], job.sizes.num_draws)
             results |= {"accuracy_caution": caution} if caution else {}
-            short = interval_caution(job.decision.estimator, job.sizes.num_draws, job.sizes.num_blocks)
+            short = interval_caution(
+                job.decision.estimator,
+                job.sizes.num_draws,
+                job.sizes.num_blocks,
+                reduced=job.decision.plan.variance_reduced,
+            )
             results |= {"interval_caution": short} if short else {}
     if looks := looks_of(ledger):
         assert job.spec.rtol is not None

@@ -18,6 +18,7 @@ from nntk_dist.analysis.solvers import REGRESSION_SOLVERS, SPECTRUM_SOLVERS
 from nntk_dist.errors import ArgumentError, DataError
 from nntk_dist.planning.decision import Decision, decide, of_group, with_draws
 from nntk_dist.planning.feature_maps import FeatureGroups, make_feature_map
+from nntk_dist.planning.pilot import with_automatic_draws
 from nntk_dist.planning.plain import from_plain
 from nntk_dist.products.factor_form import WITH_FACTOR
 from nntk_dist.products.feature_description import FeatureCosts
@@ -168,6 +169,7 @@ def _decide(
     fitting = FittingBatch(choose_batch(config, model, x, len(dataset.train.ids)))
     threads = threads_of(config.compute)
     decision = fitting.run(lambda batch: decide(model, x, spec, batch=batch, threads=threads, reference=reference))
+    decision = with_automatic_draws(model, x, spec, decision, batch=fitting.size)
     return decision, fitting.size
 
 

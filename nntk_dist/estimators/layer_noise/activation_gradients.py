@@ -18,7 +18,7 @@ Axes: n rows, s draws, r blocks, c outputs, t positions of all draws, k basis ve
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -30,14 +30,14 @@ from nntk_dist.estimators.gradient_products import GradientProducts
 from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
 from nntk_dist.estimators.layer_noise.reduced_draws import Drawn, Pilot, ReducedDraws
 from nntk_dist.estimators.layer_noise.smoothed_passes import by_example
-from nntk_dist.layers.flips import Flip
+from nntk_dist.layers.flips import Flip, flip_operations
 from nntk_dist.layers.innovations import Innovation
 from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import Site
 from nntk_dist.layers.sketches.sketch import Projector
 from nntk_dist.models.evaluation import check_finite, output_index
 from nntk_dist.products.block_sums import BlockSums, Meeting
-from nntk_dist.products.feature_description import ArraySpec
+from nntk_dist.products.feature_description import ArraySpec, FeatureCosts
 from nntk_dist.products.features import Rows, block_range
 from nntk_dist.products.formed import formed_block_products
 from nntk_dist.products.wanted import Wanted
@@ -89,6 +89,20 @@ class ActivationGradients(GradientProducts):
         """Compute f(x; θ), all outputs."""
         assert self.drawing is not None
         return self.evaluator.expected(x, self.drawing.seed, batch)
+
+    def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
+        """Return the costs: a pass a draw, pilot passes with two more for each output, and setting units."""
+        found, outputs, sizes = super().costs(meeting, wanted), len(self.columns), {}
+        for each in self.noise.noisy:
+            sizes[each.module] = each.units
+        pilots = self.num_pilots * (1.0 + 2.0 * outputs) / self.num_draws
+        whole = sum(each.rank * each.num_parameters for each in self.noise.noisy)
+        changes = sum(
+            (self.reduced.num_values(each.module) - 1) * flip_operations(sizes[each.module] * sizes[each.next], outputs)
+            for each in self.flips
+        )
+        passes = None if found.passes_per_draw is None else 1.0 + pilots + changes / whole
+        return replace(found, passes_per_draw=passes)
 
     # Arrays -----------------------------------------------------------------------------------------------------------
 

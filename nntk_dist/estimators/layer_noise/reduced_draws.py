@@ -82,6 +82,10 @@ class ReducedDraws:
         """The passes."""
         return SmoothedDraws(self.draws, self.innovations)
 
+    def num_values(self, module: str) -> int:
+        """Return how many values the units of a flipped layer have."""
+        return len(self.smoothed.smoothings[module].levels)
+
     def pilot(self, x: Tensor, ids: Tensor, columns: Sequence[int]) -> Pilot:
         """Return f̄ and J of some examples, and their activations without noise."""
         smoothed, index, count = self.smoothed, output_index(columns), self.num_pilots

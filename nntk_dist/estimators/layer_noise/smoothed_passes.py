@@ -8,6 +8,7 @@ place of h_k. Pilot passes have noise of their own stream. Behind every h_k they
 Axes: n examples, s draws, c outputs, t positions, k basis vectors, i inputs and u units of a layer.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
 from nntk_dist.layers.hooks import AfterHook, hooked
 from nntk_dist.layers.innovations import Innovation, smoothings_of
-from nntk_dist.layers.noise import NoiseSite, as_output, layer_vectors, span_basis
+from nntk_dist.layers.noise import NoiseSite, as_output, check_called_once, layer_vectors, span_basis
 from nntk_dist.layers.recording import products_along
 from nntk_dist.models.evaluation import outputs
 from nntk_dist.smoothing import PiecewiseLinear
@@ -100,12 +101,14 @@ class SmoothedDraws:
         activations: dict[str, AfterHook] = {}
         hooks: dict[str, AfterHook] = {}
         own = {each.module: each for each in self.innovations}
+        calls = Counter[str]()
 
         def layer(each: NoiseSite) -> AfterHook:
             module, scale = self.model.get_submodule(each.module), self.draws.layer_scale(each, x.device)
             normals = noise[each.module].transpose(0, 1).flatten(0, 1)
 
             def after(h: Tensor, out: Tensor) -> Tensor:
+                calls[each.module] += 1
                 vectors = layer_vectors(module, each.site, h.detach())
                 lengths = torch.linalg.vector_norm(vectors * scale, dim=2, keepdim=True)
                 if own[each.module].integrated:
@@ -142,12 +145,14 @@ class SmoothedDraws:
             site, last = plan.readout.site, self.model.get_submodule(plan.readout.module)
 
             def keep(h: Tensor, out: Tensor) -> None:
+                calls[site.module] += 1
                 readout.append(layer_vectors(last, site, h.detach())[:, 0])
 
             hooks[site.module] = keep
         rows = x.repeat(count, *[1] * (x.ndim - 1))
         with hooked(self.model, after={**hooks, **activations}), torch.set_grad_enabled(differentiable):
             values = outputs(self.model, rows, parameters or {})
+        check_called_once(calls, hooks)
         return SmoothedPass(values, found, readout[0] if readout else None)
 
     def evaluate_each(

@@ -65,7 +65,14 @@ def test_sketches_are_taken_unasked_only_where_exactness_cannot_be_afforded():
 
 def sketched(name: str, sketch: int = 64, **options) -> tuple[Any, KernelSpec]:
     spec = KernelSpec(
-        gamma=0.9, estimator="activation", draws=8, blocks=4, contraction="sketch", sketch=sketch, **options
+        gamma=0.9,
+        estimator="activation",
+        variance_reduction="none",
+        draws=8,
+        blocks=4,
+        contraction="sketch",
+        sketch=sketch,
+        **options,
     )
     return features_of(name, spec), spec
 
@@ -116,7 +123,13 @@ def test_sketches_are_right_on_average_and_tell_their_own_error(outputs: str):
 def test_intervals_of_a_sign_network_cover_the_quadrature_exact_and_sketched():
     """Over 1,000 seeds of draws and sketch; the sketch is so short that it causes most of the variance."""
     name, x = "sign_mlp", case("sign_mlp").inputs(3)
-    options = {"gamma": 1.0, "estimator": "activation", "draws": 256, "design": "antithetic"}
+    options = {
+        "gamma": 1.0,
+        "estimator": "activation",
+        "variance_reduction": "none",
+        "draws": 256,
+        "design": "antithetic",
+    }
     specs = [KernelSpec(contraction="means", **options), KernelSpec(contraction="sketch", sketch=64, **options)]
     formed: Any
     sketching: Any

@@ -59,4 +59,5 @@ def test_portions_of_the_outputs_give_the_same_kernel(name, monkeypatch):
     for expected, values in zip(held, computed, strict=True):
         torch.testing.assert_close(values.kernel, expected.kernel, rtol=1e-10, atol=1e-12)
         if expected.stderr is not None:
-            torch.testing.assert_close(values.stderr, expected.stderr, rtol=1e-10, atol=1e-12, equal_nan=True)
+            rounding = 1e-10 * float(expected.kernel.abs().max())  # of differences between products of this size
+            torch.testing.assert_close(values.stderr, expected.stderr, rtol=1e-10, atol=rounding, equal_nan=True)

@@ -105,9 +105,10 @@ class Varying(nn.Module):
         return self.last(torch.tanh(self.first(hidden)) if float(x.abs().max()) > 100 else hidden)
 
 
-def test_a_layer_that_some_inputs_call_twice_is_refused():
+@pytest.mark.parametrize("reduction", ["none", "auto"])
+def test_a_layer_that_some_inputs_call_twice_is_refused(reduction):
     model = Varying().double()
-    spec = KernelSpec(gamma=0.5, estimator="activation", draws=8, blocks=4)
+    spec = KernelSpec(gamma=0.5, estimator="activation", draws=8, blocks=4, variance_reduction=reduction)
     features, _ = prepared_features(model, torch.randn(4, 4, dtype=torch.float64), spec)
     with pytest.raises(NNTKError, match=r"module 'first' is called 2 times for some inputs and once for others"):
         all_rows(features, torch.full((4, 4), 200.0, dtype=torch.float64))
@@ -156,7 +157,7 @@ def test_zero_vectors_have_no_gradient():
     model = nn.Sequential(nn.Linear(4, 6, bias=False), Activate(torch.sign), nn.Linear(6, 2)).double()
     x = torch.randn(4, 4, dtype=torch.float64)
     x[1] = 0.0
-    result = kernel(model, x, parameters=["0.weight"])
+    result = kernel(model, x, parameters=["0.weight"], variance_reduction="none")
     assert not result.plugin[1].any()
     assert torch.isnan(result.stderr[1]).all()
     assert torch.isfinite(result.stderr[0, [0, 2, 3]]).all()
@@ -171,13 +172,13 @@ def test_entries_of_examples_that_no_draw_changed_are_unresolved_though_the_read
     x = torch.randn(4, 4, dtype=torch.float64)
     weight = model[0].weight.detach()
     x[3] -= weight[0] * (weight[0] @ x[3] - 1e-9) / (weight[0] @ weight[0])
-    result = kernel(model, x, gamma=1e-6, draws=64)
+    result = kernel(model, x, gamma=1e-6, draws=64, variance_reduction="none")
     assert torch.isnan(result.stderr[:3]).all()
     assert torch.isnan(result.stderr[:, :3]).all()
     assert float(result.stderr[3, 3]) > 0
     hidden = torch.sign(x[:3] @ weight.T)
     assert_equal(result.kernel[:3, :3], 3 * hidden @ hidden.T, 1e-12)
-    full = kernel(model, x, gamma=1e-6, draws=64, outputs="full")
+    full = kernel(model, x, gamma=1e-6, draws=64, outputs="full", variance_reduction="none")
     assert torch.isnan(full.stderr[:9]).all()
     assert not torch.isnan(full.stderr[9:, 9:]).any()
 
@@ -207,7 +208,11 @@ def test_auto_takes_noise_in_pre_activations_where_gradients_miss_jumps():
         "of 86 parameters 72 are reached by noise in the pre-activations of 2 layers, 14 lie in the readout, whose "
         "gradient is exact, and 0 are perturbed themselves"
     )
-    assert chosen.contraction == "contraction: means: 0, 2"
+    assert chosen.contraction == (
+        "contraction: layered: 0; means: 4, 2.weight, 2.bias; noise integrated: 2; units set to either side of their "
+        "jumps: 0"
+    )
+    assert choice("deep_sign_mlp", variance_reduction="none").contraction == "contraction: means: 0, 2"
     assert choice("relu_mlp").estimator == "autodiff"
     assert choice("sign_unit").estimator == "weight"
     assert choice("relu_mlp", estimator="activation").reason.startswith("asked for: of 51 parameters 30 are reached by")

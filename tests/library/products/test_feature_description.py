@@ -31,8 +31,10 @@ KINDS = {
     "averaged": {"kind": "averaged", "contraction": "means"},
     "weight": {"estimator": "weight"},
     "covariance": {"kind": "covariance"},
-    "activation": {"estimator": "activation", "contraction": "layered"},
-    "activation means": {"estimator": "activation", "contraction": "means"},
+    "activation": {"estimator": "activation", "contraction": "layered", "variance_reduction": "none"},
+    "activation means": {"estimator": "activation", "contraction": "means", "variance_reduction": "none"},
+    "reduced": {"estimator": "activation", "contraction": "layered"},
+    "reduced means": {"estimator": "activation", "contraction": "means"},
 }
 FACTORS = {
     "sketch": ("block", "column"),
@@ -137,7 +139,12 @@ def test_passes_and_costs_that_depend_on_the_estimator():
     assert costs["sketch"].passes_per_draw is None
     assert costs["layered"].passes_per_draw == costs["layered"].pass_copies == 1 + outputs
     assert costs["weight"].passes_per_draw == costs["activation"].passes_per_draw == 1
-    assert [kind for kind, each in costs.items() if each.allows_sketch] == ["layered", "means"]
+    assert [kind for kind, each in costs.items() if each.allows_sketch] == [
+        "layered",
+        "means",
+        "reduced",
+        "reduced means",
+    ]
     assert [kind for kind, each in costs.items() if each.pair_numbers] == ["activation"]
     assert [kind for kind, each in costs.items() if each.metric_operations] == ["weight", "covariance"]
     assert {kind for kind, each in costs.items() if each.copies_sample} >= {"layered", "activation"}

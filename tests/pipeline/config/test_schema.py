@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_contract(minimal: Path) -> None:
                           "reference": 256},
             "distribution": {"name": "gaussian", "gamma": 0.05, "gamma_scale": "absolute", "alpha": None,
                              "nu": None, "rank": None, "options": {}},
-            "estimator": "auto", "variance_reduction": "none", "statistic": "both", "design": "iid", "draws": "auto",
+            "estimator": "auto", "variance_reduction": "auto", "statistic": "both", "design": "iid", "draws": "auto",
             "blocks": 8, "rtol": None, "max_draws": 65536, "parameters": ["*"], "group": None, "outputs": "trace",
             "scale": "localized", "seed": 0, "contraction": "auto", "sketch": "auto", "output_projections": "auto",
         },

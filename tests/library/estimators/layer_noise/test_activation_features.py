@@ -44,7 +44,15 @@ def features_of(name: str, spec: KernelSpec, **changes) -> ActivationFeatures:
 def contracted(name: str, *, formed: bool, **options) -> tuple[ActivationFeatures, KernelSpec]:
     """Features with all layers as factors, or all as explicit means."""
     contraction = "means" if formed else "layered"
-    spec = KernelSpec(gamma=0.9, estimator="activation", draws=8, blocks=4, contraction=contraction, **options)
+    spec = KernelSpec(
+        gamma=0.9,
+        estimator="activation",
+        variance_reduction="none",
+        draws=8,
+        blocks=4,
+        contraction=contraction,
+        **options,
+    )
     features = features_of(name, spec)
     assert features.contraction.formed == {each.module for each in features.plan.noisy if formed}
     assert features.contraction.forms_weight_space == (formed and bool(features.plan.weight_space))
@@ -156,7 +164,9 @@ def test_kernels_are_their_definition(way: tuple[bool, str], outputs: str | int,
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_every_case_is_its_definition(name: str):
     outputs = "trace" if case(name).num_outputs == 1 else "full"
-    spec = KernelSpec(gamma=1.2, estimator="activation", draws=8, blocks=4, outputs=outputs, seed=1)
+    spec = KernelSpec(
+        gamma=1.2, estimator="activation", variance_reduction="none", draws=8, blocks=4, outputs=outputs, seed=1
+    )
     assert_is_definition(features_of(name, spec), case(name).build(), case(name).inputs(2), spec)
 
 
@@ -170,7 +180,9 @@ def test_ranges_relative_to_every_tensor(name: str, formed: bool):
 
 @pytest.mark.parametrize("patterns", [("*weight",), ("*bias",), ("0.*",), ("2.weight", "0.bias")])
 def test_some_of_the_parameters(patterns: tuple[str, ...]):
-    spec = KernelSpec(gamma=0.9, estimator="activation", draws=8, blocks=4, parameters=patterns)
+    spec = KernelSpec(
+        gamma=0.9, estimator="activation", variance_reduction="none", draws=8, blocks=4, parameters=patterns
+    )
     assert_is_definition(features_of("sign_mlp", spec), case("sign_mlp").build(), case("sign_mlp").inputs(3), spec)
 
 
@@ -191,7 +203,7 @@ def test_the_basis_spans_what_a_layer_sees(positions: int, width: int):
 
 
 def test_noise_is_a_function_of_seed_draw_example_layer_and_unit():
-    spec = KernelSpec(gamma=0.9, estimator="activation", draws=8, blocks=4, seed=11)
+    spec = KernelSpec(gamma=0.9, estimator="activation", variance_reduction="none", draws=8, blocks=4, seed=11)
     features, x = features_of("deep_relu_mlp", spec), case("deep_relu_mlp").inputs(3)
     ids = torch.tensor([5, 2**32 - 1, 7])
     passed = features.draws.evaluate(x, ids, range(4, 6))
@@ -202,7 +214,9 @@ def test_noise_is_a_function_of_seed_draw_example_layer_and_unit():
 
 
 def test_antithetic_draws_change_the_sign_of_all_noise_under_one_range():
-    spec = KernelSpec(gamma=0.9, estimator="activation", design="antithetic", draws=16, blocks=4)
+    spec = KernelSpec(
+        gamma=0.9, estimator="activation", variance_reduction="none", design="antithetic", draws=16, blocks=4
+    )
     features, x = features_of("attention", spec), case("attention").inputs(3)
     first, second = (features.draws.evaluate(x, torch.arange(3), range(s, s + 1)) for s in (6, 7))
     assert torch.equal(first.sigma, second.sigma)
@@ -215,7 +229,9 @@ def test_antithetic_draws_change_the_sign_of_all_noise_under_one_range():
 
 @pytest.mark.parametrize("name", ["deep_sign_mlp", "attention"])
 def test_examples_keep_their_noise_in_any_order_and_chunks_are_parts_of_the_whole(name: str):
-    spec = KernelSpec(gamma=0.9, estimator="activation", draws=16, blocks=4, contraction="layered")
+    spec = KernelSpec(
+        gamma=0.9, estimator="activation", variance_reduction="none", draws=16, blocks=4, contraction="layered"
+    )
     features, x = features_of(name, spec), case(name).inputs(5)
     ids, order = torch.arange(5) + 20, torch.tensor([3, 0, 4, 1, 2])
     whole = features.compute(x, ids, range(16), features.columns)
@@ -235,7 +251,15 @@ def test_examples_keep_their_noise_in_any_order_and_chunks_are_parts_of_the_whol
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 def test_tiles_diagonals_and_parts_of_the_outputs_are_parts_of_the_whole(outputs: str, monkeypatch):
     """With chunks of pairs of draws of every size."""
-    spec = KernelSpec(gamma=0.9, estimator="activation", draws=16, blocks=4, outputs=outputs, contraction="layered")
+    spec = KernelSpec(
+        gamma=0.9,
+        estimator="activation",
+        variance_reduction="none",
+        draws=16,
+        blocks=4,
+        outputs=outputs,
+        contraction="layered",
+    )
     features, x = features_of("attention", spec), case("attention").inputs(5)
     rows, others = all_rows(features, x), all_rows(features, case("attention").inputs(5, seed=4))
     calibration = Calibration(level=0.8, relative_error=0.1, num_entries=1)

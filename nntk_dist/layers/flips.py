@@ -24,8 +24,8 @@ from nntk_dist.smoothing import PiecewiseLinear
 _EXAMPLES = 8
 _AGREEMENT = 1e-9
 # Multiply-adds that one value of a smoothed activation takes the time of, and passes that a gradient may cost.
-_SMOOTHING_OPERATIONS = 16
-_MOST_PASSES = 32
+_SMOOTHING_OPERATIONS = 32
+_MOST_PASSES = 64
 _MOST_BREAKS = 16  # of an activation that is evaluated for every unit of two layers
 
 

@@ -6,6 +6,7 @@ smooth ones. Features are `nntk_dist.estimators.layer_noise.activation_gradients
 Axes: S draws, C outputs.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,11 +24,15 @@ from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.layers.sites import OutputLayers, SitePlan
 from nntk_dist.models.evaluation import Evaluator, in_float64
 from nntk_dist.models.parameters import ParameterSpace
+from nntk_dist.products.wanted import Wanted
+from nntk_dist.registration.options import Automatic
 from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.draws import Drawing
-from nntk_dist.spec import KernelSpec, VarianceReduction
+from nntk_dist.spec import ContractionChoice, KernelSpec, Statistic, VarianceReduction
+from nntk_dist.statistics.tile_estimates import calibrate_sample
 
 _EXAMPLES = 4
+_TRIAL_DRAWS = 32
 _FEWEST_PILOTS, _MOST_PILOTS = 8, 32
 _AGREEMENT = 1e-6  # in float64, of weights that are float32 at least
 
@@ -109,7 +114,45 @@ def plan_reduced(noise: NoisePlan, trial: Trial) -> ReducedPlan | None:
         input_layers=same_inputs & {site.module for site in outer},
     )
     flips = find_flips(evaluator.model, noise, innovations, trial.x, trial.num_kernel_outputs)
-    return ReducedPlan(innovations, sites, Contraction(sites, None, 0), _FEWEST_PILOTS, flips)
+    without = ReducedPlan(innovations, sites, Contraction(sites, None, 0), _FEWEST_PILOTS)
+    if not flips:
+        return without
+    either = replace(without, flips=flips), without
+    return min(either, key=lambda plan: _price(plan, noise, trial))  # the first if nothing is known of either
+
+
+def _price(plan: ReducedPlan, noise: NoisePlan, trial: Trial) -> float:
+    """Squared relative error of the kernel that is asked for times passes a draw, on a few examples.
+
+    The error of `plugin` is mostly its bias. Infinite if there is only noise.
+    """
+    space, drawing = trial.evaluator.space, trial.drawing
+    assert drawing is not None
+    blocks = _TRIAL_DRAWS // drawing.group_size
+    drawing = replace(drawing, num_draws=_TRIAL_DRAWS, num_blocks=blocks)
+    spec = replace(
+        trial.spec,
+        draws=_TRIAL_DRAWS,
+        blocks=blocks,
+        contraction=ContractionChoice.LAYERED,
+        sketch=Automatic.AUTO,
+        output_projections=Automatic.AUTO,
+    )
+    outputs = spec.outputs
+    columns = (outputs,) if isinstance(outputs, int) else tuple(range(trial.num_outputs))
+    plan = plan.contracted(space, spec, num_draws=_TRIAL_DRAWS, num_outputs=len(columns))
+    features = plan.features(noise, FeatureSetting(trial.evaluator, spec, drawing, columns))
+    x = trial.x[: 2 * _EXAMPLES]
+    rows = features.compute(x, torch.arange(len(x), device=x.device), range(_TRIAL_DRAWS), columns)
+    passes = features.costs(spec.meeting, Wanted(stderr=True)).passes_per_draw
+    assert passes is not None
+    try:
+        found = calibrate_sample(features, [(rows, rows)], spec.meeting)
+    except OverflowError:
+        return math.inf
+    bias = 0.0 if spec.statistic == Statistic.UNBIASED else found.bias
+    price = (found.relative_error**2 + bias**2) * passes
+    return math.inf if math.isnan(price) else price
 
 
 def _trial_passes(

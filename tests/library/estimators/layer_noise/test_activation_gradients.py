@@ -17,21 +17,31 @@ from scipy.special import erf
 from scipy.stats import t as student
 from torch import Tensor, nn
 
+from nntk_dist.estimators.activation import ActivationPlan
 from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatures
 from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
+from nntk_dist.layers.flips import Flip, find_flips
 from nntk_dist.layers.sketches.sketch import IN, OUT, Sketch
 from nntk_dist.models.builders import build_model
 from nntk_dist.models.builders.activations import make_activation
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.plain import to_plain
+from nntk_dist.products.block_sums import Meeting
+from nntk_dist.products.wanted import Wanted
 from nntk_dist.spec import KernelSpec
 from tests.harness.tools import all_rows, assert_equal, calibration_of, estimates_of, prepared_features
 from tests.library.noisy_models import Jitter
 from tests.oracles import brute_force
 from tests.oracles.statistics import assert_coverage, covered
 
-OPTIONS: dict[str, Any] = {"gamma": 0.4, "estimator": "activation", "variance_reduction": "auto", "draws": 16}
+OPTIONS: dict[str, Any] = {
+    "gamma": 0.4,
+    "estimator": "activation",
+    "variance_reduction": "auto",
+    "draws": 16,
+    "statistic": "both",
+}
 
 
 def inputs(n: int, *shape: int) -> Tensor:
@@ -48,12 +58,16 @@ def perceptron(activation: str | dict[str, Any] = "sign", widths: tuple[int, ...
 
 
 def features_of(
-    model: nn.Module, x: Tensor, *, flips: bool = True, **options: Any
+    model: nn.Module, x: Tensor, *, flips: bool | None = None, **options: Any
 ) -> tuple[ActivationGradients, KernelSpec, Decision]:
+    """Features as planned, or with flips wherever they are possible, or without any."""
     spec = KernelSpec(**OPTIONS | options)
     features, decision = prepared_features(model, x, spec)
     assert isinstance(features, ActivationGradients)
-    return features if flips else replace(features, flips=(), num_pilots=8), spec, decision
+    if flips is None:
+        return features, spec, decision
+    found = find_flips(model, features.noise, features.innovations, x, len(features.columns)) if flips else ()
+    return replace(features, flips=found, num_pilots=8), spec, decision
 
 
 def draws_by_loops(features: ActivationGradients, model: nn.Module, x: Tensor) -> np.ndarray:
@@ -137,11 +151,17 @@ def test_statistics_are_those_of_the_definition(contraction, outputs, design, fl
 def test_what_is_done_is_said_and_kept():
     model, x = perceptron(widths=(7, 6, 5))
     _, spec, decision = features_of(model, x)
-    assert (
-        "noise integrated: hidden2; units set to either side of their jumps: hidden1; control variates from 8 pilot "
-        "draws: hidden0" in decision.contraction
-    )
+    assert "noise integrated: hidden2; control variates from 8 pilot draws: hidden0, hidden1" in decision.contraction
     assert Decision.from_plain(to_plain(decision)) == decision
+    assert isinstance(decision.plan, ActivationPlan)
+    assert decision.plan.reduced is not None
+    flipped = replace(decision.plan.reduced, flips=(Flip("hidden1", "hidden2"),))
+    assert flipped.text == (
+        "noise integrated: hidden2; units set to either side of their jumps: hidden1; control variates from 8 pilot "
+        "draws: hidden0"
+    )
+    own = replace(decision, plan=replace(decision.plan, reduced=flipped))
+    assert Decision.from_plain(to_plain(own)) == own
     plain, _ = prepared_features(model, x, replace(spec, variance_reduction="none"))
     assert isinstance(plain, ActivationFeatures)
 
@@ -166,6 +186,7 @@ def test_a_sketch_is_that_of_the_formed_gradients(outputs, flips):
     model, x = perceptron()
     formed, _, decision = features_of(model, x, flips=flips, contraction="means", outputs=outputs)
     features, _, _ = features_of(model, x, flips=flips, contraction="sketch", sketch=64, outputs=outputs)
+    assert bool(features.flips) == flips
     assert features.storage.is_factor
     sketch = features.sketch
     assert isinstance(sketch, Sketch)
@@ -279,9 +300,12 @@ MODELS: dict[str, Any] = {
 }
 
 
+FLIPPED = ("sign, three layers", "step with bias", "quantised", "relative")
+
+
 @pytest.mark.statistical
-@pytest.mark.parametrize("name", MODELS)
-def test_it_agrees_with_the_plain_estimator(name):
+@pytest.mark.parametrize(("name", "flips"), [*((name, False) for name in MODELS), *((name, True) for name in FLIPPED)])
+def test_it_agrees_with_the_plain_estimator(name, flips):
     """Means over 48 seeds of either, compared entry by entry at a corrected level of 0.1 %."""
     torch.manual_seed(0)
     model, x = MODELS[name]()
@@ -292,6 +316,10 @@ def test_it_agrees_with_the_plain_estimator(name):
             model, x, KernelSpec(**options | {"variance_reduction": reduction, "draws": draws})
         )
         assert isinstance(features, ActivationGradients) == (reduction == "auto")
+        if isinstance(features, ActivationGradients):
+            possible = find_flips(model, features.noise, features.innovations, x, len(features.columns))
+            features = replace(features, flips=possible if flips else (), num_pilots=8)
+            assert bool(features.flips) == flips
         for seed in range(48):
             own = replace(features, drawing=replace(features.drawing, seed=seed))
             rows = all_rows(own, x)
@@ -307,9 +335,10 @@ def test_it_agrees_with_the_plain_estimator(name):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("draws", "blocks"), [(32, 4), (32, 8), (256, 8)])
-def test_intervals_cover(draws, blocks):
+@pytest.mark.parametrize("flips", [True, False])
+def test_intervals_cover(draws, blocks, flips):
     model, x = perceptron("sign", (16, 12, 8))
-    features, spec, _ = features_of(model, x, draws=draws, blocks=blocks)
+    features, spec, _ = features_of(model, x, flips=flips, draws=draws, blocks=blocks)
     values, stderrs = [], []
     for seed in range(200 if draws < 100 else 60):
         assert features.drawing is not None
@@ -335,3 +364,17 @@ def test_the_error_is_a_tenth_of_the_plain_one():
         rows = all_rows(features, x)
         errors[reduction] = calibration_of(features, rows, rows, KernelSpec(**OPTIONS)).relative_error
     assert errors["auto"] < 0.2 * errors["none"]
+
+
+def test_units_are_set_if_that_is_worth_its_price():
+    """On wide inputs with few outputs, where plugin counts; without plugin, control variates alone are cheaper."""
+    model = built("mlp", {"widths": (24, 24), "activation": "sign"}, (400,))
+    x = inputs(6, 400)
+    chosen = {
+        statistic: prepared_features(model, x, KernelSpec(**OPTIONS | {"statistic": statistic, "gamma": 0.05}))[0]
+        for statistic in ("both", "unbiased")
+    }
+    assert isinstance(chosen["both"], ActivationGradients)
+    assert chosen["both"].flips == (Flip("hidden0", "hidden1"),)
+    costs = [chosen[name].costs(Meeting(), Wanted(stderr=True)).passes_per_draw for name in ("both", "unbiased")]
+    assert all(cost > 1.0 for cost in costs)

@@ -22,7 +22,7 @@ from nntk_dist.layers.noise_plan import NoisePlan
 from nntk_dist.models.evaluation import in_float64, outputs
 from nntk_dist.sampling.philox import normal
 from nntk_dist.sampling.streams import Stream
-from nntk_dist.smoothing import PiecewiseLinear, find_piecewise_linear
+from nntk_dist.smoothing import Smoothing, find_smoothing
 
 _EXAMPLES = 8
 _STEPS = (1.0, -2.0, 50.0)  # relative to the numbers behind an activation, along which f must be affine
@@ -44,12 +44,12 @@ class Innovation:
     integrated: bool = False
 
 
-def smoothings_of(model: nn.Module, innovations: tuple[Innovation, ...]) -> dict[str, PiecewiseLinear]:
+def smoothings_of(model: nn.Module, innovations: tuple[Innovation, ...]) -> dict[str, Smoothing]:
     """Return the smoothing of every activation that follows a noisy layer, by the path of the layer."""
-    found = dict[str, PiecewiseLinear]()
+    found = dict[str, Smoothing]()
     for each in innovations:
         if each.activation is not None:
-            smoothing = find_piecewise_linear(model.get_submodule(each.activation))
+            smoothing = find_smoothing(model.get_submodule(each.activation))
             assert smoothing is not None
             found[each.module] = smoothing
     return found
@@ -76,8 +76,8 @@ def find_innovations(model: nn.Module, plan: NoisePlan, x: Tensor) -> tuple[Inno
 
 def _is_bent(module: nn.Module) -> bool:
     """Whether a module is an elementwise function that can be smoothed, and not a line."""
-    found = find_piecewise_linear(module)
-    return found is not None and bool(found.breaks)
+    found = find_smoothing(module)
+    return found is not None and not found.is_line
 
 
 def _followers(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, list[str]]:

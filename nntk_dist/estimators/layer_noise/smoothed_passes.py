@@ -23,7 +23,7 @@ from nntk_dist.layers.innovations import Innovation, smoothings_of
 from nntk_dist.layers.noise import NoiseSite, as_output, layer_vectors, span_basis
 from nntk_dist.layers.recording import products_along
 from nntk_dist.models.evaluation import outputs
-from nntk_dist.smoothing import PiecewiseLinear
+from nntk_dist.smoothing import Smoothing
 
 
 @dataclass
@@ -80,7 +80,7 @@ class SmoothedDraws:
         return self.draws.evaluator.model
 
     @cached_property
-    def smoothings(self) -> dict[str, PiecewiseLinear]:
+    def smoothings(self) -> dict[str, Smoothing]:
         """The smoothing of the activation behind a layer, by the layer's path."""
         return smoothings_of(self.model, self.innovations)
 

@@ -46,13 +46,50 @@ class Innovation:
 
 def smoothings_of(model: nn.Module, innovations: tuple[Innovation, ...]) -> dict[str, Smoothing]:
     """Return the smoothing of every activation that follows a noisy layer, by the path of the layer."""
-    found = dict[str, Smoothing]()
+    found, searched = dict[str, Smoothing](), _Searched()
     for each in innovations:
         if each.activation is not None:
-            smoothing = find_smoothing(model.get_submodule(each.activation))
+            smoothing = searched.smoothing(model.get_submodule(each.activation))
             assert smoothing is not None
             found[each.module] = smoothing
     return found
+
+
+class _Searched:
+    """Modules that were tried: many layers have activations that are alike, and are searched for once."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[nn.Module, Smoothing | None]] = []
+
+    def smoothing(self, module: nn.Module) -> Smoothing | None:
+        """The smoothing of a module; None if it has none."""
+        for other, found in self._found:
+            if _are_alike(module, other):
+                return found
+        found = find_smoothing(module)
+        self._found.append((module, found))
+        return found
+
+    def is_bent(self, module: nn.Module) -> bool:
+        """Whether a module is an elementwise function that can be smoothed, and not a line."""
+        found = self.smoothing(module)
+        return found is not None and not found.is_line
+
+
+def _are_alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules are of one class, without parts, and have the same settings and tensors."""
+    if first is second:
+        return True
+    if type(first) is not type(second) or list(first.children()) or first._forward_hooks or second._forward_hooks:
+        return False
+    settings, others = ({k: v for k, v in vars(module).items() if k[0] != "_"} for module in (first, second))
+    tensors, other_tensors = (dict(module.state_dict()) for module in (first, second))
+    return (
+        all(isinstance(value, bool | int | float | str | tuple | None) for value in settings.values())
+        and settings == others
+        and tensors.keys() == other_tensors.keys()
+        and all(torch.equal(value, other_tensors[name]) for name, value in tensors.items())
+    )
 
 
 def find_innovations(model: nn.Module, plan: NoisePlan, x: Tensor) -> tuple[Innovation, ...]:
@@ -65,19 +102,13 @@ def find_innovations(model: nn.Module, plan: NoisePlan, x: Tensor) -> tuple[Inno
     """
     exact, x = in_float64(model, x[:_EXAMPLES])
     layers = [each.module for each in plan.noisy]
-    followers, found = _followers(exact, layers, x), []
+    followers, found, searched = _followers(exact, layers, x), [], _Searched()
     for layer in layers:
-        smooth = (path for path in followers.get(layer, ()) if _is_bent(exact.get_submodule(path)))
+        smooth = (path for path in followers.get(layer, ()) if searched.is_bent(exact.get_submodule(path)))
         activation = next(smooth, None)
         integrated = activation is not None and _is_affine_behind(exact, layer, activation, x)
         found.append(Innovation(layer, activation, integrated))
     return tuple(found)
-
-
-def _is_bent(module: nn.Module) -> bool:
-    """Whether a module is an elementwise function that can be smoothed, and not a line."""
-    found = find_smoothing(module)
-    return found is not None and not found.is_line
 
 
 def _followers(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, list[str]]:

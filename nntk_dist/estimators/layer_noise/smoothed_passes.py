@@ -94,7 +94,7 @@ class SmoothedDraws:
         differentiable: bool = False,
     ) -> SmoothedPass:
         """Run one forward pass, draw by draw along the rows of its batch."""
-        count, plan = len(sigma), self.draws.plan
+        count, plan, smoothings = len(sigma), self.draws.plan, self.smoothings  # found before there are hooks
         sigma_rows = sigma.repeat_interleave(len(x))[:, None, None]
         found, readout = dict[str, LayerState](), list[Tensor]()
         activations: dict[str, AfterHook] = {}
@@ -129,7 +129,9 @@ class SmoothedDraws:
             def after(h: Tensor, out: Tensor) -> Tensor | None:
                 for name in layers:
                     if name in found and h is found[name].noisy:
-                        return self._activated(name, found[name], out, sigma_rows, differentiable=differentiable)
+                        return self._activated(
+                            smoothings[name], name, found[name], out, sigma_rows, differentiable=differentiable
+                        )
                 return None
 
             return after
@@ -172,13 +174,20 @@ class SmoothedDraws:
         return SmoothedPass(torch.cat([passed.outputs for passed in passes]), layers, _joined(readouts))
 
     def _activated(
-        self, name: str, state: LayerState, out: Tensor, sigma_rows: Tensor, *, differentiable: bool
+        self,
+        smoothing: Smoothing,
+        name: str,
+        state: LayerState,
+        out: Tensor,
+        sigma_rows: Tensor,
+        *,
+        differentiable: bool,
     ) -> Tensor:
         """Note slope and innovation of an activation, and return what it passes on."""
         module = self.model.get_submodule(name)
         spread = as_output(module, (sigma_rows * state.lengths).expand(-1, -1, _units(module, state)), out)
         mean = state.mean.detach()
-        smooth, state.slope = self.smoothings[name].values(mean, spread)
+        smooth, state.slope = smoothing.values(mean, spread)
         if state.basis is None:
             out = smooth
         else:

@@ -57,12 +57,14 @@ def find_flips(
     exact, x = in_float64(model, x[:_EXAMPLES])
     sites = {each.module: each for each in plan.noisy}
     smoothings, found = smoothings_of(exact, innovations), list[Flip]()
-    nexts = [each for each in innovations if each.integrated and sites[each.module].rank == 1]
+    nexts = [each for each in innovations if each.integrated and not each.affine and sites[each.module].rank == 1]
     nexts = [each for each in nexts if _is_cheap(smoothings[each.module])]
     pass_operations = sum(each.rank * each.num_parameters for each in plan.noisy)
     for own in innovations:
         smoothing = smoothings.get(own.module)
-        if own.integrated or smoothing is None or not smoothing.levels or sites[own.module].rank > 1:
+        if own.integrated or own.affine or not isinstance(smoothing, PiecewiseLinear) or sites[own.module].rank > 1:
+            continue
+        if not smoothing.levels:
             continue
         for each in nexts:
             units = sites[own.module].units * sites[each.module].units

@@ -11,17 +11,15 @@ With breaks b, jumps J_b, changes of slope D_b, and the mean α + β x of the fi
 Axes: b breaks.
 """
 
-import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 
-Function = Callable[[Tensor], Tensor]
+from nntk_dist.smoothing.elementwise import OFFSET, Function, in_double, is_elementwise
 
 _REACH = 1 << 14  # breaks are searched for from −reach to reach, finely within ±32
 _FINE_REACH, _FINE_STEP = 32.0, 1.0 / 128
@@ -30,7 +28,6 @@ _MOST_INTERVALS = 4096  # that are not linear at one time: a curved function has
 _LINEAR = 1e-7  # deviation from a line, relative to the extent of the numbers
 _ROUNDING = 1e-14
 _NARROWEST, _ONE_BREAK = 1e-13, 1e-10  # relative to the distance from 0, or to 1
-_OFFSET = math.pi / 1000  # no break lies on the grid
 _INNER = (0.11, 0.29, 0.5, 0.63, 0.87)  # where an interval is compared with the line through its ends
 
 
@@ -51,6 +48,11 @@ class PiecewiseLinear:
     bends: tuple[float, ...]
     intercept: float
     slope: float
+
+    @property
+    def is_line(self) -> bool:
+        """Whether it has no breaks."""
+        return not self.breaks
 
     @property
     def text(self) -> str:
@@ -108,60 +110,47 @@ def find_piecewise_linear(function: Function) -> PiecewiseLinear | None:
         >>> find_piecewise_linear(torch.nn.ReLU())
         PiecewiseLinear(breaks=(0.0,), jumps=(0.0,), bends=(1.0,), intercept=0.0, slope=0.5)
     """
-    if isinstance(function, nn.Module):
-        function = copy.deepcopy(function).double().eval()
+    function = in_double(function)
     try:
         with torch.no_grad():
-            if not _is_elementwise(function):
+            if not is_elementwise(function):
                 return None
-            found = _found(function)
-            return found if found is not None and _agrees(found, function) else None
+            breaks = linear_breaks(function, _grid())
+            if breaks is None or len(breaks) > _MOST_BREAKS:
+                return None
+            found = with_lines(function, breaks, -float(_REACH), float(_REACH))
+            return found if _agrees(found, function) else None
     except Exception:  # a module's code may raise anything: it is then not the function that is searched for
         return None
 
 
-def _is_elementwise(function: Function) -> bool:
-    points = torch.linspace(-3.0, 3.0, 48, dtype=torch.float64) + _OFFSET
-    values = function(points[None])
-    if not isinstance(values, Tensor) or values.shape != (1, 48) or values.dtype != torch.float64:
-        return False
-    others = function(points.flip(0).reshape(6, 8)).reshape(-1).flip(0)
-    alone = torch.cat([function(point.reshape(1, 1)).reshape(1) for point in points])
-    again = function(points[None])[0]
-    return torch.equal(again, values[0]) and all(
-        torch.allclose(each, values[0], rtol=1e-12, atol=1e-15) for each in (others, alone)
-    )
-
-
 def _grid() -> Float64[Tensor, " p"]:
-    fine = torch.arange(-_FINE_REACH, _FINE_REACH, _FINE_STEP, dtype=torch.float64) + _OFFSET * _FINE_STEP
+    fine = torch.arange(-_FINE_REACH, _FINE_REACH, _FINE_STEP, dtype=torch.float64) + OFFSET * _FINE_STEP
     far = _FINE_REACH * (_REACH / _FINE_REACH) ** torch.linspace(0.0, 1.0, 1250, dtype=torch.float64)
     return torch.cat([-far.flip(0), fine[(fine > -_FINE_REACH) & (fine < _FINE_REACH)], far])
 
 
-def _found(function: Function) -> PiecewiseLinear | None:
-    """Find the breaks, then the lines between them."""
-    grid, breaks = _grid(), list[float]()
+def linear_breaks(function: Function, grid: Float64[Tensor, " p"]) -> list[float] | None:
+    """Return the places between the points of a grid at which a function leaves a line; None if it is curved."""
+    breaks = list[float]()
     left, right = grid[:-1], grid[1:]
-    bent = ~_linear(function, left, right)
+    bent = ~is_linear(function, left, right)
     left, right = left[bent], right[bent]
     while len(left):
         if len(left) > _MOST_INTERVALS:
             return None
         middle = 0.5 * (left + right)
-        in_left, in_right = ~_linear(function, left, middle), ~_linear(function, middle, right)
+        in_left, in_right = ~is_linear(function, left, middle), ~is_linear(function, middle, right)
         narrow = right - left < _NARROWEST * torch.maximum(middle.abs(), torch.ones(()))
         ended = narrow | ~(in_left | in_right)  # halves that are linear to rounding, or to the break in the middle
         breaks += middle[ended].tolist()
         in_left, in_right = in_left & ~ended, in_right & ~ended
         left, right = torch.cat([left[in_left], middle[in_right]]), torch.cat([middle[in_left], right[in_right]])
-    if len(breaks) > _MOST_BREAKS:
-        return None
-    return _with_lines(function, _distinct(breaks))
+    return distinct(breaks)
 
 
-def _distinct(breaks: list[float]) -> list[float]:
-    """Breaks in ascending order; neighbours that are one to rounding are one, and one at 0 is 0."""
+def distinct(breaks: list[float]) -> list[float]:
+    """Return breaks in ascending order; neighbours that are one to rounding are one, and one at 0 is 0."""
     result = list[float]()
     for place in sorted(breaks):
         place = 0.0 if abs(place) < 1e-11 else place
@@ -170,8 +159,8 @@ def _distinct(breaks: list[float]) -> list[float]:
     return result
 
 
-def _linear(function: Function, left: Float64[Tensor, " p"], right: Float64[Tensor, " p"]) -> Tensor:
-    """Whether the function lies on the line through its values at the ends of each interval."""
+def is_linear(function: Function, left: Float64[Tensor, " p"], right: Float64[Tensor, " p"]) -> Tensor:
+    """Return whether the function lies on the line through its values at the ends of each interval."""
     shares = torch.tensor((0.0, *_INNER, 1.0), dtype=torch.float64)
     points = left[:, None] + shares * (right - left)[:, None]
     values = function(points)
@@ -182,14 +171,14 @@ def _linear(function: Function, left: Float64[Tensor, " p"], right: Float64[Tens
     return ((values - line).abs() <= _LINEAR * extent + rounding).all(1)
 
 
-def _with_lines(function: Function, breaks: list[float]) -> PiecewiseLinear:
-    """Fit the line of every segment, and take jumps and bends from neighbours."""
-    ends = torch.tensor([-float(_REACH), *breaks, float(_REACH)], dtype=torch.float64)
+def with_lines(function: Function, breaks: list[float], low: float, high: float) -> PiecewiseLinear:
+    """Return the piecewise linear function with given breaks between low and high, and the values of a function."""
+    ends = torch.tensor([low, *breaks, high], dtype=torch.float64)
     first, last = ends[:-1] + 0.25 * ends.diff(), ends[:-1] + 0.75 * ends.diff()
-    low, high = function(first[None])[0], function(last[None])[0]
-    slopes = (high - low) / (last - first)
+    at_first, at_last = function(first[None])[0], function(last[None])[0]
+    slopes = (at_last - at_first) / (last - first)
     slopes = torch.where(slopes.abs() < 1e-9, 0.0, slopes)
-    middles = 0.5 * (low + high) - slopes * 0.5 * (first + last)  # the intercept of each line
+    middles = 0.5 * (at_first + at_last) - slopes * 0.5 * (first + last)  # the intercept of each line
     places = torch.tensor(breaks, dtype=torch.float64)
     bends = slopes.diff()
     jumps = middles.diff() + bends * places

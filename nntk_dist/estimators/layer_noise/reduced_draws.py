@@ -21,6 +21,7 @@ from nntk_dist.layers.flips import Flip
 from nntk_dist.layers.innovations import Innovation
 from nntk_dist.layers.noise import NoiseSite
 from nntk_dist.models.evaluation import output_index
+from nntk_dist.smoothing import PiecewiseLinear
 
 _DIFFERENTIABLE_NUMBERS = 1 << 21  # of inputs and noise of a pilot pass
 
@@ -84,7 +85,9 @@ class ReducedDraws:
 
     def num_values(self, module: str) -> int:
         """Return how many values the units of a flipped layer have."""
-        return len(self.smoothed.smoothings[module].levels)
+        smoothing = self.smoothed.smoothings[module]
+        assert isinstance(smoothing, PiecewiseLinear)
+        return len(smoothing.levels)
 
     def pilot(self, x: Tensor, ids: Tensor, columns: Sequence[int]) -> Pilot:
         """Return f̄ and J of some examples, and their activations without noise."""
@@ -127,6 +130,9 @@ class ReducedDraws:
     ) -> Float[Tensor, "n c s u"]:
         """Return δ of a layer whose units are set to their other values."""
         own, following = passed.layers[flip.module], passed.layers[flip.next]
+        smoothing, smoothing_next = (self.smoothed.smoothings[name] for name in (flip.module, flip.next))
+        assert isinstance(smoothing, PiecewiseLinear)
+        assert isinstance(smoothing_next, PiecewiseLinear)
         assert own.passed_on is not None
         jacobian = pilot.jacobians[flip.next][:, :, 0]  # n c o, the same under every draw
         n, rows = len(jacobian), sigma.repeat_interleave(len(jacobian))
@@ -135,11 +141,11 @@ class ReducedDraws:
         scales = self.draws.layer_scale(site, rows.device)
         scale = float(scales[0]) ** 2 if "weight" in site.site.attributes else 0.0
         gradients = flip_gradients(
-            self.smoothed.smoothings[flip.module],
+            smoothing,
             own.mean.flatten(1),
             rows[:, None] * own.lengths[:, 0],
             own.passed_on.flatten(1),
-            NextLayer(module.weight.detach(), self.smoothed.smoothings[flip.next], scale),
+            NextLayer(module.weight.detach(), smoothing_next, scale),
             following.mean.flatten(1),
             following.lengths[:, 0, 0],
             rows,

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from nntk_dist.estimators.layer_noise.noisy_passes import NoisyDraws
 from nntk_dist.layers.hooks import AfterHook, hooked
-from nntk_dist.layers.innovations import Innovation, smoothings_of
+from nntk_dist.layers.innovations import Innovation, factor_of, smoothings_of
 from nntk_dist.layers.noise import NoiseSite, as_output, check_called_once, layer_vectors, span_basis
 from nntk_dist.layers.recording import products_along
 from nntk_dist.models.evaluation import outputs
-from nntk_dist.smoothing import PiecewiseLinear
+from nntk_dist.smoothing import Smoothing
 
 
 @dataclass
@@ -37,7 +37,7 @@ class LayerState:
         lengths: |h̃ D| of every vector.
         mean: a.
         noisy: a + s ξ, as the next module gets it.
-        slope: φ̃', or None for 1.
+        slope: the derivative of φ̃ in a, or None for 1; with affine maps in between, α φ̃'(α a + β, |α| s).
         innovation: h − φ̃, or s ξ; None if the layer is integrated.
         passed_on: h, or a + s ξ; None if the layer is integrated.
         anchor: the tensor behind which f is differentiated.
@@ -81,7 +81,7 @@ class SmoothedDraws:
         return self.draws.evaluator.model
 
     @cached_property
-    def smoothings(self) -> dict[str, PiecewiseLinear]:
+    def smoothings(self) -> dict[str, Smoothing]:
         """The smoothing of the activation behind a layer, by the layer's path."""
         return smoothings_of(self.model, self.innovations)
 
@@ -95,65 +95,7 @@ class SmoothedDraws:
         differentiable: bool = False,
     ) -> SmoothedPass:
         """Run one forward pass, draw by draw along the rows of its batch."""
-        count, plan = len(sigma), self.draws.plan
-        sigma_rows = sigma.repeat_interleave(len(x))[:, None, None]
-        found, readout = dict[str, LayerState](), list[Tensor]()
-        activations: dict[str, AfterHook] = {}
-        hooks: dict[str, AfterHook] = {}
-        own = {each.module: each for each in self.innovations}
-        calls = Counter[str]()
-
-        def layer(each: NoiseSite) -> AfterHook:
-            module, scale = self.model.get_submodule(each.module), self.draws.layer_scale(each, x.device)
-            normals = noise[each.module].transpose(0, 1).flatten(0, 1)
-
-            def after(h: Tensor, out: Tensor) -> Tensor:
-                calls[each.module] += 1
-                vectors = layer_vectors(module, each.site, h.detach())
-                lengths = torch.linalg.vector_norm(vectors * scale, dim=2, keepdim=True)
-                if own[each.module].integrated:
-                    found[each.module] = LayerState(vectors, None, lengths, out, out.clone())
-                    return found[each.module].noisy
-                basis, coordinates = span_basis(vectors * scale)
-                added = as_output(module, sigma_rows * (coordinates @ normals), out)
-                state = LayerState(vectors, basis / scale, lengths, out, out + added)
-                found[each.module] = state
-                if own[each.module].activation is None:
-                    state.innovation, state.passed_on = added, state.noisy.detach()
-                    if differentiable:
-                        state.noisy = state.anchor = _leaf(state.noisy)
-                return state.noisy
-
-            return after
-
-        def activation(path: str) -> AfterHook:
-            layers = [each.module for each in self.innovations if each.activation == path]
-
-            def after(h: Tensor, out: Tensor) -> Tensor | None:
-                for name in layers:
-                    if name in found and h is found[name].noisy:
-                        return self._activated(name, found[name], out, sigma_rows, differentiable=differentiable)
-                return None
-
-            return after
-
-        for each in plan.noisy:
-            hooks[each.module] = layer(each)
-        for path in {each.activation for each in self.innovations if each.activation is not None}:
-            activations[path] = activation(path)
-        if plan.readout is not None:
-            site, last = plan.readout.site, self.model.get_submodule(plan.readout.module)
-
-            def keep(h: Tensor, out: Tensor) -> None:
-                calls[site.module] += 1
-                readout.append(layer_vectors(last, site, h.detach())[:, 0])
-
-            hooks[site.module] = keep
-        rows = x.repeat(count, *[1] * (x.ndim - 1))
-        with hooked(self.model, after={**hooks, **activations}), torch.set_grad_enabled(differentiable):
-            values = outputs(self.model, rows, parameters or {})
-        check_called_once(calls, hooks)
-        return SmoothedPass(values, found, readout[0] if readout else None)
+        return _Evaluation(self, x, noise, sigma, differentiable).run(parameters or {})
 
     def evaluate_each(
         self,
@@ -175,24 +117,6 @@ class SmoothedDraws:
             )
         readouts = [passed.readout for passed in passes]
         return SmoothedPass(torch.cat([passed.outputs for passed in passes]), layers, _joined(readouts))
-
-    def _activated(
-        self, name: str, state: LayerState, out: Tensor, sigma_rows: Tensor, *, differentiable: bool
-    ) -> Tensor:
-        """Note slope and innovation of an activation, and return what it passes on."""
-        module = self.model.get_submodule(name)
-        spread = as_output(module, (sigma_rows * state.lengths).expand(-1, -1, _units(module, state)), out)
-        mean = state.mean.detach()
-        smooth, state.slope = self.smoothings[name].values(mean, spread)
-        if state.basis is None:
-            out = smooth
-        else:
-            state.passed_on = out.detach()
-            state.innovation = state.passed_on - smooth
-        if not differentiable:
-            return out
-        state.anchor = _leaf(out.detach() + state.slope * (state.mean - mean))
-        return state.anchor
 
     def jacobians(self, passed: SmoothedPass, num_examples: int) -> dict[str, Float[Tensor, "n c t u"]]:
         """Return ∂f/∂h of every layer, the mean over the draws of a differentiable pass."""
@@ -217,6 +141,134 @@ class SmoothedDraws:
         if isinstance(self.model.get_submodule(layer), nn.Conv2d):
             return values.flatten(2).transpose(1, 2)
         return values.reshape(len(values), -1, values.shape[-1])
+
+
+@dataclass
+class _Arrival:
+    """How a layer's output goes on through affine modules: what the next module gets, and α a + β and α."""
+
+    noisy: Tensor
+    mean: Tensor
+    factor: Tensor | None = None
+
+
+class _Evaluation:
+    """One pass: hooks add noise to layers, and replace what follows them."""
+
+    def __init__(
+        self,
+        own: SmoothedDraws,
+        x: Tensor,
+        noise: Mapping[str, Float[Tensor, "n s k u"]],
+        sigma: Float[Tensor, " s"],
+        differentiable: bool,
+    ) -> None:
+        self.own, self.x, self.noise, self.differentiable = own, x, noise, differentiable
+        self.model, self.count, self.smoothings = own.model, len(sigma), own.smoothings
+        self.sigma_rows = sigma.repeat_interleave(len(x))[:, None, None]
+        self.layers, self.arrivals = dict[str, LayerState](), dict[str, _Arrival]()
+        self.calls = Counter[str]()
+
+    def run(self, parameters: Mapping[str, Tensor]) -> SmoothedPass:
+        """Run it."""
+        plan, readout, hooks = self.own.draws.plan, list[Tensor](), dict[str, AfterHook]()
+        innovations = {each.module: each for each in self.own.innovations}
+        for site in plan.noisy:
+            hooks[site.module] = self._layer(site, innovations[site.module])
+        for path in {path for each in self.own.innovations for path in each.affine}:
+            hooks[path] = self._affine(path)
+        for path in {each.activation for each in self.own.innovations if each.activation is not None}:
+            hooks[path] = self._activation(path)
+        if plan.readout is not None:
+            last, module = plan.readout.site, self.model.get_submodule(plan.readout.module)
+
+            def keep(h: Tensor, out: Tensor) -> None:
+                self.calls[last.module] += 1
+                readout.append(layer_vectors(module, last, h.detach())[:, 0])
+
+            hooks[last.module] = keep
+        rows = self.x.repeat(self.count, *[1] * (self.x.ndim - 1))
+        with hooked(self.model, after=hooks), torch.set_grad_enabled(self.differentiable):
+            values = outputs(self.model, rows, parameters)
+        called_once = [*innovations, *(() if plan.readout is None else (plan.readout.module,))]
+        check_called_once(self.calls, called_once)
+        return SmoothedPass(values, self.layers, readout[0] if readout else None)
+
+    def _layer(self, each: NoiseSite, innovation: Innovation) -> AfterHook:
+        """A layer, to whose output noise is added unless it is integrated."""
+        module, scale = self.model.get_submodule(each.module), self.own.draws.layer_scale(each, self.x.device)
+        normals = self.noise[each.module].transpose(0, 1).flatten(0, 1)
+
+        def noisy(h: Tensor, out: Tensor) -> LayerState:
+            vectors = layer_vectors(module, each.site, h.detach())
+            lengths = torch.linalg.vector_norm(vectors * scale, dim=2, keepdim=True)
+            if innovation.integrated:
+                return LayerState(vectors, None, lengths, out, out.clone())
+            basis, coordinates = span_basis(vectors * scale)
+            added = as_output(module, self.sigma_rows * (coordinates @ normals), out)
+            state = LayerState(vectors, basis / scale, lengths, out, out + added)
+            if innovation.activation is None:
+                state.innovation, state.passed_on = added, state.noisy.detach()
+                if self.differentiable:
+                    state.noisy = state.anchor = _leaf(state.noisy)
+            return state
+
+        def after(h: Tensor, out: Tensor) -> Tensor:
+            self.calls[each.module] += 1
+            state = noisy(h, out)
+            self.layers[each.module] = state
+            self.arrivals[each.module] = _Arrival(state.noisy, out.detach())
+            return state.noisy
+
+        return after
+
+    def _affine(self, path: str) -> AfterHook:
+        """A module that computes α ⊙ x + β behind a layer, with the parameters of this pass."""
+        names = [each.module for each in self.own.innovations if path in each.affine]
+        module = self.model.get_submodule(path)
+
+        def after(h: Tensor, out: Tensor) -> None:
+            for name in names:
+                arrival = self.arrivals.get(name)
+                if arrival is None or h is not arrival.noisy:
+                    continue
+                own = factor_of(module, arrival.mean)
+                factor = own if arrival.factor is None else arrival.factor * own
+                with torch.no_grad():
+                    self.arrivals[name] = _Arrival(out, module.forward(arrival.mean), factor)
+
+        return after
+
+    def _activation(self, path: str) -> AfterHook:
+        """An activation behind a layer."""
+        names = [each.module for each in self.own.innovations if each.activation == path]
+
+        def after(h: Tensor, out: Tensor) -> Tensor | None:
+            for name in names:
+                if name in self.arrivals and h is self.arrivals[name].noisy:
+                    return self._activated(name, self.layers[name], self.arrivals[name], out)
+            return None
+
+        return after
+
+    def _activated(self, name: str, state: LayerState, arrival: _Arrival, out: Tensor) -> Tensor:
+        """Note slope and innovation of an activation, and return what it passes on."""
+        module = self.model.get_submodule(name)
+        spread = as_output(module, (self.sigma_rows * state.lengths).expand(-1, -1, _units(module, state)), out)
+        if arrival.factor is None:
+            smooth, state.slope = self.smoothings[name].values(arrival.mean, spread)
+        else:
+            smooth, slope = self.smoothings[name].values(arrival.mean, arrival.factor.abs() * spread)
+            state.slope = arrival.factor * slope
+        if state.basis is None:
+            out = smooth
+        else:
+            state.passed_on = out.detach()
+            state.innovation = state.passed_on - smooth
+        if not self.differentiable:
+            return out
+        state.anchor = _leaf(out.detach() + state.slope * (state.mean - state.mean.detach()))
+        return state.anchor
 
 
 def by_example(values: Float[Tensor, "sn ..."], num_examples: int) -> Float[Tensor, "n s ..."]:

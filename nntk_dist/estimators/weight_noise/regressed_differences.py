@@ -12,8 +12,8 @@ z̃ = (z, c) and ỹ_r = mean_r(w Δ z̃), G_r = mean_r(w z̃ z̃ᵀ), of mean 1
 
 `plugin` is the product of ĝ = mean_r g_r, each fitted on all blocks but r. The error falls by the share of the variance
 of Δ that is linear, less about P/S of the rest. Control variates by regression are classical (Glasserman, Monte Carlo
-Methods in Financial Engineering, 2003, section 4.1); their use for a U-statistic is the project's own. Laws whose z = D u
-is scaled are computed in u.
+Methods in Financial Engineering, 2003, section 4.1); their use for a U-statistic is the project's own. If z = D u is
+scaled, the fit is made in u.
 
 Axes: n rows, s draws, r/q blocks, c outputs, k parameters and one, P parameters, w ordered pairs of blocks.
 """
@@ -56,7 +56,7 @@ class RegressedMeans(DifferenceMeans):
 
     @property
     def _constant(self) -> float:
-        """c = γ/√2, as large as a coordinate of u."""
+        """The constant c = γ/√2, as large as a coordinate of u."""
         return self.drawing.distribution.gamma / 2.0**0.5
 
     @cached_property
@@ -68,7 +68,7 @@ class RegressedMeans(DifferenceMeans):
         return parts.repeat_interleave(torch.tensor(space.sizes, device=device))
 
     def _weights(self, directions: Float64[Tensor, "s P"], z: Float[Tensor, "s P"]) -> Float64[Tensor, " s"]:
-        """W of D v = w u."""
+        """The weights w of D v = w u."""
         return (directions * self._scale).norm(dim=1) / (z.double() / self._scale).norm(dim=1)
 
     @cached_property
@@ -156,7 +156,7 @@ class RegressedMeans(DifferenceMeans):
         """Make the gradients of all pairs of blocks, and note which outputs changed in each block."""
         if "dense" not in rows:
             return dict(rows)
-        dense, changed = rows["dense"], rows["changes"][..., 0] > 0
+        dense, changed = rows["dense"], self.changed(rows)
         pairs, mean = self.pair_gradients(dense), self.mean_gradient(dense)[:, None]
         return {"pairs": pairs.to(dense.dtype), "mean": mean.to(dense.dtype), "changed": changed}
 
@@ -181,12 +181,9 @@ class RegressedMeans(DifferenceMeans):
         sums.resolved = self.resolved(rows, others, meeting)
         return sums
 
-    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"]:
-        """Return a mask of the entries whose examples changed under draws of two different blocks."""
-        first, second = (
-            part["changed"] if "changed" in part else part["changes"][..., 0] > 0 for part in (rows, others)
-        )
-        return meeting.in_different_blocks(first, second)
+    def changed(self, rows: Rows) -> Bool[Tensor, "n r c"]:
+        """Return which outputs changed in each block."""
+        return rows["changed"] if "changed" in rows else rows["changes"][..., 0] > 0
 
     def block_products(self, rows: Rows, others: Rows, meeting: Meeting) -> Float64[Tensor, "r r ..."]:
         """Return every block product of few entries, in float64; those of a block with itself give `plugin`."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nntk_dist.models.evaluation import outputs
 
-_LINEAR = (F.linear,)
+_LINEAR = (functional.linear,)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _NAMES = ("input", "weight", "bias")
@@ -70,13 +70,14 @@ class WeightCall:
         Its last axes are those of the call's weight.
         """
         if self.function not in _CONVOLUTIONS:
-            inputs, units = h.reshape(len(h), -1, h.shape[-1]), delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+            inputs = h.reshape(len(h), -1, h.shape[-1])
+            units = delta.flatten(2, -2) if delta.ndim > 3 else delta[:, :, None]
             return torch.einsum("nctu,nti->ncui" if self.function in _LINEAR else "nctu,nti->nciu", units, inputs)
         weight = self.weight.detach()
 
         def one(row: Tensor, direction: Tensor) -> Tensor:
-            _, pull = torch.func.vjp(lambda w: self.result(w, None, row[None])[0], weight)
-            gradient: Tensor = pull(direction)[0]
+            pulled: Any = torch.func.vjp(lambda w: self.result(w, None, row[None])[0], weight)
+            gradient: Tensor = pulled[1](direction)[0]
             return gradient
 
         every = torch.func.vmap(torch.func.vmap(one, in_dims=(None, 0)))

@@ -34,7 +34,6 @@ from nntk_dist.models.evaluation import check_finite, moved_in_place, output_ind
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import Rows, block_range
-from nntk_dist.products.formed import combined
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.batches import in_batches
 from nntk_dist.sampling.designs import Design
@@ -89,7 +88,7 @@ class WeightGradients(DifferenceMeans):
         num_pilots: the pilot draws.
     """
 
-    weights: NoisyWeights = NoisyWeights((), 0)
+    weights: NoisyWeights = field(default_factory=lambda: NoisyWeights((), 0))
     num_pilots: int = 16
 
     def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
@@ -121,7 +120,9 @@ class WeightGradients(DifferenceMeans):
         ):
             self._pilot(batches, columns, theta, move)
             for slot, block in enumerate(blocks):
-                for each, (mean, change) in zip(batches, self._block(block, batches, columns, theta, move), strict=True):
+                for each, (mean, change) in zip(
+                    batches, self._block(block, batches, columns, theta, move), strict=True
+                ):
                     count = each.rows.stop - each.rows.start
                     dense[each.rows, slot], changes[each.rows, slot] = mean[:count], change[:count]
         check_finite(dense, f"the model's gradient under draws {draws.start} to {draws.stop - 1}")
@@ -189,9 +190,7 @@ class WeightGradients(DifferenceMeans):
             )
         return values
 
-    def _pilot(
-        self, batches: Sequence[Batch], columns: Sequence[int], theta: Mapping[str, Tensor], move: Move
-    ) -> None:
+    def _pilot(self, batches: Sequence[Batch], columns: Sequence[int], theta: Mapping[str, Tensor], move: Move) -> None:
         """Set f̄ and J of all batches."""
         drawing = replace(self.drawing, stream=Stream.PILOT, design=Design.IID)
         smoothed, like = self.smoothed(theta, self.pilot_shrinkage), next(iter(theta.values()))
@@ -297,16 +296,9 @@ class WeightGradients(DifferenceMeans):
 
     # Products ---------------------------------------------------------------------------------------------------------
 
-    def prepare(self, rows: Rows, wanted: Wanted) -> dict[str, Tensor]:
-        """Combine the blocks, and note which outputs changed in each block."""
-        if "dense" not in rows:
-            return dict(rows)
-        return {"columns": combined(rows["dense"], wanted), "changed": rows["changes"][..., 0] > 0}
-
-    def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"]:
-        """Return a mask of the entries whose examples changed under draws of two different blocks."""
-        first, second = (part["changed"] if "changed" in part else part["changes"][..., 0] > 0 for part in (rows, others))
-        return meeting.in_different_blocks(first, second)
+    def changed(self, rows: Rows) -> Bool[Tensor, "n r c"]:
+        """Return which outputs changed in each block."""
+        return rows["changed"] if "changed" in rows else rows["changes"][..., 0] > 0
 
 
 def _mean(call: WeightCall, means: Mapping[str, Tensor]) -> Tensor:

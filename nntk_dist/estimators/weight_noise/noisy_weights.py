@@ -145,7 +145,7 @@ def _recorded(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> 
 
     def keep(_: int, call: WeightCall) -> Tensor:
         result = call.result(call.weight, call.bias)
-        by_row = result.ndim > 1 and len(result) == len(x) == len(call.h)
+        by_row = result.ndim > 0 and len(result) == len(x) == len(call.h)
         copies = {
             name: None if own is None else own.clone() for name in (WEIGHT, BIAS) for own in [call.argument(name)]
         }

@@ -71,6 +71,8 @@ class WeightCall:
         """
         if self.function not in _CONVOLUTIONS:
             inputs = h.reshape(len(h), -1, h.shape[-1])
+            if self.weight.ndim == 1:
+                return delta.reshape(*delta.shape[:2], -1) @ inputs
             units = delta.flatten(2, -2) if delta.ndim > 3 else delta[:, :, None]
             return torch.einsum("nctu,nti->ncui" if self.function in _LINEAR else "nctu,nti->nciu", units, inputs)
         weight = self.weight.detach()
@@ -125,7 +127,7 @@ def pass_with(
 def _call(function: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> WeightCall | None:
     """Return what is called; None if it is no product of inputs and weights."""
     if function in _PRODUCTS:
-        if len(args) != 2 or named or not all(isinstance(each, Tensor) for each in args) or args[1].ndim != 2:
+        if len(args) != 2 or named or not all(isinstance(each, Tensor) for each in args) or args[1].ndim not in (1, 2):
             return None
         return WeightCall(function, args[0], args[1], None, (), {})
     if function not in _LINEAR and function not in _CONVOLUTIONS:

@@ -28,19 +28,21 @@ from torch import Tensor
 from nntk_dist.errors import ModelError
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.weight_noise.noisy_weights import NoisyWeights, Pieces
-from nntk_dist.estimators.weight_noise.weight_calls import BIAS, WEIGHT, WeightCall, pass_with
+from nntk_dist.estimators.weight_noise.weight_calls import BIAS, WEIGHT, Handler, WeightCall, pass_with
 from nntk_dist.layers.recording import products_along
-from nntk_dist.models.evaluation import check_finite, moved_in_place, output_index, trying
+from nntk_dist.models.evaluation import check_finite, draws_at_once, moved_in_place, output_index, trying
 from nntk_dist.products.block_sums import Meeting
 from nntk_dist.products.feature_description import FeatureCosts
 from nntk_dist.products.features import Rows, block_range
 from nntk_dist.products.wanted import Wanted
 from nntk_dist.runtime.batches import in_batches
+from nntk_dist.runtime.memory import is_out_of_memory
 from nntk_dist.sampling.designs import Design
 from nntk_dist.sampling.draws import draw_chunks
 from nntk_dist.sampling.streams import PILOT_WEIGHTS, Stream
 
 Move = Callable[[Float[Tensor, " P"]], None]
+Passed = tuple[Float[Tensor, "n c"], Float[Tensor, "n c"], dict[int, Tensor]]  # or of several draws, leading
 
 
 @dataclass(frozen=True)
@@ -181,8 +183,10 @@ class WeightGradients(DifferenceMeans):
 
     # Passes -----------------------------------------------------------------------------------------------------------
 
-    def _pass(self, each: Batch, handler: Callable[[int, WeightCall], Tensor | None]) -> Float[Tensor, "n C"]:
-        values, count = pass_with(self.evaluator.model, each.x, handler)
+    def _pass(
+        self, each: Batch, handler: Handler, parameters: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "n C"]:
+        values, count = pass_with(self.evaluator.model, each.x, handler, parameters)
         if count != self.weights.num_calls:
             raise ModelError(
                 f"a pass has {count} products of inputs and weights, and had {self.weights.num_calls} when it was "
@@ -218,6 +222,7 @@ class WeightGradients(DifferenceMeans):
             result = call.result(call.weight, call.bias)
             innovation = (result - _mean(call, smoothed.means[index])).detach()
             innovations[index] = innovations[index] + innovation if index in innovations else innovation
+            each.calls[index] = call
             results[index] = result if result.requires_grad else result.detach().requires_grad_()
             return results[index].clone()  # what follows may write to it
 
@@ -247,40 +252,72 @@ class WeightGradients(DifferenceMeans):
         for draws in draw_chunks(members, self.num_parameters, self.drawing.group_size):
             z = self.drawing.perturbations(draws, dtype=like.dtype, device=like.device) * shrinkage
             scores, lengths = self.scores(theta, z, shrinkage)
-            residuals = [like.new_empty(*shape, len(draws), dtype=torch.float64) for _ in batches]
-            for s, displacement in enumerate(z):
-                move(displacement)
-                for each, own, change in zip(batches, residuals, changes, strict=True):
-                    own[:, :, s], difference = self._residual(each, smoothed, columns)
-                    change[:, :, 0] += difference != 0
-                    torch.maximum(change[:, :, 1], difference * lengths[s], out=change[:, :, 1])
-            for total, own in zip(totals, residuals, strict=True):
-                total += own @ scores
+            for each, total, change in zip(batches, totals, changes, strict=True):
+                residuals, differences = self._residuals(each, smoothed, columns, z, theta, move)
+                total += residuals.flatten(1).T.unflatten(0, shape).double() @ scores
+                change[:, :, 0] += (differences != 0).sum(0)
+                largest = (differences * lengths[:, None, None]).amax(0)
+                torch.maximum(change[:, :, 1], largest, out=change[:, :, 1])
         for each, total, change in zip(batches, totals, changes, strict=True):
             self._add_smooth_(total, each, smoothed)
             yield total / size, change
 
-    def _residual(
-        self, each: Batch, smoothed: Smoothed, columns: Sequence[int]
-    ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
-        """Return f − f̄ − Σ J·ε at the present parameters, and |f − f(x; θ)|; add the inputs of calls to their sums."""
-        corrections = list[Tensor]()
+    def _residuals(
+        self,
+        each: Batch,
+        smoothed: Smoothed,
+        columns: Sequence[int],
+        z: Float[Tensor, "s P"],
+        theta: Mapping[str, Tensor],
+        move: Move,
+    ) -> tuple[Float[Tensor, "s n c"], Float[Tensor, "s n c"]]:
+        """Return f − f̄ − Σ J·ε at θ + z, and |f − f(x; θ)|; add the inputs of calls to their sums.
+
+        In turn also if stacking fails, as `nntk_dist.models.evaluation.Evaluator` does.
+        """
+
+        def one(displacement: Tensor) -> Passed:
+            return self._passed(each, smoothed, columns, self.evaluator.space.moved(theta, displacement))
+
+        parts = list[Passed]()
+        with torch.no_grad():
+            if self.evaluator.stacked:
+                try:
+                    step = draws_at_once(self.num_parameters, each.x)
+                    parts = [torch.func.vmap(one, randomness="error")(some) for some in z.split(step)]
+                except Exception as error:  # a model's code may raise anything
+                    if is_out_of_memory(error):
+                        raise
+                    parts = []
+            if not parts:
+                for displacement in z:
+                    move(displacement)
+                    values, residual, inputs = self._passed(each, smoothed, columns, None)
+                    parts.append((values[None], residual[None], {index: h[None] for index, h in inputs.items()}))
+        for _, _, inputs in parts:
+            for index, h in inputs.items():
+                each.inputs[index] = each.inputs[index] + h.sum(0) if index in each.inputs else h.sum(0)
+        values, residuals = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        return residuals - each.mean, (values - each.base).abs()
+
+    def _passed(
+        self, each: Batch, smoothed: Smoothed, columns: Sequence[int], parameters: Mapping[str, Tensor] | None
+    ) -> Passed:
+        """Return f, f − Σ J·ε and the inputs of calls, at given parameters or the present ones."""
+        corrections, inputs = list[Tensor](), dict[int, Tensor]()
 
         def handle(index: int, call: WeightCall) -> Tensor | None:
             if index not in smoothed.means:
                 return None
             result = call.result(call.weight, call.bias)
             corrections.append(_along(each.jacobians[index], result - _mean(call, smoothed.means[index])))
-            each.inputs[index] = each.inputs[index] + call.h if index in each.inputs else call.h.clone()
-            each.calls[index] = call
+            inputs[index] = call.h.clone()
             return result
 
-        with torch.no_grad():
-            values = self._pass(each, handle)[:, output_index(columns)]
-        residual = values - each.mean
+        values = residual = self._pass(each, handle, parameters)[:, output_index(columns)]
         for correction in corrections:
             residual = residual - correction
-        return residual, (values - each.base).abs()
+        return values, residual, inputs
 
     def _add_smooth_(self, total: Float64[Tensor, "n c P"], each: Batch, smoothed: Smoothed) -> None:
         """Add the gradients of J·ε, summed over draws."""
@@ -309,4 +346,5 @@ def _mean(call: WeightCall, means: Mapping[str, Tensor]) -> Tensor:
 
 def _along(jacobian: Float[Tensor, "n c ..."], innovation: Float[Tensor, "n ..."]) -> Float[Tensor, "n c"]:
     """J·ε."""
-    return (jacobian.flatten(2) @ innovation.to(jacobian.dtype).flatten(1)[:, :, None])[:, :, 0]
+    left, right = jacobian.reshape(*jacobian.shape[:2], -1), innovation.reshape(len(innovation), -1, 1)
+    return (left @ right.to(jacobian.dtype))[:, :, 0]

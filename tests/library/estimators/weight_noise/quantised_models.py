@@ -37,10 +37,10 @@ class StraightThrough(torch.autograd.Function):
 class Quantised(nn.Module):
     """A layer that quantises its own weight."""
 
-    def __init__(self, inputs: int, units: int, quantise: Callable[[Tensor], Tensor], *, bias: bool = True) -> None:
+    def __init__(self, inputs: int, units: int, quantise: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(units, inputs) / math.sqrt(inputs))
-        self.bias = nn.Parameter(0.3 * torch.randn(units)) if bias else None
+        self.bias = nn.Parameter(0.3 * torch.randn(units))
         self.quantise = quantise
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "function of autograd": lambda: _two_layers(StraightThrough.apply),
     "parametrisation": lambda: nn.Sequential(_parametrised(4, 5), nn.Tanh(), _parametrised(5, 2)),
     "transposed": lambda: nn.Sequential(Transposed(4, 5), nn.Tanh(), Transposed(5, 2)),
-    "convolution": lambda: nn.Sequential(Convolution(), nn.Tanh(), nn.Flatten(), Quantised(27, 2, two_bits, bias=False)),
+    "convolution": lambda: nn.Sequential(Convolution(), nn.Tanh(), nn.Flatten(), Quantised(27, 2, two_bits)),
     "tokens": Tokens,
     "leaking": Leaking,
     "ramp": lambda: _two_layers(lambda values: torch.clamp(values, -0.2, 0.3) + 0.2 * torch.sign(values)),

@@ -14,13 +14,13 @@ from nntk_dist.smoothing import PiecewiseLinear
 from nntk_dist.spec import KernelSpec
 from tests.library.estimators.weight_noise.quantised_models import STEP, quantised
 
-QUANTISED = {name: ("0.weight", "2.weight") for name in
-             ("own forward", "signs", "straight through", "function of autograd", "transposed")} | {
+SEQUENTIAL = ("own forward", "signs", "straight through", "function of autograd", "transposed")
+QUANTISED = dict.fromkeys(SEQUENTIAL, ("0.weight", "2.weight")) | {
     "parametrisation": ("0.parametrizations.weight.original", "2.parametrizations.weight.original"),
     "convolution": ("0.weight", "3.weight"),
     "tokens": ("first.weight", "second.weight"),
     "leaking": ("layer.weight",),
-}  # fmt: skip
+}
 
 
 def found_in(name: str, dtype: torch.dtype = torch.float64) -> NoisyWeights | None:
@@ -76,9 +76,9 @@ def test_the_mean_of_normals_on_a_flat_piece():
             low, high = ((end - float(theta[p])) / spread for end in ends[piece : piece + 2])
             expected = n
             if pieces.flat[piece]:
-                mass = stats.norm.cdf(high) - stats.norm.cdf(low) if low < 0 else stats.norm.sf(low) - stats.norm.sf(high)
-                inner = np.clip([low, high], -12.0, 12.0)
-                expected = integrate.quad(lambda t: t * stats.norm.pdf(t), *inner, epsabs=1e-14, epsrel=1e-12)[0] / mass
+                inner, accuracy = np.clip([low, high], -12.0, 12.0), {"epsabs": 1e-15, "epsrel": 1e-12}
+                mass = integrate.quad(stats.norm.pdf, *inner, **accuracy)[0]
+                expected = integrate.quad(lambda t: t * stats.norm.pdf(t), *inner, **accuracy)[0] / mass
             np.testing.assert_allclose(float(found[s, p]), expected, rtol=1e-9, atol=1e-10)
 
 

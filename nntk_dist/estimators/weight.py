@@ -37,6 +37,11 @@ class DifferencePlan(EstimatorPlan):
     counted: tuple[str, ...] = ()
     reduced: ReducedPlan | None = None
 
+    @property
+    def contraction_text(self) -> str:
+        """How the variance is reduced, in words."""
+        return "" if self.reduced is None else self.reduced.text
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -69,9 +74,8 @@ class Weight:
         return replace(plan, forms_means=spec.pair_blocks and few_parameters and num_draws > METRIC_DRAWS)
 
     def statement(self, plan: DifferencePlan, space: ParameterSpace) -> str:
-        """Say what it needs, and how the variance is reduced."""
-        needs = "valid for anything that can be evaluated"
-        return needs if plan.reduced is None else f"{needs}; {plan.reduced.text}"
+        """Say what it needs."""
+        return "valid for anything that can be evaluated"
 
     def features(self, plan: DifferencePlan, setting: FeatureSetting) -> DifferenceFeatures | DifferenceMeans:
         """Make differences, or their block means."""

@@ -24,6 +24,7 @@ _IDENTITY = PiecewiseLinear((), (), (), 0.0, 1.0)
 _REACH = 16.0  # the numbers of a tensor are scaled to ±16, where breaks are searched for finely
 _FARTHEST = 10.0  # standard deviations
 _AGREEMENT = 1e-7  # in float64
+_FEWEST_FILLED = 16  # numbers of a parameter into which points are put
 
 
 @dataclass(frozen=True)
@@ -204,39 +205,83 @@ def _argument(model: nn.Module, x: Tensor, name: str, place: tuple[int, str], va
     return found[0]
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """What a call gets as a function of one parameter, within the numbers that draws can reach.
+
+    Its numbers are scaled to ±16.
+    """
+
+    model: nn.Module
+    x: Tensor
+    name: str
+    place: tuple[int, str]
+    theta: Tensor
+    sigma: float
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The smallest and the largest number."""
+        reach = _FARTHEST * self.sigma
+        return float(self.theta.min()) - reach, float(self.theta.max()) + reach
+
+    @property
+    def unit(self) -> float:
+        """One of the scaled numbers."""
+        return max(map(abs, self.limits)) / _REACH
+
+    def argument(self, values: Tensor, *, transposed: bool) -> Tensor:
+        """What the call gets, in the shape of the parameter."""
+        found = _argument(self.model, self.x[:1], self.name, self.place, values.clamp(*self.limits))
+        return found.mT if transposed else found
+
+    def at_points(self, points: Tensor, *, transposed: bool, filled: bool) -> Tensor:
+        """The function at some points: as a parameter of their shape, or as numbers of parameters of the true shape."""
+        values = points.flatten() * self.unit
+        if not filled:
+            return self.argument((points * self.unit), transposed=transposed) / self.unit
+        count = self.theta.numel()
+        parts = []
+        for part in values.split(count):
+            whole = torch.cat([part, self.theta.flatten()[len(part) :]]).reshape(self.theta.shape)
+            parts.append(self.argument(whole, transposed=transposed).flatten()[: len(part)])
+        return torch.cat(parts).reshape(points.shape) / self.unit
+
+    def function(self, *, transposed: bool, filled: bool) -> PiecewiseLinear | None:
+        """The function, if it is elementwise and piecewise linear."""
+        found = find_piecewise_linear(lambda points: self.at_points(points, transposed=transposed, filled=filled))
+        if not isinstance(found, PiecewiseLinear):
+            return None
+        breaks, jumps = (tuple(self.unit * each for each in part) for part in (found.breaks, found.jumps))
+        return replace(found, breaks=breaks, jumps=jumps, intercept=self.unit * found.intercept)
+
+    def agrees(self, function: PiecewiseLinear | None, values: Sequence[Tensor], *, transposed: bool) -> bool:
+        """Whether it is the function at parameters of the true shape."""
+        if function is None:
+            return False
+        for each in values:
+            inside = each.clamp(*self.limits)
+            got = self.argument(inside, transposed=transposed)
+            expected = function.values(inside, inside.new_zeros(()))[0]
+            size = _AGREEMENT * self.unit
+            if got.shape != inside.shape or not torch.allclose(got, expected, rtol=_AGREEMENT, atol=size):
+                return False
+        return True
+
+
 def _found(
     model: nn.Module, x: Tensor, name: str, place: tuple[int, str], theta: Tensor, moved: Tensor, sigma: float
 ) -> NoisyWeight | None:
     """The function of a parameter; None if it is not elementwise and piecewise linear."""
-    low, high = float(theta.min()) - _FARTHEST * sigma, float(theta.max()) + _FARTHEST * sigma
-    unit = max(abs(low), abs(high)) / _REACH
-    samples = [(each, _argument(model, x[:1], name, place, each)) for each in (theta, moved.clamp(low, high))]
-    swaps = [False] if theta.ndim != 2 else [False, True]
-
-    def agrees(function: PiecewiseLinear, transposed: bool) -> bool:
-        for values, argument in samples:
-            got = argument.mT if transposed else argument
-            expected = function.values(values, torch.zeros((), dtype=values.dtype, device=values.device))[0]
-            if got.shape != values.shape or not torch.allclose(got, expected, rtol=_AGREEMENT, atol=_AGREEMENT * unit):
-                return False
-        return True
-
-    for transposed in swaps:
-        if agrees(_IDENTITY, transposed):
+    probe, orders = _Probe(model, x, name, place, theta, sigma), (False, True) if theta.ndim == 2 else (False,)
+    for transposed in orders:
+        if probe.agrees(_IDENTITY, (theta, moved), transposed=transposed):
             return NoisyWeight(name, *place, transposed, _IDENTITY)
-
-    def scaled(points: Tensor) -> Tensor:
-        argument = _argument(model, x[:1], name, place, (points * unit).clamp(low, high))
-        return (argument if argument.shape == points.shape else argument.mT) / unit
-
-    function = find_piecewise_linear(scaled)
-    if not isinstance(function, PiecewiseLinear):
-        return None
-    breaks, jumps = (tuple(unit * each for each in part) for part in (function.breaks, function.jumps))
-    function = replace(function, breaks=breaks, jumps=jumps, intercept=unit * function.intercept)
-    for transposed in swaps:
-        if agrees(function, transposed):
-            return NoisyWeight(name, *place, transposed, function)
+    for filled in (False, True):  # the function may use the shape, and small parameters take many passes to fill
+        for transposed in orders if theta.numel() >= _FEWEST_FILLED or not filled else ():
+            function = probe.function(transposed=transposed, filled=filled)
+            if function is not None and probe.agrees(function, (theta, moved), transposed=transposed):
+                return NoisyWeight(name, *place, transposed, function)
     return None
 
 

@@ -297,7 +297,7 @@ class WeightGradients(DifferenceMeans):
         for _, _, inputs in parts:
             for index, h in inputs.items():
                 each.inputs[index] = each.inputs[index] + h.sum(0) if index in each.inputs else h.sum(0)
-        values, residuals = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        values, residuals = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         return residuals - each.mean, (values - each.base).abs()
 
     def _passed(

@@ -181,6 +181,7 @@ def test_the_pipeline_computes_the_librarys_kernels(sets, function, options, sha
     place = shared_run(*sets)
     stored = arrays(place)
     for split, estimate in zip(("train", "test"), in_memory(place, function, *sets, **options), strict=True):
+        assert ("variance_reduction" in options) == ("control variates" in estimate.reason)
         plugin = estimate.kernel if estimate.plugin is None else estimate.plugin
         expected = {"gram": plugin, "gram_unbiased": estimate.unbiased, "gram_stderr": estimate.stderr}
         largest = float(plugin.abs().max())

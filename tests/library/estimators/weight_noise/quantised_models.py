@@ -137,6 +137,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: nn.Sequential(Convolution(), nn.Tanh(), nn.Flatten(), Quantised(27, 2, two_bits)),
     "tokens": Tokens,
     "leaking": Leaking,
+    "shape": lambda: _two_layers(lambda values: two_bits(values) * values.shape[1] ** 0.5),
     "ramp": lambda: _two_layers(lambda values: torch.clamp(values, -0.2, 0.3) + 0.2 * torch.sign(values)),
 }
 

@@ -56,6 +56,15 @@ def test_pieces_that_are_not_flat_keep_their_normals():
     assert Pieces.of(own[0].function).flat == (True, False, False, True)
 
 
+def test_a_function_may_use_the_shape():
+    """The first weight has 20 numbers, into which points are put; the second one has too few."""
+    found = found_in("shape")
+    assert found is not None
+    own = {each.name: each.function for each in found.weights if each.is_quantised}
+    assert tuple(own) == ("0.weight",)
+    np.testing.assert_allclose(own["0.weight"].jumps, 2.0 * STEP, rtol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["twice", "not elementwise"])
 def test_other_weights_are_not(name):
     assert found_in(name) is None

@@ -28,7 +28,7 @@ from nntk_dist.spec import KernelSpec, Kind, VarianceReduction
 from nntk_dist.statistics.standard_errors import jackknife_variance, unbiased_variance
 
 _FEWEST_PILOTS, _MOST_PILOTS = 8, 32
-_MOST_NUMBERS = 1 << 22  # of an example's block means
+_MOST_NUMBERS = 1 << 20  # of an example's block means: 4 MiB in float32
 _MOST_REGRESSED = 256  # parameters of a regression, whose features grow like R² P
 _RIDGES = (0.1, 0.3, 1.0, 3.0)
 _EXAMPLES = 4

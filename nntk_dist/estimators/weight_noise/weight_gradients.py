@@ -239,12 +239,12 @@ class WeightGradients(DifferenceMeans):
 
     def _block(
         self, block: int, batches: Sequence[Batch], columns: Sequence[int], theta: Mapping[str, Tensor], move: Move
-    ) -> Iterator[tuple[Float64[Tensor, "n c P"], Float64[Tensor, "n c two"]]]:
+    ) -> Iterator[tuple[Float[Tensor, "n c P"], Float64[Tensor, "n c two"]]]:
         """Yield g_r and the changes of one block, for each batch."""
         shrinkage, size = self.shrinkage(block), self.drawing.draws_per_block
         smoothed, like = self.smoothed(theta, shrinkage), next(iter(theta.values()))
         shape = len(batches[0].x), len(columns)
-        totals = [like.new_zeros(*shape, self.num_parameters, dtype=torch.float64) for _ in batches]
+        totals = [like.new_zeros(*shape, self.num_parameters) for _ in batches]
         changes = [like.new_zeros(*shape, 2, dtype=torch.float64) for _ in batches]
         for each in batches:
             each.inputs = {}
@@ -254,13 +254,13 @@ class WeightGradients(DifferenceMeans):
             scores, lengths = self.scores(theta, z, shrinkage)
             for each, total, change in zip(batches, totals, changes, strict=True):
                 residuals, differences = self._residuals(each, smoothed, columns, z, theta, move)
-                total += residuals.flatten(1).T.unflatten(0, shape).double() @ scores
+                total.flatten(0, 1).addmm_(residuals.flatten(1).T, scores.to(residuals.dtype))
                 change[:, :, 0] += (differences != 0).sum(0)
                 largest = (differences * lengths[:, None, None]).amax(0)
                 torch.maximum(change[:, :, 1], largest, out=change[:, :, 1])
         for each, total, change in zip(batches, totals, changes, strict=True):
             self._add_smooth_(total, each, smoothed)
-            yield total / size, change
+            yield total.div_(size), change
 
     def _residuals(
         self,
@@ -319,7 +319,7 @@ class WeightGradients(DifferenceMeans):
             residual = residual - correction
         return values, residual, inputs
 
-    def _add_smooth_(self, total: Float64[Tensor, "n c P"], each: Batch, smoothed: Smoothed) -> None:
+    def _add_smooth_(self, total: Float[Tensor, "n c P"], each: Batch, smoothed: Smoothed) -> None:
         """Add the gradients of J·ε, summed over draws."""
         for index, arguments in self.weights.by_call.items():
             call, delta = each.calls[index], each.jacobians[index]
@@ -328,8 +328,9 @@ class WeightGradients(DifferenceMeans):
                     gradient = call.weight_gradient(each.inputs[index].to(delta.dtype), delta)
                 else:
                     gradient = self.drawing.draws_per_block * call.bias_gradient(delta)
-                gradient = weight.placed(gradient) * smoothed.slopes[weight.name]
-                total[:, :, self._intervals[weight.name]] += gradient.flatten(2)
+                slope = smoothed.slopes[weight.name]
+                part = total[:, :, self._intervals[weight.name]].unflatten(2, slope.shape or (1,))
+                part.addcmul_(weight.placed(gradient).reshape(part.shape), slope)
 
     # Products ---------------------------------------------------------------------------------------------------------
 

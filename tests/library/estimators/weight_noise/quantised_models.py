@@ -85,6 +85,11 @@ def through(values: Tensor) -> Tensor:
     return values + (two_bits(values) - values).detach()
 
 
+def by_shape(values: Tensor) -> Tensor:
+    """Elementwise for one shape."""
+    return two_bits(values) * values.shape[1] ** 0.5
+
+
 def scaled_signs(values: Tensor) -> Tensor:
     """Not elementwise: the size of a sign is the mean of all numbers."""
     return values.abs().mean() * torch.sign(values)
@@ -137,7 +142,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: nn.Sequential(Convolution(), nn.Tanh(), nn.Flatten(), Quantised(27, 2, two_bits)),
     "tokens": Tokens,
     "leaking": Leaking,
-    "shape": lambda: _two_layers(lambda values: two_bits(values) * values.shape[1] ** 0.5),
+    "shape": lambda: nn.Sequential(Quantised(4, 16, by_shape), nn.Tanh(), nn.Linear(16, 2)),
     "ramp": lambda: _two_layers(lambda values: torch.clamp(values, -0.2, 0.3) + 0.2 * torch.sign(values)),
 }
 

@@ -57,7 +57,6 @@ def test_pieces_that_are_not_flat_keep_their_normals():
 
 
 def test_a_function_may_use_the_shape():
-    """The first weight has 20 numbers, into which points are put; the second one has too few."""
     found = found_in("shape")
     assert found is not None
     own = {each.name: each.function for each in found.weights if each.is_quantised}
@@ -76,7 +75,7 @@ def test_the_mean_of_normals_on_a_flat_piece():
     pieces = Pieces.of(function)
     assert pieces.flat == (True, True, True, False)
     theta, spread = torch.tensor([0.05, -1.0, 2.5], dtype=torch.float64), 0.3
-    normals = torch.linspace(-3.0, 3.0, 31, dtype=torch.float64)[:, None].expand(-1, 3)
+    normals = torch.linspace(-3.0, 3.0, 9, dtype=torch.float64)[:, None].expand(-1, 3)
     found = pieces.conditional_normals(theta, normals, spread)
     ends = (-math.inf, *pieces.breaks, math.inf)
     for s, row in enumerate(normals):

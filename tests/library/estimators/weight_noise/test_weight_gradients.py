@@ -67,13 +67,10 @@ def _level(values: np.ndarray) -> np.ndarray:
 
 def _score(weight: np.ndarray, moved: np.ndarray, spread: float) -> np.ndarray:
     """E[n | the level that is reached]/spread, number by number."""
-    result = np.empty_like(weight)
-    for place, level in np.ndenumerate(_level(moved)):
-        low = -math.inf if level == -2 else (STEP * level - weight[place]) / spread
-        high = math.inf if level == 1 else (STEP * (level + 1) - weight[place]) / spread
-        mass = stats.norm.cdf(high) - stats.norm.cdf(low)
-        result[place] = (stats.norm.pdf(low) - stats.norm.pdf(high)) / mass / spread
-    return result
+    level = _level(moved)
+    low = np.where(level == -2, -math.inf, (STEP * level - weight) / spread)
+    high = np.where(level == 1, math.inf, (STEP * (level + 1) - weight) / spread)
+    return (stats.norm.pdf(low) - stats.norm.pdf(high)) / (stats.norm.cdf(high) - stats.norm.cdf(low)) / spread
 
 
 def means_by_loops(features: WeightGradients, model: nn.Module, x: Tensor) -> np.ndarray:
@@ -100,27 +97,30 @@ def means_by_loops(features: WeightGradients, model: nn.Module, x: Tensor) -> np
     pilot_z = pilots.perturbations(numbers, dtype=torch.float64).numpy()
     every_z, count = drawing.perturbations(range(drawing.num_draws), dtype=torch.float64).numpy(), len(theta[3])
     mean_shrinkage = features.num_parameters / (features.num_parameters + 1)
+    pilot_spreads = [gamma / math.sqrt(2) * mean_shrinkage * scale for scale in scales]
+    scores = []
+    for draw, z in enumerate(every_z):
+        first = draw // size * size
+        shrinkage = float(drawing.shrinkage(range(first, first + drawing.group_size))[0])
+        spreads = [gamma / math.sqrt(2) * shrinkage * scale for scale in scales]
+        moves = split(shrinkage * z)
+        parts = [
+            _score(own, own + move, spread) if own.ndim == 2 else move / spread**2
+            for own, move, spread in zip(theta, moves, spreads, strict=True)
+        ]
+        scores.append((moves, spreads, np.concatenate([part.ravel() for part in parts])))
     result = []
     for example in x.numpy():
-        spreads = [gamma / math.sqrt(2) * mean_shrinkage * scale for scale in scales]
-        found = [one(example, split(mean_shrinkage * z), spreads) for z in pilot_z]
+        found = [one(example, split(mean_shrinkage * z), pilot_spreads) for z in pilot_z]
         f, e1, e2, j1 = (np.mean([each[key] for each in found], axis=0) for key in ("f", "e1", "e2", "J1"))
         centre = f - j1 @ e1 - e2
         blocks = []
         for block in range(drawing.num_blocks):
-            first = block * size
-            shrinkage = float(drawing.shrinkage(range(first, first + drawing.group_size))[0])
-            spreads = [gamma / math.sqrt(2) * shrinkage * scale for scale in scales]
-            slopes = [_smooth(theta[k], spreads[k])[1] for k in (0, 2)]
             total = np.zeros((count, features.num_parameters))
-            for draw in range(first, first + size):
-                z = split(shrinkage * every_z[draw])
-                p = one(example, z, spreads)
+            slopes = [_smooth(theta[k], scores[block * size][1][k])[1] for k in (0, 2)]
+            for moves, spreads, score in scores[block * size : (block + 1) * size]:
+                p = one(example, moves, spreads)
                 residual = p["f"] - centre - j1 @ p["e1"] - p["e2"]
-                score = np.concatenate([
-                    _score(theta[0], theta[0] + z[0], spreads[0]).ravel(), z[1] / spreads[1] ** 2,
-                    _score(theta[2], theta[2] + z[2], spreads[2]).ravel(), z[3] / spreads[3] ** 2,
-                ])  # fmt: skip
                 for k in range(count):
                     own = np.eye(count)[k]
                     smooth = [slopes[0] * np.outer(j1[k], example), j1[k], slopes[1] * np.outer(own, p["h"]), own]

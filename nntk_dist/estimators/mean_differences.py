@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from nntk_dist.estimators.drawn_features import DrawnFeatures
@@ -50,9 +50,18 @@ class DifferenceMeans(DrawnFeatures):
         """The block means, and of each output the number of draws that changed it and its largest change times |v|."""
         shape = (self.num_blocks, len(self.columns))
         return (
-            ArraySpec("dense", ("block", "output", "parameter"), (*shape, self.num_parameters)),
+            ArraySpec("dense", ("block", "output", "parameter"), (*shape, self.num_moments)),
             ArraySpec("changes", ("block", "output", "change"), (*shape, 2)),
         )
+
+    @property
+    def num_moments(self) -> int:
+        """The numbers of a block's mean: P."""
+        return self.num_parameters
+
+    def vectors(self, z: Float[Tensor, "s P"]) -> Float64[Tensor, "s k"]:
+        """Return what differences are multiplied by: the directions of perturbations z."""
+        return self.drawing.directions(z)
 
     def costs(self, meeting: Meeting, wanted: Wanted) -> FeatureCosts:
         """Return the costs: a product of length P for each block, and one more with standard errors."""
@@ -87,7 +96,7 @@ class DifferenceMeans(DrawnFeatures):
         """Compute g_r and the changes of one block, a chunk of draws at a time, summed in float64."""
         size, numbers = self.drawing.draws_per_block, max(self.num_parameters, len(x) * base.shape[1])
         chunks = draw_chunks(range(block * size, (block + 1) * size), numbers, self.drawing.group_size)
-        total = torch.zeros(len(x), len(columns), self.num_parameters, dtype=torch.float64, device=base.device)
+        total = torch.zeros(len(x), len(columns), self.num_moments, dtype=torch.float64, device=base.device)
         counts, largest = torch.zeros_like(total[:, :, 0]), torch.zeros_like(total[:, :, 0])
         softmax = None if self.attention is None else RunningSoftmax(self.attention.weighting)
         for draws in chunks:
@@ -96,10 +105,11 @@ class DifferenceMeans(DrawnFeatures):
                 own = z[members.start - draws.start : members.stop - draws.start]
                 difference, directions = (
                     (moved - unmoved)[:, :, output_index(columns)].double(),
-                    self.drawing.directions(own),
+                    self.vectors(own),
                 )
                 counts += (difference != 0).sum(0)
-                largest = (difference.abs() * directions.norm(dim=1)[:, None, None]).amax(0).maximum(largest)
+                lengths = directions[:, : self.num_parameters].norm(dim=1)
+                largest = (difference.abs() * lengths[:, None, None]).amax(0).maximum(largest)
                 if self.attention is not None and softmax is not None:
                     shrink, weights = softmax.take(self.attention.scores(members, own, unmoved, moved))
                     total *= shrink[:, None, None]
@@ -112,7 +122,11 @@ class DifferenceMeans(DrawnFeatures):
         """Combine the blocks, and note which outputs changed in each block."""
         if "dense" not in rows:
             return dict(rows)
-        return {"columns": combined(rows["dense"], wanted), "changed": (rows["dense"] != 0).any(3)}
+        return {"columns": combined(rows["dense"], wanted), "changed": self.changed(rows)}
+
+    def changed(self, rows: Rows) -> Bool[Tensor, "n r c"]:
+        """Return which outputs changed in each block."""
+        return rows["changed"] if "changed" in rows else (rows["dense"] != 0).any(3)
 
     def block_sums(self, rows: Rows, others: Rows, meeting: Meeting, wanted: Wanted) -> BlockSums:
         """Sum the block products of one tile, and note which entries are resolved."""
@@ -126,10 +140,7 @@ class DifferenceMeans(DrawnFeatures):
 
     def resolved(self, rows: Rows, others: Rows, meeting: Meeting) -> Bool[Tensor, "*tile"]:
         """Return a mask of the entries whose examples changed under draws of two different blocks."""
-        first, second = (
-            part["changed"] if "changed" in part else (part["dense"] != 0).any(3) for part in (rows, others)
-        )
-        return meeting.in_different_blocks(first, second)
+        return meeting.in_different_blocks(self.changed(rows), self.changed(others))
 
     def changes(self, rows: Rows) -> Changes:
         """Return how often draws changed the outputs in each block."""

@@ -2,7 +2,8 @@
 
 Valid for anything that can be evaluated; unbiased. Error of the unbiased kernel about √(2P)/S. Cost: one forward pass a
 draw. Its features are output differences (`nntk_dist.estimators.output_differences`), or their block means if the
-parameters are few (`nntk_dist.estimators.mean_differences`).
+parameters are few (`nntk_dist.estimators.mean_differences`), or block means with control variates
+(`nntk_dist.estimators.weight_noise`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 from nntk_dist.estimators.estimator import EstimatorPlan, FeatureSetting, Trial
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
+from nntk_dist.estimators.weight_noise.variance_reduction import ReducedPlan, plan_reduced
 from nntk_dist.layers.low_rank_passes import LowRankPasses, find_low_rank_passes
 from nntk_dist.models.parameters import ParameterSpace
 from nntk_dist.products.factor_form import METRIC_DRAWS
@@ -27,11 +29,18 @@ class DifferencePlan(EstimatorPlan):
         low_rank_passes: whether low-rank draws share the product with the weights (`nntk_dist.layers.low_rank_passes`).
         forms_means: whether block-mean gradients are formed, being shorter than differences and their metric.
         counted: the tensors whose gradients count, of all that are perturbed; empty if all do.
+        reduced: how the variance is reduced, if it is.
     """
 
     low_rank_passes: bool = False
     forms_means: bool = False
     counted: tuple[str, ...] = ()
+    reduced: ReducedPlan | None = None
+
+    @property
+    def contraction_text(self) -> str:
+        """How the variance is reduced, in words."""
+        return "" if self.reduced is None else self.reduced.text
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class Weight:
         assert drawing is not None
         fixed = trial.spec.weighting.is_fixed
         shared = fixed and find_low_rank_passes(trial.evaluator, drawing, trial.x) is not None
-        plan, outputs = DifferencePlan(low_rank_passes=shared), trial.num_kernel_outputs
+        plan = DifferencePlan(low_rank_passes=shared, reduced=plan_reduced(trial))
+        outputs = trial.num_kernel_outputs
         return self.contracted(plan, space, trial.spec, num_draws=trial.num_draws, num_outputs=outputs)
 
     def contracted(
@@ -58,6 +68,8 @@ class Weight:
         """Form means if they are shorter than the differences of a block, and the metric of the draws is large."""
         if plan.counted:
             return replace(plan, forms_means=False)
+        if plan.reduced is not None:
+            return replace(plan, reduced=plan.reduced.contracted(num_draws=num_draws, num_outputs=num_outputs))
         few_parameters = spec.blocks * space.num_parameters <= num_draws
         return replace(plan, forms_means=spec.pair_blocks and few_parameters and num_draws > METRIC_DRAWS)
 
@@ -69,6 +81,8 @@ class Weight:
         """Make differences, or their block means."""
         evaluator, drawing, attention = setting.evaluator, setting.drawing, setting.attention
         assert drawing is not None
+        if plan.reduced is not None:
+            return plan.reduced.features(setting)
         if plan.forms_means:
             return DifferenceMeans(evaluator, drawing, setting.columns, attention=attention)
         product = LowRankPasses(evaluator, drawing) if plan.low_rank_passes else None

@@ -10,6 +10,7 @@ counters. It generates no numbers.
 | RADIUS | draw of the kernel (a pair counts once) | 0 | 0 | shrinkage of `autodiff` |
 | EXAMPLE | example id | group of draws | layer, unit | noise of `activation` |
 | PILOT | example id | group of pilot draws | layer, unit | pilot noise of `activation` |
+| PILOT | draw of a trial; from `PILOT_WEIGHTS` on: pilot draw | as PARAMETER | parameter | `weight` |
 | MODEL | random function | module | as requested; from `BRIDGE_COUNTER` on: bridges | noise of the model |
 | SKETCH | coordinate on one side of a tensor | tensor and side | column | sketches of gradients |
 | SAMPLE | `ROW_SAMPLE` … `LEAVE_ONE_OUT_SAMPLE` | 0 | example | samples of rows, columns, tiles, pivots |
@@ -42,6 +43,9 @@ LAW_DRAW: Final = 1  # the uniform number of a law; the normals of a perturbatio
 
 # MODEL: counters of one module. Tables use smaller counters; the bridges between their entries use those from here on.
 BRIDGE_COUNTER: Final = 1 << 46
+
+# PILOT: groups. No kernel has both estimators.
+PILOT_WEIGHTS: Final = 1 << 20  # first pilot draw of `weight`; the draws of its trials use smaller numbers
 
 # SAMPLE: groups.
 ROW_SAMPLE: Final = 0  # rows of the entries that calibrate the standard errors

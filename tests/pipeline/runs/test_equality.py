@@ -31,6 +31,20 @@ ESTIMATORS = {
     "covariance": ("kernel.kind=covariance", "kernel.draws=64"),
     "sketch": ("kernel.contraction=sketch", "kernel.sketch=64"),
     "control variates": ("kernel.estimator=activation", "kernel.variance_reduction=auto", "kernel.draws=16"),
+    "quantised weights": (
+        "model.builder=python:tests.pipeline.runs.jumping_models:signed_weights",
+        "model.args={}",
+        "kernel.estimator=weight",
+        "kernel.variance_reduction=auto",
+        "kernel.draws=64",
+    ),
+    "fitted control variates": (
+        "model.builder=python:tests.pipeline.runs.jumping_models:decision_rule",
+        "model.args={}",
+        "kernel.variance_reduction=auto",
+        "kernel.draws=128",
+        "kernel.distribution.gamma=0.3",
+    ),
 }
 
 
@@ -120,9 +134,9 @@ def test_recomputed_features_on_ray(tmp_path, two_cpus, recomputed):
     assert_same_bits(serial, finished(tmp_path / "ray", *sets, "compute.executor=ray", "compute.workers=2"))
 
 
-def in_memory(run_dir, function, **options):
+def in_memory(run_dir, function, *sets, **options):
     """A function of the library on the data and the model of a run, train by train and test by train."""
-    config = load_config(config_file(run_dir), [f"run_dir={run_dir}"])
+    config = load_config(config_file(run_dir), [f"run_dir={run_dir}", *sets])
     dataset = build_dataset(config)
     model = prepare_model(build_model(config, dataset), dtype=torch.float32, device="cpu")
     train, test = torch.from_numpy(dataset.train.inputs), torch.from_numpy(dataset.test.inputs)
@@ -144,6 +158,16 @@ FUNCTIONS = {
         nonlocal_kernel,
         {"gamma": 0.05, "contraction": "sketch", "sketch": 64, "output_projections": 32},
     ),
+    "quantised weights": (
+        ESTIMATORS["quantised weights"],
+        nonlocal_kernel,
+        {"gamma": 0.05, "estimator": "weight", "draws": 64, "variance_reduction": "auto", "statistic": "both"},
+    ),
+    "fitted control variates": (
+        ESTIMATORS["fitted control variates"],
+        nonlocal_kernel,
+        {"gamma": 0.3, "draws": 128, "variance_reduction": "auto", "statistic": "both"},
+    ),
     "local": (("kernel.kind=local", "kernel.sketch=64"), sketched_local_kernel, {"sketch": 64}),
     "covariance": (ESTIMATORS["covariance"], covariance_kernel, {"gamma": 0.05, "draws": 64}),
     "averaged": (("kernel.kind=averaged", "kernel.seed=3"), averaged_kernel, {"gamma": 0.05, "seed": 3}),
@@ -156,7 +180,8 @@ FUNCTIONS = {
 def test_the_pipeline_computes_the_librarys_kernels(sets, function, options, shared_run):
     place = shared_run(*sets)
     stored = arrays(place)
-    for split, estimate in zip(("train", "test"), in_memory(place, function, **options), strict=True):
+    for split, estimate in zip(("train", "test"), in_memory(place, function, *sets, **options), strict=True):
+        assert ("variance_reduction" in options) == ("control variates" in estimate.reason)
         plugin = estimate.kernel if estimate.plugin is None else estimate.plugin
         expected = {"gram": plugin, "gram_unbiased": estimate.unbiased, "gram_stderr": estimate.stderr}
         largest = float(plugin.abs().max())

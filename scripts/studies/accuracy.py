@@ -72,14 +72,20 @@ def _network(activation: Callable[[Tensor], Tensor], estimator: str, gamma: floa
         layers = [nn.Linear(10, 32), Activate(activation), nn.Linear(32, 32), Activate(activation), nn.Linear(32, 3)]
         x = torch.randn(_EXAMPLES, 10)
     model = prepare_model(nn.Sequential(*layers), dtype=torch.float32, device="cpu")
-    return Task(model, x, KernelSpec(gamma=gamma, estimator=estimator, statistic="unbiased", rtol=RTOL))
+    return Task(
+        model,
+        x,
+        KernelSpec(gamma=gamma, estimator=estimator, variance_reduction="none", statistic="unbiased", rtol=RTOL),
+    )
 
 
 def _unit(unit: str) -> Task:
     """A unit of four parameters, by differences of outputs, in float64."""
     problem = Problem(unit, 4)
     model = prepare_model(problem.model(), dtype=torch.float64, device="cpu")
-    spec = KernelSpec(gamma=problem.gamma, estimator="weight", statistic="unbiased", rtol=RTOL)
+    spec = KernelSpec(
+        gamma=problem.gamma, estimator="weight", variance_reduction="none", statistic="unbiased", rtol=RTOL
+    )
     return Task(model, torch.from_numpy(problem.x), spec, torch.from_numpy(problem.exact()))
 
 

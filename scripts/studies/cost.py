@@ -155,7 +155,12 @@ def _study(activation: str, num_outputs: int, reference_draws: int, effort: Effo
     """Everything about one network."""
     model, x = network(activation, num_outputs), digits(NUM_EXAMPLES[num_outputs])
     best = _BEST[activation]
-    options: dict[str, Any] = {"estimator": best, "design": "antithetic", "contraction": "means"}
+    options: dict[str, Any] = {
+        "estimator": best,
+        "design": "antithetic",
+        "contraction": "means",
+        "variance_reduction": "none",
+    }
     estimating = Estimating.of(model, x, KernelSpec(gamma=GAMMA, draws=reference_draws // 2, blocks=BLOCKS, **options))
     halves = [estimating.under(_REFERENCE_SEED + half) for half in range(2)]
     truth = 0.5 * (halves[0].unbiased + halves[1].unbiased)
@@ -166,7 +171,12 @@ def _study(activation: str, num_outputs: int, reference_draws: int, effort: Effo
         for design in ("iid", "antithetic"):
             # `auto` keeps factors here, which take less memory; block means are faster.
             contraction = "means" if estimator == "activation" else "auto"
-            options = {"estimator": estimator, "design": design, "contraction": contraction}
+            options = {
+                "estimator": estimator,
+                "design": design,
+                "contraction": contraction,
+                "variance_reduction": "none",
+            }
             spec = KernelSpec(gamma=GAMMA, draws=64, blocks=BLOCKS, **options)
             points = _climb(model, x, spec, effort.ladder(estimator, num_outputs), truth)
             methods += _methods(estimator, design, points, num_outputs, reference_error)

@@ -109,6 +109,7 @@ def _network(question: Question, seeds: range) -> tuple[Array, Array, Array]:
     spec = KernelSpec(
         gamma=question.gamma,
         estimator=question.estimator,
+        variance_reduction="none",
         design=question.design,
         draws=question.draws,
         blocks=BLOCKS,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from scripts.studies import accuracy, agreement, cost, coverage, limits
+from scripts.studies import accuracy, agreement, cost, coverage, limits, reduction
 from scripts.studies.cells import Answer
 
 Cells = dict[str, Answer]
@@ -267,3 +267,36 @@ def _differences(answer: Answer) -> Answer:
 def _unique(values: Iterable[Any]) -> list[Any]:
     """In the order of their first coming."""
     return list(dict.fromkeys(values))
+
+
+def reduction_facts(cells: Cells) -> Answer:
+    """What the same draws give with variance reduction and without."""
+    rows = []
+    for cell in cells.values():
+        answer, settings = cell["answer"], cell["settings"]
+        errors, forwards = answer["errors"], answer["forwards_at_target"]
+        plain, reduced = (errors[f"{name} {reduction.DRAWS}"] for name in ("none", "auto"))
+        rows.append(
+            {
+                "network": settings["network"],
+                "gamma": f"{settings['gamma']:g}",
+                "plain": f"{plain:.2g}",
+                "reduced": f"{reduced:.2g}",
+                "factor": f"{plain / reduced:.2g}",
+                "few": f"{errors[f'auto {reduction.FEW_DRAWS}']:.2g}",
+                "plain_forwards": f"{forwards['none']:,.0f}",
+                "forwards": f"{forwards['auto']:,.0f}",
+                "saved": f"{forwards['none'] / forwards['auto']:.2g}",
+                "distance": f"{answer['distance']:.2g}",
+                "expected": f"{answer['expected_distance']:.2g}",
+            }
+        )
+    return {
+        "rows": rows,
+        "draws": reduction.DRAWS,
+        "few": reduction.FEW_DRAWS,
+        "blocks": reduction.BLOCKS,
+        "examples": reduction.EXAMPLES,
+        "seeds": max(cell["settings"]["seeds"] for cell in cells.values()),
+        "target": f"{reduction.TARGET:.0%}".replace("%", " %"),
+    }

@@ -62,7 +62,7 @@ def _small(name: str) -> Answer:
     trace = local_kernel(model, x).numpy()
     many: dict[str, Any] = {"gamma": DIFFERENCE_RANGE, "draws": _DIFFERENCES, "blocks": _BLOCKS}
     differences = {
-        "weight": _student(nonlocal_kernel(model, x, estimator="weight", **many), trace),
+        "weight": _student(nonlocal_kernel(model, x, estimator="weight", variance_reduction="none", **many), trace),
         "covariance": _student(covariance_kernel(model, x, **many), trace),
     }
     limit = critical_value(trace.size, _BLOCKS - 1)
@@ -98,7 +98,7 @@ def _scales(name: str) -> Answer:
 def _high(name: str) -> Answer:
     """‖K_τ − K‖/‖K‖ of weighted and fixed kernels with the same draws, by score and temperature."""
     model, x = case(name).build(), case(name).inputs(6)
-    options: dict[str, Any] = {"gamma": 0.5, "estimator": "weight", "draws": 256}
+    options: dict[str, Any] = {"gamma": 0.5, "estimator": "weight", "variance_reduction": "none", "draws": 256}
     fixed = nonlocal_kernel(model, x, statistic="plugin", **options).kernel
 
     def distance(score: dict[str, object], temperature: float) -> float:

@@ -13,7 +13,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from scripts.studies.cells import Answer, Answers
-from scripts.studies.facts import accuracy_facts, agreement_facts, cost_facts, coverage_facts, limits_facts
+from scripts.studies.facts import (
+    accuracy_facts,
+    agreement_facts,
+    cost_facts,
+    coverage_facts,
+    limits_facts,
+    reduction_facts,
+)
 from scripts.studies.plots import error_plot
 
 _FACTS: Mapping[str, Callable[[dict[str, Answer]], Answer]] = MappingProxyType(
@@ -21,6 +28,7 @@ _FACTS: Mapping[str, Callable[[dict[str, Answer]], Answer]] = MappingProxyType(
         "agreement": agreement_facts,
         "coverage": coverage_facts,
         "cost": cost_facts,
+        "reduction": reduction_facts,
         "accuracy": accuracy_facts,
         "limits": limits_facts,
     }

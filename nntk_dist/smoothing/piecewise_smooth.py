@@ -21,7 +21,9 @@ from nntk_dist.smoothing.elementwise import Function
 from nntk_dist.smoothing.rules import WINDOW, Rule, panel_rule, plain_rule
 
 LEVELS = 2  # in an octave of s
-_BYTES_ON_CPU, _BYTES_ON_GPU = 1 << 18, 1 << 28  # of arguments of φ at one time
+# Arguments of φ at one time. On a CPU always as many, a multiple of what one instruction takes, and by one thread: then
+# the rounding of a result depends neither on its place nor on other means.
+_NUMBERS_ON_CPU, _COLUMNS_ON_CPU, _NUMBERS_ON_GPU = 1 << 15, 1 << 6, 1 << 25
 _STENCIL = 7
 _MOST_NODES = 1 << 20
 _MOST_LEVELS = 128
@@ -88,9 +90,11 @@ class PiecewiseSmooth:
         smooth, slope = torch.empty_like(mean), torch.empty_like(mean)
         keys = self._keys(mean, spread)
         for key in torch.bincount(keys).nonzero()[:, 0].tolist():
-            chosen = (keys == key).nonzero()[:, 0]
+            chosen, step = (keys == key).nonzero()[:, 0], self._step(key, mean.device)
+            if mean.device.type == "cpu":
+                chosen = torch.cat([chosen, chosen[:1].expand(-len(chosen) % step)])
             dtype = torch.float32 if key % 2 else torch.float64
-            for part in chosen.split(self._step(key, mean.device)):
+            for part in chosen.split(step):
                 smooth[part], slope[part] = (
                     result.to(a.dtype) for result in self._computed(key, mean[part].to(dtype), spread[part].to(dtype))
                 )
@@ -123,8 +127,9 @@ class PiecewiseSmooth:
 
     def _step(self, key: int, device: torch.device) -> int:
         count = _STENCIL if key == 0 else len(self._rule(key).nodes)
-        numbers = (_BYTES_ON_CPU if device.type == "cpu" else _BYTES_ON_GPU) // (4 if key % 2 else 8)
-        return max(1, numbers // count)
+        if device.type != "cpu":
+            return max(1, _NUMBERS_ON_GPU // count)
+        return max(1, _NUMBERS_ON_CPU // count // _COLUMNS_ON_CPU) * _COLUMNS_ON_CPU
 
     def _computed(self, key: int, mean: Float[Tensor, " m"], spread: Float[Tensor, " m"]) -> Pair:
         if key == 0:
@@ -148,7 +153,7 @@ class PiecewiseSmooth:
         values = self.function(centre + places * spacing)
         middle = values[half]
         inverse = torch.linalg.inv(torch.vander(places[:, 0], increasing=True))
-        coefficients = inverse @ (values - middle)
+        coefficients = _weighted_sums(inverse, values - middle)
         rule = plain_rule(5)
         smooth, slope = torch.zeros_like(mean), torch.zeros_like(mean)
         for node, weight in zip(rule.nodes.tolist(), rule.weights.tolist(), strict=True):
@@ -165,7 +170,7 @@ class PiecewiseSmooth:
 def by_rule(function: Function, rule: Rule, mean: Float[Tensor, " m"], spread: Float[Tensor, " m"]) -> Pair:
     """Return Σ w φ(a + s ξ) and Σ w φ(a + s ξ) ξ/s."""
     values = function(torch.addcmul(mean, rule.nodes[:, None], spread))
-    smooth, slope = torch.stack([rule.weights, rule.weights * rule.nodes]) @ values
+    smooth, slope = _weighted_sums(torch.stack([rule.weights, rule.weights * rule.nodes]), values)
     return smooth, slope / spread
 
 
@@ -178,14 +183,24 @@ def by_panels(
 ) -> Pair:
     """Return the same integrals, panel by panel between the breaks in the window."""
     smooth, slope = torch.zeros_like(mean), torch.zeros_like(mean)
-    nodes, weights = rule.nodes[:, None], rule.weights / math.sqrt(2.0 * math.pi)
+    nodes, weights = rule.nodes[:, None], rule.weights[None] / math.sqrt(2.0 * math.pi)
     for low, high in _panels(breaks, mean, spread):
         width = (high - low).clamp_(min=0.0)
         t = torch.addcmul(low, nodes, width)
         weighted = function(torch.addcmul(mean, spread, t)) * torch.exp(t.square().mul_(-0.5))
-        smooth += width * (weights @ weighted)
-        slope += width * (weights @ t.mul_(weighted))
+        smooth += width * _weighted_sums(weights, weighted)[0]
+        slope += width * _weighted_sums(weights, t.mul_(weighted))[0]
     return smooth, slope / spread
+
+
+def _weighted_sums(weights: Float[Tensor, "w k"], values: Float[Tensor, "k m"]) -> Float[Tensor, "w m"]:
+    """Return weights @ values; on a GPU, whose products depend on shapes by their rounding, in turn."""
+    if values.device.type == "cpu":
+        return weights @ values
+    total = values.new_zeros(len(weights), values.shape[1])
+    for k, row in enumerate(values):
+        total += weights[:, k : k + 1] * row
+    return total
 
 
 def _panels(breaks: tuple[float, ...], mean: Float[Tensor, " m"], spread: Float[Tensor, " m"]) -> Iterator[Pair]:

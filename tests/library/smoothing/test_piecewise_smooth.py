@@ -134,6 +134,19 @@ def test_spreads_may_differ_and_broadcast():
             torch.testing.assert_close(part[row], own, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["tanh", "elu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_do_not_depend_on_other_means(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(101, 37, dtype=dtype, generator=generator)
+    s = torch.rand(101, 1, dtype=dtype, generator=generator) * 2.0 + 1e-3
+    together = found_of(name).values(a, s)
+    for count in (1, 2, 30, 77):
+        some = torch.randperm(101, generator=generator)[:count]
+        for part, own in zip(together, found_of(name).values(a[some], s[some]), strict=True):
+            assert torch.equal(part[some], own)
+
+
 @pytest.mark.parametrize(
     "function",
     [

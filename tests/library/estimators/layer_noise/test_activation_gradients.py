@@ -20,7 +20,7 @@ from nntk_dist.estimators.layer_noise.activation_features import ActivationFeatu
 from nntk_dist.estimators.layer_noise.activation_gradients import ActivationGradients
 from nntk_dist.layers.flips import Flip, find_flips
 from nntk_dist.layers.sketches.sketch import IN, OUT, Sketch
-from nntk_dist.models.builders.activations import make_activation
+from nntk_dist.models.builders.activations import Sign, make_activation
 from nntk_dist.planning.decision import Decision
 from nntk_dist.planning.plain import to_plain
 from nntk_dist.products.block_sums import Meeting
@@ -76,8 +76,9 @@ def test_what_is_done_is_said_and_kept():
     assert isinstance(plain, ActivationFeatures)
 
 
-def test_draws_in_portions_have_the_same_bits():
-    model, x = perceptron()
+@pytest.mark.parametrize("make", [Sign, Round, nn.Tanh, ThirdGelu])
+def test_draws_in_portions_have_the_same_bits(make):
+    model, x = with_activations(make)
     features, _, _ = features_of(model, x)
     whole, ids = all_rows(features, x), torch.arange(len(x))
     parts = [features.compute(x, ids, draws, features.columns) for draws in (range(8), range(8, 16))]

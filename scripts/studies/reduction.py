@@ -1,7 +1,7 @@
 """Variance reduction: the error of the same draws with it and without, and the passes that either takes for 5 %.
 
 Networks with jumps on handwritten digits, `trace`, 256 draws in 8 blocks under several seeds. The error is the standard
-deviation over seeds, relative to the mean kernel with variance reduction, both as Frobenius norms over the whole kernel.
+deviation over seeds, relative to the mean kernel with variance reduction, both as Frobenius norms of the whole kernel.
 The draws at 5 % follow from a law error² = a²/S² + b²/S through two numbers of draws. Forward equivalents are
 evaluations of the network on all examples: S + 1 without variance reduction, and with it as many as the costs of the
 features say: pilot passes with two more for each output, and what it takes to set units to their other values.

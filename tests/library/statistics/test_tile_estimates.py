@@ -149,7 +149,7 @@ def sign_rows(
     with torch.no_grad():
         model.theta.copy_(torch.tensor([1.0, 0, 0, 0, 0]))
     x = torch.tensor([[margin, 1.0, 0, 0, 0] for margin in margins], dtype=torch.float64)
-    spec = KernelSpec(estimator="weight", gamma=gamma, draws=draws, blocks=4)
+    spec = KernelSpec(estimator="weight", variance_reduction="none", gamma=gamma, draws=draws, blocks=4)
     features, _ = prepared_features(model, x, spec)
     return spec, features, all_rows(features, x)
 

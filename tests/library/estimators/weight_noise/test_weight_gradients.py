@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from nntk_dist.errors import ModelError
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.estimators.weight_noise.noisy_weights import find_noisy_weights
@@ -191,6 +192,25 @@ def test_models_and_kernels_that_it_is_not_for_are_computed_plainly():
         assert isinstance(found, DifferenceFeatures | DifferenceMeans)
         assert not isinstance(found, WeightGradients)
         assert "pilot draws" not in decision.explanation
+
+
+class Branches(nn.Module):
+    """Large inputs go through one more product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = quantised("own forward")[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x)
+        return found @ torch.eye(2, dtype=x.dtype) if bool(x.abs().max() > 100.0) else found
+
+
+def test_passes_must_have_the_calls_that_were_found():
+    _, x = quantised("own forward")
+    features, _ = made(Branches(), x)
+    with pytest.raises(ModelError, match="a pass has 3 products of inputs and weights, and had 2 when it was planned"):
+        all_rows(features, 1000.0 * x)
 
 
 def test_entries_that_no_noise_changed_are_unresolved():

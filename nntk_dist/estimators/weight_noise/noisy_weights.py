@@ -103,8 +103,8 @@ def find_noisy_weights(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> Noi
         return None
     generator, scales = torch.Generator().manual_seed(0), dict(zip(theta, _scales(drawing, len(theta)), strict=True))
     valid = _valid(first, second)
-    changed = dict[str, list[tuple[int, str]]]()
-    moved = dict[str, Tensor]()
+    changed, moved = dict[str, list[tuple[int, str]]](), dict[str, Tensor]()
+    looped = set[str]()  # parameters on which the input of a call that gets them depends
     for name, values in theta.items():
         size = float(values.square().mean().sqrt()) + drawing.distribution.gamma * scales[name]
         noise = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.device)
@@ -113,10 +113,12 @@ def find_noisy_weights(evaluator: Evaluator, drawing: Drawing, x: Tensor) -> Noi
         if calls is None or len(calls) != len(first):
             return None
         changed[name] = _changes(first, calls, valid)
+        if not all(_same(first[index].h, calls[index].h) for index, _ in changed[name]):
+            looped.add(name)
     found = []
     for name, places in changed.items():
         users = [each for each in changed.values() if set(each) & set(places)]
-        if len(places) != 1 or len(users) != 1:
+        if len(places) != 1 or len(users) != 1 or name in looped:
             continue
         sigma = drawing.distribution.gamma / math.sqrt(2.0) * scales[name]
         own = _found(exact, x, name, places[0], theta[name], moved[name], sigma)
@@ -169,11 +171,12 @@ def _valid(first: Sequence[_Seen], second: Sequence[_Seen]) -> set[tuple[int, st
 
 
 def _changes(first: Sequence[_Seen], second: Sequence[_Seen], valid: set[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The valid arguments that changed; none if the input of such a call changed too."""
-    found = [
-        each for each in sorted(valid) if not _same(*(calls[each[0]].arguments[each[1]] for calls in (first, second)))
-    ]
-    return found if all(_same(first[index].h, second[index].h) for index, _ in found) else []
+    """The valid arguments that changed."""
+
+    def changed(index: int, name: str) -> bool:
+        return not _same(first[index].arguments[name], second[index].arguments[name])
+
+    return [each for each in sorted(valid) if changed(*each)]
 
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:

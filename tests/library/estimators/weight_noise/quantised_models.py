@@ -106,6 +106,17 @@ class Twice(nn.Module):
         return self.head(self.layer(torch.tanh(self.layer(x))))
 
 
+class Scaled(nn.Module):
+    """The size of a quantised weight is a parameter, on which the layer's input depends too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.size = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(torch.tanh(self.size * x), self.size * two_bits(self.weight))
+
+
 class Leaking(nn.Module):
     """A weight that is quantised in a layer, and added to the output as it is."""
 
@@ -150,7 +161,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 def quantised(name: str) -> tuple[nn.Module, Tensor]:
     """A model and four examples."""
     torch.manual_seed(0)
-    makers = MAKERS | {"twice": Twice, "not elementwise": lambda: _two_layers(scaled_signs)}
+    makers = MAKERS | {"twice": Twice, "scaled": Scaled, "not elementwise": lambda: _two_layers(scaled_signs)}
     shape = {"convolution": (1, 2, 2), "tokens": (3, 4)}.get(name, (4,))
     inputs = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return makers[name]().double(), inputs

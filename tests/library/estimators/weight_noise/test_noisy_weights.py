@@ -64,7 +64,7 @@ def test_a_function_may_use_the_shape():
     np.testing.assert_allclose(own["0.weight"].jumps, 2.0 * STEP, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["twice", "not elementwise"])
+@pytest.mark.parametrize("name", ["twice", "scaled", "not elementwise"])
 def test_other_weights_are_not(name):
     assert found_in(name) is None
 

@@ -41,6 +41,19 @@ def votes(params: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.stack([found.mean(1), found[:, 0]], axis=1)
 
 
+class Votes(nn.Module):
+    """The same as a module, many of which are evaluated in one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = nn.Parameter(torch.from_numpy(WEIGHTS.ravel()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.params.reshape(4, 5)
+        found = torch.sign(x @ weights[:, :4].T + weights[:, 4])
+        return torch.stack([found.mean(1), found[:, 0]], dim=1)
+
+
 def decision_rule() -> tuple[nn.Module, Tensor]:
     inputs = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     return BlackBox(votes, WEIGHTS.ravel()), inputs
@@ -51,7 +64,7 @@ def made(model: nn.Module, x: Tensor, **options: Any) -> tuple[RegressedMeans, K
     spec = KernelSpec(**OPTIONS | options)
     model = prepare_model(model, dtype=torch.float64, device="cpu")
     space = select_parameters(model)
-    evaluator = Evaluator(model, space)
+    evaluator = Evaluator(model, space, stacked=True)
     columns = tuple(range(evaluator.base(x).shape[1])) if not isinstance(spec.outputs, int) else (spec.outputs,)
     return RegressedMeans(evaluator, spec.drawing("weight", space, model), columns, ridge=0.7), spec
 
@@ -139,6 +152,11 @@ def test_statistics_are_those_of_the_definition(options):
     assert_equal(features.pair_gradients(rows["dense"]).permute(1, 2, 0, 3, 4), pairs, 1e-12)
 
 
+def test_the_module_is_the_decision_rule():
+    model, x = decision_rule()
+    assert torch.equal(model(x), Votes()(x))
+
+
 def test_a_linear_function_has_no_noise():
     model = nn.Linear(6, 2).double()
     x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -209,7 +227,7 @@ def test_the_error_is_less_than_six_tenths_of_the_plain_one():
 @pytest.mark.parametrize("design", ["iid", "antithetic", "orthogonal"])
 def test_it_agrees_with_the_plain_estimator(design):
     """Means over 100 seeds and the plain one at many draws, compared entry by entry at a corrected level of 0.1 %."""
-    model, x = decision_rule()
+    model, x = Votes(), decision_rule()[1]
     features, spec = made(model, x, design=design, draws=320)
     plain = DifferenceMeans(features.evaluator, features.drawing, features.columns)
     found: dict[str, list[np.ndarray]] = {"fitted": [], "plain": []}
@@ -230,7 +248,7 @@ def test_it_agrees_with_the_plain_estimator(design):
 @pytest.mark.statistical
 @pytest.mark.parametrize(("draws", "blocks"), [(128, 4), (128, 8)])
 def test_intervals_cover(draws, blocks):
-    model, x = decision_rule()
+    model, x = Votes(), decision_rule()[1]
     features, spec = made(model, x, draws=draws, blocks=blocks)
     values, stderrs = [], []
     for seed in range(200):

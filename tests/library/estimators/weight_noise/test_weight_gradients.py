@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from nntk_dist.errors import ModelError
 from nntk_dist.estimators.mean_differences import DifferenceMeans
 from nntk_dist.estimators.output_differences import DifferenceFeatures
 from nntk_dist.estimators.weight_noise.noisy_weights import find_noisy_weights
@@ -193,6 +194,25 @@ def test_models_and_kernels_that_it_is_not_for_are_computed_plainly():
         assert "pilot draws" not in decision.explanation
 
 
+class Branches(nn.Module):
+    """Large inputs go through one more product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = quantised("own forward")[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x)
+        return found @ torch.eye(2, dtype=x.dtype) if bool(x.abs().max() > 100.0) else found
+
+
+def test_passes_must_have_the_calls_that_were_found():
+    _, x = quantised("own forward")
+    features, _ = made(Branches(), x)
+    with pytest.raises(ModelError, match="a pass has 3 products of inputs and weights, and had 2 when it was planned"):
+        all_rows(features, 1000.0 * x)
+
+
 def test_entries_that_no_noise_changed_are_unresolved():
     """Far from all jumps, and without biases, no draw changes an output."""
     model, x = quantised("transposed")
@@ -248,7 +268,9 @@ def test_it_agrees_with_the_plain_estimator(name):
     model, x = quantised(name)
     found: dict[str, list[np.ndarray]] = {"auto": [], "none": []}
     features, spec = made(model, x, draws=512 if name == "leaking" else 32)
-    plain = DifferenceMeans(features.evaluator, replace(features.drawing, num_draws=2048), features.columns)
+    alike = "own forward" if name == "function of autograd" else name  # the same function, which can be stacked
+    evaluator = made(quantised(alike)[0], x)[0].evaluator
+    plain = DifferenceMeans(evaluator, replace(features.drawing, num_draws=2048), features.columns)
     for kind, each in (("auto", features), ("none", plain)):
         for seed in range(32):
             own = replace(each, drawing=replace(each.drawing, seed=seed))

@@ -51,10 +51,15 @@ class GammaScale(StrEnum):
 
 
 class VarianceReduction(StrEnum):
-    """Whether the estimator `activation` takes smoothed activations and control variates, if the model allows it."""
+    """Whether variance is reduced, if the model allows it: `auto` by `activation`, `all` by the estimator `weight` too.
+
+    `activation` takes smoothed activations and control variates; `weight` takes control variates that a trial found to
+    pay.
+    """
 
     NONE = "none"
     AUTO = "auto"
+    ALL = "all"
 
 
 class ContractionChoice(StrEnum):

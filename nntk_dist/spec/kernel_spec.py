@@ -107,7 +107,8 @@ class KernelSpec:
     variance_reduction: str = option(
         VarianceReduction.AUTO,
         Choice(VarianceReduction),
-        "auto: the estimator activation integrates noise and subtracts control variates, if the model allows it",
+        "auto: the estimator activation integrates noise and subtracts control variates, if the model allows it; all: "
+        "weight subtracts them too, if a trial says that they pay",
         kinds=_NONLOCAL,
     )
     statistic: str = option(

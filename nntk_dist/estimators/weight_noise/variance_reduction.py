@@ -80,7 +80,7 @@ def plan_reduced(trial: Trial) -> ReducedPlan | None:
     """Return the plan; None if it is not asked for, or the model does not allow it, or it does not pay."""
     spec, drawing = trial.spec, trial.drawing
     assert drawing is not None
-    if spec.variance_reduction == VarianceReduction.NONE or spec.kind != Kind.NONLOCAL or spec.groups or spec.group:
+    if spec.variance_reduction != VarianceReduction.ALL or spec.kind != Kind.NONLOCAL or spec.groups or spec.group:
         return None
     if not spec.weighting.is_fixed or trial.evaluator.is_random or drawing.num_blocks < MINIMUM_BLOCKS:
         return None

@@ -30,7 +30,7 @@ from tests.oracles import brute_force
 from tests.oracles.cases import case
 from tests.oracles.statistics import assert_coverage, covered
 
-OPTIONS: dict[str, Any] = {"gamma": 0.4, "estimator": "weight", "variance_reduction": "auto", "draws": 64}
+OPTIONS: dict[str, Any] = {"gamma": 0.4, "estimator": "weight", "variance_reduction": "all", "draws": 64}
 WEIGHTS = np.random.default_rng(0).normal(size=(4, 5)) / 2.0
 
 

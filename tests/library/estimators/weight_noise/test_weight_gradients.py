@@ -34,7 +34,7 @@ from tests.oracles import brute_force
 from tests.oracles import quantised as exact_network
 from tests.oracles.statistics import assert_agrees, assert_coverage, covered
 
-OPTIONS: dict[str, Any] = {"gamma": 0.4, "estimator": "weight", "variance_reduction": "auto", "draws": 32}
+OPTIONS: dict[str, Any] = {"gamma": 0.4, "estimator": "weight", "variance_reduction": "all", "draws": 32}
 
 
 def features_of(model: nn.Module, x: Tensor, **options: Any) -> tuple[WeightGradients, KernelSpec, Decision]:
@@ -232,13 +232,13 @@ def test_entries_that_no_noise_changed_are_unresolved():
 def test_the_error_is_a_fifth_of_the_plain_one():
     model, x = quantised("own forward")
     errors = {}
-    for reduction in ("auto", "none"):
+    for reduction in ("all", "none"):
         features, _ = prepared_features(
             model, x, KernelSpec(**OPTIONS | {"variance_reduction": reduction, "draws": 64})
         )
         rows = all_rows(features, x)
         errors[reduction] = calibration_of(features, rows, rows, KernelSpec(**OPTIONS)).relative_error
-    assert errors["auto"] < 0.2 * errors["none"]
+    assert errors["all"] < 0.2 * errors["none"]
 
 
 @pytest.mark.statistical
@@ -266,7 +266,7 @@ def test_the_mean_is_the_enumerated_one(design):
 def test_it_agrees_with_the_plain_estimator(name):
     """Means over 32 seeds of either, compared entry by entry at a corrected level of 0.1 %."""
     model, x = quantised(name)
-    found: dict[str, list[np.ndarray]] = {"auto": [], "none": []}
+    found: dict[str, list[np.ndarray]] = {"all": [], "none": []}
     features, spec = made(model, x, draws=512 if name == "leaking" else 32)
     alike = "own forward" if name == "function of autograd" else name  # the same function, which can be stacked
     evaluator = made(quantised(alike)[0], x)[0].evaluator
@@ -278,9 +278,9 @@ def test_it_agrees_with_the_plain_estimator(name):
             found[kind].append(estimates_of(own, rows, rows, spec)["unbiased"].numpy())
     means = {name: np.mean(values, axis=0) for name, values in found.items()}
     errors = {name: np.std(values, axis=0, ddof=1) / math.sqrt(32) for name, values in found.items()}
-    both = np.hypot(errors["auto"], errors["none"])
+    both = np.hypot(errors["all"], errors["none"])
     count = len(x) * (len(x) + 1) // 2
-    assert np.abs((means["auto"] - means["none"]) / both).max() < stats.t.isf(0.0005 / count, 31)
+    assert np.abs((means["all"] - means["none"]) / both).max() < stats.t.isf(0.0005 / count, 31)
     assert both.mean() < 0.02 * np.diag(means["none"]).mean()
 
 

@@ -56,6 +56,7 @@ def test_all_configs_are_shipped() -> None:
         "gpt2-loss",
         "mnist",
         "mnist-factored",
+        "mnist-sign",
         "mnist-full",
         "sign1d",
     ]

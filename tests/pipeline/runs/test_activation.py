@@ -8,14 +8,14 @@ import torch
 
 from nntk_dist import open_kernel
 from nntk_dist.models.evaluation import prepare_model
-from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.planning.decision import decide
+from nntk_dist.planning.feature_maps import make_feature_map
 from nntk_dist.statistics.standard_errors import Calibration
 from nntk_dist.statistics.tile_estimates import tile_estimates
-from pipeline.decisions.build import build_dataset, build_model, build_spec
 from pipeline.config.schema import load_config
-from tests.pipeline.runs.test_equality import assert_equal
+from pipeline.decisions.build import build_dataset, build_model, build_spec
 from tests.harness.grids import all_but
+from tests.pipeline.runs.test_equality import assert_equal
 from tests.pipeline.tools import arrays, config_file, finished, nntk, run
 
 SIGN = ("model.args={widths: [32, 32], activation: sign}", "data.train=23", "data.test=7", "kernel.draws=32")
@@ -100,4 +100,6 @@ def test_a_plan_says_how_the_parameters_are_treated(tmp_path):
 def test_other_kernels_refuse_it(tmp_path):
     result = run(tmp_path / "run", "kernel.estimator=activation", "kernel.kind=covariance")
     assert result.code == 2
-    assert "kernel.estimator is 'activation'; allowed for kind covariance, which uses differences of outputs" in result.err
+    assert (
+        "kernel.estimator is 'activation'; allowed for kind covariance, which uses differences of outputs" in result.err
+    )

@@ -17,11 +17,11 @@ import pipeline.decisions.layout
 import pipeline.work.stages
 from nntk_dist import nonlocal_kernel
 from nntk_dist.models.evaluation import prepare_model
-from pipeline.decisions.build import build_dataset, build_model, build_spec
 from pipeline.config.schema import config_from_dict, load_config
+from pipeline.decisions.build import build_dataset, build_model, build_spec
 from pipeline.decisions.stored_run import stored_job
-from pipeline.records.manifest import read_manifest
 from pipeline.decisions.weighting_reference import reference_batch, reference_rows
+from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
 from tests.harness.grids import all_but
 from tests.pipeline.tools import arguments, arrays, assert_same_bits, config_file, finished, nntk, run, snapshot
@@ -71,8 +71,15 @@ def weighted(name: str) -> tuple[str, ...]:
         ("loss", True),
         *(
             pytest.param(name, means, marks=pytest.mark.process)
-            for name, means in [("parameter", True), ("output", False), ("output, own", True), ("output, own", False),
-                                ("loss", False), ("function", False), ("function", True)]
+            for name, means in [
+                ("parameter", True),
+                ("output", False),
+                ("output, own", True),
+                ("output, own", False),
+                ("loss", False),
+                ("function", False),
+                ("function", True),
+            ]
         ),
     ],
 )
@@ -177,7 +184,9 @@ def test_a_score_that_was_rewritten_is_another_kernel(tmp_path):
     before = snapshot(place)
     result = run(place, *weighted("function"), resume=True)
     assert result.code == 2
-    assert "the code of python:weighting_scores:nearness has changed since: the weighting gives other scores" in result.err
+    assert (
+        "the code of python:weighting_scores:nearness has changed since: the weighting gives other scores" in result.err
+    )
     assert snapshot(place) == before
 
 
@@ -244,8 +253,14 @@ def test_the_plan_counts_the_passes_over_the_reference_batch(tmp_path):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (("kernel.weighting.name=outputs",), r"kernel.weighting is 'outputs'.*allowed: fixed, parameter, output, loss,"),
-        (("kernel.weighting={name: output, temperature: 0}",), r"kernel.weighting.temperature is 0; .* above 0, or .inf or"),
+        (
+            ("kernel.weighting.name=outputs",),
+            r"kernel.weighting is 'outputs'.*allowed: fixed, parameter, output, loss,",
+        ),
+        (
+            ("kernel.weighting={name: output, temperature: 0}",),
+            r"kernel.weighting.temperature is 0; .* above 0, or .inf or",
+        ),
         (("kernel.weighting={name: loss, per_example: true}",), r"kernel.weighting.per_example is True; .* loss: Fals"),
         (("kernel.weighting={per_example: true}",), r"kernel.weighting.per_example is True; allowed for weighting fix"),
         (("kernel.weighting={name: output, reference: 0}",), r"kernel.weighting.reference is 0; allowed: a whole numb"),

@@ -16,8 +16,8 @@ import pipeline.decisions.layout
 import pipeline.work.context
 from nntk_dist import averaged_kernel, covariance_kernel, local_kernel, nonlocal_kernel, prepare_kernel
 from nntk_dist.models.evaluation import prepare_model
-from pipeline.decisions.build import build_dataset, build_model
 from pipeline.config.schema import load_config
+from pipeline.decisions.build import build_dataset, build_model
 from tests.harness.grids import all_but
 from tests.pipeline.tools import arrays, assert_same_bits, config_file, finished
 

@@ -11,12 +11,12 @@ import pipeline.work.stages
 from nntk_dist import covariance_kernel, nonlocal_kernel
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.models.noise import MEAN_FUNCTIONS, fixed_noise
-from pipeline.decisions.build import build_dataset, build_model
 from pipeline.config.schema import config_from_dict
+from pipeline.decisions.build import build_dataset, build_model
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage
-from tests.pipeline.runs.test_equality import assert_equal
 from tests.harness.grids import all_but
+from tests.pipeline.runs.test_equality import assert_equal
 from tests.pipeline.tools import arrays, assert_same_bits, finished, ledger, nntk, run, snapshot
 
 SMALL = ("data.train=23", "data.test=7", "compute.dtype=float64", "kernel.seed=4")

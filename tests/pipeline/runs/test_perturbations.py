@@ -14,8 +14,8 @@ import pipeline.decisions.layout
 from nntk_dist import covariance_kernel, nonlocal_kernel
 from nntk_dist.models.evaluation import prepare_model
 from nntk_dist.spec import KernelSpec
-from pipeline.decisions.build import build_dataset, build_model
 from pipeline.config.schema import config_from_dict
+from pipeline.decisions.build import build_dataset, build_model
 from pipeline.decisions.stored_run import stored_job
 from pipeline.records.manifest import read_manifest
 from pipeline.storage.run_storage import RunStorage

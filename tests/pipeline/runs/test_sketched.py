@@ -4,10 +4,9 @@ import json
 from typing import Any
 
 import numpy as np
-
-import pipeline.work.stages
 import pytest
 
+import pipeline.work.stages
 from nntk_dist.planning.decision import Decision
 from tests.pipeline.tools import arrays, assert_same_bits, finished, nntk, run
 

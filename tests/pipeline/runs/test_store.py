@@ -110,7 +110,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(("sets", "suffixes", "width"), all_but(["covariance", "local full"], FORMS, pytest.mark.process, unpack=True))
+@pytest.mark.parametrize(
+    ("sets", "suffixes", "width"), all_but(["covariance", "local full"], FORMS, pytest.mark.process, unpack=True)
+)
 def test_every_form_of_kernel(sets, suffixes, width, tmp_path):
     run_dir = finished(tmp_path / "run", *FEW, *sets)
     stored, (n, m) = arrays(run_dir), (23 * width, 7 * width)

@@ -56,8 +56,8 @@ def test_all_configs_are_shipped() -> None:
         "gpt2-loss",
         "mnist",
         "mnist-factored",
-        "mnist-sign",
         "mnist-full",
+        "mnist-sign",
         "sign1d",
     ]
     assert sorted(path.stem for path in CONFIGS) == names

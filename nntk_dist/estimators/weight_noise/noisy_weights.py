@@ -9,6 +9,7 @@ Axes: n examples, s draws, k pieces of a function, p numbers of a tensor.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -200,11 +201,8 @@ def _argument(model: nn.Module, x: Tensor, name: str, place: tuple[int, str], va
             found.append(argument.clone())
             raise _Stopped
 
-    try:
-        with torch.no_grad():
-            pass_with(model, x, take, {name: values})
-    except _Stopped:
-        pass
+    with suppress(_Stopped), torch.no_grad():  # the rest of the pass is not needed
+        pass_with(model, x, take, {name: values})
     return found[0]
 
 

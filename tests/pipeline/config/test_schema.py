@@ -51,9 +51,7 @@ def test_all_configs_are_shipped() -> None:
     names = [
         "cifar10",
         "digits",
-        "gpt2-logits",
-        "gpt2-lora",
-        "gpt2-loss",
+        *("gpt2-logits", "gpt2-lora", "gpt2-loss"),
         "mnist",
         "mnist-factored",
         "mnist-full",
